@@ -1,0 +1,432 @@
+"""Labelled images for training and for scoring: image folders, the embedded digits, normalisation, augmentation, order.
+
+Shapes: n images in a part, B images in a batch, S = image_size (pixels).
+"""
+
+import hashlib
+import os
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from supernet.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MEMORY_LIMIT_BYTES = 4 * 2**30  # larger data sets are decoded batch by batch
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
+MIN_IMAGES_PER_CLASS = 3  # one each to train, to score and to validate
+
+_LAYOUT = "expected PATH/train/<class>/* with an optional PATH/val/<class>/*, or PATH/<class>/*"
+_CHUNK = 64  # images a task of the thread pool: fewer would be all overhead where images are tiny
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Pixels that stay in their files and are decoded when asked for: indexed like an (n, 3, S, S) uint8 tensor."""
+
+    paths: tuple[str, ...]
+    image_size: int
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Return the images at `rows` (B,) as uint8 (B, 3, S, S); InputError for a file that can no longer be read."""
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(self._decode, (self.paths[row] for row in rows.tolist())))
+        return torch.from_numpy(np.stack(images))
+
+    def _decode(self, path: str) -> NDArray[np.uint8]:
+        try:
+            return _decode(path, self.image_size)
+        except OSError as error:
+            raise InputError(f"image {path} can no longer be read ({error}): put it back or start anew") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """One part of a data set; image i is `pixels[rows[i]]`, so that parts share their pixels."""
+
+    pixels: Tensor | Files  # uint8
+    rows: Tensor  # (n,) int64
+    labels: Tensor  # (n,) int64: indices into ImageData.classes
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.rows)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the uint8 RGB images (B, 3, S, S) and int64 labels (B,) at `indices` (B,), all on the CPU."""
+        return self.pixels[self.rows[indices]], self.labels[indices]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A data set in three disjoint parts: `train` trains, `score` judges the search's actions, `val` is reported."""
+
+    train: Images
+    score: Images
+    val: Images
+    classes: tuple[str, ...]
+    image_size: int
+    flips: bool  # whether a mirrored image keeps its class
+    demonstration: bool  # the embedded digits, not the user's data
+    skipped: tuple[Path, ...]  # files that cannot be decoded
+    source: str  # the resolved folder, or "digits"
+    fingerprint: str  # changes with the names and the sizes of the files
+
+
+def load_images(
+    path: str | Path | None,
+    image_size: int | None,
+    seed: int,
+    *,
+    score_images: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageData:
+    """Load an image folder, or scikit-learn's handwritten digits where `path` is None.
+
+    A folder is `path/train/<class>/*` with an optional `path/val/<class>/*`, or `path/<class>/*`. Without `val/`, a
+    tenth of each class (at least one image) is set apart by `seed`. The scoring images are `score_images`, but at most
+    a third, of the remaining ones: drawn by `seed`, in proportion to the classes. Images are scaled so that their short
+    side is `image_size` pixels (None: `natural_size(path)`) and cropped at the centre. `progress` is called with
+    (done, total) images. InputError where the folder cannot be used.
+    """
+    if image_size is not None and image_size < 1:
+        raise InputError(f"image size {image_size} is not a size: give a whole number of pixels from 1 on")
+    if score_images < 1:
+        raise InputError(f"{score_images} scoring images cannot rank anything: give 1 or more")
+    if path is None:
+        return _load_digits(image_size or 8, seed, score_images)
+    folder = _list_folder(Path(path))
+    size = image_size or _median_short_side(folder)
+    pixels, readable = _decode_all(folder.files, size, progress)
+    skipped = tuple(Path(file) for file, fine in zip(folder.files, readable, strict=True) if not fine)
+    _check_classes(folder, readable)
+
+    train, score, val = _divide(pixels, folder.labels, readable, folder.in_val, score_images, seed)
+    return ImageData(
+        train=train,
+        score=score,
+        val=val,
+        classes=folder.classes,
+        image_size=size,
+        flips=True,
+        demonstration=False,
+        skipped=skipped,
+        source=str(folder.root.resolve()),
+        fingerprint=folder.fingerprint,
+    )
+
+
+def natural_size(path: str | Path | None) -> int:
+    """Return the median short side in pixels of up to 200 training images of the folder; 8 for the digits (None).
+
+    The sample is the same at every call. InputError where the folder cannot be used.
+    """
+    return 8 if path is None else _median_short_side(_list_folder(Path(path)))
+
+
+def normalise(batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return uint8 images (B, 3, S, S) as (image / 255 - mean) / std with ImageNet's figures, computed in float32."""
+    assert batch.dtype == torch.uint8, "images are normalised once"
+    mean = torch.tensor(IMAGENET_MEAN, device=batch.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=batch.device).view(3, 1, 1)
+    return batch.float().div_(255).sub_(mean).div_(std).to(dtype)
+
+
+def augment(x: Tensor, generator: torch.Generator, flip: bool = True, pad: float = 1 / 8) -> Tensor:
+    """Return each image of (B, C, S, S) shifted by up to `pad` of its side and, if `flip`, mirrored half of the time.
+
+    The border is filled by reflection. The draws come from `generator` alone, so they are the same on every device.
+    """
+    n, _, height, width = x.shape
+    rows = _shifted(n, height, pad, generator)
+    columns = _shifted(n, width, pad, generator)
+    if flip:
+        mirrored = torch.rand(n, 1, generator=generator, device=generator.device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    # Two gathers instead of padding: reflection_pad2d knows no uint8, and the padded copy is never made.
+    x = x.gather(2, rows.to(x.device)[:, None, :, None].expand_as(x))
+    return x.gather(3, columns.to(x.device)[:, None, None, :].expand_as(x))
+
+
+def epoch_batches(
+    n: int, batch_size: int, seed: int, epoch: int, images_per_epoch: int | None = None
+) -> Iterator[Tensor]:
+    """Yield the index tensors (B,), int64, of one epoch (counted from 0) over `n` images.
+
+    The epochs walk through an endless row of seeded shuffles, each taking up where the last one ended: every image
+    is seen before any is repeated, whatever `images_per_epoch` (default `n`) is. An epoch is cut to whole batches
+    unless it is smaller than one; what is cut begins the next epoch. A pure function of its arguments, so that a
+    resumed run sees the same order.
+    """
+    if min(n, batch_size) < 1 or (images_per_epoch is not None and images_per_epoch < 1):
+        raise InputError(
+            f"{n} images, batch size {batch_size} and {images_per_epoch} images per epoch: all must be 1 or more"
+        )
+    size = images_per_epoch or n
+    if size > batch_size:
+        size -= size % batch_size
+    start = epoch * size
+    first, last = start // n, (start + size - 1) // n
+    shuffles = np.concatenate([_rng(seed, "epoch", turn).permutation(n) for turn in range(first, last + 1)])
+    indices = torch.from_numpy(shuffles[start - first * n :][:size])
+    for begin in range(0, size, batch_size):
+        yield indices[begin : begin + batch_size]
+
+
+@dataclass(frozen=True, eq=False)
+class _Folder:
+    root: Path
+    classes: tuple[str, ...]
+    files: tuple[str, ...]
+    labels: NDArray[np.int64]  # (n,)
+    in_val: NDArray[np.bool_]  # (n,)
+    fingerprint: str
+
+
+def _list_folder(root: Path) -> _Folder:
+    if not _entries(root):
+        raise InputError(f"data folder {root} is empty: {_LAYOUT}")
+    # A folder named train that holds images and no folders is a class: of vehicles, say.
+    parted = (root / "train").is_dir() and any(entry.is_dir() for entry in _entries(root / "train"))
+    train = _class_files(root / "train" if parted else root)
+    val = _class_files(root / "val") if parted and (root / "val").is_dir() else None
+    classes = tuple(sorted(train))
+    if not any(train.values()):
+        raise InputError(f"data folder {root} has no images ({', '.join(SUFFIXES)}) in class folders: {_LAYOUT}")
+    if len(classes) == 1:
+        raise InputError(f"data folder {root} has one class only, {classes[0]!r}, but two are needed: {_LAYOUT}")
+    if val is not None and not any(val.values()):
+        raise InputError(f"{root / 'val'} has no images: add some, or remove it to have a tenth of train/ set apart")
+    for name in sorted(val or ()):
+        if name not in train:
+            raise InputError(f"{root / 'val'} has the class {name!r}, which train/ lacks: rename, add or remove it")
+
+    entries, labels, in_val, lines = [], [], [], []
+    for part, held in ((train, False), (val or {}, True)):
+        for name in sorted(part):
+            for entry in part[name]:
+                entries.append(entry.path)
+                labels.append(classes.index(name))
+                in_val.append(held)
+                # A dangling link is an image that is broken, to be named with the others.
+                size = entry.stat().st_size if entry.is_file() else -1
+                lines.append(f"{Path(entry.path).relative_to(root).as_posix()}\0{size}\n")
+    folder = _Folder(
+        root=root,
+        classes=classes,
+        files=tuple(entries),
+        labels=np.array(labels, np.int64),
+        in_val=np.array(in_val, np.bool_),
+        fingerprint=hashlib.sha256(os.fsencode("".join(sorted(lines)))).hexdigest(),
+    )
+    _check_classes(folder, np.ones(len(entries), np.bool_))
+    return folder
+
+
+def _entries(folder: Path) -> list["os.DirEntry[str]"]:
+    """Return what the folder holds, sorted by name, without hidden things (macOS leaves `._name.jpg` files about)."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except FileNotFoundError as error:
+        raise InputError(f"data folder {folder} does not exist: {_LAYOUT}") from error
+    except NotADirectoryError as error:
+        raise InputError(f"data folder {folder} is not a folder (unpack an archive first): {_LAYOUT}") from error
+    except OSError as error:
+        raise InputError(f"data folder {folder} cannot be read ({error.strerror}): check its permissions") from error
+
+
+def _class_files(part: Path) -> dict[str, list["os.DirEntry[str]"]]:
+    return {
+        folder.name: [
+            entry
+            for entry in _entries(Path(folder.path))
+            if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir()
+        ]
+        for folder in _entries(part)
+        if folder.is_dir()
+    }
+
+
+def _check_classes(folder: _Folder, readable: NDArray[np.bool_]) -> None:
+    """Raise InputError where a class has too few readable images to train, or none left of those in `val/`."""
+    broken = f" that can be decoded ({np.count_nonzero(~readable)} broken files in all)" if not readable.all() else ""
+    n = len(folder.classes)
+    trained = np.bincount(folder.labels[readable & ~folder.in_val], minlength=n)
+    listed = np.bincount(folder.labels[folder.in_val], minlength=n)
+    held = np.bincount(folder.labels[readable & folder.in_val], minlength=n)
+    for label, name in enumerate(folder.classes):
+        if trained[label] < MIN_IMAGES_PER_CLASS:
+            raise InputError(
+                f"class {name!r} of {folder.root} has {trained[label]} training images{broken}, but at least "
+                f"{MIN_IMAGES_PER_CLASS} are needed: add images or remove the class; {_LAYOUT}"
+            )
+        if listed[label] and not held[label]:
+            raise InputError(f"class {name!r} of {folder.root / 'val'} has no image{broken}: repair or remove it")
+
+
+def _median_short_side(folder: _Folder) -> int:
+    files = [file for file, held in zip(folder.files, folder.in_val, strict=True) if not held]
+    # The seed is not the run's: two runs on the same data must agree on the size.
+    sides = []
+    for file in random.Random(0).sample(files, min(200, len(files))):
+        try:
+            with Image.open(file) as image:
+                sides.append(min(image.size))
+        except MemoryError:
+            raise
+        except Exception:  # noqa: S112 - see _decode_all; load_images names it
+            continue
+    if not sides:
+        raise InputError(f"none of the images sampled from {folder.root} can be decoded: repair the files")
+    return statistics.median_low(sides)
+
+
+def _decode_all(
+    files: tuple[str, ...], size: int, progress: Callable[[int, int], None] | None
+) -> tuple[Tensor | Files, NDArray[np.bool_]]:
+    """Decode every file once; return the pixels, in memory if they fit, and which files (n,) can be decoded."""
+    n = len(files)
+    readable = np.zeros(n, np.bool_)
+    fits = n * 3 * size * size <= MEMORY_LIMIT_BYTES
+    pixels = np.empty((n if fits else 0, 3, size, size), np.uint8)
+
+    def decode(rows: range) -> int:
+        for row in rows:
+            try:
+                image = _decode(files[row], size)
+            except MemoryError:  # says nothing about the file
+                raise
+            except Exception:  # noqa: S112 - Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error ...
+                continue
+            readable[row] = True
+            if fits:
+                pixels[row] = image
+        return len(rows)
+
+    done = 0
+    with ThreadPoolExecutor() as pool:
+        try:
+            for count in pool.map(decode, (range(n)[start : start + _CHUNK] for start in range(0, n, _CHUNK))):
+                done += count
+                if progress is not None:
+                    progress(done, n)
+        finally:
+            pool.shutdown(cancel_futures=True)  # else Ctrl-C waits until all the rest is decoded
+    return (torch.from_numpy(pixels) if fits else Files(files, size)), readable
+
+
+def _decode(path: str, size: int) -> NDArray[np.uint8]:
+    """Return the file's (first) image as uint8 RGB (3, S, S)."""
+    with Image.open(path) as image:
+        image.draft("RGB", (2 * size, 2 * size))  # a JPEG much larger than that is decoded at 1/2, 1/4 or 1/8
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
+            grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            return _square(Image.fromarray(grey), size)
+        if "transparency" in image.info:
+            return _square(image.convert("RGBA"), size)
+        return _square(image, size)
+
+
+def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Return the image's central square, scaled to uint8 RGB (3, S, S)."""
+    rgb = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def _load_digits(size: int, seed: int, score_images: int) -> ImageData:
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # takes a second, and only this needs it
+
+    digits = load_digits()
+    grey = (digits.images * 255 / 16).round().astype(np.uint8)  # (1797, 8, 8), from 0..16
+    pixels = torch.from_numpy(np.stack([_square(Image.fromarray(image), size) for image in grey]))
+    labels = digits.target.astype(np.int64)
+    usable, in_val = np.ones(len(labels), np.bool_), np.zeros(len(labels), np.bool_)
+    train, score, val = _divide(pixels, labels, usable, in_val, score_images, seed)
+    return ImageData(
+        train=train,
+        score=score,
+        val=val,
+        classes=tuple(str(name) for name in digits.target_names),
+        image_size=size,
+        flips=False,
+        demonstration=True,
+        skipped=(),
+        source="digits",
+        fingerprint="digits",
+    )
+
+
+def _divide(
+    pixels: Tensor | Files,
+    labels: NDArray[np.int64],
+    usable: NDArray[np.bool_],
+    in_val: NDArray[np.bool_],
+    score_images: int,
+    seed: int,
+) -> tuple[Images, Images, Images]:
+    """Return the parts (train, score, val) of the usable rows; all masks are (n,)."""
+    train, val = np.flatnonzero(usable & ~in_val), np.flatnonzero(usable & in_val)
+    if not len(val):
+        train, val = _split_validation(train, labels, seed)
+    train, score = _split_scoring(train, labels, score_images, seed)
+    parts = [Images(pixels, torch.from_numpy(rows), torch.from_numpy(labels[rows])) for rows in (train, score, val)]
+    return parts[0], parts[1], parts[2]
+
+
+def _split_validation(
+    rows: NDArray[np.int64], labels: NDArray[np.int64], seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows that stay for training and those that validate: a tenth of each class, at least one image."""
+    rank, count = _ranks(labels[rows], _rng(seed, "val"))
+    chosen = rank < np.maximum(1, np.rint(count / 10))
+    return rows[~chosen], rows[chosen]
+
+
+def _split_scoring(
+    rows: NDArray[np.int64], labels: NDArray[np.int64], score_images: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows that stay for training and those that score the search, in proportion to the classes."""
+    rng = _rng(seed, "score")
+    rank, count = _ranks(labels[rows], rng)
+    # A third of the rows has a class's share under one half, so no class leaves the training part.
+    share = (rank + 0.5) / count
+    shuffled = rng.permutation(len(rows))  # else the first classes would win every tie
+    order = shuffled[np.argsort(share[shuffled], kind="stable")]
+    chosen = np.zeros(len(rows), np.bool_)
+    chosen[order[: min(score_images, len(rows) // 3)]] = True
+    return rows[~chosen], rows[chosen]
+
+
+def _ranks(labels: NDArray[np.int64], rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return each image's place in a shuffle of its class, and the number of images of its class: both (n,)."""
+    counts = np.bincount(labels)
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    rank = np.empty_like(labels)
+    rank[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rank, counts[labels]
+
+
+def _rng(seed: int, purpose: str, turn: int = 0) -> np.random.Generator:
+    """Return a generator of its own for each purpose, so that one draw more in one place moves nothing elsewhere."""
+    return np.random.default_rng([seed % 2**64, *purpose.encode(), turn])
+
+
+def _shifted(n: int, side: int, pad: float, generator: torch.Generator) -> Tensor:
+    """Return (n, side): the source pixel of each target pixel on one axis, for a random shift with reflection."""
+    reach = min(round(side * pad), side - 1)
+    shift = torch.randint(-reach, reach + 1, (n, 1), generator=generator, device=generator.device)
+    position = (torch.arange(side, device=generator.device) + shift).abs()
+    return (side - 1) - ((side - 1) - position).abs()

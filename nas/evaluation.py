@@ -1,0 +1,125 @@
+"""Loss and accuracy of a sub-network with weights inherited from the supernet: what a slimming action costs.
+
+Batch-norm statistics are recomputed for every network on a few hundred training images. What the network shares with
+those evaluated before it, from the image up to the first changed layer, is not computed again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nas.data import ImageData, Images, normalise
+from nas.slimming import Evaluation
+from supernet.arch import ArchConfig, Layer
+from supernet.metapath import Supernet
+from supernet.weights import subnetwork
+
+MEMORY_BYTES = 1 << 30  # of activations that are kept
+CHUNK = 128  # images that go through a layer at once
+
+Prefix = tuple[tuple[str, Layer], ...]
+
+
+class Evaluator:
+    """Calling it with a network of the supernet's space returns its loss and accuracy on the scoring images.
+
+    The network may be given at any image size: it is evaluated at the supernet's. The same network gives the same
+    result whatever was evaluated before.
+    """
+
+    def __init__(
+        self, supernet: Supernet, data: ImageData, recalibration_images: int = 256, memory_bytes: int = MEMORY_BYTES
+    ) -> None:
+        self.supernet = supernet.eval()
+        self.device = next(supernet.parameters()).device
+        count = min(recalibration_images, len(data.train))
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+        self.recalibration = self._images(data.train, order[:count])[0]
+        self.images, self.labels = self._images(data.score, torch.arange(len(data.score)))
+        self.memory_bytes = memory_bytes
+        self._kept: OrderedDict[Prefix, tuple[Tensor, Tensor]] = OrderedDict()
+        self.layers_run = 0  # how many layers were computed, for judging what keeping activations saves
+
+    def _images(self, images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
+        pixels, labels = images.batch(indices)
+        x = normalise(pixels.to(self.device)).contiguous(memory_format=torch.channels_last)
+        return x, labels.to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, arch: ArchConfig) -> Evaluation:
+        arch = arch.at(self.supernet.space.image_size)
+        named = self.supernet.space.fit(arch).named_layers()
+        model = subnetwork(self.supernet, arch).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        start, fit, score = self._longest_prefix(named)
+        modules = list(model.children())
+        for at in range(start, len(named)):
+            fit = recalibrated(modules[at], fit)
+            score = torch.cat([modules[at](chunk) for chunk in score.split(CHUNK)])
+            self.layers_run += 1
+            self._keep(tuple(named[: at + 1]), fit, score)
+        loss = F.cross_entropy(score.double(), self.labels).item()
+        accuracy = (score.argmax(1) == self.labels).double().mean().item()
+        return Evaluation(loss, accuracy)
+
+    def _longest_prefix(self, named: list[tuple[str, Layer]]) -> tuple[int, Tensor, Tensor]:
+        for length in range(len(named) - 1, 0, -1):
+            prefix = tuple(named[:length])
+            if prefix in self._kept:
+                self._kept.move_to_end(prefix)
+                return length, *self._kept[prefix]
+        return 0, self.recalibration, self.images
+
+    def _keep(self, prefix: Prefix, fit: Tensor, score: Tensor) -> None:
+        self._kept[prefix] = (fit, score)
+        while sum(_bytes(pair) for pair in self._kept.values()) > self.memory_bytes:
+            self._kept.popitem(last=False)
+
+
+def _bytes(tensors: tuple[Tensor, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@torch.no_grad()
+def recalibrated(module: nn.Module, x: Tensor) -> Tensor:
+    """Set a layer's batch-norm statistics to those of the batch `x`, return its output for `x`; leaves it in eval mode."""
+    norms = list(_batch_norms(module))
+    if not norms:
+        return torch.cat([module.eval()(chunk) for chunk in x.split(CHUNK)])
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # the statistics become this batch's
+    y: Tensor = module.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    module.eval()
+    return y
+
+
+def recalibrate(model: nn.Sequential, x: Tensor) -> None:
+    """Set the batch-norm statistics of a whole network to those of the normalised images `x` (N, 3, S, S)."""
+    for module in model.children():
+        x = recalibrated(module, x)
+
+
+def _batch_norms(module: nn.Module) -> Iterator[nn.BatchNorm2d]:
+    return (m for m in module.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@torch.no_grad()
+def accuracy_of(model: nn.Module, images: Images, batch_size: int = 256) -> tuple[float, float]:
+    """Return the mean cross-entropy and the accuracy (0 to 1) of a network on labelled images."""
+    model.eval()
+    device = next(model.parameters()).device
+    loss, right = 0.0, 0
+    for indices in torch.arange(len(images)).split(batch_size):
+        pixels, labels = images.batch(indices)
+        x = normalise(pixels.to(device)).contiguous(memory_format=torch.channels_last)
+        logits = model(x).double().cpu()
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        right += int((logits.argmax(1) == labels).sum())
+    return loss / len(images), right / len(images)

@@ -1,0 +1,405 @@
+"""Build a latency table: enumerate a space's layers, measure them in context, calibrate on whole networks.
+
+A *model* here is a sequence of layers, timed as one session. Every row is a linear combination of models' times:
+
+- a block: the least-squares slope over chains of 1, 2 and 4 of it with distinct weights. What a session pays once (the
+  call, a change of layout at its ends) has no part in a slope;
+- stem, embedding, flat, unflat, head: a model in which blocks stand on the sides that they have in a network, minus
+  those blocks' slopes, minus half of each one's chain intercept (its end of the session), minus the empty call.
+
+Every visit is appended to `<device>.samples.csv`; a killed build goes on from there.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nas.export import onnx_bytes, with_ordinary_values
+from nas.profilers.ort_cpu import OrtModel, device_id, environment, pinned
+from nas.profilers.timing import Measurement, Stopwatch, Visit, summarise, visit_in_rounds
+from nas.progress import progress, say
+from nas.table import Calibration, LatencyTable, Row, find_tables, measured_layers
+from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Flat, Head, Layer, Stem, Unflat
+from supernet.blocks import build_layer
+from supernet.errors import InputError
+from supernet.files import write_atomically
+from supernet.space import SearchSpace
+
+Model = tuple[Layer, ...]
+Terms = dict[Model, float]
+
+CHAINS = (1, 2, 4)
+REFERENCE: Model = (Layer(MB4D(64), 16),) * 2
+EMPTY: Model = ()
+FIT_NETWORKS = 16  # fit the calibration
+CHECK_NETWORKS = 12  # tell its error
+ROW_GOAL = 0.02  # half-width of a row's 95 % interval, of the row ...
+NETWORK_GOAL = 0.002  # ... or of the smallest network of the space, whichever is larger
+WHOLE_GOAL = 0.005  # half-width of a whole network's interval, of the network
+MIN_VISITS, MAX_VISITS = 12, 80
+BATCH_MODELS, BATCH_BYTES = 120, 1 << 30  # sessions that live at once
+
+
+def name_of(model: Model) -> str:
+    """Return the name of a model in the samples file."""
+    if not model:
+        return "empty"
+    if isinstance(model[0].spec, Stem) and isinstance(model[-1].spec, Head):
+        return "network " + hashlib.sha256(repr(model).encode()).hexdigest()[:16]
+    runs = [(str(layer), len(list(same))) for layer, same in groupby(model)]
+    return " + ".join(f"{count} x {layer}" if count > 1 else layer for layer, count in runs)
+
+
+def build_module(model: Model) -> tuple[nn.Module, Tensor]:
+    """Return the module of a model, with distinct ordinary weights, and an input for it (batch 1)."""
+    if not model:
+        return nn.Identity(), torch.randn(1, 3, 4, 4)
+    module = nn.Sequential(*(build_layer(layer) for layer in model))
+    spec, side = model[0]
+    if isinstance(spec, Stem):
+        shape: tuple[int, ...] = (1, 3, side, side)
+    elif getattr(spec, "tokens", False) or isinstance(spec, Unflat):
+        shape = (1, side * side, spec.dim)
+    else:
+        shape = (1, spec.dim_in if isinstance(spec, Embedding) else spec.dim, side, side)
+    return with_ordinary_values(module, seed=0), torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _combine(*parts: tuple[float, Terms]) -> Terms:
+    total: Terms = {}
+    for factor, terms in parts:
+        for model, weight in terms.items():
+            total[model] = total.get(model, 0.0) + factor * weight
+    return total
+
+
+def slope(block: Layer) -> Terms:
+    """Milliseconds of one more block in a chain."""
+    centre = sum(CHAINS) / len(CHAINS)
+    spread = sum((k - centre) ** 2 for k in CHAINS)
+    return {(block,) * k: (k - centre) / spread for k in CHAINS}
+
+
+def _boundary(block: Layer) -> Terms:
+    """What one end of a session costs beside this block, without the empty call: half of the chain's intercept."""
+    mean: Terms = {(block,) * k: 1 / len(CHAINS) for k in CHAINS}
+    intercept = _combine((1.0, mean), (-sum(CHAINS) / len(CHAINS), slope(block)))
+    return _combine((0.5, intercept), (-0.5, {EMPTY: 1.0}))
+
+
+def terms_of(layer: Layer) -> Terms:
+    """Return the models whose times make a layer's row, each with its weight."""
+    spec, side = layer
+
+    def on_map(dim: int, at: int) -> Layer:
+        return Layer(MB4D(dim), at)
+
+    def on_tokens(dim: int) -> Layer:
+        return Layer(MB3D(dim), side)
+
+    match spec:
+        case Stem():
+            before, after = [], [on_map(spec.dim, -(-side // spec.stride))]
+        case Embedding():
+            before, after = [on_map(spec.dim_in, side)], [on_map(spec.dim, -(-side // spec.stride))]
+        case Flat():
+            before, after = [on_map(spec.dim, side)], [on_tokens(spec.dim)]
+        case Unflat():
+            before, after = [on_tokens(spec.dim)], [on_map(spec.dim, side)]
+        case Head():
+            before, after = [on_tokens(spec.dim) if spec.tokens else on_map(spec.dim, side)], []
+        case _:
+            return slope(layer)
+    context = before + after
+    paid = [(-1.0, slope(block)) for block in context] + [(-1.0, _boundary(block)) for block in context]
+    return _combine((1.0, {(*before, layer, *after): 1.0}), (-1.0, {EMPTY: 1.0}), *paid)
+
+
+class Samples:
+    """Every visit of a build, on disk as soon as it is made."""
+
+    HEADER = ("measured_at", "model", "raw_ms", "reference_ms")
+
+    def __init__(self, path: Path, since: str) -> None:
+        self.visits: dict[str, list[Visit]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]  # a kill may have cut the last line
+            if whole != data:
+                write_atomically(path, whole)
+            for line in csv.DictReader(whole.decode().splitlines()):
+                if line["measured_at"] >= since:
+                    visit = Visit(float(line["raw_ms"]), float(line["reference_ms"]))
+                    self.visits.setdefault(line["model"], []).append(visit)
+        fresh = not path.exists() or not path.stat().st_size
+        self._file = path.open("a", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        if fresh:
+            self._writer.writerow(self.HEADER)
+
+    def add(self, name: str, visit: Visit) -> None:
+        self.visits.setdefault(name, []).append(visit)
+        self._writer.writerow((_now(), name, f"{visit.raw_ms:.6g}", f"{visit.reference_ms:.6g}"))
+        self._file.flush()
+
+    def reference_ms(self) -> float:
+        """The reference's median over everything measured."""
+        return median(v.reference_ms for visits in self.visits.values() for v in visits)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Bench:
+    """Measures models on this CPU until their intervals are narrow enough."""
+
+    def __init__(self, samples: Samples, threads: int, seed: int) -> None:
+        self.samples = samples
+        self.threads = threads
+        self.rng = random.Random(seed)
+        self.reference = self._session(REFERENCE)[0]
+        self.stopwatch = Stopwatch(self.reference)
+
+    def _session(self, model: Model) -> tuple[OrtModel, int]:
+        data = onnx_bytes(*build_module(model))
+        return OrtModel(data, self.threads), len(data)
+
+    def measure(
+        self,
+        models: Iterable[Model],
+        goals: Sequence[tuple[Terms, float, float]],
+        what: str,
+        between: Callable[[], object] | None = None,
+    ) -> None:
+        """Visit the models until every goal is met or a model has had its 80 visits.
+
+        A goal is (terms, fraction, floor_ms): the half-width of the combination's 95 % interval is to be at most
+        max(fraction * value, floor_ms). Only the models that are live at once count; each model is live once.
+        """
+        queue = [m for m in dict.fromkeys(models) if len(self.samples.visits.get(name_of(m), ())) < MAX_VISITS]
+        with progress(what, len(queue)) as tick:
+            while queue:
+                live: dict[str, OrtModel] = {}
+                size = 0
+                batch = []
+                while queue and len(live) < BATCH_MODELS and size < BATCH_BYTES:
+                    batch.append(queue.pop(0))
+                    live[name_of(batch[-1])], more = self._session(batch[-1])
+                    size += more
+                visit_in_rounds(live, self.stopwatch, lambda b=batch: self._open(b, goals), self.samples.add, self.rng, between)  # type: ignore[misc]
+                tick(len(batch))
+
+    def _open(self, batch: Sequence[Model], goals: Sequence[tuple[Terms, float, float]]) -> set[str]:
+        reference_ms = self.samples.reference_ms() if self.samples.visits else 1.0
+        found: dict[str, Measurement] = {}
+        open_models = set()
+        for model in batch:
+            visits = self.samples.visits.get(name_of(model), [])
+            if len(visits) < MIN_VISITS:
+                open_models.add(name_of(model))
+            else:
+                found[name_of(model)] = summarise(visits, reference_ms)
+        here = {name_of(model) for model in batch}
+        for terms, fraction, floor_ms in goals:
+            named = {name_of(model): weight for model, weight in terms.items()}
+            mine = [name for name in named if name in here]
+            if not mine or any(name in open_models for name in mine):
+                continue
+            if any(name not in found and name not in self.samples.visits for name in named):
+                continue  # the rest of the row comes in a later batch
+            for name in named:
+                if name not in found:
+                    found[name] = summarise(self.samples.visits[name], reference_ms)
+            value = abs(sum(weight * found[name].ms for name, weight in named.items()))
+            half = math.hypot(*(named[name] * found[name].half_width_ms for name in mine))
+            if half > max(fraction * value, floor_ms):
+                worst = max(mine, key=lambda name: abs(named[name]) * found[name].half_width_ms)
+                open_models.update(
+                    name for name in mine
+                    if abs(named[name]) * found[name].half_width_ms >= 0.5 * abs(named[worst]) * found[worst].half_width_ms
+                )
+        return {name for name in open_models if len(self.samples.visits.get(name, ())) < MAX_VISITS}
+
+
+def build_cpu_table(
+    space: SearchSpace, folder: Path, *, only_missing: bool = False, threads: int = 1, seed: int = 0
+) -> LatencyTable:
+    """Measure the rows of a space on this CPU, calibrate, write the table to `folder` and return it.
+
+    Rows of other spaces that the table holds are kept. A killed build goes on where it was when it is called again.
+    """
+    torch.manual_seed(seed)
+    device = device_id()
+    path = folder / f"{device}.csv"
+    old = LatencyTable.load(path) if path.exists() else None
+    place = environment(threads)
+    if old is not None:
+        changed = [k for k in ("runtime_version", "threads", "precision", "export") if old.meta.get(k) != place[k]]
+        if changed and only_missing:
+            given = ", ".join(f"{k} {old.meta.get(k)}" for k in changed)
+            raise InputError(f"the table {path} was measured with {given}: build it anew without --missing")
+        if changed:
+            old = None
+    layers = measured_layers(space.layers())
+    if only_missing and old is not None:
+        layers = [layer for layer in layers if layer not in old.rows]
+        if not layers and any(c.space == space.name for c in old.calibrations):
+            say(f"{path} already has every row of {space.name}")
+            return old
+    started = _started(folder / f"{device}.building.json", space, place)
+    samples = Samples(folder / f"{device}.samples.csv", started)
+    try:
+        return _build(space, layers, old, samples, folder, device, place, threads, seed)
+    finally:
+        samples.close()
+
+
+def _build(
+    space: SearchSpace,
+    layers: list[Layer],
+    old: LatencyTable | None,
+    samples: Samples,
+    folder: Path,
+    device: str,
+    place: Mapping[str, Any],
+    threads: int,
+    seed: int,
+) -> LatencyTable:
+    rows_terms = {layer: terms_of(layer) for layer in layers}
+    models: list[Model] = [EMPTY]
+    for terms in rows_terms.values():
+        models.extend(terms)
+    models = sorted(dict.fromkeys(models), key=lambda m: len({layer for layer in m}) > 1)  # chains first
+    say(
+        f"measuring {len(layers)} rows of {device} for {space.name} from {len(models)} models, one thread, with ONNX "
+        f"Runtime {place['runtime_version']}; leave the machine alone meanwhile"
+    )
+    with pinned():
+        bench = Bench(samples, threads, seed)
+        smallest: Model = tuple(space.smallest.layers())
+        bench.measure([smallest], [({smallest: 1.0}, WHOLE_GOAL, 0.0)], "smallest network")
+        floor_ms = NETWORK_GOAL * summarise(samples.visits[name_of(smallest)], samples.reference_ms()).ms
+        goals = [(terms, ROW_GOAL, floor_ms) for terms in rows_terms.values()]
+        import os
+        buf=np.ones(int(float(os.environ.get("FLUSH_MB","4"))*2**18),dtype=np.float32) # EXPERIMENT
+        bench.measure(models, goals, "rows", buf.sum if len(buf) else None)
+
+        # One reference for all rows of a table: rows that were measured earlier stay as they are.
+        reference_ms = old.meta["reference_ms"] if old is not None else samples.reference_ms()
+        rows = dict(old.rows) if old is not None else {}
+        for layer, terms in rows_terms.items():
+            rows[layer] = _row(layer, terms, samples, reference_ms)
+        table = LatencyTable(device, rows, meta={**place, "reference": name_of(REFERENCE), "reference_ms": reference_ms})
+
+        networks = stratified(space, table, FIT_NETWORKS + CHECK_NETWORKS, random.Random(seed))
+        whole: list[Model] = [tuple(arch.layers()) for arch in networks]
+        bench.measure(whole, [({m: 1.0}, WHOLE_GOAL, 0.0) for m in whole], "whole networks")
+    sums = [table.sum_ms(arch) for arch in networks]
+    measured = [summarise(samples.visits[name_of(m)], reference_ms).ms for m in whole]
+    calibration = calibrate(space, sums, measured)
+    kept = [c for c in (old.calibrations if old is not None else ()) if c.space != space.name]
+    table = replace(table, calibrations=(*kept, calibration))
+    written = table.save(folder)
+    (folder / f"{device}.building.json").unlink(missing_ok=True)
+    say(
+        f"{written}: {len(rows)} rows; over {calibration.n_check} networks that took no part in the fit the prediction is "
+        f"off by {calibration.mean_error_percent:.1f} % on average, {calibration.max_error_percent:.1f} % at most"
+    )
+    return table
+
+
+def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> str:
+    """Return when the build that is to go on began; a marker left by a kill, of the same settings, says so."""
+    request = {"space": space.name, **{k: place[k] for k in ("runtime_version", "torch_version", "threads", "export")}}
+    if marker.exists():
+        try:
+            before = json.loads(marker.read_text())
+        except ValueError:
+            before = {}
+        if {k: before.get(k) for k in request} == request:
+            say(f"going on with the build that began at {before['started']}")
+            return str(before["started"])
+    started = _now()
+    write_atomically(marker, json.dumps({**request, "started": started}, indent=2) + "\n")
+    return started
+
+
+def _row(layer: Layer, terms: Terms, samples: Samples, reference_ms: float) -> Row:
+    found = {model: summarise(samples.visits[name_of(model)], reference_ms) for model in terms}
+    ms = sum(weight * found[model].ms for model, weight in terms.items())
+    half = math.hypot(*(weight * found[model].half_width_ms for model, weight in terms.items()))
+    alone = found.get((layer,))
+    method = "slope" if (layer,) * CHAINS[-1] in terms else "difference"
+    return Row(ms, ms - half, ms + half, method, alone.ms if alone else None)
+
+
+def stratified(space: SearchSpace, table: LatencyTable, count: int, rng: random.Random) -> list[ArchConfig]:
+    """Return `count` random networks of the space, one from each of as many equal bins of the sum of rows."""
+    pool = {a.without_identity(): table.sum_ms(a) for a in (space.sample(rng) for _ in range(40 * count))}
+    low, high = min(pool.values()), max(pool.values())
+    bins: dict[int, list[ArchConfig]] = {}
+    for arch, ms in pool.items():
+        bins.setdefault(min(count - 1, int((ms - low) / (high - low) * count)), []).append(arch)
+    chosen = [rng.choice(members) for members in bins.values()]
+    rest = [arch for arch in pool if arch not in chosen]
+    return chosen + rng.sample(rest, count - len(chosen))
+
+
+def calibrate(space: SearchSpace, sums: Sequence[float], measured: Sequence[float]) -> Calibration:
+    """Fit `measured = offset + scale * sum` to every network but each third or so, and tell the error on those.
+
+    The fit minimises relative errors. `sums` and `measured` are milliseconds, in any order.
+    """
+    order = np.argsort(sums)
+    x, y = np.asarray(sums)[order], np.asarray(measured)[order]
+    check = np.zeros(len(x), dtype=bool)
+    held_out = len(x) * CHECK_NETWORKS // (FIT_NETWORKS + CHECK_NETWORKS)
+    check[np.linspace(1, len(x) - 2, held_out).round().astype(int)] = True  # the ends belong to the fit
+    fx, fy = x[~check], y[~check]
+    (offset_ms, scale), *_ = np.linalg.lstsq(np.stack([1 / fy, fx / fy], axis=1), np.ones(len(fy)), rcond=None)
+    error = 100 * np.abs(offset_ms + scale * x[check] - y[check]) / y[check]
+    predicted = offset_ms + scale * x[check]
+    pairs = np.sign(np.subtract.outer(predicted, predicted)) * np.sign(np.subtract.outer(y[check], y[check]))
+    return Calibration(
+        space=space.name,
+        image_size=space.image_size,
+        strides=space.strides,
+        offset_ms=float(offset_ms),
+        scale=float(scale),
+        sum_low_ms=float(x[0]),
+        sum_high_ms=float(x[-1]),
+        n_fit=int((~check).sum()),
+        n_check=int(check.sum()),
+        mean_error_percent=float(error.mean()),
+        max_error_percent=float(error.max()),
+        within_5_percent=float(100 * (error <= 5).mean()),
+        kendall_tau=float(pairs.sum() / (len(pairs) * (len(pairs) - 1))),
+    )
+
+
+def measure_network(arch: ArchConfig, reference_ms: float | None, *, threads: int = 1, model: bytes | None = None) -> Measurement:
+    """Time a whole network on this CPU, normalised to the table's reference (to this run's without one)."""
+    raise NotImplementedError
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+__all__ = ["build_cpu_table", "find_tables"]

@@ -1,0 +1,60 @@
+"""Progress of long work: a bar with the time left on a terminal, plain lines otherwise. All of it on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+LINE_EVERY_S = 15.0
+
+Tick = Callable[[float], None]
+
+
+def say(message: str) -> None:
+    """Print one line for people on stderr; stdout is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as people say it: `45 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@contextmanager
+def progress(what: str, total: float, done: float = 0.0) -> Iterator[Tick]:
+    """Show how far `what` is; yields a function that takes how much has been done since its last call.
+
+    `done` is what an earlier run had done already; it does not count for the time left.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=total, completed=done)
+            yield lambda amount: bar.advance(task, amount)
+        return
+
+    start = time.monotonic()
+    state = {"now": done, "said": start}
+
+    def tick(amount: float) -> None:
+        state["now"] += amount
+        now = time.monotonic()
+        finished = state["now"] >= total
+        if state["now"] > done and (now - state["said"] >= LINE_EVERY_S) and not finished:
+            state["said"] = now
+            left = (now - start) / (state["now"] - done) * (total - state["now"])
+            say(f"{what}: {100 * state['now'] / total:.0f} %, {duration(left)} left")
+
+    yield tick
+    if state["now"] > done:
+        say(f"{what}: done in {duration(time.monotonic() - start)}")

@@ -1,0 +1,323 @@
+"""A latency table: milliseconds of every layer on one device, with their origin, spread and error. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pandas as pd
+import platformdirs
+
+from supernet.arch import SPECS, ArchConfig, Head, Layer, Spec
+from supernet.errors import InputError, unknown
+from supernet.files import write_atomically
+
+SCHEMA = 1
+METHODS = ("slope", "difference", "fitted")
+FEW_CLASSES, MANY_CLASSES = 10, 1000  # heads are measured at these; a head's ms is linear in its classes
+
+
+@dataclass(frozen=True)
+class Target:
+    """A latency in milliseconds that a network must not exceed."""
+
+    ms: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ms, bool) or not isinstance(self.ms, int | float) or not 0 < self.ms < math.inf:
+            raise InputError(f"the target must be a positive number of milliseconds, such as 1.6, but is {self.ms}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds of one layer, normalised, with a 95 % interval and the method that gave them.
+
+    `isolated_ms` is the time of the layer alone in a session, where it was measured: what a naive table would hold.
+    """
+
+    ms: float
+    low_ms: float
+    high_ms: float
+    method: str
+    isolated_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """From the sum of a network's rows to its milliseconds: `offset_ms + scale * sum`, fitted on random networks of a space.
+
+    The errors are those of predictions of *other* random networks of the space, in percent of the measurement.
+    """
+
+    space: str
+    image_size: int
+    strides: tuple[int, ...]
+    offset_ms: float
+    scale: float
+    sum_low_ms: float
+    sum_high_ms: float
+    n_fit: int
+    n_check: int
+    mean_error_percent: float
+    max_error_percent: float
+    within_5_percent: float
+    kendall_tau: float
+
+    def predict_ms(self, sum_ms: float) -> float:
+        return self.offset_ms + self.scale * sum_ms
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """The rows of one device. Nothing is ever guessed: a layer without a row is an error.
+
+    `meta` says where the numbers come from: hardware, software, settings, reference, dates.
+    """
+
+    device: str
+    rows: Mapping[Layer, Row]
+    calibrations: tuple[Calibration, ...] = ()
+    provenance: str = "measured"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def layer_ms(self, layer: Layer) -> float:
+        """Return the milliseconds of a layer. A head's classes are interpolated between 10 and 1000.
+
+        Raises:
+            InputError: the table has no row for it.
+        """
+        row = self.rows.get(layer)
+        if row is not None:
+            return row.ms
+        if isinstance(layer.spec, Head):
+            few, many = (self.rows.get(end) for end in head_ends(layer))
+            if few is not None and many is not None and layer.spec.num_classes <= MANY_CLASSES:
+                per_class = (many.ms - few.ms) / (MANY_CLASSES - FEW_CLASSES)
+                return few.ms + (layer.spec.num_classes - FEW_CLASSES) * per_class
+        raise InputError(self._missing_message([layer]))
+
+    def sum_ms(self, arch: ArchConfig) -> float:
+        """Return the sum of the rows of a network's layers."""
+        return sum(self.layer_ms(layer) for layer in arch.layers())
+
+    def predict_ms(self, arch: ArchConfig) -> float:
+        """Return the milliseconds of one call of the network on this device.
+
+        The sum of its rows goes through the calibration of a space with the network's image size and strides; where
+        several have them, the one whose networks were nearest in latency. A table without any calibration sums.
+
+        Raises:
+            InputError: rows are missing, or no calibration has the network's image size and strides.
+        """
+        return self.predictor(arch)(arch)
+
+    def predictor(self, arch: ArchConfig) -> Any:
+        """Return `predict_ms` for networks of this one's image size and strides, its calibration already chosen."""
+        if not self.calibrations:
+            return self.sum_ms
+        matching = [c for c in self.calibrations if (c.image_size, c.strides) == (arch.image_size, arch.strides)]
+        if not matching:
+            known = ", ".join(f"{c.space} ({c.image_size} px)" for c in self.calibrations)
+            raise InputError(
+                f"the table of {self.device} is not calibrated for {arch.image_size} px with strides {arch.strides}, "
+                f"only for {known}: measure it with `nas-build-lut --device {self.device} --space SPACE`"
+            )
+
+        def predict_ms(network: ArchConfig) -> float:
+            sum_ms = self.sum_ms(network)
+            distance = [max(c.sum_low_ms - sum_ms, sum_ms - c.sum_high_ms, 0.0) for c in matching]
+            return matching[distance.index(min(distance))].predict_ms(sum_ms)
+
+        return predict_ms
+
+    def missing(self, layers: Iterable[Layer]) -> list[Layer]:
+        """Return those of the layers that have no row."""
+        found = []
+        for layer in layers:
+            try:
+                self.layer_ms(layer)
+            except InputError:
+                found.append(layer)
+        return found
+
+    def require(self, layers: Iterable[Layer], command: str = "") -> None:
+        """Refuse the table if one of the layers has no row."""
+        missing = self.missing(layers)
+        if missing:
+            raise InputError(self._missing_message(missing, command))
+
+    def _missing_message(self, missing: list[Layer], command: str = "") -> str:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        command = command or f"nas-build-lut --device {self.device} --missing --space SPACE"
+        return f"the table of {self.device} has no row for {missing[0]}{others}: measure with `{command}`"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `<device>.csv` and, last, `<device>.meta.json`, which holds the CSV's hash; return the CSV's path."""
+        csv = _to_csv(self.rows)
+        path = Path(folder) / f"{self.device}.csv"
+        sidecar = {
+            "schema": SCHEMA,
+            "device": self.device,
+            "provenance": self.provenance,
+            "csv_sha256": hashlib.sha256(csv.encode()).hexdigest(),
+            "calibrations": [asdict(c) for c in self.calibrations],
+            **self.meta,
+        }
+        write_atomically(path, csv)
+        write_atomically(path.with_suffix(".meta.json"), json.dumps(sidecar, indent=2) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, id_or_path: str | Path) -> LatencyTable:
+        """Read a table by its device's id (see `find_table`) or from a CSV file with its sidecar beside it.
+
+        Raises:
+            InputError: there is none, or the file is truncated, of another schema, or holds something not allowed.
+        """
+        text = str(id_or_path)
+        path = Path(text) if text.endswith(".csv") or "/" in text else find_table(text)
+        return _load(path)
+
+
+def head_ends(layer: Layer) -> tuple[Layer, Layer]:
+    """Return the two heads that a head's latency is interpolated between."""
+    assert isinstance(layer.spec, Head)
+    few, many = (replace(layer.spec, num_classes=n) for n in (FEW_CLASSES, MANY_CLASSES))
+    return Layer(few, layer.resolution), Layer(many, layer.resolution)
+
+
+def measured_layers(layers: Iterable[Layer]) -> list[Layer]:
+    """Return the layers that need a row so that all of `layers` have a latency: heads at 10 and 1000 classes."""
+    found: dict[Layer, None] = {}
+    for layer in layers:
+        if isinstance(layer.spec, Head):
+            found.update(dict.fromkeys(head_ends(layer)))
+            if layer.spec.num_classes > MANY_CLASSES:
+                found[layer] = None
+        else:
+            found[layer] = None
+    return list(found)
+
+
+def user_folder() -> Path:
+    """The folder of the tables that this user measured or imported."""
+    return Path(platformdirs.user_data_dir("metapath-nas", appauthor=False)) / "latency_tables"
+
+
+def table_folders() -> list[Path]:
+    """Where tables are looked for, in order: the working folder, the user's data folder, the tables that ship."""
+    return [Path("latency_tables"), user_folder(), Path(__file__).parents[1] / "latency_tables"]
+
+
+def find_tables() -> dict[str, Path]:
+    """Return every table that can be found, by device id; the first folder that has an id wins."""
+    found: dict[str, Path] = {}
+    for folder in table_folders():
+        for sidecar in sorted(folder.glob("*.meta.json")):
+            device = sidecar.name.removesuffix(".meta.json")
+            found.setdefault(device, folder / f"{device}.csv")
+    return found
+
+
+def find_table(device: str) -> Path:
+    """Return the table of a device id."""
+    found = find_tables()
+    if device not in found:
+        if not found:
+            raise InputError(f"no latency table of {device!r} here: measure one with `nas-build-lut --device cpu`")
+        raise unknown("latency table", device, found)
+    return found[device]
+
+
+_SPEC_FIELDS = list(dict.fromkeys(f.name for spec in SPECS.values() for f in fields(spec)))
+_COLUMNS = ["kind", "resolution", *_SPEC_FIELDS, *(f.name for f in fields(Row))]
+
+
+def _to_csv(rows: Mapping[Layer, Row]) -> str:
+    lines = []
+    for (spec, resolution), row in rows.items():
+        line: dict[str, object] = {"kind": spec.kind, "resolution": resolution}
+        for knob in fields(spec):
+            value = getattr(spec, knob.name)
+            line[knob.name] = "" if knob.default is not MISSING and value == knob.default else value
+        line.update({f.name: getattr(row, f.name) for f in fields(Row)})
+        lines.append({name: _cell(line.get(name)) for name in _COLUMNS})
+    file = io.StringIO()
+    frame = pd.DataFrame(lines, columns=_COLUMNS)
+    frame = frame.sort_values(["kind", "resolution", "dim"], key=_as_number, kind="stable")
+    frame.to_csv(file, index=False, lineterminator="\n")
+    return file.getvalue()
+
+
+def _as_number(column: pd.Series) -> pd.Series:
+    numbers = pd.to_numeric(column, errors="coerce")
+    return column if numbers.isna().any() else numbers
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _load(path: Path) -> LatencyTable:
+    sidecar_path = path.with_suffix(".meta.json")
+    for file in (path, sidecar_path):
+        if not file.is_file():
+            raise InputError(f"the latency table {path} needs {file}, which is not there: copy both files or build it anew")
+    try:
+        sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{sidecar_path} is not whole JSON: build the table anew with nas-build-lut") from error
+    if not isinstance(sidecar, dict) or sidecar.get("schema") != SCHEMA:
+        given = sidecar.get("schema") if isinstance(sidecar, dict) else None
+        raise InputError(f"{sidecar_path} has schema {given!r}, this version reads {SCHEMA}: build the table anew")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sidecar.get("csv_sha256"):
+        raise InputError(
+            f"{path} is not the file that its sidecar describes (truncated or edited): build it anew with nas-build-lut"
+        )
+    try:
+        frame = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
+        unknown_columns = sorted(set(frame.columns) - set(_COLUMNS))
+        if unknown_columns:
+            raise ValueError(f"unknown columns {unknown_columns}")
+        rows = {_parse_layer(line): _parse_row(line) for line in frame.to_dict("records")}
+        device = sidecar.pop("device")
+        calibrations = tuple(
+            Calibration(**{**c, "strides": tuple(c["strides"])}) for c in sidecar.pop("calibrations")
+        )
+        provenance = sidecar.pop("provenance")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a latency table ({error}): build it anew with nas-build-lut") from error
+    for name in ("schema", "csv_sha256"):
+        sidecar.pop(name)
+    return LatencyTable(device, rows, calibrations, provenance, sidecar)
+
+
+def _parse_layer(line: Mapping[str, str]) -> Layer:
+    spec_type = SPECS[line["kind"]]
+    types = get_type_hints(spec_type)
+    knobs: dict[str, Any] = {}
+    for knob in fields(spec_type):
+        text = line.get(knob.name, "")
+        if text:
+            knobs[knob.name] = text == "True" if types[knob.name] is bool else types[knob.name](text)
+    spec: Spec = spec_type(**knobs)
+    return Layer(spec, int(line["resolution"]))
+
+
+def _parse_row(line: Mapping[str, str]) -> Row:
+    ms, low_ms, high_ms = (float(line[name]) for name in ("ms", "low_ms", "high_ms"))
+    if not (math.isfinite(ms) and low_ms <= ms <= high_ms):
+        raise ValueError(f"{ms} ms is not within its interval from {low_ms} to {high_ms}")
+    if line["method"] not in METHODS:
+        raise ValueError(f"method {line['method']!r} is none of {', '.join(METHODS)}")
+    isolated = line.get("isolated_ms", "")
+    return Row(ms, low_ms, high_ms, line["method"], float(isolated) if isolated else None)

@@ -1,0 +1,25 @@
+"""The modules that realise the specs: one family a file, one literal table."""
+
+from typing import Any
+
+from torch import nn
+
+from supernet import arch
+from supernet.blocks import efficientformer, layers
+
+MODULES: dict[type[arch.Spec], Any] = {
+    arch.MB4D: efficientformer.MB4DModule,
+    arch.MB3D: efficientformer.MB3DModule,
+    arch.Identity: layers.IdentityModule,
+    arch.Stem: layers.StemModule,
+    arch.Embedding: layers.EmbeddingModule,
+    arch.Flat: layers.FlatModule,
+    arch.Unflat: layers.UnflatModule,
+    arch.Head: layers.HeadModule,
+}
+
+
+def build_layer(layer: arch.Layer) -> nn.Module:
+    """Return the module of one layer, for inputs of the layer's resolution."""
+    module: nn.Module = MODULES[type(layer.spec)](layer.spec, layer.resolution)
+    return module

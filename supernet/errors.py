@@ -1,0 +1,19 @@
+"""The one exception for input that cannot be used."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """The user's input cannot be used: what was given, what is allowed, what to do, in one line.
+
+    The commands print its message on stderr and end with exit code 2.
+    """
+
+
+def unknown(what: str, given: object, allowed: Iterable[str]) -> InputError:
+    """Return an InputError that names the allowed values nearest to `given`."""
+    options = sorted(allowed)
+    near = difflib.get_close_matches(str(given).lower(), options, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return InputError(f"unknown {what} {given!r}: {hint}allowed: {', '.join(options)}")

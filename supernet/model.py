@@ -1,0 +1,41 @@
+"""From an ArchConfig to a torch module, and what it counts."""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from supernet.arch import ArchConfig
+from supernet.blocks import build_layer
+
+
+class Complexity(NamedTuple):
+    """Parameters, and multiply-accumulates of one image."""
+
+    params: int
+    macs: int
+
+
+def build_model(arch: ArchConfig) -> nn.Sequential:
+    """Return the network: (N, 3, S, S) float to (N, num_classes) logits, S = arch.image_size.
+
+    Its modules are the architecture's layers, in their order and under their names (`stem`, `stage1_block1`, ...,
+    `head`). Batch norm and layer scale have the published initial values; weights are random.
+    """
+    return nn.Sequential(OrderedDict((name, build_layer(layer)) for name, layer in arch.named_layers()))
+
+
+def count(arch: ArchConfig) -> Complexity:
+    """Return the exact parameters and MACs of a network, without computing it.
+
+    MACs are those of convolutions, linear layers and the two products of attention, for one image; pooling, norms and
+    activations are not counted.
+    """
+    with torch.device("meta"):
+        model = build_model(arch).eval()
+        image = torch.empty(1, 3, arch.image_size, arch.image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)

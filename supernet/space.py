@@ -1,0 +1,297 @@
+"""Which networks a search may choose from: SearchSpace and the named spaces. No torch."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from supernet.arch import (
+    ArchConfig,
+    Block,
+    Identity,
+    Layer,
+    Stage,
+    block_entry,
+    block_from_entry,
+    check_width,
+    checked_list,
+    placed,
+    stage_resolutions,
+)
+from supernet.errors import InputError, unknown
+from supernet.files import checked_fields, read_yaml, write_atomically
+
+_FOLDER = Path(__file__).parent / "spaces"
+MIN_MAP = 4  # below 4x4 a pool mixer is zero and a softmax is over one token: nothing can be chosen
+
+
+@dataclass(frozen=True)
+class StageSpace:
+    """The choices of one stage: its widths, ascending, and for each of its `depth` slots the same candidates.
+
+    The candidates are held at the largest width. They differ in kind; `identity` is among them.
+    """
+
+    widths: tuple[int, ...]
+    stride: int
+    depth: int
+    candidates: tuple[Block, ...]
+
+    def __post_init__(self) -> None:
+        if not self.widths:
+            raise InputError("a stage must have at least one width")
+        for width in self.widths:
+            check_width(width)
+        if list(self.widths) != sorted(set(self.widths)):
+            raise InputError(f"widths must ascend without repeats, but are {list(self.widths)}")
+        if type(self.depth) is not int or self.depth < 1:
+            raise InputError(f"depth must be a whole number of at least 1, but is {self.depth!r}")
+        kinds = [candidate.kind for candidate in self.candidates]
+        if len(set(kinds)) != len(kinds) or "identity" not in kinds or len(kinds) < 2:
+            raise InputError(f"candidates must be identity and at least one other kind, each once, but are {kinds}")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(candidate.kind for candidate in self.candidates)
+
+    def candidate(self, kind: str, width: int) -> Block:
+        """Return the candidate of this kind at this width."""
+        return replace(self.candidates[self.kinds.index(kind)], dim=width)
+
+    def stage(self, width: int, kinds: Sequence[str]) -> Stage:
+        """Return the stage with these kinds in its slots, its token blocks moved behind its other blocks."""
+        return Stage(width, self.stride, tuple(self.candidate(kind, width) for kind in self._tokens_last(kinds)))
+
+    def _tokens_last(self, kinds: Sequence[str]) -> list[str]:
+        is_token = {candidate.kind: candidate.tokens for candidate in self.candidates}
+        filled = iter(sorted((k for k in kinds if k != "identity"), key=lambda kind: is_token[kind]))
+        return [kind if kind == "identity" else next(filled) for kind in kinds]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All networks with one of these widths and one of these candidates per slot, for each stage."""
+
+    name: str
+    image_size: int
+    num_classes: int
+    stages: tuple[StageSpace, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise InputError(f"space {self.name!r} has no stages")
+        _ = self.largest  # an ArchConfig checks image size, classes and strides
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(stage.stride for stage in self.stages)
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """The side of each stage's map in pixels."""
+        return stage_resolutions(self.image_size, self.strides)
+
+    @property
+    def slots(self) -> list[tuple[int, int]]:
+        """(stage, slot) of every slot, both counted from 0, in the order of a path."""
+        return [(i, j) for i, stage in enumerate(self.stages) for j in range(stage.depth)]
+
+    def at(self, image_size: int) -> SearchSpace:
+        """Return the same space for square images of `image_size` pixels."""
+        return replace(self, image_size=image_size)
+
+    def with_classes(self, num_classes: int) -> SearchSpace:
+        """Return the same space with another number of classes."""
+        return replace(self, num_classes=num_classes)
+
+    def check_searchable(self) -> None:
+        """Refuse an image size at which the last stage's map is under 4x4."""
+        last = self.resolutions[-1]
+        if last < MIN_MAP:
+            raise InputError(
+                f"space {self.name} at {self.image_size} px has a last map of {last}x{last}, "
+                f"on which blocks cannot be told apart: it takes images of at least {self.smallest_image_size()} px"
+            )
+
+    def smallest_image_size(self) -> int:
+        """The least image size in pixels at which the last stage's map is 4x4."""
+        return next(s for s in itertools.count(1) if stage_resolutions(s, self.strides)[-1] >= MIN_MAP)
+
+    def arch(self, widths: Sequence[int], kinds: Sequence[Sequence[str]], name: str | None = None) -> ArchConfig:
+        """Return the network with these widths and, stage by stage, these kinds in its slots."""
+        stages = tuple(s.stage(w, k) for s, w, k in zip(self.stages, widths, kinds, strict=True))
+        return ArchConfig(name or self.name, self.image_size, self.num_classes, stages)
+
+    @property
+    def largest(self) -> ArchConfig:
+        """Every stage at its largest width, every slot at its first candidate that is not identity."""
+        kinds = [[next(k for k in s.kinds if k != "identity")] * s.depth for s in self.stages]
+        return self.arch([s.widths[-1] for s in self.stages], kinds, f"{self.name}-largest")
+
+    @property
+    def smallest(self) -> ArchConfig:
+        """Every stage at its smallest width, every slot empty."""
+        kinds = [["identity"] * s.depth for s in self.stages]
+        return self.arch([s.widths[0] for s in self.stages], kinds, f"{self.name}-smallest")
+
+    def sample(self, rng: random.Random) -> ArchConfig:
+        """Return a random network: each width uniform, then each slot uniform over its candidates."""
+        widths = [rng.choice(s.widths) for s in self.stages]
+        kinds = [[rng.choice(s.kinds) for _ in range(s.depth)] for s in self.stages]
+        return self.arch(widths, kinds)
+
+    def fit(self, arch: ArchConfig) -> ArchConfig:
+        """Return `arch` as a member of this space, its stages padded with empty slots.
+
+        Image size and number of classes may differ from the space's and are kept.
+
+        Raises:
+            InputError: a stage, width, depth or block of `arch` is not in the space.
+        """
+        if arch.strides != self.strides:
+            raise InputError(f"{arch.name} has strides {arch.strides}, space {self.name} has {self.strides}")
+        stages = []
+        for number, (stage, choices) in enumerate(zip(arch.stages, self.stages, strict=True), 1):
+            if stage.width not in choices.widths:
+                raise InputError(f"stage {number} of {arch.name} has width {stage.width}, not one of {choices.widths}")
+            allowed = {replace(candidate, dim=stage.width) for candidate in choices.candidates}
+            for block in stage.blocks:
+                if block not in allowed:
+                    raise InputError(f"stage {number} of {arch.name} has {block}, not a candidate of {self.name}")
+            blocks = stage.blocks
+            if len(blocks) > choices.depth:
+                blocks = tuple(b for b in blocks if not isinstance(b, Identity))
+            if len(blocks) > choices.depth:
+                raise InputError(f"stage {number} of {arch.name} has {len(blocks)} blocks, not {choices.depth} at most")
+            padding = (Identity(stage.width),) * (choices.depth - len(blocks))
+            stages.append(replace(stage, blocks=blocks + padding))
+        return replace(arch, stages=tuple(stages))
+
+    def __contains__(self, arch: ArchConfig) -> bool:
+        try:
+            self.fit(arch)
+        except InputError:
+            return False
+        return True
+
+    def path(self, arch: ArchConfig) -> tuple[int, ...]:
+        """Return, for every slot, the index of the candidate that `arch` has there."""
+        member = self.fit(arch)
+        return tuple(
+            choices.kinds.index(block.kind)
+            for stage, choices in zip(member.stages, self.stages, strict=True)
+            for block in stage.blocks
+        )
+
+    def layers(self) -> list[Layer]:
+        """Return every layer that some member has, each once: the rows that a latency table of the space holds."""
+        found: dict[Layer, None] = {}
+        for arch in self._covering():
+            found.update(dict.fromkeys(arch.layers()))
+        return list(found)
+
+    def _covering(self) -> list[ArchConfig]:
+        """Members that have every layer of the space between them: all pairs of adjacent widths, all candidates."""
+        members = []
+        for at, stage in enumerate(self.stages):
+            before = self.stages[at - 1] if at else stage
+            for width_in, width in itertools.product(before.widths, stage.widths):
+                if not at and width_in != width:
+                    continue
+                widths = [s.widths[-1] for s in self.stages]
+                widths[at - 1 if at else at] = width_in
+                widths[at] = width
+                for kind in stage.kinds:
+                    kinds = [["identity"] * s.depth for s in self.stages]
+                    kinds[at] = [kind] * stage.depth
+                    members.append(self.arch(widths, kinds))
+        return members
+
+    def to_yaml(self) -> str:
+        document = {
+            "name": self.name,
+            "image_size": self.image_size,
+            "num_classes": self.num_classes,
+            "stages": [
+                {
+                    "stride": s.stride,
+                    "widths": list(s.widths),
+                    "depth": s.depth,
+                    "candidates": [block_entry(candidate) for candidate in s.candidates],
+                }
+                for s in self.stages
+            ],
+        }
+        return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=120)
+
+    def save(self, path: str | Path) -> None:
+        """Write the space as YAML; the file is whole or absent."""
+        write_atomically(path, self.to_yaml())
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> SearchSpace:
+        """Return a named space, or read one from a YAML file.
+
+        Raises:
+            InputError: no such space or file, or a field is unknown, missing, of another type, or not allowed.
+        """
+        text = str(name_or_path)
+        if text in space_names():
+            path = _FOLDER / f"{text}.yaml"
+        elif text.endswith((".yaml", ".yml")) or "/" in text:
+            path = Path(text)
+        else:
+            raise unknown("space", text, [*space_names(), "a YAML file"])
+        return cls.from_dict(read_yaml(path, "the space file"), f"the space file {path}")
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any], where: str) -> SearchSpace:
+        given = checked_fields(cls, document, where)
+        with placed(where):
+            stages = []
+            for number, entry in enumerate(checked_list(given["stages"], "stages"), 1):
+                with placed(f"stage {number}"):
+                    stage = checked_fields(StageSpace, entry, f"stage {number}")
+                    stage["widths"] = _widths(stage["widths"])
+                    candidates = checked_list(stage["candidates"], "candidates")
+                    stage["candidates"] = tuple(block_from_entry(c, stage["widths"][-1]) for c in candidates)
+                    stages.append(StageSpace(**stage))
+            given["stages"] = tuple(stages)
+            return cls(**given)
+
+    @classmethod
+    def around(cls, arch: ArchConfig) -> SearchSpace:
+        """Return the space of `arch` and what is left of it when any of its blocks are removed."""
+        stages = []
+        for stage in arch.without_identity().stages:
+            candidates = dict.fromkeys((*stage.blocks, Identity(stage.width)))
+            if len(candidates) > 1:
+                stages.append(StageSpace((stage.width,), stage.stride, len(stage.blocks), tuple(candidates)))
+            else:
+                raise InputError(f"{arch.name} has a stage without blocks: give the space that it comes from instead")
+        return cls(arch.name, arch.image_size, arch.num_classes, tuple(stages))
+
+
+def space_names() -> list[str]:
+    """The spaces that ship."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def _widths(given: object) -> tuple[int, ...]:
+    """A list of widths, or `{min, max, step}`."""
+    if isinstance(given, dict):
+        if set(given) != {"min", "max", "step"} or not all(type(v) is int and v > 0 for v in given.values()):
+            raise InputError(f"widths must be a list or whole numbers min, max and step, but is {given!r}")
+        if given["min"] > given["max"]:
+            raise InputError(f"widths: min must be at most max, but is {given!r}")
+        given = list(range(given["min"], given["max"] + 1, given["step"]))
+    widths = checked_list(given, "widths")
+    for width in widths:
+        check_width(width)
+    return tuple(widths)

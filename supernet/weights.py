@@ -1,0 +1,164 @@
+"""Published weights into our networks."""
+
+import re
+from collections.abc import Iterator, Mapping
+from math import isqrt
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from supernet.arch import ArchConfig
+from supernet.errors import InputError
+from supernet.metapath import Supernet
+from supernet.model import build_model
+
+_REMEDY = "give timm.create_model(name).state_dict() of the same EfficientFormer V1 (timm 1.0.31)"
+_CLASSIFIERS = ("head.", "head_dist.")
+
+
+def load_timm_weights(model: nn.Module, timm_state_dict: Mapping[str, Tensor]) -> None:
+    """Load a timm 1.0.31 EfficientFormer V1 state dict into a network of `build_model`, whatever its image size.
+
+    timm averages the logits of two classifiers; here their weights are averaged, which comes to the same. A table of
+    attention biases for a map of another size is resized. With another number of classes than the state dict's, the
+    network's classifier (the last linear layer) keeps the fresh weights that it has. timm's `attention_bias_idxs`
+    buffers are ignored, as they follow from the map's size. Values are cast to the network's own dtype and device.
+
+    Raises:
+        InputError: the model is not one of `build_model`; or the state dict lacks a tensor, or has one too many or one
+            of another shape. The model is then as it was.
+    """
+    given = {name: tensor for name, tensor in timm_state_dict.items() if not name.endswith(".attention_bias_idxs")}
+    own = model.state_dict()
+    sources = dict(_sources(model))
+    _check_names(given, {name for names in sources.values() for name in names})
+    classes = given["head.bias"].numel()
+    misfits = []
+    for key, names in sources.items():
+        for name in names:
+            allowed = _allowed(name, given[name], own[key], classes)
+            if given[name].shape != allowed:
+                misfits.append(f"{name} of shape {tuple(given[name].shape)}, not {tuple(allowed)}")
+    if misfits:
+        raise InputError(f"the state dict does not fit the network: it has {_first(misfits)}: {_REMEDY}")
+    model.load_state_dict({key: _converted([given[n] for n in names], own[key]) for key, names in sources.items()})
+
+
+def resize_attention_biases(table: Tensor, side: int) -> Tensor:
+    """Return the bias table for a map of `side` x `side` positions: (heads, R * R) to (heads, side * side).
+
+    The table is a grid over the absolute offsets (|dy|, |dx|). It is resized bilinearly with its corners aligned, so
+    that offset 0 keeps its bias and the largest offset has the largest one's. Where R = side, the table is returned.
+
+    Raises:
+        InputError: the table is not (heads, R * R).
+    """
+    if not _is_bias_table(table):
+        raise InputError(
+            f"attention biases must have shape (heads, R * R) for an R x R map, but have {tuple(table.shape)}"
+        )
+    old = isqrt(table.shape[1])
+    if old == side:
+        return table
+    grid = table.reshape(1, -1, old, old)  # (1, heads, R, R)
+    return F.interpolate(grid, (side, side), mode="bilinear", align_corners=True)[0].flatten(1)
+
+
+def _is_bias_table(table: Tensor) -> bool:
+    return table.ndim == 2 and table.shape[1] > 0 and isqrt(table.shape[1]) ** 2 == table.shape[1]
+
+
+def _sources(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """Yield every key of our state dict with its names in timm's: two for the classifier, else one."""
+    blocks: dict[int, int] = {}  # how many of timm's blocks stand before this one in each stage
+    for layer, module in model.named_children():
+        part = re.fullmatch(r"stage(\d+)_(embedding|flat|unflat|block\d+)", layer)
+        if part is None and layer not in ("stem", "head"):
+            raise _not_ours(model, f"has a module {layer!r}")
+        prefix = "stem." if layer == "stem" else ""
+        if part:
+            stage = int(part[1]) - 1
+            prefix = f"stages.{stage}.downsample."
+            if part[2] != "embedding":
+                # Flat has no weights but an index, in timm as in the authors' code.
+                prefix = f"stages.{stage}.blocks.{blocks.setdefault(stage, 0)}."
+                blocks[stage] += 1
+        for key in module.state_dict():
+            classifier = layer == "head" and key.startswith("fc.")
+            names = [head + key.removeprefix("fc.") for head in _CLASSIFIERS] if classifier else [prefix + key]
+            yield f"{layer}.{key}", names
+    if not blocks:
+        raise _not_ours(model, "has no stages")
+
+
+def _not_ours(model: nn.Module, why: str) -> InputError:
+    return InputError(f"timm weights go into a network of build_model(arch), but this {type(model).__name__} {why}")
+
+
+def _check_names(given: Mapping[str, object], expected: set[str]) -> None:
+    """Refuse a state dict that has not exactly the expected names, or holds something else than tensors."""
+    no_tensors = [f"{name} ({type(value).__name__})" for name, value in given.items() if not isinstance(value, Tensor)]
+    missing, unexpected = sorted(expected - given.keys()), sorted(given.keys() - expected)
+    if no_tensors or len(missing) == len(expected):
+        found = _first(no_tensors or unexpected)
+        raise InputError(f"this is not the state dict of a timm EfficientFormer V1: it has {found}: {_REMEDY}")
+    faults = [f"lacks {_first(missing)}"] if missing else []
+    faults += [f"has an unexpected {_first(unexpected)}"] if unexpected else []
+    if faults:
+        raise InputError(f"the state dict does not fit the network: it {' and '.join(faults)}: {_REMEDY}")
+
+
+def _allowed(name: str, tensor: Tensor, own: Tensor, classes: int) -> tuple[int, ...]:
+    """The shape that a timm tensor must have to become `own`."""
+    if name.startswith(_CLASSIFIERS):
+        return (classes, *own.shape[1:])
+    if name.endswith(".attention_biases") and _is_bias_table(tensor):
+        return (own.shape[0], tensor.shape[1])
+    return tuple(own.shape)
+
+
+def _converted(tensors: list[Tensor], own: Tensor) -> Tensor:
+    tensors = [tensor.to(own) for tensor in tensors]
+    if len(tensors) == 2:  # the classifiers, possibly for another number of classes
+        return (tensors[0] + tensors[1]) / 2 if tensors[0].shape == own.shape else own
+    if tensors[0].shape != own.shape:
+        return resize_attention_biases(tensors[0], isqrt(own.shape[1]))
+    return tensors[0]
+
+
+def _first(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else "nothing"
+
+
+def subnetwork(supernet: Supernet, arch: ArchConfig) -> nn.Sequential:
+    """Return the network `arch`, a member of the supernet's space, with weights inherited from the supernet.
+
+    A narrowed stage keeps its first channels: every tensor is the leading slice of the supernet's. Batch-norm
+    statistics are sliced too and do not fit a narrowed network until they are recomputed. `arch` has the supernet's
+    image size.
+    """
+    space = supernet.space
+    path = dict(zip(space.slots, space.path(arch), strict=True))
+    model = build_model(space.fit(arch))
+    for name, module in model.named_children():
+        module.load_state_dict(_leading(_source(supernet, name, path).state_dict(), module.state_dict()))
+    return model
+
+
+def _source(supernet: Supernet, name: str, path: dict[tuple[int, int], int]) -> nn.Module:
+    """Return the supernet's module for the layer of this name."""
+    if name in ("stem", "head"):
+        return supernet.get_submodule(name)
+    stage, _, part = name.removeprefix("stage").partition("_")
+    at = int(stage) - 1
+    if part == "embedding":
+        return supernet.embeddings[at - 1]
+    if part in ("flat", "unflat"):
+        return nn.Identity()
+    slot = int(part.removeprefix("block")) - 1
+    return supernet.get_submodule(f"stages.{at}.{slot}.candidates.{path[at, slot]}")
+
+
+def _leading(source: Mapping[str, Tensor], shaped: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: source[name][tuple(slice(n) for n in like.shape)] for name, like in shaped.items()}

@@ -1,0 +1,24 @@
+"""Published networks as ArchConfigs, one YAML file each. No torch."""
+
+from pathlib import Path
+
+from supernet.arch import ArchConfig
+from supernet.errors import unknown
+
+_FOLDER = Path(__file__).parent
+
+
+def zoo_names() -> list[str]:
+    """Return the names of the published networks that ship."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def zoo(name: str) -> ArchConfig:
+    """Return a published network.
+
+    Raises:
+        InputError: no network of this name ships; the message gives the nearest names.
+    """
+    if name not in zoo_names():
+        raise unknown("network", name, zoo_names())
+    return ArchConfig.load(_FOLDER / f"{name}.yaml")

@@ -1,0 +1,327 @@
+"""Image folders and digits: what is accepted, how it is divided, and what becomes of a pixel."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nas import data
+from nas.data import Images, augment, epoch_batches, load_images, natural_size, normalise
+from supernet.errors import InputError
+
+
+def paint(path: Path, value: int = 0, size: tuple[int, int] = (8, 8)) -> None:
+    """Write a picture of one grey value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+
+
+def fill(root: Path, counts: dict[str, int], first: int = 0) -> Path:
+    """Write class folders whose images have consecutive grey values from `first` on, so that each can be recognised."""
+    value = first
+    for name, count in counts.items():
+        for _ in range(count):
+            paint(root / name / f"{value:03}.png", value)
+            value += 1
+    return root
+
+
+def values(part: Images) -> set[int]:
+    """Return the grey values of the images of a part."""
+    return set(part.batch(torch.arange(len(part)))[0][:, 0, 0, 0].tolist())
+
+
+def per_class(part: Images) -> Counter[int]:
+    return Counter(part.labels.tolist())
+
+
+def test_parts_are_disjoint_stratified_and_fixed_by_the_seed(tmp_path: Path) -> None:
+    fill(tmp_path, {"cat": 60, "ant": 30, "bee": 4})
+    found = load_images(tmp_path, None, seed=1)
+    train, score, val = values(found.train), values(found.score), values(found.val)
+    assert train | score | val == set(range(94)), "nothing is lost"
+    assert len(train) + len(score) + len(val) == 94, "no image is in two parts"
+    assert found.classes == ("ant", "bee", "cat"), "classes are the sorted folder names"
+    assert per_class(found.val) == {0: 3, 1: 1, 2: 6}, "a tenth of each class, at least one image"
+    assert per_class(found.score) == {0: 9, 1: 1, 2: 18}, "a third of 84 in proportion 27 : 3 : 54"
+    again, other = load_images(tmp_path, None, seed=1), load_images(tmp_path, None, seed=2)
+    assert (values(again.score), values(again.val)) == (score, val), "the same seed gives the same parts"
+    assert values(other.score) != score, "another seed scores with other images"
+    assert values(other.val) != val, "another seed validates with other images"
+
+
+def test_labels_follow_their_images(tmp_path: Path) -> None:
+    fill(tmp_path, {"low": 20, "high": 20}, first=100)
+    found = load_images(tmp_path, 8, seed=0)
+    pixels, labels = found.train.batch(torch.tensor([3, 0, len(found.train) - 1]))
+    assert pixels.shape == (3, 3, 8, 8) and pixels.dtype == torch.uint8 and labels.dtype == torch.int64
+    for value, label in zip(pixels[:, 0, 0, 0].tolist(), labels.tolist(), strict=True):
+        assert found.classes[label] == ("low" if value < 120 else "high")
+
+
+def test_scoring_images_never_come_from_val(tmp_path: Path) -> None:
+    fill(tmp_path / "train", {"a": 20, "b": 20})
+    fill(tmp_path / "val", {"a": 6, "b": 2}, first=200)
+    found = load_images(tmp_path, None, seed=0, score_images=10)
+    assert values(found.val) == set(range(200, 208)), "val/ is taken whole, and alone"
+    assert len(found.score) == 10 and len(found.train) == 30
+    assert not values(found.score) & values(found.train)
+    assert max(values(found.score)) < 200
+
+
+def test_smallest_data_set_keeps_every_class_in_training(tmp_path: Path) -> None:
+    found = load_images(fill(tmp_path, {"a": 3, "b": 3, "c": 60}), None, seed=0)
+    assert set(per_class(found.train)) == {0, 1, 2}
+    assert set(per_class(found.val)) == {0, 1, 2}
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    assert load_images(fill(tmp_path, {"car": 3, "train": 3}), None, seed=0).classes == ("car", "train")
+
+
+def test_digits_are_a_demonstration_in_three_channels() -> None:
+    found = load_images(None, None, seed=0)
+    assert found.demonstration and not found.flips, "a mirrored digit is not that digit"
+    assert (found.source, found.fingerprint, found.image_size, found.skipped) == ("digits", "digits", 8, ())
+    assert found.classes == tuple("0123456789")
+    assert len(found.train) + len(found.score) + len(found.val) == 1797
+    assert len(found.score) == 512
+    pixels, _ = found.train.batch(torch.arange(len(found.train)))
+    assert torch.equal(pixels[:, 0], pixels[:, 1]) and torch.equal(pixels[:, 0], pixels[:, 2])
+    assert (pixels.min(), pixels.max()) == (0, 255), "sixteen levels are spread over the range"
+    assert load_images(None, 16, seed=0).train.batch(torch.arange(2))[0].shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("limit", [data.MEMORY_LIMIT_BYTES, 0], ids=["in memory", "in files"])
+def test_broken_images_are_named_and_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    fill(tmp_path, {"a": 10, "b": 10})
+    for name in ("cut.jpg", "cut.png"):
+        noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(tmp_path / "a" / name)
+        whole = (tmp_path / "a" / name).read_bytes()
+        (tmp_path / "a" / name).write_bytes(whole[: len(whole) - 90])
+    (tmp_path / "b" / "empty.jpg").touch()
+    (tmp_path / "b" / "text.webp").write_text("no image")
+    (tmp_path / "b" / "notes.txt").write_text("not an image file, so no broken one")
+    (tmp_path / "b" / "._001.png").write_text("macOS's hidden companion")
+    monkeypatch.setattr(data, "MEMORY_LIMIT_BYTES", limit)
+    seen: list[tuple[int, int]] = []
+    found = load_images(tmp_path, None, seed=0, progress=lambda done, total: seen.append((done, total)))
+    assert found.skipped == tuple(tmp_path / name for name in ("a/cut.jpg", "a/cut.png", "b/empty.jpg", "b/text.webp"))
+    assert values(found.train) | values(found.score) | values(found.val) == set(range(20))
+    assert seen[-1] == (24, 24), "progress counts broken files as done"
+
+
+def test_images_in_files_equal_images_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, {"a": 12, "b": 12})
+    held = load_images(tmp_path, 6, seed=0)
+    monkeypatch.setattr(data, "MEMORY_LIMIT_BYTES", 24 * 3 * 6 * 6 - 1)
+    lazy = load_images(tmp_path, 6, seed=0)
+    assert isinstance(lazy.train.pixels, data.Files) and isinstance(held.train.pixels, torch.Tensor)
+    indices = torch.tensor([5, 2, 2, 0])
+    for got, expected in zip(lazy.train.batch(indices), held.train.batch(indices), strict=True):
+        assert torch.equal(got, expected)
+    for path in tmp_path.glob("*/*.png"):
+        path.unlink()
+    with pytest.raises(InputError, match="can no longer be read"):
+        lazy.train.batch(indices)
+
+
+def test_image_is_scaled_by_its_short_side_and_cropped_at_the_centre(tmp_path: Path) -> None:
+    columns = np.repeat(np.array([10, 20, 200, 200, 30, 40], np.uint8), 2)  # 12 wide, 4 high
+    wide = Image.fromarray(np.tile(columns, (4, 1)))
+    for index in range(4):
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            wide.save(tmp_path / name / f"{index}.png")
+    pixels, _ = load_images(tmp_path, 4, seed=0).train.batch(torch.tensor([0]))
+    assert (pixels == 200).all(), "the middle 4 of 12 columns"
+    assert load_images(tmp_path, 2, seed=0).train.batch(torch.tensor([0]))[0].shape == (1, 3, 2, 2)
+
+
+def test_unusual_pictures_keep_their_brightness_and_orientation(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 3, "b": 3})
+    Image.fromarray(np.full((8, 8), 128 * 256, np.uint16)).save(tmp_path / "deep.png")
+    assert (data._decode(str(tmp_path / "deep.png"), 8) == 128).all(), "16 bits are scaled, not clipped"
+    exif = Image.Exif()
+    exif[0x0112] = 3  # taken upside down
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[:4] = 255
+    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
+    turned = data._decode(str(tmp_path / "turned.png"), 8)
+    assert (turned[:, :4] == 0).all() and (turned[:, 4:] == 255).all()
+
+
+def test_natural_size_is_the_median_short_side(tmp_path: Path) -> None:
+    for index, size in enumerate([(8, 30), (40, 10), (12, 12), (12, 99), (50, 14)]):
+        paint(tmp_path / "a" / f"{index}.png", size=size)
+        paint(tmp_path / "b" / f"{index}.jpg", size=size)
+    (tmp_path / "a" / "broken.png").touch()
+    assert natural_size(tmp_path) == 12
+    assert natural_size(None) == 8
+    assert load_images(tmp_path, None, seed=0).image_size == 12
+
+
+def test_fingerprint_changes_with_the_files_not_with_the_place(tmp_path: Path) -> None:
+    def fingerprint(root: Path) -> str:
+        return load_images(root, None, seed=0).fingerprint
+
+    one, two = fill(tmp_path / "one", {"a": 4, "b": 4}), fill(tmp_path / "two", {"a": 4, "b": 4})
+    original = fingerprint(one)
+    assert fingerprint(two) == original
+    (two / "a/000.png").rename(two / "a/renamed.png")
+    assert fingerprint(two) != original, "another name is another data set"
+    with (one / "b/005.png").open("ab") as file:
+        file.write(b"tail")
+    assert fingerprint(one) != original, "another size is another data set"
+
+
+def refuse_missing(root: Path) -> Path:
+    return root / "absent"
+
+
+def refuse_file(root: Path) -> Path:
+    (root / "data.zip").touch()
+    return root / "data.zip"
+
+
+def refuse_images_without_classes(root: Path) -> Path:
+    paint(root / "picture.png")
+    return root
+
+
+def refuse_small_class(root: Path) -> Path:
+    return fill(root, {"a": 5, "b": 2})
+
+
+def refuse_foreign_class_in_val(root: Path) -> Path:
+    fill(root / "val", {"a": 1, "wolf": 1})
+    fill(root / "train", {"a": 3, "b": 3})
+    return root
+
+
+def refuse_empty_val(root: Path) -> Path:
+    (root / "val" / "a").mkdir(parents=True)
+    fill(root / "train", {"a": 3, "b": 3})
+    return root
+
+
+def refuse_class_of_broken_images(root: Path) -> Path:
+    fill(root, {"a": 3, "b": 3})
+    for path in (root / "b").iterdir():
+        path.write_text("broken")
+    return root
+
+
+def refuse_val_class_of_broken_images(root: Path) -> Path:
+    fill(root / "train", {"a": 3, "b": 3})
+    fill(root / "val", {"a": 1, "b": 1})
+    (root / "val" / "b" / "001.png").write_text("broken")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (refuse_missing, "absent does not exist"),
+        (refuse_file, "data.zip is not a folder"),
+        (lambda root: root, "is empty: expected PATH/train/<class>"),
+        (refuse_images_without_classes, "has no images .* in class folders"),
+        (lambda root: fill(root, {"only": 5}), "has one class only, 'only'"),
+        (refuse_small_class, "class 'b' .* has 2 training images, but at least 3 are needed"),
+        (refuse_foreign_class_in_val, "val has the class 'wolf', which train/ lacks"),
+        (refuse_empty_val, "val has no images"),
+        (refuse_class_of_broken_images, "class 'b' .* has 0 training images that can be decoded .3 broken"),
+        (refuse_val_class_of_broken_images, "class 'b' of .*val has no image that can be decoded"),
+    ],
+)
+def test_unusable_folder_is_refused_in_one_line(tmp_path: Path, prepare, message: str) -> None:  # noqa: ANN001
+    with pytest.raises(InputError) as caught:
+        load_images(prepare(tmp_path), 8, seed=0)
+    assert re.search(message, str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+def test_unusable_numbers_are_refused() -> None:
+    with pytest.raises(InputError, match="image size 0"):
+        load_images(None, 0, seed=0)
+    with pytest.raises(InputError, match="0 scoring images"):
+        load_images(None, None, seed=0, score_images=0)
+    with pytest.raises(InputError, match="batch size 0"):
+        list(epoch_batches(10, 0, seed=0, epoch=0))
+
+
+def test_normalise_gives_imagenet_units() -> None:
+    white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    got = normalise(white)
+    assert got.dtype == torch.float32
+    assert got[0, :, 0, 0].tolist() == pytest.approx([2.2489083, 2.4285715, 2.64], abs=1e-6)
+    assert normalise(white, torch.bfloat16).dtype == torch.bfloat16
+    assert white.eq(255).all(), "the batch itself is left alone"
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_constant_images_survive_augmentation(flip: bool) -> None:
+    x = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 3, 16, 16)
+    assert torch.equal(augment(x, torch.Generator().manual_seed(0), flip), x)
+
+
+def test_augmentation_is_a_crop_of_the_reflected_image() -> None:
+    x = torch.arange(64 * 3 * 8 * 8, dtype=torch.float32).view(64, 3, 8, 8)
+    got = augment(x, torch.Generator().manual_seed(0), pad=2 / 8)
+    padded = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="reflect")
+    seen = set()
+    for image, source in zip(got, padded, strict=True):
+        crops = {(top, left): source[:, top : top + 8, left : left + 8] for top in range(5) for left in range(5)}
+        matches = {(*place, False) for place, crop in crops.items() if torch.equal(image, crop)}
+        matches |= {(*place, True) for place, crop in crops.items() if torch.equal(image, crop.flip(2))}
+        assert len(matches) == 1, "each image is exactly one crop, mirrored or not"
+        seen |= matches
+    for axis, extent in ((0, 5), (1, 5), (2, 2)):
+        assert len({match[axis] for match in seen}) == extent, "every shift and both orientations occur"
+
+
+def test_augmentation_without_flips_never_mirrors() -> None:
+    ramp = torch.arange(32.0).expand(50, 3, 32, 32)
+    got = augment(ramp, torch.Generator().manual_seed(0), flip=False)
+    assert (got[..., 20] > got[..., 10]).all()
+    got = augment(ramp, torch.Generator().manual_seed(0), flip=True)
+    assert 10 < (got[:, 0, 0, 20] < got[:, 0, 0, 10]).sum() < 40, "about one half is mirrored"
+
+
+def test_augmentation_is_fixed_by_its_generator() -> None:
+    x = torch.rand(8, 3, 32, 32)
+    one, same, other = (augment(x, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("n", "batch_size", "per_epoch"), [(20, 5, None), (20, 4, 8), (23, 4, None), (23, 4, 10)])
+def test_epochs_see_every_image_before_any_is_repeated(n: int, batch_size: int, per_epoch: int | None) -> None:
+    batches = [batch for epoch in range(60) for batch in epoch_batches(n, batch_size, 3, epoch, per_epoch)]
+    assert {len(batch) for batch in batches} == {batch_size}, "only whole batches"
+    order = torch.cat(batches)
+    rounds = [order[start : start + n].tolist() for start in range(0, len(order) - n + 1, n)]
+    assert all(sorted(turn) == list(range(n)) for turn in rounds)
+    assert len(rounds) > 1 and rounds[0] != rounds[1], "each round has its own order"
+
+
+def test_epoch_smaller_than_a_batch_is_one_batch() -> None:
+    (batch,) = epoch_batches(3, 64, seed=0, epoch=5)
+    assert sorted(batch.tolist()) == [0, 1, 2]
+
+
+def test_epoch_is_a_pure_function_of_seed_and_number() -> None:
+    def epoch(seed: int, number: int) -> list[int]:
+        return torch.cat(list(epoch_batches(100, 10, seed, number))).tolist()
+
+    list(epoch_batches(100, 10, 7, 0))
+    torch.manual_seed(99)
+    assert epoch(7, 4) == epoch(7, 4)
+    assert epoch(7, 4) != epoch(7, 5)
+    assert epoch(7, 4) != epoch(8, 4)
+    assert sorted(epoch(-1, 0)) == list(range(100)), "a negative seed is a seed"
