@@ -39,7 +39,7 @@ class Evaluator:
         self.device = next(supernet.parameters()).device
         count = min(recalibration_images, len(data.train))
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-        self.recalibration = self._images(data.train, order[:count])[0]
+        self.recalibration, _ = self._images(data.train, order[:count])
         self.images, self.labels = self._images(data.score, torch.arange(len(data.score)))
         self.memory_bytes = memory_bytes
         self._kept: OrderedDict[Prefix, tuple[Tensor, Tensor]] = OrderedDict()
@@ -48,7 +48,7 @@ class Evaluator:
     def _images(self, images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
         pixels, labels = images.batch(indices)
         x = normalise(pixels.to(self.device)).contiguous(memory_format=torch.channels_last)
-        return x, labels.to(self.device)
+        return x, labels
 
     @torch.no_grad()
     def __call__(self, arch: ArchConfig) -> Evaluation:
@@ -62,8 +62,9 @@ class Evaluator:
             score = torch.cat([modules[at](chunk) for chunk in score.split(CHUNK)])
             self.layers_run += 1
             self._keep(tuple(named[: at + 1]), fit, score)
-        loss = F.cross_entropy(score.double(), self.labels).item()
-        accuracy = (score.argmax(1) == self.labels).double().mean().item()
+        logits = score.cpu().double()  # Apple's GPU has no float64
+        loss = F.cross_entropy(logits, self.labels).item()
+        accuracy = (logits.argmax(1) == self.labels).double().mean().item()
         return Evaluation(loss, accuracy)
 
     def _longest_prefix(self, named: list[tuple[str, Layer]]) -> tuple[int, Tensor, Tensor]:
@@ -86,7 +87,7 @@ def _bytes(tensors: tuple[Tensor, Tensor]) -> int:
 
 @torch.no_grad()
 def recalibrated(module: nn.Module, x: Tensor) -> Tensor:
-    """Set a layer's batch-norm statistics to those of the batch `x`, return its output for `x`; leaves it in eval mode."""
+    """Set a layer's batch-norm statistics to those of the batch `x`, leave it in eval mode, return its output."""
     norms = list(_batch_norms(module))
     if not norms:
         return torch.cat([module.eval()(chunk) for chunk in x.split(CHUNK)])
@@ -101,9 +102,10 @@ def recalibrated(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def recalibrate(model: nn.Sequential, x: Tensor) -> None:
-    """Set the batch-norm statistics of a whole network to those of the normalised images `x` (N, 3, S, S)."""
+    """Set a network's batch-norm statistics to those of the normalised images `x` (N, 3, S, S); leave it in eval mode."""
     for module in model.children():
         x = recalibrated(module, x)
+    model.eval()
 
 
 def _batch_norms(module: nn.Module) -> Iterator[nn.BatchNorm2d]:
@@ -119,7 +121,7 @@ def accuracy_of(model: nn.Module, images: Images, batch_size: int = 256) -> tupl
     for indices in torch.arange(len(images)).split(batch_size):
         pixels, labels = images.batch(indices)
         x = normalise(pixels.to(device)).contiguous(memory_format=torch.channels_last)
-        logits = model(x).double().cpu()
+        logits = model(x).cpu().double()
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         right += int((logits.argmax(1) == labels).sum())
     return loss / len(images), right / len(images)

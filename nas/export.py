@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nas.progress import say
 from supernet.errors import InputError
 from supernet.files import write_atomically
+from supernet.model import build_model
+from supernet.zoo import load_arch
 
 OPSET = 20
 TOLERANCE = 1e-4  # of the largest logit, or absolute where logits are below 1
@@ -80,3 +83,18 @@ def with_ordinary_values(model: nn.Module, seed: int) -> nn.Module:
                 fan_in = tensor[0].numel()
                 tensor.normal_(0, fan_in**-0.5, generator=generator)
     return model
+
+
+def export_network(arch: str, weights: Path | None, out: Path) -> None:
+    """Write the network as ONNX to `out` and print what was written; without weights, random ones, and it says so."""
+    from nas.training import load_weights
+
+    config = load_arch(arch)
+    torch.manual_seed(0)
+    model = build_model(config)
+    if weights is None:
+        say("no --weights: the file will hold random weights, good for timing only")
+    else:
+        load_weights(model, weights)
+    difference = export_onnx(model, config.image_size, out)
+    print(f"{out}: (1, 3, {config.image_size}, {config.image_size}) to (1, {config.num_classes}), within {difference:.1e} of PyTorch")

@@ -1,6 +1,6 @@
 """Build a latency table: enumerate a space's layers, measure them in context, calibrate on whole networks.
 
-A *model* here is a sequence of layers, timed as one session. Every row is a linear combination of models' times:
+Every row is a linear combination of the times of models (see `measure`):
 
 - a block: the least-squares slope over chains of 1, 2 and 4 of it with distinct weights. What a session pays once (the
   call, a change of layout at its ends) has no part in a slope;
@@ -14,70 +14,37 @@ from __future__ import annotations
 
 import csv
 import datetime
-import hashlib
 import json
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from nas.export import onnx_bytes, with_ordinary_values
+from nas.measure import EMPTY, MAX_VISITS, MIN_VISITS, REFERENCE, WHOLE_GOAL, Model, name_of, session
 from nas.profilers.ort_cpu import OrtModel, device_id, environment, pinned
 from nas.profilers.timing import Measurement, Stopwatch, Visit, summarise, visit_in_rounds
 from nas.progress import progress, say
-from nas.table import Calibration, LatencyTable, Row, find_tables, measured_layers
+from nas.table import Calibration, LatencyTable, Row, measured_layers
 from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Flat, Head, Layer, Stem, Unflat
-from supernet.blocks import build_layer
 from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.space import SearchSpace
+from supernet.zoo import load_arch
 
-Model = tuple[Layer, ...]
 Terms = dict[Model, float]
 
 CHAINS = (1, 2, 4)
-REFERENCE: Model = (Layer(MB4D(64), 16),) * 2
-EMPTY: Model = ()
 FIT_NETWORKS = 16  # fit the calibration
 CHECK_NETWORKS = 12  # tell its error
 ROW_GOAL = 0.02  # half-width of a row's 95 % interval, of the row ...
 NETWORK_GOAL = 0.002  # ... or of the smallest network of the space, whichever is larger
-WHOLE_GOAL = 0.005  # half-width of a whole network's interval, of the network
-MIN_VISITS, MAX_VISITS = 12, 80
 BATCH_MODELS, BATCH_BYTES = 120, 1 << 30  # sessions that live at once
-
-
-def name_of(model: Model) -> str:
-    """Return the name of a model in the samples file."""
-    if not model:
-        return "empty"
-    if isinstance(model[0].spec, Stem) and isinstance(model[-1].spec, Head):
-        return "network " + hashlib.sha256(repr(model).encode()).hexdigest()[:16]
-    runs = [(str(layer), len(list(same))) for layer, same in groupby(model)]
-    return " + ".join(f"{count} x {layer}" if count > 1 else layer for layer, count in runs)
-
-
-def build_module(model: Model) -> tuple[nn.Module, Tensor]:
-    """Return the module of a model, with distinct ordinary weights, and an input for it (batch 1)."""
-    if not model:
-        return nn.Identity(), torch.randn(1, 3, 4, 4)
-    module = nn.Sequential(*(build_layer(layer) for layer in model))
-    spec, side = model[0]
-    if isinstance(spec, Stem):
-        shape: tuple[int, ...] = (1, 3, side, side)
-    elif getattr(spec, "tokens", False) or isinstance(spec, Unflat):
-        shape = (1, side * side, spec.dim)
-    else:
-        shape = (1, spec.dim_in if isinstance(spec, Embedding) else spec.dim, side, side)
-    return with_ordinary_values(module, seed=0), torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def _combine(*parts: tuple[float, Terms]) -> Terms:
@@ -130,6 +97,13 @@ def terms_of(layer: Layer) -> Terms:
     return _combine((1.0, {(*before, layer, *after): 1.0}), (-1.0, {EMPTY: 1.0}), *paid)
 
 
+def requested_space(space: str | None, arch: str | None) -> SearchSpace:
+    """Return the space whose rows a command asks for: by name or file, or the one around a network."""
+    if arch is not None:
+        return SearchSpace.around(load_arch(arch))
+    return SearchSpace.load(space or "efficientformer-tiny")
+
+
 class Samples:
     """Every visit of a build, on disk as soon as it is made."""
 
@@ -173,12 +147,7 @@ class Bench:
         self.samples = samples
         self.threads = threads
         self.rng = random.Random(seed)
-        self.reference = self._session(REFERENCE)[0]
-        self.stopwatch = Stopwatch(self.reference)
-
-    def _session(self, model: Model) -> tuple[OrtModel, int]:
-        data = onnx_bytes(*build_module(model))
-        return OrtModel(data, self.threads), len(data)
+        self.stopwatch = Stopwatch(session(REFERENCE, threads)[0])
 
     def measure(
         self,
@@ -200,7 +169,7 @@ class Bench:
                 batch = []
                 while queue and len(live) < BATCH_MODELS and size < BATCH_BYTES:
                     batch.append(queue.pop(0))
-                    live[name_of(batch[-1])], more = self._session(batch[-1])
+                    live[name_of(batch[-1])], more = session(batch[-1], self.threads)
                     size += more
                 visit_in_rounds(live, self.stopwatch, lambda b=batch: self._open(b, goals), self.samples.add, self.rng, between)  # type: ignore[misc]
                 tick(len(batch))
@@ -393,13 +362,6 @@ def calibrate(space: SearchSpace, sums: Sequence[float], measured: Sequence[floa
     )
 
 
-def measure_network(arch: ArchConfig, reference_ms: float | None, *, threads: int = 1, model: bytes | None = None) -> Measurement:
-    """Time a whole network on this CPU, normalised to the table's reference (to this run's without one)."""
-    raise NotImplementedError
-
-
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
-
-__all__ = ["build_cpu_table", "find_tables"]

@@ -12,7 +12,7 @@ settled here:
   stage's best-scoring candidate that works on maps. *Action 3* narrows the least important stage by the smallest number
   of steps of its widths that saves enough.
 - An action that saves under 0.1 % of the target is not offered; the next slot or stage in the order of importance
-  takes its place.
+  takes its place. Where no action saves as much, those that save anything are offered.
 - *Score.* The rise in loss that `evaluate` sees (or the drop in accuracy), not below zero, for each millisecond saved.
   Ties go to more milliseconds saved, then to the earlier stage. Nothing is fine-tuned between actions.
 - *Landing.* The loop may end well below the target. Then width that was removed is given back: of the networks that
@@ -26,11 +26,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 from nas.table import Target
 from supernet.arch import ArchConfig, Block, Identity, Stage
-from supernet.errors import InputError
+from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace
 
 MIN_SAVING = 0.001  # of the target
@@ -52,6 +52,9 @@ class Predictor(Protocol):
     """What the loop needs of a latency table."""
 
     def predict_ms(self, arch: ArchConfig) -> float: ...
+
+
+_Saves = Callable[[ArchConfig], bool]
 
 
 @dataclass(frozen=True)
@@ -132,16 +135,20 @@ def slim(
         on_step: called after each step.
 
     Raises:
-        InputError: the budget is not positive, or below the smallest network of the space.
+        InputError: the budget is not positive, or below the smallest network of the space; or `evaluate` gives no
+            finite number for what is charged.
     """
     target = budget if isinstance(budget, Target) else Target(budget)
+    if score not in get_args(Score):
+        raise unknown("score", score, get_args(Score))
     if len(importance) != len(space.slots):
         raise InputError(f"importance has {len(importance)} slots, but space {space.name} has {len(space.slots)}")
     run = _Run(space, importance, evaluate, table, target, score)
     smallest_ms = table.predict_ms(space.smallest)
     if target.ms < smallest_ms:
         raise InputError(
-            f"the target of {target.ms:g} ms is below the smallest network of {space.name}: give at least {smallest_ms:.4g} ms"
+            f"the target of {target.ms:g} ms is below the smallest network of {space.name}: "
+            f"give at least {_rounded_up(smallest_ms)} ms"
         )
     arch = start_network(space, importance) if start is None else start.start
     begin = arch
@@ -152,11 +159,9 @@ def slim(
             arch = steps[-1].taken.arch
     ms, evaluation = table.predict_ms(arch), run.evaluate(arch)
     while ms > target.ms:
-        options = run.options(arch, ms, evaluation)
+        options = run.options(arch, ms, evaluation, MIN_SAVING * target.ms) or run.options(arch, ms, evaluation, 0.0)
         if not options:
-            raise InputError(
-                f"no action saves {MIN_SAVING:.1%} of the target of {target.ms:g} ms from {ms:.4g} ms on: give a larger target"
-            )
+            raise InputError(f"no action saves anything from {ms:.4g} ms on: give more than {target.ms:g} ms")
         steps.append(Step(ms, evaluation, tuple(options)))
         if on_step is not None:
             on_step(steps[-1])
@@ -175,7 +180,7 @@ def start_network(space: SearchSpace, importance: Importance) -> ArchConfig:
     """Return the network that the loop starts from: largest widths, every slot at its best-scoring candidate."""
     by_slot = dict(zip(space.slots, importance, strict=True))
     kinds = [
-        [max(by_slot[i, j], key=lambda kind: by_slot[i, j][kind]) for j in range(stage.depth)]  # noqa: B023
+        [max(by_slot[i, j], key=lambda kind: by_slot[i, j][kind]) for j in range(stage.depth)]
         for i, stage in enumerate(space.stages)
     ]
     return space.arch([stage.widths[-1] for stage in space.stages], kinds, f"{space.name}-start")
@@ -185,6 +190,12 @@ def slot_score(log_odds: Mapping[str, float]) -> float:
     """Return log of the summed odds of a slot's candidates against identity."""
     top = max(log_odds.values())
     return top + math.log(sum(math.exp(value - top) for value in log_odds.values()))
+
+
+def _rounded_up(ms: float) -> str:
+    """Four significant digits that are not below `ms`."""
+    text = f"{ms:.4g}"
+    return text if float(text) >= ms else f"{ms + 10 ** (math.floor(math.log10(ms)) - 3):.4g}"
 
 
 class _Run:
@@ -210,12 +221,21 @@ class _Run:
     def evaluate(self, arch: ArchConfig) -> Evaluation:
         if arch not in self._known:
             found = self._evaluate(arch)
-            self._known[arch] = found if isinstance(found, Evaluation) else Evaluation(float(found))
+            evaluation = found if isinstance(found, Evaluation) else Evaluation(float(found))
+            charged = evaluation.loss if self.score == "loss" else evaluation.accuracy
+            if not math.isfinite(charged):
+                raise InputError(f"slimming charges {self.score}, but evaluating {arch.name} gives {charged} for it")
+            self._known[arch] = evaluation
         return self._known[arch]
 
-    def options(self, arch: ArchConfig, ms: float, before: Evaluation) -> list[Option]:
-        """Return the actions that are offered, best first."""
-        offered = (self._empty_slot(arch, ms), self._untoken(arch, ms), self._narrow(arch, ms))
+    def options(self, arch: ArchConfig, ms: float, before: Evaluation, least_ms: float) -> list[Option]:
+        """Return the actions that are offered, best first: each saves something, and at least `least_ms`."""
+
+        def saves(after: ArchConfig) -> bool:
+            saved = ms - self.table.predict_ms(after)
+            return saved > 0 and saved >= least_ms
+
+        offered = (self._empty_slot(arch, saves), self._untoken(arch, saves), self._narrow(arch, saves))
         options = [self._option(*offer, ms, before) for offer in offered if offer is not None]
         return sorted(options, key=lambda option: (option.score, -option.saved_ms, option.stage))
 
@@ -225,19 +245,16 @@ class _Run:
         drop = after.loss - before.loss if self.score == "loss" else before.accuracy - after.accuracy
         return Option(action, stage, arch, after_ms, ms - after_ms, after, max(0.0, drop) / (ms - after_ms))
 
-    def _saves(self, arch: ArchConfig, ms: float) -> bool:
-        return ms - self.table.predict_ms(arch) >= MIN_SAVING * self.target.ms
-
-    def _empty_slot(self, arch: ArchConfig, ms: float) -> tuple[str, int, ArchConfig] | None:
+    def _empty_slot(self, arch: ArchConfig, saves: _Saves) -> tuple[str, int, ArchConfig] | None:
         """Action 1: identity for the least important slot, the next one where that would not save anything."""
         filled = [(i, j) for i, j in self.space.slots if not isinstance(arch.stages[i].blocks[j], Identity)]
         for i, j in sorted(filled, key=lambda at: (slot_score(self.log_odds[at]), at)):
             after = _with_block(arch, i, j, Identity(arch.stages[i].width))
-            if self._saves(after, ms):
+            if saves(after):
                 return f"empty slot {j + 1} of stage {i + 1}", i, after
         return None
 
-    def _untoken(self, arch: ArchConfig, ms: float) -> tuple[str, int, ArchConfig] | None:
+    def _untoken(self, arch: ArchConfig, saves: _Saves) -> tuple[str, int, ArchConfig] | None:
         """Action 2: the earliest token block becomes a block on maps."""
         for i, j in self.space.slots:
             stage = arch.stages[i]
@@ -247,13 +264,13 @@ class _Run:
             maps = [c.kind for c in choices.candidates if not c.tokens and c.kind != "identity"]
             if not maps:
                 return None
-            kind = max(maps, key=lambda kind: self.log_odds[i, j][kind])  # noqa: B023
+            kind = max(maps, key=lambda kind: self.log_odds[i, j][kind])
             after = _with_block(arch, i, j, choices.candidate(kind, stage.width))
             action = f"{stage.blocks[j].kind} to {kind} in slot {j + 1} of stage {i + 1}"
-            return (action, i, after) if self._saves(after, ms) else None
+            return (action, i, after) if saves(after) else None
         return None
 
-    def _narrow(self, arch: ArchConfig, ms: float) -> tuple[str, int, ArchConfig] | None:
+    def _narrow(self, arch: ArchConfig, saves: _Saves) -> tuple[str, int, ArchConfig] | None:
         """Action 3: the least important stage, by as many steps of its widths as it takes to save anything."""
 
         def importance(i: int) -> float:
@@ -264,7 +281,7 @@ class _Run:
             width = arch.stages[i].width
             for narrower in sorted((w for w in self.space.stages[i].widths if w < width), reverse=True):
                 after = _with_width(arch, i, narrower)
-                if self._saves(after, ms):
+                if saves(after):
                     return f"narrow stage {i + 1} from {width} to {narrower}", i, after
         return None
 
@@ -272,7 +289,10 @@ class _Run:
         """Return the way from the loop's end to a network within 3 % under the target, if there is one."""
         end = steps[-1].taken
         near = end.arch.widths
-        for blocks_of in [step.taken.arch for step in reversed(steps)] + [begin]:
+        latest: dict[tuple[tuple[str, ...], ...], ArchConfig] = {}  # a step that narrows has its predecessor's blocks
+        for arch in [step.taken.arch for step in reversed(steps)] + [begin]:
+            latest.setdefault(_kinds(arch), arch)
+        for blocks_of in latest.values():
             found = []
             for widths in itertools.product(*(stage.widths for stage in self.space.stages)):
                 arch = _with_widths(blocks_of, widths)
@@ -290,14 +310,15 @@ class _Run:
                 for i, (a, b) in enumerate(zip(end.arch.stages, arch.stages, strict=True))
                 if a.width != b.width
             ]
-            if blocks_of is not end.arch:
-                changes.insert(0, f"{_filled(arch) - _filled(end.arch)} blocks back")
+            pairs = zip(_kinds(end.arch), _kinds(arch), strict=True)
+            if changed := sum(a != b for before, after in pairs for a, b in zip(before, after, strict=True)):
+                changes.insert(0, f"{changed} block{'s' if changed > 1 else ''} back")
             return Option(f"land: {', '.join(changes)}", -1, arch, ms, end.ms - ms, self.evaluate(arch), math.nan)
         return None
 
 
-def _filled(arch: ArchConfig) -> int:
-    return sum(not isinstance(block, Identity) for stage in arch.stages for block in stage.blocks)
+def _kinds(arch: ArchConfig) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(block.kind for block in stage.blocks) for stage in arch.stages)
 
 
 def _with_stage(arch: ArchConfig, i: int, stage: Stage) -> ArchConfig:

@@ -20,6 +20,7 @@ from supernet.metapath import Noise, Supernet, sample_path
 from supernet.space import SearchSpace
 
 IDENTITY_SHARE = 0.25  # of sampled slots are empty while weights warm up on single paths
+MIXTURE_IMAGES = 1024  # an epoch of the mixture sees at least, or all that there are
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class SupernetSettings:
     weight_epochs: int = 8
     mixture_epochs: int = 2
     images_per_epoch: int = 0
-    """Images that an epoch of single paths sees, an epoch of the mixture a quarter of them; 0: all on a GPU, 6,000 at most on a CPU."""
+    """Images that an epoch of single paths sees, an epoch of the mixture a quarter of them; 0: all on a GPU, 6,000 at
+    most on a CPU."""
     batch_size: int = 64
     learning_rate: float = 2e-3
     """Of the weights, by AdamW; warm-up over a twentieth of the steps, then cosine to a hundredth."""
@@ -66,12 +68,16 @@ class SupernetSettings:
         for name in ("batch_size", "weight_epochs", "score_images", "recalibration_images"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        for name in ("learning_rate", "logit_learning_rate", "tau_start", "tau_end", "layer_scale"):
+        for name in ("learning_rate", "logit_learning_rate", "tau_start", "tau_end", "layer_scale", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a positive number, but is {getattr(self, name)}")
         for name in ("image_size", "mixture_epochs", "images_per_epoch"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay must be a number of at least 0, but is {self.weight_decay}")
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(f"label_smoothing must be at least 0 and below 1, but is {self.label_smoothing}")
 
     @classmethod
     def load(cls, path: str | Path | None) -> SupernetSettings:
@@ -125,7 +131,7 @@ def train_supernet(
     weights = torch.optim.AdamW(parameter_groups(named, settings.weight_decay), lr=settings.learning_rate)
     logits = torch.optim.Adam(net.logits, lr=settings.logit_learning_rate, betas=(0.5, 0.999))
     per_epoch = settings.images_per_epoch or (len(data.train) if device.type != "cpu" else min(6000, len(data.train)))
-    in_mixture = min(per_epoch, max(settings.batch_size * 4, per_epoch // 4))
+    in_mixture = min(per_epoch, max(MIXTURE_IMAGES, per_epoch // 4))
 
     def images_of(epoch: int) -> int:
         return per_epoch if epoch < settings.weight_epochs else in_mixture
@@ -140,7 +146,7 @@ def train_supernet(
         f"training the supernet of {space.name} at {space.image_size} px on {len(data.train):,} images: {steps} steps "
         f"of {settings.batch_size}, the last {mixture_steps} of them mixtures, on {device.type}"
     )
-    done_cost = sum(count * (1 if epoch < settings.weight_epochs else 3) for epoch, count in enumerate(steps_of[:first]))
+    done_cost = step + 2 * sum(steps_of[settings.weight_epochs : first])
     with progress("supernet", sum(steps_of) + 2 * mixture_steps, done_cost) as tick:
         for epoch in range(first, epochs):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -31,7 +31,11 @@ class MetaPath(nn.Module):
     def forward(self, x: Tensor, choice: Choice) -> Tensor:
         """Run the candidate of index `choice`, or mix all of them by the weight vector `choice` (n_candidates,)."""
         if isinstance(choice, int):
+            if not 0 <= choice < len(self.candidates):
+                raise ValueError(f"the path chooses candidate {choice} of a slot with {len(self.candidates)}")
             return self._run(choice, x)
+        if choice.shape != (len(self.candidates),):
+            raise ValueError(f"the path has weights {tuple(choice.shape)} for a slot with {len(self.candidates)}")
         mixture = choice[0] * self._run(0, x)
         for index in range(1, len(self.candidates)):
             mixture = mixture + choice[index] * self._run(index, x)
@@ -56,7 +60,7 @@ class Supernet(nn.Module):
         super().__init__()
         self.space = space
         # The largest network says which stem, embeddings and head there are; its blocks are replaced by MetaPaths.
-        largest = {name: layer for name, layer in space.largest.named_layers()}
+        largest = dict(space.largest.named_layers())
         self.stem = build_layer(largest["stem"])
         self.embeddings = nn.ModuleList(
             build_layer(largest[f"stage{number}_embedding"]) for number in range(2, len(space.stages) + 1)

@@ -52,8 +52,11 @@ class Measurement:
         return (self.high_ms - self.low_ms) / 2
 
 
-def summarise(visits: Sequence[Visit], reference_ms: float) -> Measurement:
-    """Return the measurement that these visits make, normalised to a machine on which the reference takes `reference_ms`."""
+def summarise(visits: Sequence[Visit], reference_ms: float | None = None) -> Measurement:
+    """Return the measurement that these visits make, normalised to a machine on which the reference takes `reference_ms`
+    (without one: what it took in these visits)."""
+    if reference_ms is None:
+        reference_ms = median(v.reference_ms for v in visits)
     samples = sorted(v.raw_ms * reference_ms / v.reference_ms for v in visits)
     low, high = median_interval(samples)
     return Measurement(

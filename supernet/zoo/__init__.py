@@ -22,3 +22,15 @@ def zoo(name: str) -> ArchConfig:
     if name not in zoo_names():
         raise unknown("network", name, zoo_names())
     return ArchConfig.load(_FOLDER / f"{name}.yaml")
+
+
+def load_arch(name_or_path: str | Path) -> ArchConfig:
+    """Return a published network by its name, or read one from a YAML file.
+
+    Raises:
+        InputError: there is neither, or the file cannot be used.
+    """
+    text = str(name_or_path)
+    if text.endswith((".yaml", ".yml")) or "/" in text:
+        return ArchConfig.load(text)
+    return zoo(text)

@@ -1,0 +1,227 @@
+"""The commands: parse, then import, then call one function.
+
+Exit codes: 0 done; 2 the input cannot be used (one line on stderr); 1 anything else. torch and pandas are imported after
+the arguments are parsed, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from supernet.errors import InputError, unknown
+
+DEVICES = ("cpu",)
+STRATEGIES = ("greedy",)
+
+ARCH_HELP = "a network: a YAML file, or the name of a published one (efficientformer_l1, _l3, _l7)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line on stderr and exit code 2, without the usage block."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser(command: str, does: str, example: str) -> _Parser:
+    return _Parser(
+        prog=command,
+        description=does,
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _run(command: str, work: Callable[[], None]) -> None:
+    """Do the work of a command; turn what went wrong into its exit code."""
+    try:
+        work()
+    except InputError as error:
+        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{command}: stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        ms = float(text)
+    except ValueError:
+        ms = math.nan
+    if not 0 < ms < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a target: give a positive number of milliseconds, such as 1.6")
+    return ms
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed: give a whole number from 0 to 2147483647")
+    return int(text)
+
+
+def build_lut(arguments: Sequence[str] | None = None) -> None:
+    """Run `nas-build-lut`."""
+    parser = _parser(
+        "nas-build-lut",
+        "Measure the latency table of a device: the milliseconds of every layer of a space, each with its spread, and the\n"
+        "error of the predictions that the table makes. Leave the machine alone meanwhile. A build that is killed goes on\n"
+        "where it was when the same command is given again.",
+        "  nas-build-lut --device cpu\n"
+        "  nas-build-lut --device cpu --space efficientformer-s\n"
+        "  nas-build-lut --device cpu --arch searched.yaml --missing\n"
+        "  nas-build-lut --list",
+    )
+    parser.add_argument("--device", metavar="D", help="what to measure: cpu, this machine's processor")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--space", metavar="S", help="a space: its name or a YAML file (default: efficientformer-tiny)")
+    what.add_argument("--arch", metavar="ARCH", help=f"the rows of one network instead; {ARCH_HELP}")
+    parser.add_argument("--missing", action="store_true", help="measure only rows that the table does not have yet")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the table goes (default: your data folder)")
+    parser.add_argument("--list", action="store_true", help="print the tables that there are, and end")
+    given = parser.parse_args(arguments)
+
+    def work() -> None:
+        if given.list:
+            from nas.show import print_tables
+
+            print_tables()
+            return
+        if given.device is None:
+            raise InputError("say which device to measure: nas-build-lut --device cpu (or --list to see what there is)")
+        from nas.lut import build_cpu_table, requested_space
+        from nas.profilers.ort_cpu import device_id
+        from nas.table import user_folder
+
+        if given.device not in (*DEVICES, device_id()):
+            raise unknown("device", given.device, (*DEVICES, device_id()))
+        space = requested_space(given.space, given.arch)
+        build_cpu_table(space, given.out or user_folder(), only_missing=given.missing)
+
+    _run(parser.prog, work)
+
+
+def search(arguments: Sequence[str] | None = None) -> None:
+    """Run `nas-search`."""
+    parser = _parser(
+        "nas-search",
+        "Find a network that runs in a given time on a device: train a supernet on your images, take blocks and width away\n"
+        "by accuracy drop per millisecond until the device's latency table says that the target is met, then measure the\n"
+        "network that was found. Without --data it demonstrates itself on handwritten digits. A search that is killed\n"
+        "goes on where it was when the same command is given again.",
+        "  nas-search --target-ms 1.6\n"
+        "  nas-search --target-ms 8 --data ~/flowers --space efficientformer-s --out flowers-8ms",
+    )
+    parser.add_argument("--target-ms", type=_milliseconds, required=True, metavar="T", help="milliseconds a call may take")
+    parser.add_argument("--device", metavar="D", help="cpu, or the id of a table (see nas-build-lut --list)")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="the latency table to use, a CSV file")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="images: PATH/train/<class>/* and perhaps PATH/val, or PATH/<class>/*")
+    parser.add_argument("--space", metavar="S", help="a space: its name or a YAML file (default: efficientformer-s; -tiny without --data)")
+    parser.add_argument("--strategy", default="greedy", metavar="NAME", help="greedy: the paper's slimming loop (default)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="rare settings, a YAML file (docs/search.md lists them)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: runs/<space>-<target>ms-seed<seed>)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of everything random (default: 0)")
+    given = parser.parse_args(arguments)
+
+    def work() -> None:
+        if given.strategy not in STRATEGIES:
+            raise unknown("strategy", given.strategy, STRATEGIES)
+        from nas.search import Request, run_search
+
+        run_search(
+            Request(
+                target_ms=given.target_ms,
+                device=given.device,
+                table=given.table,
+                data=given.data,
+                space=given.space,
+                strategy=given.strategy,
+                config=given.config,
+                out=given.out,
+                seed=given.seed,
+            )
+        )
+
+    _run(parser.prog, work)
+
+
+def profile(arguments: Sequence[str] | None = None) -> None:
+    """Run `nas-profile`."""
+    parser = _parser(
+        "nas-profile",
+        "Print the predicted and the measured latency of one network on this machine.",
+        "  nas-profile efficientformer_l1\n  nas-profile searched.yaml --layers\n  nas-profile model.onnx --json",
+    )
+    parser.add_argument("network", metavar="ARCH|MODEL.onnx", help=f"{ARCH_HELP}; or any ONNX model")
+    parser.add_argument("--device", metavar="D", help="cpu (default), or the id of a table to predict with")
+    parser.add_argument("--layers", action="store_true", help="the table's milliseconds of every layer, too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(arguments)
+
+    def work() -> None:
+        from nas.show import print_profile
+
+        print_profile(given.network, given.device, layers=given.layers, as_json=given.json)
+
+    _run(parser.prog, work)
+
+
+def train(arguments: Sequence[str] | None = None) -> None:
+    """Run `nas-train`."""
+    parser = _parser(
+        "nas-train",
+        "Train a network on your images, from nothing or from given weights. Training that is killed goes on after its\n"
+        "last epoch when the same command is given again.",
+        "  nas-train runs/efficientformer-tiny-1.6ms-seed0/searched.yaml --data ~/flowers --out trained",
+    )
+    parser.add_argument("arch", metavar="ARCH", help=ARCH_HELP)
+    parser.add_argument("--data", type=Path, metavar="PATH", help="images, as for nas-search (default: handwritten digits, a demonstration)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where checkpoints, metrics and weights go")
+    parser.add_argument("--recipe", default="quick", metavar="R", help="quick (default), or a YAML file of settings")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="start from these weights (such as a search's weights.safetensors)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of everything random (default: 0)")
+    given = parser.parse_args(arguments)
+
+    def work() -> None:
+        from supernet.zoo import load_arch
+        from nas.search import load_data
+        from nas.training import load_recipe, train_network
+
+        arch = load_arch(given.arch)
+        recipe = load_recipe(given.recipe)
+        data = load_data(given.data, arch.image_size, given.seed)
+        result = train_network(arch, data, recipe, given.out, given.seed, weights=given.weights)
+        print(f"top-1 {100 * result.accuracy:.2f} %, loss {result.loss:.4f} after {result.epochs} epochs: {result.folder}")
+
+    _run(parser.prog, work)
+
+
+def export(arguments: Sequence[str] | None = None) -> None:
+    """Run `nas-export`."""
+    parser = _parser(
+        "nas-export",
+        "Write a network as a file that a runtime loads, and check the file's numbers against PyTorch's (to 1e-4).",
+        "  nas-export trained/arch.yaml --weights trained/model.safetensors --format onnx --out model.onnx",
+    )
+    parser.add_argument("arch", metavar="ARCH", help=ARCH_HELP)
+    parser.add_argument("--weights", type=Path, metavar="W", help="weights, model.safetensors or a checkpoint (default: random)")
+    parser.add_argument("--format", required=True, metavar="F", help="onnx")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
+    given = parser.parse_args(arguments)
+
+    def work() -> None:
+        if given.format != "onnx":
+            raise unknown("format", given.format, ("onnx",))
+        from nas.export import export_network
+
+        export_network(given.arch, given.weights, given.out)
+
+    _run(parser.prog, work)

@@ -1,0 +1,64 @@
+"""Which request an output folder belongs to: the same one goes on in it, another one is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from supernet.errors import InputError
+from supernet.files import write_atomically
+
+SHOWN = 60  # characters of a value in a refusal
+BEFORE = 15  # of them, those before the first difference of two long values
+
+
+def claim(folder: Path, request: Mapping[str, Any]) -> None:
+    """Make `folder` the place of `request`, whose values JSON can hold, by writing `folder/request.json`.
+
+    A folder that has been claimed by an equal request is left as it is.
+
+    Raises:
+        InputError: the folder holds another request, or cannot be read or written.
+    """
+    path = Path(folder) / "request.json"
+    text = json.dumps(request, indent=2)
+    if not path.exists():
+        write_atomically(path, text + "\n")
+        return
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(held, dict):
+            raise ValueError("no mapping")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read, so what {folder} holds is unknown: give another --out") from error
+    given = json.loads(text)  # tuples have become lists, as in the file
+    names = [*given, *(name for name in held if name not in given)]
+    differing = [name for name in names if (name in held) != (name in given) or held.get(name) != given.get(name)]
+    if differing:
+        shown = "; ".join(_difference(name, held, given) for name in differing[:3])
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise InputError(f"{folder} holds another request ({shown}{more}): give another --out")
+
+
+def _difference(name: str, held: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    was, now = (_text(values[name]) if name in values else "absent" for values in (held, given))
+    same = next((at for at, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
+    return f"{name} {_shortened(was, same)}, now {_shortened(now, same)}"
+
+
+def _text(value: object) -> str:
+    """Return a value in one line."""
+    return " ".join(value.split()) if isinstance(value, str) else json.dumps(value)
+
+
+def _shortened(text: str, same: int) -> str:
+    """Return at most SHOWN characters of a text, with those in view that follow the first `same` ones."""
+    if len(text) <= SHOWN:
+        return text
+    start = max(0, min(same - BEFORE, len(text) - SHOWN))
+    part = text[start : start + SHOWN]
+    if start:
+        part = "..." + part[3:]
+    return part if start + SHOWN >= len(text) else part[:-3] + "..."

@@ -1,0 +1,366 @@
+"""One search from images to a checked network: every stage reads files and writes files of the run's folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_safetensors
+
+from nas.data import ImageData, load_images, natural_size
+from nas.evaluation import Evaluator, accuracy_of, recalibrate
+from nas.progress import progress, say
+from nas.request import claim
+from nas.slimming import Evaluation, Step, Trajectory, slim, start_network
+from nas.supernet_training import SupernetSettings, train_supernet, training_size
+from nas.table import LatencyTable, Target, find_tables, table_folders, user_folder
+from supernet.arch import ArchConfig
+from supernet.errors import InputError, unknown
+from supernet.files import write_atomically
+from supernet.metapath import Supernet
+from supernet.model import build_model, count
+from supernet.space import SearchSpace, space_names
+from supernet.weights import resize_attention_biases, subnetwork
+
+REPAIRS = 3  # times that the budget is tightened after the found network missed the target on the device
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of `nas-search`; None where a flag was left out."""
+
+    target_ms: float
+    device: str | None = None
+    table: Path | None = None
+    data: Path | None = None
+    space: str | None = None
+    strategy: str = "greedy"
+    config: Path | None = None
+    out: Path | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """How long the found network took on the device itself; None where the device is not this machine."""
+
+    ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
+
+
+def run_search(request: Request) -> dict[str, Any]:
+    """Search, write the results to the run's folder, print them, and return the content of `result.json`."""
+    target = Target(request.target_ms)
+    settings = SupernetSettings.load(request.config)
+    space = SearchSpace.load(request.space or ("efficientformer-s" if request.data else "efficientformer-tiny"))
+    train_size = training_size(space, natural_size(request.data), settings.image_size)
+    device, table_path = resolve_table(request.device, request.table)
+    data = load_data(request.data, train_size, request.seed, settings.score_images)
+    space = space.with_classes(len(data.classes))
+    table, table_path = usable_table(device, table_path, space, explicit=request.table is not None)
+    smallest_ms = table.predict_ms(space.smallest)
+    if target.ms < smallest_ms:
+        raise InputError(
+            f"the target of {target.ms:g} ms is below the smallest network of {space.name} on {device}: "
+            f"give at least {smallest_ms:.4g} ms"
+        )
+    folder = request.out or Path("runs") / f"{space.name}-{target.ms:g}ms-seed{request.seed}"
+    claim(
+        folder,
+        {
+            "command": "nas-search",
+            "target_ms": target.ms,
+            "device": device,
+            "table": str(table_path.resolve()),
+            "data": data.source,
+            "data_fingerprint": data.fingerprint,
+            "space": space.to_yaml(),
+            "strategy": request.strategy,
+            "settings": asdict(settings),
+            "seed": request.seed,
+        },
+    )
+    finished = folder / "result.json"
+    if not finished.exists():
+        _search(target, space, train_size, data, table, table_path, settings, request, folder)
+    result: dict[str, Any] = json.loads(finished.read_text())
+    _print_result(result, folder, data)
+    return result
+
+
+def _search(
+    target: Target,
+    space: SearchSpace,
+    train_size: int,
+    data: ImageData,
+    table: LatencyTable,
+    table_path: Path,
+    settings: SupernetSettings,
+    request: Request,
+    folder: Path,
+) -> None:
+    supernet = train_supernet(space.at(train_size), data, settings, request.seed, folder)
+    importance = supernet.importance()
+    write_csv(
+        folder / "importance.csv",
+        (
+            {"stage": stage + 1, "slot": slot + 1, "kind": kind, "log_odds": value}
+            for (stage, slot), odds in zip(space.slots, importance, strict=True)
+            for kind, value in odds.items()
+        ),
+    )
+    evaluator = Evaluator(supernet, data, settings.recalibration_images)
+    evaluate = Remembered(evaluator, folder / "evaluations.csv")
+    report_signal(space, start_network(space, importance), evaluate, len(data.score))
+    budget_ms = target.ms
+    trajectory: Trajectory | None = None
+    for repair in range(REPAIRS + 1):
+        trajectory = slim(
+            space, importance, evaluate, table, budget_ms, score=settings.score, start=trajectory, on_step=_say_step  # type: ignore[arg-type]
+        )
+        write_csv(folder / "trajectory.csv", trajectory.records())
+        check = check_on_device(trajectory.arch, table)
+        if check.high_ms is None or check.high_ms <= target.ms:
+            break
+        say(
+            f"measured {check.ms:.4g} ms, up to {check.high_ms:.4g} ms: over the target of {target.ms:g} ms"
+            + (f"; repair {repair + 1} tightens the budget" if repair < REPAIRS else "")
+        )
+        budget_ms -= check.high_ms - target.ms
+    arch = trajectory.arch.without_identity()
+    deployed = ArchConfig(f"{space.name}-{target.ms:g}ms", arch.image_size, arch.num_classes, arch.stages)
+    model = found_network(supernet, trajectory.arch, evaluator.recalibration)
+    loss, accuracy = accuracy_of(model, data.val)
+    complexity = count(deployed)
+    deployed.save(folder / "searched.yaml")
+    write_atomically(folder / "weights.safetensors", save_safetensors(deployed_weights(model, deployed)))
+    result = {
+        "target_ms": target.ms,
+        "device": table.device,
+        "table": str(table_path),
+        "provenance": table.provenance,
+        "predicted_ms": table.predict_ms(deployed),
+        "measured_ms": check.ms,
+        "measured_low_ms": check.low_ms,
+        "measured_high_ms": check.high_ms,
+        "loss": loss,
+        "accuracy": accuracy,
+        "params": complexity.params,
+        "macs": complexity.macs,
+        "seed": request.seed,
+        "strategy": request.strategy,
+        "space": space.name,
+        "image_size": deployed.image_size,
+        "supernet_image_size": train_size,
+        "steps": len(trajectory.steps),
+        "evaluations": evaluate.asked,
+        "demonstration": data.demonstration,
+        "skipped_images": len(data.skipped),
+        "largest_of_space": not trajectory.steps,
+    }
+    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def resolve_table(device: str | None, table: Path | None) -> tuple[str, Path | None]:
+    """Return the device id that the user means, and its table's path where there is one.
+
+    Without either flag: the only table that the user measured or imported, else this machine's CPU.
+
+    Raises:
+        InputError: the device is unknown, several tables could be meant, or the table is of another device.
+    """
+    from nas.profilers.ort_cpu import device_id
+
+    here = device_id()
+    wanted = here if device == "cpu" else device
+    if table is not None:
+        of = LatencyTable.load(table).device
+        if of != (wanted or here):
+            asked = f"--device {device}" if device else f"this machine's CPU ({here})"
+            raise InputError(f"the table {table} is of {of}, not of {asked}: give --device {of}, or another table")
+        return of, table
+    found = find_tables()
+    if wanted is None:
+        own = {d: p for d, p in found.items() if p.parent in (Path("latency_tables"), user_folder())}
+        if len(own) > 1:
+            raise InputError(f"there are tables of {', '.join(sorted(own))}: say which with --device")
+        wanted = next(iter(own), here)
+    if wanted not in found and wanted != here:
+        raise unknown("device", device, ["cpu", here, *found])
+    return wanted, found.get(wanted)
+
+
+def usable_table(device: str, path: Path | None, space: SearchSpace, *, explicit: bool) -> tuple[LatencyTable, Path]:
+    """Return the device's table and its path, with every row and the calibration that the space needs.
+
+    What this machine's own table lacks is measured now, unless the user named the file.
+    """
+    from nas.profilers.ort_cpu import device_id
+
+    table = LatencyTable.load(path) if path is not None else None
+    if table is not None and path is not None:
+        missing = table.missing(space.layers())
+        geometry = (space.image_size, space.strides)
+        calibrated = not table.calibrations or any((c.image_size, c.strides) == geometry for c in table.calibrations)
+        if not missing and calibrated:
+            return table, path
+        if explicit or device != device_id():
+            table.require(space.layers(), f"nas-build-lut --device {device} --missing --space {space.name}")
+            table.predictor(space.smallest)
+    from nas.lut import build_cpu_table
+
+    folder = path.parent if path is not None and path.parent in table_folders()[:2] else user_folder()
+    say(f"this machine's table {'lacks rows of ' + space.name if table else f'({device}) is not there yet'}: measuring it first")
+    table = build_cpu_table(space.with_classes(10), folder, only_missing=True)
+    return table, folder / f"{device}.csv"
+
+
+def load_data(path: Path | None, image_size: int, seed: int, score_images: int = 512) -> ImageData:
+    """Load the images of a command; say what they are and which were skipped."""
+    if path is None:
+        say("no --data: the embedded handwritten digits stand in. This is a demonstration, not a network to ship")
+        return load_images(None, image_size, seed, score_images=score_images)
+    with progress(f"reading {path}", 1.0) as tick:
+        done = 0.0
+
+        def advance(now: int, total: int) -> None:
+            nonlocal done
+            tick(now / total - done)
+            done = now / total
+
+        data = load_images(path, image_size, seed, score_images=score_images, progress=advance)
+    for file in data.skipped[:20]:
+        say(f"skipped a broken image: {file}")
+    if data.skipped:
+        say(f"{len(data.skipped)} broken images were skipped")
+    say(
+        f"{data.source}: {len(data.classes)} classes; {len(data.train):,} images to train, {len(data.score):,} to score, "
+        f"{len(data.val):,} to validate"
+    )
+    return data
+
+
+class Remembered:
+    """An evaluator whose results are kept in a file, so that a search that is killed does not evaluate again."""
+
+    def __init__(self, evaluate: Evaluator, path: Path) -> None:
+        self.evaluate = evaluate
+        self.path = path
+        self.asked = 0
+        self._known: dict[str, Evaluation] = {}
+        if path.exists():
+            for line in csv.reader(path.read_text().splitlines()[1:]):
+                if len(line) == 3:  # a kill may have cut the last line
+                    self._known[line[0]] = Evaluation(float(line[1]), float(line[2]))
+
+    def __call__(self, arch: ArchConfig) -> Evaluation:
+        self.asked += 1
+        network = " | ".join(f"{s.width}: {' '.join(b.kind for b in s.blocks)}" for s in arch.stages)
+        if network not in self._known:
+            self._known[network] = self.evaluate(arch)
+            lines = [["network", "loss", "accuracy"], *([k, repr(v.loss), repr(v.accuracy)] for k, v in self._known.items())]
+            write_atomically(self.path, "".join(",".join(line) + "\n" for line in lines))
+        return self._known[network]
+
+
+def report_signal(space: SearchSpace, largest: ArchConfig, evaluate: Remembered, images: int) -> None:
+    """Say how far the largest network and the one without blocks are apart: what the scores have to go by."""
+    kinds = [["identity"] * stage.depth for stage in space.stages]
+    empty = space.arch(largest.widths, kinds)
+    full, bare = evaluate(largest), evaluate(empty)
+    say(
+        f"with inherited weights, on the {images} scoring images: largest network loss {full.loss:.3f}, top-1 "
+        f"{100 * full.accuracy:.1f} %; identity only loss {bare.loss:.3f}, top-1 {100 * bare.accuracy:.1f} %"
+    )
+    noise = 2 * math.sqrt(2 * full.accuracy * (1 - full.accuracy) / images)
+    if full.accuracy - bare.accuracy <= noise or full.loss >= bare.loss:
+        say(
+            "warning: they are as good as equal, so the scores carry no signal and which blocks go is chance; train the "
+            "supernet for longer (weight_epochs in --config) or on larger images"
+        )
+
+
+def check_on_device(arch: ArchConfig, table: LatencyTable) -> Check:
+    """Export the network and time it end to end, if the table's device is this machine."""
+    from nas.profilers.ort_cpu import device_id
+
+    if table.device != device_id():
+        return Check()
+    from nas.measure import measure_session, network_session
+
+    found = measure_session(network_session(arch), table.meta.get("reference_ms"))
+    return Check(found.ms, found.low_ms, found.high_ms)
+
+
+def found_network(supernet: Supernet, arch: ArchConfig, images: torch.Tensor) -> torch.nn.Sequential:
+    """Return the found network at the supernet's image size, with inherited weights and statistics recomputed on `images`."""
+    model = subnetwork(supernet, arch.at(supernet.space.image_size)).to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    recalibrate(model, images)
+    return model.eval()
+
+
+def deployed_weights(model: torch.nn.Sequential, deployed: ArchConfig) -> dict[str, torch.Tensor]:
+    """Return the state of `model` under the names of the network to deploy, attention biases at its size."""
+    target = build_model(deployed)
+    weights = {}
+    for (name, module), source in zip(target.named_children(), model.children(), strict=True):
+        for key, like in module.state_dict().items():
+            value = source.state_dict()[key].cpu()
+            if key.endswith("attention_biases") and value.shape != like.shape:
+                value = resize_attention_biases(value, round(like.shape[1] ** 0.5))
+            weights[f"{name}.{key}"] = value.contiguous()
+    return weights
+
+
+def write_csv(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Write records of equal keys as CSV."""
+    lines = list(records)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(lines[0]) if lines else ["step"], lineterminator="\n")
+    writer.writeheader()
+    for line in lines:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
+    write_atomically(path, file.getvalue())
+
+
+def _say_step(step: Step) -> None:
+    taken = step.taken
+    say(
+        f"{taken.action}: {step.ms:.4g} to {taken.ms:.4g} ms, loss {step.evaluation.loss:.4f} to {taken.evaluation.loss:.4f}"
+        + (f" (of {len(step.options)} actions)" if len(step.options) > 1 else "")
+    )
+
+
+def _print_result(result: Mapping[str, Any], folder: Path, data: ImageData) -> None:
+    met = result["measured_high_ms"] is None or result["measured_high_ms"] <= result["target_ms"]
+    if result["measured_ms"] is None:
+        measured = f"not measured: {result['device']} is not this machine"
+    else:
+        measured = (
+            f"measured {result['measured_ms']:.4g} ms (95 %: {result['measured_low_ms']:.4g} to "
+            f"{result['measured_high_ms']:.4g})"
+        )
+    print(f"{folder / 'searched.yaml'}")
+    print(
+        f"  target {result['target_ms']:g} ms on {result['device']}: predicted {result['predicted_ms']:.4g} ms, {measured}"
+        + ("" if met else "; THE TARGET IS MISSED")
+    )
+    print(f"  {result['params'] / 1e6:.3g} M parameters, {result['macs'] / 1e6:.4g} M MACs at {result['image_size']} px")
+    print(
+        f"  top-1 {100 * result['accuracy']:.1f} % on {len(data.val)} validation images that the search did not see, with "
+        "weights inherited from the supernet"
+    )
+    if result["largest_of_space"]:
+        larger = [name for name in space_names() if name != result["space"]]
+        print(f"  this is the largest network of {result['space']}: for the rest of the time, try --space {' or '.join(larger)}")
+    if result["demonstration"]:
+        print("  found on the embedded digits: a demonstration; give --data PATH for a network to ship")
+    print(f"  next: nas-train {folder / 'searched.yaml'} --out trained" + ("" if data.demonstration else f" --data {data.source}"))

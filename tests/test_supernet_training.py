@@ -1,0 +1,308 @@
+"""A seed decides a supernet, a kill does not change it, and what the images need becomes important."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nas import supernet_training
+from nas.data import ImageData, Images
+from nas.supernet_training import SupernetSettings, single_path, temperature, train_supernet, training_size
+from supernet.arch import MB3D, MB4D, Block, Identity
+from supernet.errors import InputError
+from supernet.metapath import Supernet
+from supernet.space import SearchSpace, StageSpace
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Two threads on a busy machine wait for each other at every one of these tiny operations."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def stage_space(widths: tuple[int, ...], stride: int, depth: int, *kinds: str) -> StageSpace:
+    top = widths[-1]
+    blocks: dict[str, Block] = {
+        "mb4d": MB4D(top, mlp_ratio=2),
+        "mb3d": MB3D(top, mlp_ratio=2, num_heads=2, key_dim=4, attn_ratio=2),
+        "identity": Identity(top),
+    }
+    return StageSpace(widths, stride, depth, tuple(blocks[kind] for kind in kinds))
+
+
+SPACE = SearchSpace(
+    "small",
+    8,
+    3,
+    (stage_space((8, 16), 1, 1, "mb4d", "identity"), stage_space((8, 16), 2, 2, "mb4d", "mb3d", "identity")),
+)
+# Epochs 1 to 3 on single paths, 4 and 5 on mixtures. Not all of the images fit into whole batches.
+SETTINGS = SupernetSettings(weight_epochs=3, mixture_epochs=2, batch_size=8, images_per_epoch=20, accelerator="cpu")
+
+
+def labelled(pixels: Tensor, labels: Tensor, classes: int) -> ImageData:
+    parts = Images(pixels, torch.arange(len(pixels)), labels)
+    names = tuple(str(label) for label in range(classes))
+    return ImageData(parts, parts, parts, names, pixels.shape[-1], True, False, (), "", "")
+
+
+@pytest.fixture(scope="module")
+def noise() -> ImageData:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (50, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return labelled(pixels, torch.randint(0, 3, (50,), generator=generator), 3)
+
+
+def trained(data: ImageData, folder: Path, seed: int = 0, settings: SupernetSettings = SETTINGS) -> State:
+    return {name: value.clone() for name, value in train_supernet(SPACE, data, settings, seed, folder).state_dict().items()}
+
+
+def differing(one: State, other: State) -> set[str]:
+    assert one.keys() == other.keys()
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+# -- Seeds and kills ---------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_decides_every_weight(noise: ImageData, tmp_path: Path) -> None:
+    first = trained(noise, tmp_path / "first")
+    torch.rand(7)  # what else is drawn in the process plays no part
+    assert not differing(first, trained(noise, tmp_path / "again"))
+    other = differing(first, trained(noise, tmp_path / "other", seed=1))
+    assert {"stem.conv1.weight", "head.fc.weight", "stages.1.0.candidates.1.token_mixer.qkv.weight"} <= other
+    assert {f"logits.{slot}" for slot in range(3)} <= other
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 3, 4])  # in the midst of single paths, before the mixtures, between them
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_killed_run_goes_on_to_the_same_weights(
+    after: int, saved: bool, noise: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained(noise, tmp_path / "whole")
+    save = supernet_training.save_checkpoint
+    written: list[int] = []
+
+    def save_until_killed(path: Path, epoch: int, **parts: Any) -> None:
+        if epoch < after or saved:
+            save(path, epoch, **parts)
+            written.append(epoch)
+        if epoch == after:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supernet_training, "save_checkpoint", save_until_killed)
+        with pytest.raises(Killed):
+            trained(noise, tmp_path / "killed")
+    assert written == list(range(1, after + saved))
+
+    torch.manual_seed(99)
+    steps: list[int] = []
+    forward = Supernet.forward
+    monkeypatch.setattr(Supernet, "forward", lambda *args: steps.append(0) or forward(*args))  # type: ignore[func-returns-value]
+    assert not differing(whole, trained(noise, tmp_path / "killed"))
+    assert len(steps) == 2 * (5 - len(written))  # 20 images an epoch are two whole batches of 8
+
+    steps.clear()
+    assert not differing(whole, trained(noise, tmp_path / "killed"))  # finished: nothing is trained
+    assert not steps
+
+
+def test_a_checkpoint_of_another_supernet_is_refused(noise: ImageData, tmp_path: Path) -> None:
+    trained(noise, tmp_path)
+    other = SearchSpace("other", 8, 3, (stage_space((8,), 2, 1, "mb4d", "identity"),))
+    with pytest.raises(InputError, match=r"supernet\.pt"):
+        train_supernet(other, noise, SETTINGS, 0, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_kept(
+    noise: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Supernet.forward
+    monkeypatch.setattr(Supernet, "forward", lambda *args: forward(*args) * float("nan"))
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        trained(noise, tmp_path)
+    assert not (tmp_path / "supernet.pt").exists()
+
+
+def test_logits_learn_on_mixtures_only(noise: ImageData, tmp_path: Path) -> None:
+    single = SupernetSettings(weight_epochs=2, mixture_epochs=0, batch_size=8, images_per_epoch=16, accelerator="cpu")
+    found = trained(noise, tmp_path / "single", settings=single)
+    assert not any(found[f"logits.{slot}"].any() for slot in range(3))
+    found = trained(noise, tmp_path / "mixed")
+    assert all(found[f"logits.{slot}"].any() for slot in range(3))
+
+
+def test_the_network_comes_back_in_eval_mode(noise: ImageData, tmp_path: Path) -> None:
+    net = train_supernet(SPACE, noise, SETTINGS, 0, tmp_path)
+    assert not any(module.training for module in net.modules())
+
+
+# -- What is learned ---------------------------------------------------------------------------------------------------
+
+ONE_SLOT = SearchSpace("one slot", 8, 2, (stage_space((8,), 1, 1, "mb4d", "identity"),))
+
+
+class PointwiseStem(Supernet):
+    """A supernet whose stem is fixed, and takes every pixel by itself: channels 0 to 3 are bright, 4 to 7 dark.
+
+    Without blocks, the mean over positions that the head sees depends on which pixels there are, not on where.
+    """
+
+    def __init__(self, space: SearchSpace) -> None:
+        super().__init__(space)
+        convs = [self.stem.get_submodule(name) for name in ("conv1", "conv2")]
+        with torch.no_grad():
+            for conv in convs:
+                assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+                conv.weight.zero_()
+                conv.bias.zero_()
+                half = len(conv.weight) // 2
+                conv.weight[:, :, 1, 1] = torch.eye(2).repeat_interleave(half, 0).repeat_interleave(
+                    -(-conv.weight.shape[1] // 2), 1
+                )[:, : conv.weight.shape[1]]
+            first = convs[0]
+            assert isinstance(first, nn.Conv2d)
+            first.weight[:, :, 1, 1] = torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None]
+        for parameter in self.stem.parameters():
+            parameter.requires_grad = False
+
+
+def patterns(where: bool) -> ImageData:
+    """Black and white pixels in a chequer of single pixels or of 4 x 4: half of them white, so it takes a neighbour to
+    tell. With `where` false, the classes are dark and bright noise, which any network can tell."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(128) % 2
+    y, x = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    fine, coarse = (y + x) % 2, (y // 4 + x // 4) % 2
+    flips = torch.randint(0, 2, (128, 1, 1), generator=generator)
+    chequers = (torch.where(labels[:, None, None] == 1, fine, coarse) + flips) % 2
+    speckles = torch.rand(128, 8, 8, generator=generator) < (0.3 + 0.4 * labels)[:, None, None]
+    grey = chequers if where else speckles.long()
+    return labelled((grey * 200 + 20).to(torch.uint8)[:, None].expand(-1, 3, -1, -1).contiguous(), labels, 2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_block_that_the_images_need_becomes_important(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supernet_training, "Supernet", PointwiseStem)
+    settings = SupernetSettings(
+        weight_epochs=4, mixture_epochs=10, batch_size=32, learning_rate=5e-3, logit_learning_rate=0.1, accelerator="cpu"
+    )
+    importance = {
+        where: train_supernet(ONE_SLOT, patterns(where), settings, seed, tmp_path / str(where)).importance()[0]["mb4d"]
+        for where in (True, False)
+    }
+    print(importance)
+    assert importance[True] > 0.5
+    assert importance[True] > importance[False] + 0.5
+
+
+# -- Paths and temperature ---------------------------------------------------------------------------------------------
+
+
+def test_single_paths_leave_a_quarter_of_the_slots_empty() -> None:
+    generator = torch.Generator().manual_seed(0)
+    paths = torch.tensor([single_path(SPACE, generator) for _ in range(4000)])
+    shares = [[(paths[:, slot] == choice).double().mean().item() for choice in range(3)] for slot in range(3)]
+    assert shares[0] == pytest.approx([0.75, 0.25, 0], abs=0.03)  # mb4d, identity
+    assert shares[1] == pytest.approx([0.375, 0.375, 0.25], abs=0.03)  # mb4d, mb3d, identity
+    assert shares[2] == pytest.approx([0.375, 0.375, 0.25], abs=0.03)
+
+
+def test_the_temperature_falls_by_equal_factors() -> None:
+    assert [temperature(done, 8.0, 0.5) for done in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx([8, 4, 2, 1, 0.5])
+
+
+def test_training_takes_the_temperature_from_start_to_end(
+    noise: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[float, str]] = []
+    sample = supernet_training.sample_path
+
+    def noted(logits: Any, tau: float, generator: Any, kind: Any) -> list[Tensor]:
+        taken.append((tau, kind))
+        return sample(logits, tau, generator, kind)
+
+    monkeypatch.setattr(supernet_training, "sample_path", noted)
+    settings = SupernetSettings(
+        weight_epochs=1, mixture_epochs=2, batch_size=8, images_per_epoch=24, noise="uniform", accelerator="cpu"
+    )
+    trained(noise, tmp_path, settings=settings)
+    assert len(taken) == 6
+    assert [tau for tau, _ in taken] == pytest.approx([2 * 0.25 ** (step / 5) for step in range(6)])
+    assert {kind for _, kind in taken} == {"uniform"}
+
+
+# -- Settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("wieght_epochs: 3", "weight_epochs"),
+        ("batch_size: 2.5", "batch_size must be a whole number"),
+        ("batch_size: 0", "batch_size must be at least 1"),
+        ("weight_epochs: 0", "weight_epochs must be at least 1"),
+        ("mixture_epochs: -1", "mixture_epochs must not be negative"),
+        ("learning_rate: fast", "learning_rate must be a number"),
+        ("learning_rate: .nan", "learning_rate must be a positive number"),
+        ("noise: true", "noise must be text"),
+        ("noise: gumbell", "did you mean gumbel"),
+        ("score: lose", "did you mean loss"),
+        ("accelerator: gpu", "allowed: auto, cpu, cuda, mps"),
+        ("tau_start: 0", "tau_start must be a positive number"),
+        ("tau_end: 0.0", "tau_end must be a positive number"),
+        ("tau_end: .inf", "tau_end must be a positive number"),
+        ("clip_norm: 0", "clip_norm must be a positive number"),
+        ("weight_decay: -0.1", "weight_decay must be"),
+        ("weight_decay: .nan", "weight_decay must be"),
+        ("label_smoothing: 1.0", "label_smoothing must be"),
+        ("[3]", "must hold a mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused_in_one_line(text: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text + "\n")
+    with pytest.raises(InputError) as refused:
+        SupernetSettings.load(path)
+    assert named in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_settings_that_are_not_given_have_their_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("noise: uniform\ntau_start: 3\n")
+    assert SupernetSettings.load(path) == SupernetSettings(noise="uniform", tau_start=3.0)
+    assert SupernetSettings.load(None) == SupernetSettings()
+
+
+# -- Image size --------------------------------------------------------------------------------------------------------
+
+
+def test_the_training_size_follows_the_data_within_what_the_space_allows() -> None:
+    # Strides 4, 2, 2, 2: maps of 4 x 4 from 97 px on, which make ceil(97/4) = 25, 13, 7, 4.
+    space = SearchSpace.load("efficientformer-s")
+    assert space.smallest_image_size() == 97
+    assert training_size(space, 128) == 128
+    assert training_size(space, 8) == 97  # enlarged
+    assert training_size(space, 500) == 224  # at most the deployed size
+    assert training_size(space, 500, 97) == 97
+    assert training_size(space, 8, 256) == 256  # a wish is taken as it is
+    with pytest.raises(InputError, match="at least 97 px"):
+        training_size(space, 128, 96)
+    with pytest.raises(InputError, match="at least 97 px"):
+        training_size(space.at(64), 128)
