@@ -102,7 +102,7 @@ def recalibrated(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def recalibrate(model: nn.Sequential, x: Tensor) -> None:
-    """Set a network's batch-norm statistics to those of the normalised images `x` (N, 3, S, S); leave it in eval mode."""
+    """Fit a network's batch-norm statistics to the normalised images `x` (N, 3, S, S); leave it in eval mode."""
     for module in model.children():
         x = recalibrated(module, x)
     model.eval()

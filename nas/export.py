@@ -45,21 +45,23 @@ def export_onnx(model: nn.Module, image_size: int, path: str | Path) -> float:
     """Write `model` as ONNX (batch 1) and return its largest difference from eager.
 
     Raises:
-        InputError: ONNX Runtime's logits differ from eager's by more than 1e-4; nothing is written.
+        InputError: eager's logits are not finite, or ONNX Runtime's differ from them by more than 1e-4 (of the largest,
+            or absolute where logits are below 1); nothing is written.
     """
     import onnxruntime
 
     example = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    data = onnx_bytes(model, example)
     with torch.inference_mode():
         expected = model.eval()(example).numpy()
+    if not np.isfinite(expected).all():
+        raise InputError("the network's logits are not finite: nothing is written; give the weights of a good training")
+    data = onnx_bytes(model, example)
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     found = session.run(None, {"image": example.numpy()})[0]
     difference = float(np.abs(found - expected).max())
-    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
+    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):  # not: NaN is refused too
         raise InputError(
-            f"the exported network differs from eager by {difference:.2g}, more than {TOLERANCE:g}: nothing is written; "
-            "check that the weights are finite"
+            f"the exported network differs from eager by {difference:.2g}, more than {TOLERANCE:g}: nothing is written"
         )
     write_atomically(path, data)
     return difference
@@ -97,4 +99,5 @@ def export_network(arch: str, weights: Path | None, out: Path) -> None:
     else:
         load_weights(model, weights)
     difference = export_onnx(model, config.image_size, out)
-    print(f"{out}: (1, 3, {config.image_size}, {config.image_size}) to (1, {config.num_classes}), within {difference:.1e} of PyTorch")
+    size = config.image_size
+    print(f"{out}: (1, 3, {size}, {size}) to (1, {config.num_classes}), within {difference:.1e} of PyTorch")

@@ -19,11 +19,13 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from nas.measure import EMPTY, MAX_VISITS, MIN_VISITS, REFERENCE, WHOLE_GOAL, Model, name_of, session
@@ -34,12 +36,15 @@ from nas.table import Calibration, LatencyTable, Row, measured_layers
 from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Flat, Head, Layer, Stem, Unflat
 from supernet.errors import InputError
 from supernet.files import write_atomically
+from supernet.model import count
 from supernet.space import SearchSpace
 from supernet.zoo import load_arch
 
 Terms = dict[Model, float]
+Array = npt.NDArray[np.float64]
 
 CHAINS = (1, 2, 4)
+CACHE_LINE = 64  # bytes
 FIT_NETWORKS = 16  # fit the calibration
 CHECK_NETWORKS = 12  # tell its error
 ROW_GOAL = 0.02  # half-width of a row's 95 % interval, of the row ...
@@ -104,6 +109,13 @@ def requested_space(space: str | None, arch: str | None) -> SearchSpace:
     return SearchSpace.load(space or "efficientformer-tiny")
 
 
+def typical_weights(space: SearchSpace) -> int:
+    """Return the bytes of weights of a typical network of the space: what passes through the caches between two runs of
+    one of its layers. The median of 25 random networks."""
+    rng = random.Random(0)
+    return 4 * int(median(count(space.sample(rng)).params for _ in range(25)))
+
+
 class Samples:
     """Every visit of a build, on disk as soon as it is made."""
 
@@ -126,6 +138,9 @@ class Samples:
         self._writer = csv.writer(self._file, lineterminator="\n")
         if fresh:
             self._writer.writerow(self.HEADER)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.visits.values()))
 
     def add(self, name: str, visit: Visit) -> None:
         self.visits.setdefault(name, []).append(visit)
@@ -156,13 +171,18 @@ class Bench:
         what: str,
         between: Callable[[], object] | None = None,
     ) -> None:
-        """Visit the models until every goal is met or a model has had its 80 visits.
+        """Visit the models until every goal is met or a model has had its fill of visits.
 
         A goal is (terms, fraction, floor_ms): the half-width of the combination's 95 % interval is to be at most
         max(fraction * value, floor_ms). Only the models that are live at once count; each model is live once.
         """
         queue = [m for m in dict.fromkeys(models) if len(self.samples.visits.get(name_of(m), ())) < MAX_VISITS]
-        with progress(what, len(queue)) as tick:
+        with progress(what, len(queue) * MAX_VISITS) as tick:
+
+            def record(name: str, visit: Visit) -> None:
+                self.samples.add(name, visit)
+                tick(1)
+
             while queue:
                 live: dict[str, OrtModel] = {}
                 size = 0
@@ -171,8 +191,11 @@ class Bench:
                     batch.append(queue.pop(0))
                     live[name_of(batch[-1])], more = session(batch[-1], self.threads)
                     size += more
-                visit_in_rounds(live, self.stopwatch, lambda b=batch: self._open(b, goals), self.samples.add, self.rng, between)  # type: ignore[misc]
-                tick(len(batch))
+                before = len(self.samples)
+                visit_in_rounds(
+                    live, self.stopwatch, partial(self._open, batch, goals), record, self.rng, between
+                )
+                tick(len(batch) * MAX_VISITS - (len(self.samples) - before))  # visits that were not needed
 
     def _open(self, batch: Sequence[Model], goals: Sequence[tuple[Terms, float, float]]) -> set[str]:
         reference_ms = self.samples.reference_ms() if self.samples.visits else 1.0
@@ -265,9 +288,9 @@ def _build(
         bench.measure([smallest], [({smallest: 1.0}, WHOLE_GOAL, 0.0)], "smallest network")
         floor_ms = NETWORK_GOAL * summarise(samples.visits[name_of(smallest)], samples.reference_ms()).ms
         goals = [(terms, ROW_GOAL, floor_ms) for terms in rows_terms.values()]
-        import os
-        buf=np.ones(int(float(os.environ.get("FLUSH_MB","4"))*2**18),dtype=np.float32) # EXPERIMENT
-        bench.measure(models, goals, "rows", buf.sum if len(buf) else None)
+        weights = typical_weights(space)
+        others = np.ones(weights // 4, dtype=np.float32)[:: CACHE_LINE // 4]
+        bench.measure(models, goals, "rows", others.sum)
 
         # One reference for all rows of a table: rows that were measured earlier stay as they are.
         reference_ms = old.meta["reference_ms"] if old is not None else samples.reference_ms()
@@ -318,30 +341,30 @@ def _row(layer: Layer, terms: Terms, samples: Samples, reference_ms: float) -> R
     return Row(ms, ms - half, ms + half, method, alone.ms if alone else None)
 
 
-def stratified(space: SearchSpace, table: LatencyTable, count: int, rng: random.Random) -> list[ArchConfig]:
-    """Return `count` random networks of the space, one from each of as many equal bins of the sum of rows."""
-    pool = {a.without_identity(): table.sum_ms(a) for a in (space.sample(rng) for _ in range(40 * count))}
+def stratified(space: SearchSpace, table: LatencyTable, number: int, rng: random.Random) -> list[ArchConfig]:
+    """Return `number` random networks of the space, one from each of as many equal bins of the sum of rows."""
+    pool = {a.without_identity(): table.sum_ms(a) for a in (space.sample(rng) for _ in range(40 * number))}
     low, high = min(pool.values()), max(pool.values())
     bins: dict[int, list[ArchConfig]] = {}
     for arch, ms in pool.items():
-        bins.setdefault(min(count - 1, int((ms - low) / (high - low) * count)), []).append(arch)
+        bins.setdefault(min(number - 1, int((ms - low) / (high - low) * number)), []).append(arch)
     chosen = [rng.choice(members) for members in bins.values()]
     rest = [arch for arch in pool if arch not in chosen]
-    return chosen + rng.sample(rest, count - len(chosen))
+    return chosen + rng.sample(rest, number - len(chosen))
 
 
 def calibrate(space: SearchSpace, sums: Sequence[float], measured: Sequence[float]) -> Calibration:
     """Fit `measured = offset + scale * sum` to every network but each third or so, and tell the error on those.
 
-    The fit minimises relative errors. `sums` and `measured` are milliseconds, in any order.
+    The fit minimises the sum of absolute relative errors, which a network that was disturbed cannot pull. `sums` and
+    `measured` are milliseconds, in any order.
     """
     order = np.argsort(sums)
     x, y = np.asarray(sums)[order], np.asarray(measured)[order]
     check = np.zeros(len(x), dtype=bool)
     held_out = len(x) * CHECK_NETWORKS // (FIT_NETWORKS + CHECK_NETWORKS)
     check[np.linspace(1, len(x) - 2, held_out).round().astype(int)] = True  # the ends belong to the fit
-    fx, fy = x[~check], y[~check]
-    (offset_ms, scale), *_ = np.linalg.lstsq(np.stack([1 / fy, fx / fy], axis=1), np.ones(len(fy)), rcond=None)
+    offset_ms, scale = least_absolute_line(x[~check], y[~check])
     error = 100 * np.abs(offset_ms + scale * x[check] - y[check]) / y[check]
     predicted = offset_ms + scale * x[check]
     pairs = np.sign(np.subtract.outer(predicted, predicted)) * np.sign(np.subtract.outer(y[check], y[check]))
@@ -349,8 +372,8 @@ def calibrate(space: SearchSpace, sums: Sequence[float], measured: Sequence[floa
         space=space.name,
         image_size=space.image_size,
         strides=space.strides,
-        offset_ms=float(offset_ms),
-        scale=float(scale),
+        offset_ms=offset_ms,
+        scale=scale,
         sum_low_ms=float(x[0]),
         sum_high_ms=float(x[-1]),
         n_fit=int((~check).sum()),
@@ -360,6 +383,16 @@ def calibrate(space: SearchSpace, sums: Sequence[float], measured: Sequence[floa
         within_5_percent=float(100 * (error <= 5).mean()),
         kendall_tau=float(pairs.sum() / (len(pairs) * (len(pairs) - 1))),
     )
+
+
+def least_absolute_line(x: Array, y: Array) -> tuple[float, float]:
+    """Return offset and scale of the line that minimises sum |offset + scale * x - y| / y, by reweighted least squares."""
+    design, ones = np.stack([1 / y, x / y], axis=1), np.ones(len(y))
+    weights = ones
+    for _ in range(100):
+        line, *_ = np.linalg.lstsq(design * weights[:, None], weights, rcond=None)
+        weights = 1 / np.sqrt(np.maximum(np.abs(design @ line - 1), 1e-6))
+    return float(line[0]), float(line[1])
 
 
 def _now() -> str:

@@ -50,7 +50,8 @@ def progress(what: str, total: float, done: float = 0.0) -> Iterator[Tick]:
         state["now"] += amount
         now = time.monotonic()
         finished = state["now"] >= total
-        if state["now"] > done and (now - state["said"] >= LINE_EVERY_S) and not finished:
+        share = (state["now"] - done) / (total - done) if total > done else 1.0
+        if share > 0.02 and now - state["said"] >= LINE_EVERY_S and not finished:
             state["said"] = now
             left = (now - start) / (state["now"] - done) * (total - state["now"])
             say(f"{what}: {100 * state['now'] / total:.0f} %, {duration(left)} left")

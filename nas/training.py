@@ -186,7 +186,7 @@ def _run_epochs(
     start = step
     say(
         f"training {arch.name} at {arch.image_size} px for {len(data.classes)} classes on {len(data.train):,} images: "
-        f"epochs {first + 1} to {recipe.epochs}, each {per_epoch} steps of {min(size, recipe.batch_size)}, on {device.type}"
+        f"epochs {first + 1} to {recipe.epochs}, {per_epoch} steps of {min(size, recipe.batch_size)}, on {device.type}"
     )
     began = said = time.monotonic()
     with progress(arch.name, steps, step) as tick:
@@ -311,9 +311,9 @@ def load_weights(model: nn.Module, path: str | Path, *, adapt: bool = False) -> 
     faults = [f"lacks {name}" for name in own if name not in given]
     faults += [f"has an unexpected {name}" for name in given if name not in own]
     faults += [
-        f"has {name} of shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
-        for name, tensor in given.items()
-        if name in own and tensor.shape != own[name].shape
+        f"has {name} of shape {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in given and given[name].shape != tensor.shape
     ]
     if faults:
         more = f" and {len(faults) - 1} more such faults" if len(faults) > 1 else ""

@@ -91,7 +91,7 @@ class Supernet(nn.Module):
         for number, slots in enumerate(self.stages):
             if number:
                 x = self.embeddings[number - 1](x)
-            for slot in slots:  # type: ignore[union-attr]
+            for slot in slots:  # type: ignore[attr-defined, union-attr]
                 x = slot(x, next(choices))
         if self.head_on_tokens:
             x = x.flatten(2).transpose(1, 2)

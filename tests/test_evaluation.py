@@ -58,6 +58,10 @@ def pictures(number: int, seed: int) -> Images:
     return Images(pixels, torch.arange(number), torch.randint(0, 3, (number,), generator=generator))
 
 
+def pixels_of(images: Images) -> Tensor:
+    return images.batch(torch.arange(len(images)))[0]
+
+
 @pytest.fixture(scope="module")
 def data() -> ImageData:
     # More scoring images than a chunk (128), and not a multiple of it.
@@ -86,8 +90,8 @@ def from_scratch(supernet: Supernet, data: ImageData, arch: ArchConfig) -> Evalu
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
-    model.train()(normalise(data.train.pixels[data.train.rows]))
-    logits = model.eval()(normalise(data.score.pixels[data.score.rows]))
+    model.train()(normalise(pixels_of(data.train)))
+    logits = model.eval()(normalise(pixels_of(data.score)))
     right = (logits.argmax(1) == data.score.labels).sum().item()
     return Evaluation(F.cross_entropy(logits.double(), data.score.labels).item(), right / len(data.score))
 
@@ -108,7 +112,7 @@ def test_recalibration_sees_as_many_training_images_as_are_asked_for(supernet: S
     assert [len(evaluate.recalibration) for evaluate in evaluators] == [16, 40, 40]
     assert evaluators[0](LARGEST) != evaluators[1](LARGEST) == evaluators[2](LARGEST)
     # A sample of the training images, and not of the first ones alone.
-    train = normalise(data.train.pixels)
+    train = normalise(pixels_of(data.train))
     chosen = [int((train == image).flatten(1).all(1).nonzero()) for image in evaluators[0].recalibration]
     assert len(set(chosen)) == 16 and max(chosen) >= 16
 
@@ -228,6 +232,6 @@ def test_accuracy_of_a_whole_network_does_not_depend_on_batches(data: ImageData)
     assert not model.training
     assert accuracy_of(model, data.val, batch_size=7) == pytest.approx(found)
     with torch.no_grad():
-        logits = model(normalise(data.val.pixels))
+        logits = model(normalise(pixels_of(data.val)))
     assert found[0] == pytest.approx(F.cross_entropy(logits, data.val.labels).item(), rel=1e-5)
     assert found[1] == pytest.approx((logits.argmax(1) == data.val.labels).double().mean().item())

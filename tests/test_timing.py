@@ -1,0 +1,106 @@
+"""Rounds, pairing with the reference, and statistics, on a clock that the test turns."""
+
+import gc
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from nas.profilers.timing import Stopwatch, Visit, median_interval, summarise, visit_in_rounds
+
+
+class Machine:
+    """A clock in nanoseconds, and workloads that move it on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slowness = 1.0
+
+    def clock(self) -> int:
+        return round(self.now)
+
+    def workload(self, ms: float, noise: Callable[[], float] = lambda: 0.0) -> Callable[[], None]:
+        def run() -> None:
+            self.now += (ms + noise()) * self.slowness * 1e6
+
+        return run
+
+
+def test_a_visit_is_the_workload_between_two_timings_of_the_reference() -> None:
+    machine = Machine()
+    stopwatch = Stopwatch(machine.workload(0.5), machine.clock)
+    assert stopwatch.visit(machine.workload(2.0)) == Visit(2.0, 0.5)
+
+
+def test_a_slower_machine_slows_workload_and_reference_alike() -> None:
+    machine = Machine()
+    stopwatch = Stopwatch(machine.workload(0.5), machine.clock)
+    run = machine.workload(2.0)
+    visits = []
+    for turn in range(30):
+        machine.slowness = 1.0 if turn % 3 else 1.7
+        stopwatch.visit(machine.workload(0.1))  # the reference is timed anew before the visit that counts
+        visits.append(stopwatch.visit(run))
+    found = summarise(visits, reference_ms=0.5)
+    assert found.ms == pytest.approx(2.0, rel=1e-6), "the normalised median does not know the slowness"
+    assert found.high_ms - found.low_ms < 1e-6
+    assert max(v.raw_ms for v in visits) == pytest.approx(3.4), "the raw time does"
+
+
+def test_what_runs_between_calls_is_not_timed() -> None:
+    machine = Machine()
+    stopwatch = Stopwatch(machine.workload(0.5), machine.clock)
+    between = machine.workload(100.0)
+    assert stopwatch.visit(machine.workload(2.0), between).raw_ms == pytest.approx(2.0)
+
+
+def test_a_single_disturbed_call_does_not_move_a_visit() -> None:
+    machine = Machine()
+    calls = iter([0.0] * 12 + [50.0] + [0.0] * 1000)
+    stopwatch = Stopwatch(machine.workload(0.5), machine.clock)
+    assert stopwatch.visit(machine.workload(2.0, lambda: next(calls))).raw_ms == pytest.approx(2.0)
+
+
+def test_the_result_is_expressed_on_the_tables_machine() -> None:
+    visits = [Visit(3.0, 1.5)] * 8
+    assert summarise(visits, reference_ms=0.5).ms == pytest.approx(1.0)
+    assert summarise(visits).ms == pytest.approx(3.0), "without a table it is what was measured"
+
+
+def test_the_interval_of_the_median_covers_it_about_19_times_in_20() -> None:
+    rng = random.Random(1)
+    covered = 0
+    for _ in range(2000):
+        low, high = median_interval(sorted(rng.lognormvariate(0, 0.5) for _ in range(25)))
+        covered += low <= 1.0 <= high
+    assert 0.93 <= covered / 2000 <= 0.97
+
+
+def test_the_interval_of_few_samples_is_their_whole_range() -> None:
+    assert median_interval([1.0, 2.0, 5.0]) == (1.0, 5.0)
+
+
+def test_rounds_visit_what_is_open_in_shuffled_order_until_nothing_is() -> None:
+    machine = Machine()
+    counts: Counter[str] = Counter()
+    order: list[str] = []
+
+    def record(key: str, visit: Visit) -> None:
+        counts[key] += 1
+        order.append(key)
+        assert not gc.isenabled(), "the collector must not run into a timing"
+
+    visit_in_rounds(
+        {key: machine.workload(1.0) for key in "abcdef"},
+        Stopwatch(machine.workload(0.5), machine.clock),
+        lambda: [key for key in "abcdefz" if counts[key] < (7 if key == "c" else 4)],
+        record,
+        random.Random(0),
+    )
+    assert counts == {"a": 4, "b": 4, "c": 7, "d": 4, "e": 4, "f": 4}
+    assert order[:6] != order[6:12], "every round has its own order"
+    assert sorted(order[:6]) == sorted(order[6:12])
+    assert gc.isenabled()
+    assert math.isclose(summarise([Visit(1.0, 0.5)], 0.5).ms, 1.0)

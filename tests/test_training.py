@@ -1,0 +1,361 @@
+"""Training a found network: resuming, refusing, what decays, weights in and out. Networks of width 8 on digits."""
+
+import csv
+import json
+import math
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nas import training
+from nas.data import ImageData, load_images
+from nas.evaluation import accuracy_of
+from nas.request import claim
+from nas.training import RECIPES, Recipe, TrainingResult, cosine, load_recipe, load_weights, parameter_groups
+from supernet.arch import MB3D, MB4D, ArchConfig, Identity, Stage
+from supernet.errors import InputError
+from supernet.model import build_model
+
+# Every kind of layer; the empty slot must not be in what is written.
+MB3D_8 = MB3D(8, num_heads=2, key_dim=4, attn_ratio=2)
+ARCH = ArchConfig(
+    "tiny", 16, 3, (Stage(8, 2, (Identity(8), MB4D(8))), Stage(8, 2, (MB4D(8), MB3D_8)), Stage(8, 1, (MB3D_8,)))
+)
+RECIPE = Recipe(
+    epochs=3, batch_size=32, learning_rate=4e-3, layer_scale=0.5, clip_norm=5.0, images_per_epoch=160, accelerator="cpu"
+)
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return load_images(None, 16, seed=0)
+
+
+@pytest.fixture(scope="module")
+def whole(digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
+    """A training that was never interrupted."""
+    return training.train_network(ARCH, digits, RECIPE, tmp_path_factory.mktemp("whole"), seed=3)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def without_seconds(folder: Path) -> list[dict[str, str]]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows(folder)]
+
+
+def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*args: object) -> float:
+        raise AssertionError("a training step was taken")
+
+    monkeypatch.setattr(training, "_train_step", step)
+
+
+def network() -> nn.Sequential:
+    """The network that ARCH is trained as."""
+    return build_model(ARCH.without_identity().with_classes(10))
+
+
+# Within epoch 2, in its validation, at its checkpoint, between its checkpoint and its metrics.
+KILLS = [("_train_step", 8, 1), ("accuracy_of", 2, 1), ("write_atomically", 3, 1), ("write_atomically", 4, 2)]
+
+
+@pytest.mark.parametrize(("function", "calls", "epochs"), KILLS)
+def test_resumed_training_equals_uninterrupted(
+    function: str,
+    calls: int,
+    epochs: int,
+    digits: ImageData,
+    whole: TrainingResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original, seen = getattr(training, function), 0
+
+    def killed(*args: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen == calls:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, function, killed)
+        training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == epochs
+    resumed = training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
+    expected, found = (load_file(r.folder / "model.safetensors") for r in (whole, resumed))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), f"{name} differs after a resume"
+    assert replace(resumed, folder=whole.folder) == whole, "and so does the result"
+    assert without_seconds(tmp_path) == without_seconds(whole.folder), "no row is lost, doubled or changed"
+
+
+def test_another_seed_trains_another_network(digits: ImageData, whole: TrainingResult, tmp_path: Path) -> None:
+    state = torch.random.get_rng_state()
+    other = training.train_network(ARCH, digits, replace(RECIPE, epochs=1), tmp_path, seed=4)
+    assert rows(other.folder)[0]["train_loss"] != rows(whole.folder)[0]["train_loss"]
+    assert torch.equal(torch.random.get_rng_state(), state), "the caller's random numbers are left alone"
+
+
+def test_folder_describes_the_trained_network(digits: ImageData, whole: TrainingResult) -> None:
+    arch = ArchConfig.load(whole.folder / "arch.yaml")
+    assert arch == whole.arch == ARCH.without_identity().with_classes(10), "the data's classes, no empty slots"
+    model = build_model(arch)
+    load_weights(model, whole.folder / "model.safetensors")
+    assert accuracy_of(model, digits.val) == (whole.loss, whole.accuracy), "the file holds what was scored"
+
+
+def test_metrics_have_a_row_for_each_epoch(whole: TrainingResult) -> None:
+    found = rows(whole.folder)
+    columns = ["epoch", "learning_rate", "train_loss", "val_loss", "val_accuracy", "seconds"]
+    assert list(found[0]) == columns
+    assert [row["epoch"] for row in found] == ["1", "2", "3"]
+    rates = [float(row["learning_rate"]) for row in found]
+    assert rates == [RECIPE.learning_rate * cosine(step, 15) for step in (4, 9, 14)], "of each epoch's last step"
+    assert (float(found[-1]["val_loss"]), float(found[-1]["val_accuracy"])) == (whole.loss, whole.accuracy)
+    assert whole.epochs == 3
+    losses = [float(row["train_loss"]) for row in found]
+    assert losses[-1] < losses[0], "it learns"
+
+
+def test_learning_is_better_than_chance(digits: ImageData, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=2, images_per_epoch=0)
+    assert training.train_network(ARCH, digits, recipe, tmp_path, seed=0).accuracy > 0.3, "chance is 0.1"
+
+
+def test_other_requests_are_refused(digits: ImageData, whole: TrainingResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_training(monkeypatch)
+    longer = replace(RECIPE, epochs=40)
+    with pytest.raises(InputError, match=r"another request \(epochs 3, now 40; seed 3, now 5\): give another --out$"):
+        training.train_network(ARCH, digits, longer, whole.folder, seed=5)
+    other_data = replace(digits, fingerprint="other")
+    with pytest.raises(InputError, match=r"\(data_fingerprint digits, now other\)"):
+        training.train_network(ARCH, other_data, RECIPE, whole.folder, seed=3)
+    with pytest.raises(InputError, match=r"\(weights null, now sha256 [0-9a-f]{16}\)"):
+        training.train_network(
+            ARCH, digits, RECIPE, whole.folder, seed=3, weights=whole.folder / "model.safetensors"
+        )
+    wider = replace(ARCH, stages=(*ARCH.stages[:2], Stage(16, 1, ())))
+    with pytest.raises(InputError, match=r"\(arch \.\.\..*width: 8.*, now \.\.\..*width: 16.*\)"):
+        training.train_network(wider, digits, RECIPE, whole.folder, seed=3)
+
+
+def test_finished_request_returns_at_once(
+    digits: ImageData, whole: TrainingResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_training(monkeypatch)
+    (whole.folder / "model.safetensors").unlink()
+    assert training.train_network(ARCH, digits, RECIPE, whole.folder, seed=3) == whole
+    assert (whole.folder / "model.safetensors").exists(), "what a kill left unwritten is written"
+
+
+def test_data_of_another_size_are_refused(digits: ImageData, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="images of 32 px, but the data are loaded at 16 px"):
+        training.train_network(ARCH.at(32), digits, RECIPE, tmp_path / "out", seed=0)
+    assert not (tmp_path / "out").exists(), "a refused request leaves nothing behind"
+
+
+def test_non_finite_loss_names_the_epoch(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, steps = training._train_step, 0
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, recipe: Recipe) -> float:
+        nonlocal steps
+        steps += 1
+        return original(model, optimizer, x * math.nan if steps == 7 else x, y, recipe)
+
+    monkeypatch.setattr(training, "_train_step", step)
+    with pytest.raises(FloatingPointError, match="not finite in epoch 2: lower the recipe's learning_rate"):
+        training.train_network(ARCH, digits, RECIPE, tmp_path, seed=0)
+    assert steps == 7, "no step is taken after it"
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 1, "the last good epoch is kept"
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
+    model = network()
+    decaying, free = parameter_groups(model.named_parameters(), 0.05)
+    assert (decaying["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+    groups = [{id(p) for p in group["params"]} for group in (decaying, free)]
+    assert len(decaying["params"]) + len(free["params"]) == len(list(model.parameters()))
+    assert groups[0] | groups[1] == {id(p) for p in model.parameters()}
+    kernels = (nn.Conv2d, nn.Linear)
+    expected = {id(m.weight) for m in model.modules() if isinstance(m, kernels)}
+    assert groups[0] == expected, "not biases, norms, layer scales or attention biases"
+
+
+def test_layer_scale_is_the_recipes(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def step(model: nn.Module, *args: object) -> float:
+        seen.extend(p.flatten()[0].item() for n, p in model.named_parameters() if n.endswith("gamma"))
+        return 1.0
+
+    monkeypatch.setattr(training, "_train_step", step)
+    training.train_network(
+        ARCH, digits, replace(RECIPE, epochs=1, images_per_epoch=32, layer_scale=0.25), tmp_path, seed=0
+    )
+    assert seen == [0.25] * 8, "two for each of the four blocks"
+
+
+def test_cosine_warms_up_and_ends_at_a_hundredth() -> None:
+    assert [cosine(step, 100) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert cosine(5, 100) == 1.0, "the cosine begins at its top"
+    assert cosine(100, 100) == pytest.approx(0.01)
+    assert cosine(52, 100) > cosine(53, 100)
+    assert cosine(0, 1) == 1.0, "a single step has the whole rate"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.pt"])
+def test_weights_round_trip(name: str, whole: TrainingResult) -> None:
+    model = network()
+    load_weights(model, whole.folder / name)
+    held = torch.load(whole.folder / "checkpoint.pt", weights_only=True)["net"]
+    assert all(torch.equal(tensor, held[key]) for key, tensor in model.state_dict().items())
+
+
+def test_weights_that_do_not_fit_are_refused(whole: TrainingResult, tmp_path: Path) -> None:
+    weights = whole.folder / "model.safetensors"
+    model = build_model(ARCH.without_identity())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"head\.fc\.weight of shape \(10, 8\), not \(3, 8\) and 1 more") as caught:
+        load_weights(model, weights)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items()), "a refused file changes nothing"
+
+    longer = replace(ARCH, stages=(Stage(8, 2, (MB4D(8), MB4D(8))), *ARCH.stages[1:])).with_classes(10)
+    with pytest.raises(InputError, match=r"lacks stage1_block2\.ls1\.gamma"):
+        load_weights(build_model(longer), weights)
+    shorter = replace(ARCH, stages=(Stage(8, 2, ()), *ARCH.stages[1:])).with_classes(10)
+    with pytest.raises(InputError, match=r"has an unexpected stage1_block1"):
+        load_weights(build_model(shorter), weights, adapt=True)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+def test_files_that_hold_no_weights_are_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    with pytest.raises(InputError, match=f"{name} does not exist$"):
+        load_weights(network(), path)
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(InputError, match=f"{name} cannot be read: give a"):
+        load_weights(network(), path)
+
+
+def test_a_bare_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save(network().state_dict(), tmp_path / "bare.pt")
+    with pytest.raises(InputError, match="cannot be read: give a"):
+        load_weights(network(), tmp_path / "bare.pt")
+
+
+def test_weights_for_other_classes_and_sizes_are_adapted(
+    whole: TrainingResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(whole.folder / "model.safetensors")
+    model = build_model(ARCH.without_identity().at(24))
+    fresh = model.state_dict()["head.fc.weight"].clone()
+    load_weights(model, whole.folder / "model.safetensors", adapt=True)
+    said = capsys.readouterr().err
+    assert "is for 10 classes, not 3" in said
+    assert "2 tables of attention biases" in said
+    assert torch.equal(model.state_dict()["head.fc.weight"], fresh), "the classifier is the network's own"
+    assert torch.equal(model.state_dict()["stem.conv1.weight"], weights["stem.conv1.weight"])
+    table = "stage2_block2.token_mixer.attention_biases"
+    assert model.state_dict()[table].shape == (2, 36), "a table for maps of 6 x 6"
+    assert torch.equal(model.state_dict()[table][:, 0], weights[table][:, 0]), "offset 0 keeps its bias"
+
+
+def test_training_starts_from_given_weights(digits: ImageData, whole: TrainingResult, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=1, learning_rate=1e-9)
+    start = whole.folder / "model.safetensors"
+    result = training.train_network(ARCH, digits, recipe, tmp_path / "out", seed=0, weights=start)
+    found, given = load_file(tmp_path / "out" / "model.safetensors"), load_file(start)
+    for name in (n for n, _ in network().named_parameters()):
+        torch.testing.assert_close(found[name], given[name], rtol=0, atol=1e-6)
+    misfit = tmp_path / "misfit.safetensors"
+    save_file({"head.fc.bias": torch.zeros(10)}, misfit)
+    with pytest.raises(InputError, match="does not fit"):
+        training.train_network(ARCH, digits, recipe, tmp_path / "none", seed=0, weights=misfit)
+    assert not (tmp_path / "none").exists(), "the folder stays free for the corrected command"
+    assert result.arch == whole.arch
+
+
+def test_recipes_by_name_and_from_files(tmp_path: Path) -> None:
+    assert load_recipe("quick") == RECIPES["quick"]
+    path = tmp_path / "mine.yaml"
+    path.write_text("{epochs: 2, batch_size: 16, learning_rate: 0.001, layer_scale: 1, clip_norm: 1.0}")
+    assert load_recipe(path) == Recipe(2, 16, 0.001, 1.0, 1.0), "what is left out has its default"
+    with pytest.raises(InputError, match=r"unknown recipe 'quik': did you mean quick\?"):
+        load_recipe("quik")
+    path.write_text("{epochs: 2, batch_sise: 16}")
+    with pytest.raises(InputError, match=r"mine\.yaml: unknown field 'batch_sise': did you mean batch_size\?"):
+        load_recipe(path)
+    path.write_text("{epochs: 0, batch_size: 16, learning_rate: 0.001, layer_scale: 1, clip_norm: 1.0}")
+    with pytest.raises(InputError, match=r"mine\.yaml: epochs must be at least 1, but is 0"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 1),
+        ("images_per_epoch", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("layer_scale", -1.0),
+        ("clip_norm", math.inf),
+        ("weight_decay", -0.1),
+        ("label_smoothing", 1.0),
+        ("accelerator", "gpu"),
+    ],
+)
+def test_impossible_recipes_are_refused(field: str, value: object) -> None:
+    with pytest.raises(InputError, match=field):
+        Recipe(**{**asdict(RECIPE), field: value})
+
+
+def test_claim_compares_what_json_holds(tmp_path: Path) -> None:
+    request = {"size": (3, 4), "text": "a\nb", "none": None, "rate": 0.1}
+    folder = tmp_path / "new" / "folder"
+    claim(folder, request)
+    before = (folder / "request.json").stat()
+    claim(folder, dict(reversed(request.items())))
+    assert (folder / "request.json").stat() == before, "an equal request changes nothing, in whatever order"
+    assert json.loads((folder / "request.json").read_text())["size"] == [3, 4]
+    with pytest.raises(InputError, match=r"\(more absent, now 1; none null, now absent\)"):
+        claim(folder, {"size": [3, 4], "text": "a\nb", "rate": 0.1, "more": 1})
+    many = {"size": 1, "text": "c", "none": 2, "rate": 3}
+    with pytest.raises(InputError, match=r"\(size \[3, 4\], now 1; text a b, now c; none null, now 2; and 1 more\)"):
+        claim(folder, many)
+
+
+def test_claim_shows_where_long_values_differ(tmp_path: Path) -> None:
+    claim(tmp_path, {"x": "a" * 100 + "OLD" + "b" * 100})
+    with pytest.raises(InputError) as caught:
+        claim(tmp_path, {"x": "a" * 100 + "NEW" + "b" * 100})
+    match = re.search(r"\(x (.*), now (.*)\)", str(caught.value))
+    assert match is not None
+    was, now = match.groups()
+    assert "OLD" in was and "NEW" in now
+    assert (len(was), len(now)) == (60, 60)
+    assert was.startswith("...a") and was.endswith("b...")
+
+
+def test_claim_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    (tmp_path / "request.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        claim(tmp_path, {"x": 1})
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        claim(file, {"x": 1})
