@@ -36,7 +36,7 @@ from nas.table import Calibration, LatencyTable, Row, measured_layers
 from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Flat, Head, Layer, Stem, Unflat
 from supernet.errors import InputError
 from supernet.files import write_atomically
-from supernet.model import count
+from supernet.model import build_model
 from supernet.space import SearchSpace
 from supernet.zoo import load_arch
 
@@ -113,7 +113,9 @@ def typical_weights(space: SearchSpace) -> int:
     """Return the bytes of weights of a typical network of the space: what passes through the caches between two runs of
     one of its layers. The median of 25 random networks."""
     rng = random.Random(0)
-    return 4 * int(median(count(space.sample(rng)).params for _ in range(25)))
+    with torch.device("meta"):
+        models = [build_model(space.sample(rng)) for _ in range(25)]
+    return 4 * int(median(sum(p.numel() for p in model.parameters()) for model in models))
 
 
 class Samples:

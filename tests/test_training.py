@@ -100,10 +100,22 @@ def test_resumed_training_equals_uninterrupted(
     assert without_seconds(tmp_path) == without_seconds(whole.folder), "no row is lost, doubled or changed"
 
 
-def test_another_seed_trains_another_network(digits: ImageData, whole: TrainingResult, tmp_path: Path) -> None:
+def test_seed_decides_start_and_order(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def step(model: nn.Module, optimizer: object, x: Tensor, *rest: object) -> float:
+        seen.append((model.get_parameter("stem.conv1.weight").detach().clone(), x))
+        return 1.0
+
+    monkeypatch.setattr(training, "_train_step", step)
     state = torch.random.get_rng_state()
-    other = training.train_network(ARCH, digits, replace(RECIPE, epochs=1), tmp_path, seed=4)
-    assert rows(other.folder)[0]["train_loss"] != rows(whole.folder)[0]["train_loss"]
+    for run, seed in enumerate((3, 3, 4)):
+        recipe = replace(RECIPE, epochs=1, images_per_epoch=32)
+        training.train_network(ARCH, digits, recipe, tmp_path / str(run), seed)
+    first, again, other = seen
+    for part, what in enumerate(("initial weights", "images")):
+        assert torch.equal(first[part], again[part]), f"the same seed gives the same {what}"
+        assert not torch.equal(first[part], other[part]), f"another seed gives other {what}"
     assert torch.equal(torch.random.get_rng_state(), state), "the caller's random numbers are left alone"
 
 

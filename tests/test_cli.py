@@ -1,0 +1,374 @@
+"""The commands as a user types them: what they need to start, what they refuse, and one search from end to end."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from nas import cli
+from nas.profilers.ort_cpu import device_id
+from nas.table import Calibration, LatencyTable, Row, measured_layers
+from supernet.arch import ArchConfig, Head, Identity, Layer
+from supernet.space import SearchSpace
+from supernet.zoo import zoo
+
+Command = Callable[[list[str]], None]
+
+SPACE = """
+name: micro
+image_size: 16
+num_classes: 10
+stages:
+- {stride: 2, widths: [8, 16], depth: 2, candidates: [mb4d, identity]}
+- {stride: 2, widths: [16, 24, 32], depth: 2, candidates: [mb4d, {kind: mb3d, num_heads: 2}, identity]}
+"""
+SETTINGS = "{weight_epochs: 1, mixture_epochs: 1, images_per_epoch: 256, recalibration_images: 64, score_images: 64}"
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither tables nor runs of the person who runs the tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr("nas.search.user_folder", lambda: tmp_path / "tables")
+
+
+def cost(layer: Layer) -> float:
+    classes = layer.spec.num_classes if isinstance(layer.spec, Head) else 0
+    return layer.spec.dim * layer.resolution / 1e4 + classes / 1e5
+
+
+def additive_table(space: SearchSpace, device: str, scale: float = 1.0) -> LatencyTable:
+    rows = {
+        layer: Row(scale * cost(layer), 0.9 * scale * cost(layer), 1.1 * scale * cost(layer), "slope")
+        for layer in measured_layers(space.layers())
+    }
+    calibration = Calibration(
+        space.name, space.image_size, space.strides, 0.0, 1.0, 0.0, 9.0, 16, 12, 1.0, 2.0, 100.0, 1.0
+    )
+    return LatencyTable(device, rows, (calibration,), "imported", {"reference_ms": 0.25})
+
+
+@pytest.fixture
+def space_file(tmp_path: Path) -> Path:
+    path = tmp_path / "micro.yaml"
+    path.write_text(SPACE)
+    return path
+
+
+@pytest.fixture
+def settings_file(tmp_path: Path) -> Path:
+    path = tmp_path / "settings.yaml"
+    path.write_text(SETTINGS)
+    return path
+
+
+@pytest.fixture
+def phone_table(tmp_path: Path, space_file: Path) -> Path:
+    return additive_table(SearchSpace.load(space_file), "phone-npu").save(tmp_path / "phone")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(8):
+            image = Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8))
+            image.save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def refused(command: Command, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that is to refuse its input; return the one line that it prints."""
+    with pytest.raises(SystemExit) as ended:
+        command([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines, "a refusal says why"
+    said_before = [line for line in lines[:-1] if not line.startswith(("no --data", "reading", "skipped"))]
+    assert not [line for line in said_before if "broken" not in line and "classes;" not in line], lines
+    return lines[-1]
+
+
+COMMANDS = ("build_lut", "search", "profile", "train", "export")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_answers_without_torch_and_pandas(name: str) -> None:
+    code = (
+        f"import sys; from nas import cli\ntry:\n    cli.{name}(['--help'])\nexcept SystemExit as end:\n"
+        "    assert end.code == 0\nassert not {'torch', 'pandas', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "example:" in done.stdout
+
+
+def test_the_door_in_a_checkout_is_the_command() -> None:
+    door = Path(__file__).parents[1] / "search.py"
+    done = subprocess.run([sys.executable, str(door), "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: nas-search")
+
+
+@pytest.mark.parametrize("target", ["0", "-1", "nan", "inf", "fast", ""])
+def test_a_target_that_is_no_time_is_refused(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "positive number of milliseconds" in refused(cli.search, [f"--target-ms={target}"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--space", "efficientformer-tin"], "did you mean efficientformer-tiny"),
+        (["--space", "nowhere/space.yaml"], "cannot be read"),
+        (["--strategy", "gredy"], "did you mean greedy"),
+        (["--device", "cpuu"], "did you mean cpu"),
+        (["--config", "none.yaml"], "cannot be read"),
+        (["--table", "none.csv"], "is not there"),
+        (["--data", "nowhere"], "does not exist"),
+        (["--seed", "-1"], "not a seed"),
+        (["--sede", "1"], "unrecognized arguments"),
+    ],
+)
+def test_nas_search_refuses_in_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refused(cli.search, ["--target-ms", "1", *arguments], capsys)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("weight_epochs: many", "weight_epochs must be a whole number"),
+        ("weigth_epochs: 3", "did you mean weight_epochs"),
+        ("tau_end: 0", "tau_end must be a positive number"),
+        ("noise: gumble", "did you mean gumbel"),
+        ("accelerator: cuda", "cuda"),
+        ("[1, 2]", "must hold a mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_bad_config_file_is_refused(
+    settings: str, said: str, tmp_path: Path, space_file: Path, phone_table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.yaml").write_text(settings)
+    arguments = ["--target-ms", "9", "--space", space_file, "--table", phone_table, "--device", "phone-npu"]
+    assert said in refused(cli.search, [*map(str, arguments), "--config", str(tmp_path / "bad.yaml")], capsys)
+
+
+def test_a_target_below_the_smallest_network_is_refused_with_what_can_be_reached(
+    space_file: Path, phone_table: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["--target-ms", "0.001", "--space", str(space_file), "--table", str(phone_table), "--device", "phone-npu"]
+    line = refused(cli.search, [*arguments, "--out", "out"], capsys)
+    smallest_ms = sum(cost(layer) for layer in SearchSpace.load(space_file).smallest.layers())
+    assert f"give at least {smallest_ms:.4g} ms" in line
+    assert not (tmp_path / "out").exists(), "nothing is written for a request that cannot be met"
+
+
+def test_tables_that_do_not_fit_are_refused(
+    space_file: Path, phone_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--target-ms", "1", "--space", str(space_file)]
+    line = refused(cli.search, [*base, "--table", str(phone_table)], capsys)
+    assert "is of phone-npu" in line, "this machine is no phone"
+    assert "give --device phone-npu" in line
+    assert "is of phone-npu" in refused(cli.search, [*base, "--device", "cpu", "--table", str(phone_table)], capsys)
+
+    own = additive_table(SearchSpace.load(space_file), device_id())
+    lacking = {k: v for k, v in own.rows.items() if not (k.spec.kind == "mb3d" and k.spec.dim == 24)}
+    path = LatencyTable(own.device, lacking, own.calibrations, "measured", own.meta).save(tmp_path / "own")
+    line = refused(cli.search, [*base, "--table", str(path)], capsys)
+    assert "no row for mb3d(dim=24, num_heads=2) at 4 px" in line
+    assert "--missing" in line
+
+    path.write_bytes(path.read_bytes()[:-30])
+    assert "truncated" in refused(cli.search, [*base, "--table", str(path)], capsys)
+
+
+def test_several_measured_tables_ask_for_a_choice(tmp_path: Path, space_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("phone-npu", "board-cpu"):
+        additive_table(SearchSpace.load(space_file), device).save(tmp_path / "tables")
+    line = refused(cli.search, ["--target-ms", "1", "--space", str(space_file)], capsys)
+    assert "board-cpu, phone-npu" in line
+    assert "--device" in line
+
+
+def test_a_map_on_which_nothing_can_be_chosen_is_refused(space_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    space_file.write_text(SPACE.replace("image_size: 16", "image_size: 12"))
+    line = refused(cli.search, ["--target-ms", "1", "--space", str(space_file)], capsys)
+    assert "last map of 3x3" in line
+
+
+def test_data_without_classes_is_refused(photos: Path, space_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["--target-ms", "1", "--space", str(space_file), "--data"]
+    empty = photos / "empty"
+    empty.mkdir()
+    assert "is empty" in refused(cli.search, [*base, str(empty)], capsys)
+    (empty / "one").mkdir()
+    Image.new("RGB", (8, 8)).save(empty / "one" / "a.png")
+    assert "one class only" in refused(cli.search, [*base, str(empty)], capsys)
+
+
+def test_from_images_to_a_network_within_its_target(
+    photos: Path, space_file: Path, settings_file: Path, phone_table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "cat" / "broken.png").write_bytes(b"no image")
+    space = SearchSpace.load(space_file).with_classes(2)
+    table = LatencyTable.load(phone_table)
+    target = 0.55 * table.predict_ms(space.largest)
+    arguments = ["--target-ms", f"{target:.6f}", "--space", str(space_file), "--config", str(settings_file), "--out", "run"]
+    arguments += ["--table", str(phone_table), "--device", "phone-npu", "--data", str(photos)]
+    cli.search(arguments)
+    out = capsys.readouterr()
+    assert "broken.png" in out.err
+    assert "1 broken images were skipped" in out.err
+    assert "identity only" in out.err
+
+    run = Path("run")
+    result = json.loads((run / "result.json").read_text())
+    arch = ArchConfig.load(run / "searched.yaml")
+    assert arch in space
+    assert arch.num_classes == 2, "the classes are the data's"
+    assert not any(isinstance(block, Identity) for stage in arch.stages for block in stage.blocks)
+    assert result["predicted_ms"] == pytest.approx(table.predict_ms(arch))
+    assert result["predicted_ms"] <= target
+    assert result["measured_ms"] is None, "the phone is not here"
+    assert result["provenance"] == "imported"
+    assert result["skipped_images"] == 1
+    assert result["params"] > 0
+    for name in ("importance.csv", "trajectory.csv", "evaluations.csv", "weights.safetensors", "supernet.pt"):
+        assert (run / name).stat().st_size > 0
+
+    # The same request again only prints; another one is refused, and nothing is lost.
+    before = (run / "result.json").read_bytes()
+    cli.search(arguments)
+    assert (run / "result.json").read_bytes() == before
+    assert "training the supernet" not in capsys.readouterr().err
+    line = refused(cli.search, [*arguments, "--seed", "1"], capsys)
+    assert "another request (seed 0, now 1)" in line
+    assert (run / "result.json").read_bytes() == before
+
+    # What was found trains and is exported.
+    recipe = {"epochs": 1, "batch_size": 4, "learning_rate": 0.001, "layer_scale": 0.1, "clip_norm": 1.0}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    cli.train(["run/searched.yaml", "--data", str(photos), "--out", "trained", "--recipe", "recipe.yaml", "--weights", "run/weights.safetensors"])
+    assert "top-1" in capsys.readouterr().out
+    cli.export(["trained/arch.yaml", "--weights", "trained/model.safetensors", "--format", "onnx", "--out", "model.onnx"])
+    assert "model.onnx" in capsys.readouterr().out
+    cli.profile(["model.onnx", "--json"])
+    profile = json.loads(capsys.readouterr().out)
+    assert profile["measured_low_ms"] <= profile["measured_ms"] <= profile["measured_high_ms"]
+    assert profile["predicted_ms"] is None
+
+
+def test_a_target_that_the_largest_network_meets_ends_with_it(
+    space_file: Path, settings_file: Path, phone_table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--target-ms", "99", "--space", str(space_file), "--config", str(settings_file), "--out", "run"]
+    cli.search([*arguments, "--table", str(phone_table), "--device", "phone-npu"])
+    out = capsys.readouterr()
+    assert "demonstration" in out.err
+    assert "largest network of micro" in out.out
+    assert "--space efficientformer-l or" in out.out
+    assert ArchConfig.load("run/searched.yaml").widths == (16, 32)
+
+
+def test_a_network_that_misses_on_the_device_is_repaired(
+    space_file: Path, settings_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table says half of what the device takes at first: the budget is tightened until the device agrees."""
+    from nas.profilers.timing import Measurement
+
+    space = SearchSpace.load(space_file)
+    table = additive_table(space, device_id())
+    path = table.save(tmp_path / "tables")
+    largest_ms = table.predict_ms(space.largest)
+    asked: list[float] = []
+
+    def measure(arch: ArchConfig, reference_ms: float | None) -> Measurement:
+        ms = 1.2 * table.predict_ms(arch)
+        asked.append(ms)
+        return Measurement(ms, 0.99 * ms, 1.01 * ms, ms, ms, ms, ms, 20)
+
+    monkeypatch.setattr("nas.measure.network_session", lambda arch: arch)
+    monkeypatch.setattr("nas.measure.measure_session", measure)
+    target = 0.8 * largest_ms
+    arguments = ["--target-ms", f"{target:.6f}", "--space", str(space_file), "--config", str(settings_file), "--out", "run"]
+    cli.search([*arguments, "--table", str(path)])
+    result = json.loads(Path("run/result.json").read_text())
+    assert 2 <= len(asked) <= 4
+    assert result["measured_high_ms"] <= target
+    assert result["measured_high_ms"] == pytest.approx(1.01 * 1.2 * result["predicted_ms"])
+
+
+def test_nas_profile_without_a_table_names_the_command_that_makes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], space_file: Path) -> None:
+    SearchSpace.load(space_file).largest.save("net.yaml")
+    cli.profile(["net.yaml", "--json"])
+    out = capsys.readouterr()
+    record = json.loads(out.out)
+    assert record["predicted_ms"] is None
+    assert record["table"] is None
+    assert record["measured_ms"] > 0
+    assert record["device"] == device_id()
+    assert "nas-build-lut --device cpu --arch net.yaml" in out.err
+
+
+def test_nas_profile_predicts_by_layer_for_a_device_that_is_not_here(
+    tmp_path: Path, space_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = SearchSpace.load(space_file)
+    table = additive_table(space, "phone-npu")
+    table.save(tmp_path / "tables")
+    space.largest.save("net.yaml")
+    cli.profile(["net.yaml", "--device", "phone-npu", "--layers", "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["measured_ms"] is None
+    assert record["predicted_ms"] == pytest.approx(table.predict_ms(space.largest), rel=1e-4)
+    assert sum(row["ms"] for row in record["layers"]) == pytest.approx(record["predicted_ms"], rel=1e-4)
+    cli.profile(["net.yaml", "--device", "phone-npu", "--layers"])
+    shown = capsys.readouterr().out
+    assert "stage1_block1" in shown
+    assert "predicted" in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        (cli.profile, ["efficientformer_l2"], "did you mean efficientformer_l"),
+        (cli.profile, ["nowhere.yaml"], "cannot be read"),
+        (cli.profile, ["nowhere.onnx"], "does not exist"),
+        (cli.profile, ["efficientformer_l1", "--device", "gpu"], "unknown device 'gpu'"),
+        (cli.train, ["efficientformer_l9", "--out", "t"], "unknown network"),
+        (cli.train, ["efficientformer_l1", "--out", "t", "--recipe", "quik"], "did you mean quick"),
+        (cli.export, ["efficientformer_l1", "--format", "onyx", "--out", "m"], "did you mean onnx"),
+        (cli.export, ["efficientformer_l1", "--format", "onnx", "--out", "m", "--weights", "no.safetensors"], "no.safetensors"),
+        (cli.build_lut, [], "--device cpu"),
+        (cli.build_lut, ["--device", "a1000"], "unknown device 'a1000'"),
+        (cli.build_lut, ["--device", "cpu", "--space", "tiny"], "efficientformer-tiny"),
+        (cli.build_lut, ["--device", "cpu", "--space", "a", "--arch", "b"], "not allowed with"),
+    ],
+)
+def test_the_other_commands_refuse_in_one_line(
+    command: Command, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(command, arguments, capsys)
+
+
+def test_the_tables_are_listed(tmp_path: Path, space_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.build_lut(["--list"])
+    assert "nas-build-lut --device cpu" in capsys.readouterr().out, "with none, the command that makes one"
+    additive_table(SearchSpace.load(space_file), "phone-npu").save(tmp_path / "tables")
+    cli.build_lut(["--list"])
+    assert "phone-npu" in capsys.readouterr().out
+
+
+def test_public_names_are_those_of_the_design() -> None:
+    import nas
+
+    assert {"ArchConfig", "LatencyTable", "SearchSpace", "build_model", "count", "load_timm_weights", "slim", "zoo", "zoo_names"} <= set(nas.__all__)
+    assert nas.zoo("efficientformer_l1") == zoo("efficientformer_l1")
+    assert all(getattr(nas, name) is not None for name in nas.__all__)

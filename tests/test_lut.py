@@ -1,0 +1,226 @@
+"""A table is built from a device that the test knows by heart: its rows must come out, whatever kills the build."""
+
+import csv
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import nas.lut
+from nas.lut import Samples, build_cpu_table, calibrate, requested_space, slope, stratified, terms_of
+from nas.measure import EMPTY, REFERENCE, Model, name_of, session
+from nas.profilers.timing import Stopwatch, Visit
+from nas.table import LatencyTable, measured_layers
+from supernet.arch import MB3D, MB4D, Embedding, Flat, Head, Layer, Stem, Unflat
+from supernet.errors import InputError
+from supernet.space import SearchSpace, StageSpace
+
+CALL_MS = 0.01
+
+
+def small_space(widths: tuple[int, ...] = (16, 32)) -> SearchSpace:
+    def stage(stride: int, widths: tuple[int, ...], *kinds: type[MB4D] | type[MB3D]) -> StageSpace:
+        from supernet.arch import Identity
+
+        return StageSpace(widths, stride, 2, (*(kind(widths[-1]) for kind in kinds), Identity(widths[-1])))
+
+    return SearchSpace("small", 16, 10, (stage(2, widths, MB4D), stage(2, (32, 48), MB4D, MB3D)))
+
+
+def cost(layer: Layer) -> float:
+    """The milliseconds of a layer inside a network of the pretended device."""
+    spec, side = layer
+    match spec:
+        case MB4D():
+            return 2e-5 * spec.dim * side
+        case MB3D():
+            return 9e-5 * spec.dim * side
+        case Head():
+            return 1e-4 * spec.dim + 1e-6 * spec.num_classes * spec.dim
+        case Embedding():
+            return 1e-6 * spec.dim * spec.dim_in * side
+        case Stem():
+            return 5e-5 * spec.dim * side
+        case Flat() | Unflat():
+            return 1e-4 * spec.dim
+    raise AssertionError(layer)
+
+
+def session_end(layer: Layer) -> float:
+    """What an end of a session costs where this block stands at it: a change of layout."""
+    return 3e-6 * layer.spec.dim * layer.resolution if isinstance(layer.spec, MB4D | MB3D) else 0.0
+
+
+def device_ms(model: Model) -> float:
+    ends = session_end(model[0]) + session_end(model[-1]) if model else 0.0
+    return CALL_MS + ends + sum(cost(layer) for layer in model)
+
+
+class Device:
+    """A fake of the boundary alone: sessions that move a clock on, and a kill after so many visits."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        self.now = 0.0
+        self.rng = random.Random(0)
+        self.noise = noise
+
+    def session(self, model: Model, threads: int = 1) -> tuple[Callable[[], None], int]:
+        ms = device_ms(model)
+
+        def run() -> None:
+            self.now += ms * (1 + self.noise * self.rng.random()) * 1e6
+
+        return run, 1000
+
+    def clock(self) -> int:
+        return round(self.now)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    found = Device()
+    monkeypatch.setattr(nas.lut, "session", found.session)
+    monkeypatch.setattr(nas.lut, "Stopwatch", partial(Stopwatch, clock=found.clock))
+    return found
+
+
+def true_ms(terms: dict[Model, float]) -> float:
+    return sum(weight * device_ms(model) for model, weight in terms.items())
+
+
+@pytest.mark.parametrize("space", [small_space(), SearchSpace.load("efficientformer-tiny")])
+def test_every_row_is_free_of_the_call_and_of_the_sessions_ends(space: SearchSpace) -> None:
+    for layer in measured_layers(space.layers()):
+        assert true_ms(terms_of(layer)) == pytest.approx(cost(layer), abs=1e-12), layer
+
+
+def test_a_slope_is_the_least_squares_slope_over_chains_of_1_2_and_4() -> None:
+    block = Layer(MB4D(16), 8)
+    times = {1: 3.0, 2: 4.5, 4: 8.7}  # fitted by hand: centre 7/3; (3(-4/3) + 4.5(-1/3) + 8.7(5/3)) / (42/9)
+    found = sum(weight * times[len(model)] for model, weight in slope(block).items())
+    assert found == pytest.approx((3 * -4 + 4.5 * -1 + 8.7 * 5) / 14)
+
+
+def test_chains_have_distinct_weights() -> None:
+    from nas.measure import build_module
+
+    module, _ = build_module((Layer(MB4D(16), 8),) * 4)
+    weights = [block.mlp.fc1.weight for block in module.children()]
+    assert all(not weights[0].equal(other) for other in weights[1:])
+
+
+def test_the_table_of_a_known_device_is_what_the_device_costs(device: Device, tmp_path: Path) -> None:
+    space = small_space()
+    table = build_cpu_table(space, tmp_path)
+    for layer, row in table.rows.items():
+        assert row.ms == pytest.approx(cost(layer), rel=1e-3, abs=1e-6), layer
+        assert row.method == ("slope" if isinstance(layer.spec, MB4D | MB3D) else "difference")
+    (calibration,) = table.calibrations
+    assert calibration.mean_error_percent < 0.01
+    assert calibration.scale == pytest.approx(1, rel=1e-3)
+    assert calibration.n_fit >= 10
+    assert calibration.n_check >= 10
+    assert calibration.offset_ms == pytest.approx(CALL_MS, rel=0.01)
+    arch = space.sample(random.Random(5))
+    assert table.predict_ms(arch) == pytest.approx(device_ms(tuple(arch.layers())), rel=1e-3)
+    assert LatencyTable.load(tmp_path / f"{table.device}.csv").predict_ms(arch) == pytest.approx(table.predict_ms(arch), rel=1e-4)
+    assert not list(tmp_path.glob("*.building.json")), "nothing is left to go on with"
+
+
+def test_ten_kills_lose_a_visit_each_at_most_and_change_no_row(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = small_space()
+    whole = build_cpu_table(space, tmp_path / "whole")
+    visits_needed = len((tmp_path / "whole" / f"{whole.device}.samples.csv").read_text().splitlines()) - 1
+
+    rng = random.Random(7)
+    real_add = Samples.add
+    left = 0
+
+    def add_until_killed(self: Samples, name: str, visit: Visit) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            self._file.write("2026-01-01T00:00:00.000+00:00,half a li")  # what a kill in the middle of a write leaves
+            self._file.flush()
+            raise KeyboardInterrupt
+        real_add(self, name, visit)
+
+    monkeypatch.setattr(Samples, "add", add_until_killed)
+    for _ in range(10):
+        left = rng.randrange(1, visits_needed // 12)
+        with pytest.raises(KeyboardInterrupt):
+            build_cpu_table(space, tmp_path / "killed")
+        assert not list((tmp_path / "killed").glob("*.csv.*"))
+        assert not (tmp_path / "killed" / f"{whole.device}.csv").exists(), "a table is whole or absent"
+    monkeypatch.setattr(Samples, "add", real_add)
+    table = build_cpu_table(space, tmp_path / "killed")
+    assert table.rows.keys() == whole.rows.keys()
+    for layer, row in table.rows.items():
+        assert row.ms == pytest.approx(whole.rows[layer].ms, rel=1e-6)
+    with (tmp_path / "killed" / f"{whole.device}.samples.csv").open() as file:
+        lines = list(csv.reader(file))
+    assert all(len(line) == 4 for line in lines), "no line is cut"
+    assert len(lines) - 1 <= visits_needed + 10
+
+
+def test_missing_measures_only_what_is_not_there_and_keeps_the_rest(device: Device, tmp_path: Path) -> None:
+    path = tmp_path / f"{build_cpu_table(small_space((16,)), tmp_path).device}.csv"
+    first = LatencyTable.load(path)
+    both = build_cpu_table(small_space((16, 32)), tmp_path, only_missing=True)
+    assert set(first.rows) < set(both.rows)
+    assert all(both.rows[layer] == row for layer, row in first.rows.items())
+    assert not both.missing(small_space((16, 32)).layers())
+
+
+def test_a_table_of_another_runtime_is_not_extended(device: Device, tmp_path: Path) -> None:
+    table = build_cpu_table(small_space((16,)), tmp_path)
+    LatencyTable(table.device, table.rows, table.calibrations, "measured", {**table.meta, "runtime_version": "0.1"}).save(tmp_path)
+    with pytest.raises(InputError, match=r"runtime_version 0\.1.*without --missing"):
+        build_cpu_table(small_space((16, 32)), tmp_path, only_missing=True)
+
+
+def test_a_disturbed_network_does_not_pull_the_calibration() -> None:
+    sums = [0.1 * k for k in range(1, 29)]
+    measured = [0.02 + 1.1 * s for s in sums]
+    measured[11] *= 2  # of those that fit
+    found = calibrate(small_space(), sums, measured)
+    assert found.scale == pytest.approx(1.1, rel=0.01)
+    assert found.offset_ms == pytest.approx(0.02, abs=0.003)
+
+
+def test_calibration_networks_are_spread_over_the_latencies(device: Device, tmp_path: Path) -> None:
+    space = small_space()
+    table = build_cpu_table(space, tmp_path)
+    networks = stratified(space, table, 12, random.Random(0))
+    assert len(set(networks)) == 12
+    sums = sorted(table.sum_ms(arch) for arch in networks)
+    low, high = table.sum_ms(space.smallest), table.sum_ms(space.largest)
+    assert sums[0] - low < 0.25 * (high - low)
+    assert sums[-1] > 0.5 * (low + high)
+
+
+def test_a_network_gives_a_space_around_it() -> None:
+    space = requested_space(None, "efficientformer_l1")
+    from supernet.zoo import zoo
+
+    assert zoo("efficientformer_l1") in space
+    assert all(len(stage.widths) == 1 for stage in space.stages)
+
+
+def test_models_have_readable_names_and_networks_short_ones() -> None:
+    assert name_of(EMPTY) == "empty"
+    assert name_of(REFERENCE) == "2 x mb4d(dim=64) at 16 px"
+    network = name_of(tuple(small_space().largest.layers()))
+    assert network.startswith("network ")
+    assert len(network) == 24
+
+
+def test_real_sessions_run_chains_and_networks_in_onnx_runtime() -> None:
+    for model in (EMPTY, REFERENCE, (Layer(MB3D(16), 4),) * 2, tuple(small_space().largest.layers())):
+        run, size = session(model)
+        run()
+        assert size > 0
