@@ -217,7 +217,7 @@ def test_a_recalibrated_network_scores_what_the_evaluator_says(supernet: Superne
     for arch in members(3):
         model = subnetwork(supernet, arch)
         before, _ = accuracy_of(model, data.score)
-        recalibrate(model, evaluate.recalibration)
+        recalibrate(model.train(), evaluate.recalibration)
         assert not any(module.training for module in model.modules())
         loss, accuracy = accuracy_of(model, data.score)
         assert loss == pytest.approx(evaluate(arch).loss, rel=CLOSE)

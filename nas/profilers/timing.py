@@ -19,7 +19,7 @@ Clock = Callable[[], int]  # nanoseconds
 
 WARM_UP_MS = 20.0  # an entry's first visit runs it this long beforehand
 MIN_CALLS = 3
-MAX_CALLS = 25
+MAX_CALLS = 9
 VISIT_MS = 1.0  # calls are repeated within a visit until about this much time is covered
 
 
