@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nas.lut import calibrate, stratified
-from nas.measure import measure_session, session
+from nas.measure import measure_session, session, table_reference
 from nas.progress import progress
 from nas.profilers.ort_cpu import cpu_name, device_id
 from nas.table import LatencyTable
@@ -58,7 +58,7 @@ def main() -> None:
 
     space = SearchSpace.load(given.space)
     table = LatencyTable.load(given.table or device_id())
-    reference_ms = table.meta["reference_ms"]
+    reference = table_reference(table)
     fitted_on = {a.without_identity() for a in stratified(space, table, 28, random.Random(0))}
     networks = [a for a in unseen(space, table, given.networks, given.seed) if a not in fitted_on]
     alone = list(dict.fromkeys(layer for arch in networks for layer in arch.layers()))
@@ -66,12 +66,12 @@ def main() -> None:
     measured = []
     with progress("networks", len(networks)) as tick:
         for arch in networks:
-            measured.append(measure_session(session(tuple(arch.layers()))[0], reference_ms))
+            measured.append(measure_session(session(tuple(arch.layers()))[0], reference))
             tick(1)
     isolated = {}
     with progress("layers alone", len(alone)) as tick:
         for layer in alone:
-            isolated[layer] = measure_session(session((layer,))[0], reference_ms).ms
+            isolated[layer] = measure_session(session((layer,))[0], reference).ms
             tick(1)
 
     ms = [m.ms for m in measured]

@@ -28,12 +28,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nas.measure import EMPTY, MAX_VISITS, MIN_VISITS, REFERENCE, WHOLE_GOAL, Model, name_of, session
+from nas.measure import CACHED, EMPTY, MAX_VISITS, MIN_VISITS, STREAMING, WHOLE_GOAL, Model, name_of, session, table_reference
 from nas.profilers.ort_cpu import OrtModel, device_id, environment, pinned
-from nas.profilers.timing import Measurement, Stopwatch, Visit, summarise, visit_in_rounds
+from nas.profilers.timing import Measurement, References, Stopwatch, Visit, median_reference, summarise, visit_in_rounds
 from nas.progress import progress, say
 from nas.table import Calibration, LatencyTable, Row, measured_layers
 from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Flat, Head, Layer, Stem, Unflat
+from supernet.blocks import build_layer
 from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.model import build_model
@@ -121,7 +122,7 @@ def typical_weights(space: SearchSpace) -> int:
 class Samples:
     """Every visit of a build, on disk as soon as it is made."""
 
-    HEADER = ("measured_at", "model", "raw_ms", "reference_ms")
+    HEADER = ("measured_at", "model", "raw_ms", "cached_reference_ms", "streaming_reference_ms")
 
     def __init__(self, path: Path, since: str) -> None:
         self.visits: dict[str, list[Visit]] = {}
@@ -133,8 +134,8 @@ class Samples:
                 write_atomically(path, whole)
             for line in csv.DictReader(whole.decode().splitlines()):
                 if line["measured_at"] >= since:
-                    visit = Visit(float(line["raw_ms"]), float(line["reference_ms"]))
-                    self.visits.setdefault(line["model"], []).append(visit)
+                    reference = References(float(line[self.HEADER[3]]), float(line[self.HEADER[4]]))
+                    self.visits.setdefault(line["model"], []).append(Visit(float(line["raw_ms"]), reference))
         fresh = not path.exists() or not path.stat().st_size
         self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
@@ -146,12 +147,13 @@ class Samples:
 
     def add(self, name: str, visit: Visit) -> None:
         self.visits.setdefault(name, []).append(visit)
-        self._writer.writerow((_now(), name, f"{visit.raw_ms:.6g}", f"{visit.reference_ms:.6g}"))
+        times = (visit.raw_ms, *visit.reference)
+        self._writer.writerow((_now(), name, *(f"{ms:.6g}" for ms in times)))
         self._file.flush()
 
-    def reference_ms(self) -> float:
-        """The reference's median over everything measured."""
-        return median(v.reference_ms for visits in self.visits.values() for v in visits)
+    def reference(self) -> References:
+        """The references' medians over everything measured."""
+        return median_reference([visit for visits in self.visits.values() for visit in visits])
 
     def close(self) -> None:
         self._file.close()
@@ -164,7 +166,7 @@ class Bench:
         self.samples = samples
         self.threads = threads
         self.rng = random.Random(seed)
-        self.stopwatch = Stopwatch(session(REFERENCE, threads)[0])
+        self.stopwatch = Stopwatch(session(CACHED, threads)[0], session(STREAMING, threads)[0])
 
     def measure(
         self,
@@ -200,7 +202,7 @@ class Bench:
                 tick(len(batch) * MAX_VISITS - (len(self.samples) - before))  # visits that were not needed
 
     def _open(self, batch: Sequence[Model], goals: Sequence[tuple[Terms, float, float]]) -> set[str]:
-        reference_ms = self.samples.reference_ms() if self.samples.visits else 1.0
+        reference = self.samples.reference() if self.samples.visits else None
         found: dict[str, Measurement] = {}
         open_models = set()
         for model in batch:
@@ -208,7 +210,7 @@ class Bench:
             if len(visits) < MIN_VISITS:
                 open_models.add(name_of(model))
             else:
-                found[name_of(model)] = summarise(visits, reference_ms)
+                found[name_of(model)] = summarise(visits, reference)
         here = {name_of(model) for model in batch}
         for terms, fraction, floor_ms in goals:
             named = {name_of(model): weight for model, weight in terms.items()}
@@ -219,7 +221,7 @@ class Bench:
                 continue  # the rest of the row comes in a later batch
             for name in named:
                 if name not in found:
-                    found[name] = summarise(self.samples.visits[name], reference_ms)
+                    found[name] = summarise(self.samples.visits[name], reference)
             value = abs(sum(weight * found[name].ms for name, weight in named.items()))
             half = math.hypot(*(named[name] * found[name].half_width_ms for name in mine))
             if half > max(fraction * value, floor_ms):
@@ -288,25 +290,25 @@ def _build(
         bench = Bench(samples, threads, seed)
         smallest: Model = tuple(space.smallest.layers())
         bench.measure([smallest], [({smallest: 1.0}, WHOLE_GOAL, 0.0)], "smallest network")
-        floor_ms = NETWORK_GOAL * summarise(samples.visits[name_of(smallest)], samples.reference_ms()).ms
+        floor_ms = NETWORK_GOAL * summarise(samples.visits[name_of(smallest)], samples.reference()).ms
         goals = [(terms, ROW_GOAL, floor_ms) for terms in rows_terms.values()]
         weights = typical_weights(space)
         others = np.ones(weights // 4, dtype=np.float32)[:: CACHE_LINE // 4]
         bench.measure(models, goals, "rows", others.sum)
 
         # One reference for all rows of a table: rows that were measured earlier stay as they are.
-        reference_ms = old.meta["reference_ms"] if old is not None else samples.reference_ms()
+        reference = table_reference(old) if old is not None else samples.reference()
         rows = dict(old.rows) if old is not None else {}
         for layer, terms in rows_terms.items():
-            rows[layer] = _row(layer, terms, samples, reference_ms)
-        table = LatencyTable(device, rows, meta={**place, "reference": name_of(REFERENCE), "reference_ms": reference_ms})
+            rows[layer] = _row(layer, terms, samples, reference)
+        table = LatencyTable(device, rows, meta={**place, "reference_ms": reference._asdict()})
 
         networks = stratified(space, table, FIT_NETWORKS + CHECK_NETWORKS, random.Random(seed))
         whole: list[Model] = [tuple(arch.layers()) for arch in networks]
         bench.measure(whole, [({m: 1.0}, WHOLE_GOAL, 0.0) for m in whole], "whole networks")
-    sums = [table.sum_ms(arch) for arch in networks]
-    measured = [summarise(samples.visits[name_of(m)], reference_ms).ms for m in whole]
-    calibration = calibrate(space, sums, measured)
+    totals = [table.totals(arch) for arch in networks]
+    measured = [summarise(samples.visits[name_of(m)], reference).ms for m in whole]
+    calibration = calibrate(space, totals, measured)
     kept = [c for c in (old.calibrations if old is not None else ()) if c.space != space.name]
     table = replace(table, calibrations=(*kept, calibration))
     written = table.save(folder)
@@ -334,13 +336,15 @@ def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> str:
     return started
 
 
-def _row(layer: Layer, terms: Terms, samples: Samples, reference_ms: float) -> Row:
-    found = {model: summarise(samples.visits[name_of(model)], reference_ms) for model in terms}
+def _row(layer: Layer, terms: Terms, samples: Samples, reference: References) -> Row:
+    found = {model: summarise(samples.visits[name_of(model)], reference) for model in terms}
     ms = sum(weight * found[model].ms for model, weight in terms.items())
     half = math.hypot(*(weight * found[model].half_width_ms for model, weight in terms.items()))
     alone = found.get((layer,))
     method = "slope" if (layer,) * CHAINS[-1] in terms else "difference"
-    return Row(ms, ms - half, ms + half, method, alone.ms if alone else None)
+    with torch.device("meta"):
+        params = sum(p.numel() for p in build_layer(layer).parameters())
+    return Row(ms, ms - half, ms + half, method, alone.ms if alone else None, params)
 
 
 def stratified(space: SearchSpace, table: LatencyTable, number: int, rng: random.Random) -> list[ArchConfig]:
@@ -355,27 +359,30 @@ def stratified(space: SearchSpace, table: LatencyTable, number: int, rng: random
     return chosen + rng.sample(rest, number - len(chosen))
 
 
-def calibrate(space: SearchSpace, sums: Sequence[float], measured: Sequence[float]) -> Calibration:
-    """Fit `measured = offset + scale * sum` to every network but each third or so, and tell the error on those.
+def calibrate(space: SearchSpace, totals: Sequence[tuple[float, float]], measured: Sequence[float]) -> Calibration:
+    """Fit a calibration to about four networks in seven, spread over the latencies, and tell its error on the others.
 
-    The fit minimises the sum of absolute relative errors, which a network that was disturbed cannot pull. `sums` and
-    `measured` are milliseconds, in any order.
+    `totals` are each network's sum of rows (ms) and of parameters, `measured` its milliseconds. The fit minimises the sum
+    of absolute relative errors, which a network that was disturbed cannot pull.
     """
-    order = np.argsort(sums)
-    x, y = np.asarray(sums)[order], np.asarray(measured)[order]
+    order = np.argsort([sum_ms for sum_ms, _ in totals])
+    x, params = np.asarray(totals, dtype=float)[order].T
+    y = np.asarray(measured, dtype=float)[order]
     check = np.zeros(len(x), dtype=bool)
     held_out = len(x) * CHECK_NETWORKS // (FIT_NETWORKS + CHECK_NETWORKS)
     check[np.linspace(1, len(x) - 2, held_out).round().astype(int)] = True  # the ends belong to the fit
-    offset_ms, scale = least_absolute_line(x[~check], y[~check])
-    error = 100 * np.abs(offset_ms + scale * x[check] - y[check]) / y[check]
-    predicted = offset_ms + scale * x[check]
+    design = np.stack([np.ones(len(x)), x, x * params / 1e6], axis=1)
+    fitted = least_absolute(design[~check], y[~check])
+    predicted = design[check] @ fitted
+    error = 100 * np.abs(predicted - y[check]) / y[check]
     pairs = np.sign(np.subtract.outer(predicted, predicted)) * np.sign(np.subtract.outer(y[check], y[check]))
     return Calibration(
         space=space.name,
         image_size=space.image_size,
         strides=space.strides,
-        offset_ms=offset_ms,
-        scale=scale,
+        offset_ms=float(fitted[0]),
+        scale=float(fitted[1]),
+        scale_per_mparam=float(fitted[2]),
         sum_low_ms=float(x[0]),
         sum_high_ms=float(x[-1]),
         n_fit=int((~check).sum()),
@@ -387,14 +394,14 @@ def calibrate(space: SearchSpace, sums: Sequence[float], measured: Sequence[floa
     )
 
 
-def least_absolute_line(x: Array, y: Array) -> tuple[float, float]:
-    """Return offset and scale of the line that minimises sum |offset + scale * x - y| / y, by reweighted least squares."""
-    design, ones = np.stack([1 / y, x / y], axis=1), np.ones(len(y))
-    weights = ones
+def least_absolute(design: Array, y: Array) -> Array:
+    """Return the coefficients (k,) that minimise sum |design @ c - y| / y; design (n, k), y (n,). Reweighted least squares."""
+    relative = design / y[:, None]
+    weights = np.ones(len(y))
     for _ in range(100):
-        line, *_ = np.linalg.lstsq(design * weights[:, None], weights, rcond=None)
-        weights = 1 / np.sqrt(np.maximum(np.abs(design @ line - 1), 1e-6))
-    return float(line[0]), float(line[1])
+        found, *_ = np.linalg.lstsq(relative * weights[:, None], weights, rcond=None)
+        weights = 1 / np.sqrt(np.maximum(np.abs(relative @ found - 1), 1e-6))
+    return np.asarray(found)
 
 
 def _now() -> str:

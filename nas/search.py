@@ -294,9 +294,9 @@ def check_on_device(arch: ArchConfig, table: LatencyTable) -> Check:
 
     if table.device != device_id():
         return Check()
-    from nas.measure import measure_session, network_session
+    from nas.measure import measure_session, network_session, table_reference
 
-    found = measure_session(network_session(arch), table.meta.get("reference_ms"))
+    found = measure_session(network_session(arch), table_reference(table))
     return Check(found.ms, found.low_ms, found.high_ms)
 
 

@@ -60,11 +60,11 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
         run = None
     measured = None
     if wanted == here:
-        from nas.measure import measure_session, network_session
+        from nas.measure import measure_session, network_session, table_reference
 
-        reference_ms = table.meta.get("reference_ms") if table is not None else None
+        reference = table_reference(table) if table is not None else None
         session: OrtModel = run if run is not None else network_session(arch)  # type: ignore[arg-type]
-        measured = measure_session(session, reference_ms)
+        measured = measure_session(session, reference)
     record: dict[str, Any] = {
         "network": network,
         "predicted_ms": predicted_ms,

@@ -39,6 +39,7 @@ class Row:
     """Milliseconds of one layer, normalised, with a 95 % interval and the method that gave them.
 
     `isolated_ms` is the time of the layer alone in a session, where it was measured: what a naive table would hold.
+    `params` is the layer's number of parameters, for the calibration.
     """
 
     ms: float
@@ -46,13 +47,16 @@ class Row:
     high_ms: float
     method: str
     isolated_ms: float | None = None
+    params: int = 0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """From the sum of a network's rows to its milliseconds: `offset_ms + scale * sum`, fitted on random networks of a space.
+    """From the sum of a network's rows to its milliseconds, fitted on random networks of a space:
+    `offset_ms + (scale + scale_per_mparam * mparams) * sum`.
 
-    The errors are those of predictions of *other* random networks of the space, in percent of the measurement.
+    The rows were measured with the caches as a typical network leaves them; the more weights a network has (`mparams`,
+    in millions), the slower each of its layers gets them. The errors are those of predictions of *other* random networks of the space, in percent of the measurement.
     """
 
     space: str
@@ -60,6 +64,7 @@ class Calibration:
     strides: tuple[int, ...]
     offset_ms: float
     scale: float
+    scale_per_mparam: float
     sum_low_ms: float
     sum_high_ms: float
     n_fit: int
@@ -69,8 +74,8 @@ class Calibration:
     within_5_percent: float
     kendall_tau: float
 
-    def predict_ms(self, sum_ms: float) -> float:
-        return self.offset_ms + self.scale * sum_ms
+    def predict_ms(self, sum_ms: float, params: float) -> float:
+        return self.offset_ms + (self.scale + self.scale_per_mparam * params / 1e6) * sum_ms
 
 
 @dataclass(frozen=True)
@@ -92,19 +97,28 @@ class LatencyTable:
         Raises:
             InputError: the table has no row for it.
         """
-        row = self.rows.get(layer)
-        if row is not None:
-            return row.ms
-        if isinstance(layer.spec, Head):
-            few, many = (self.rows.get(end) for end in head_ends(layer))
-            if few is not None and many is not None and layer.spec.num_classes <= MANY_CLASSES:
-                per_class = (many.ms - few.ms) / (MANY_CLASSES - FEW_CLASSES)
-                return few.ms + (layer.spec.num_classes - FEW_CLASSES) * per_class
-        raise InputError(self._missing_message([layer]))
+        return self._row(layer)[0]
 
     def sum_ms(self, arch: ArchConfig) -> float:
         """Return the sum of the rows of a network's layers."""
-        return sum(self.layer_ms(layer) for layer in arch.layers())
+        return self.totals(arch)[0]
+
+    def totals(self, arch: ArchConfig) -> tuple[float, float]:
+        """Return the sums of milliseconds and of parameters over the rows of a network's layers."""
+        found = [self._row(layer) for layer in arch.layers()]
+        return sum(ms for ms, _ in found), sum(params for _, params in found)
+
+    def _row(self, layer: Layer) -> tuple[float, float]:
+        """Return milliseconds and parameters of a layer."""
+        row = self.rows.get(layer)
+        if row is not None:
+            return row.ms, row.params
+        if isinstance(layer.spec, Head):
+            few, many = (self.rows.get(end) for end in head_ends(layer))
+            if few is not None and many is not None and layer.spec.num_classes <= MANY_CLASSES:
+                share = (layer.spec.num_classes - FEW_CLASSES) / (MANY_CLASSES - FEW_CLASSES)
+                return few.ms + share * (many.ms - few.ms), few.params + share * (many.params - few.params)
+        raise InputError(self._missing_message([layer]))
 
     def predict_ms(self, arch: ArchConfig) -> float:
         """Return the milliseconds of one call of the network on this device.
@@ -130,9 +144,9 @@ class LatencyTable:
             )
 
         def predict_ms(network: ArchConfig) -> float:
-            sum_ms = self.sum_ms(network)
+            sum_ms, params = self.totals(network)
             distance = [max(c.sum_low_ms - sum_ms, sum_ms - c.sum_high_ms, 0.0) for c in matching]
-            return matching[distance.index(min(distance))].predict_ms(sum_ms)
+            return matching[distance.index(min(distance))].predict_ms(sum_ms, params)
 
         return predict_ms
 
@@ -320,4 +334,4 @@ def _parse_row(line: Mapping[str, str]) -> Row:
     if line["method"] not in METHODS:
         raise ValueError(f"method {line['method']!r} is none of {', '.join(METHODS)}")
     isolated = line.get("isolated_ms", "")
-    return Row(ms, low_ms, high_ms, line["method"], float(isolated) if isolated else None)
+    return Row(ms, low_ms, high_ms, line["method"], float(isolated) if isolated else None, int(line["params"]))

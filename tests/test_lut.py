@@ -10,7 +10,7 @@ import pytest
 
 import nas.lut
 from nas.lut import Samples, build_cpu_table, calibrate, requested_space, slope, stratified, terms_of
-from nas.measure import EMPTY, REFERENCE, Model, name_of, session
+from nas.measure import CACHED, EMPTY, STREAMING, Model, name_of, session
 from nas.profilers.timing import Stopwatch, Visit
 from nas.table import LatencyTable, measured_layers
 from supernet.arch import MB3D, MB4D, Embedding, Flat, Head, Layer, Stem, Unflat
@@ -163,7 +163,7 @@ def test_ten_kills_lose_a_visit_each_at_most_and_change_no_row(
         assert row.ms == pytest.approx(whole.rows[layer].ms, rel=1e-6)
     with (tmp_path / "killed" / f"{whole.device}.samples.csv").open() as file:
         lines = list(csv.reader(file))
-    assert all(len(line) == 4 for line in lines), "no line is cut"
+    assert all(len(line) == 5 for line in lines), "no line is cut"
     assert len(lines) - 1 <= visits_needed + 10
 
 
@@ -187,9 +187,17 @@ def test_a_disturbed_network_does_not_pull_the_calibration() -> None:
     sums = [0.1 * k for k in range(1, 29)]
     measured = [0.02 + 1.1 * s for s in sums]
     measured[11] *= 2  # of those that fit
-    found = calibrate(small_space(), sums, measured)
+    found = calibrate(small_space(), [(s, 1e6 * ((7 * k) % 5)) for k, s in enumerate(sums)], measured)
     assert found.scale == pytest.approx(1.1, rel=0.01)
     assert found.offset_ms == pytest.approx(0.02, abs=0.003)
+    assert found.scale_per_mparam == pytest.approx(0, abs=0.003)
+
+
+def test_a_calibration_knows_that_many_weights_slow_every_layer() -> None:
+    totals = [(0.1 * k, 1e6 * ((7 * k) % 5)) for k in range(1, 29)]
+    found = calibrate(small_space(), totals, [0.02 + (1.1 + 0.03 * p / 1e6) * s for s, p in totals])
+    assert found.scale_per_mparam == pytest.approx(0.03, rel=1e-3)
+    assert found.mean_error_percent < 0.1
 
 
 def test_calibration_networks_are_spread_over_the_latencies(device: Device, tmp_path: Path) -> None:
@@ -213,14 +221,14 @@ def test_a_network_gives_a_space_around_it() -> None:
 
 def test_models_have_readable_names_and_networks_short_ones() -> None:
     assert name_of(EMPTY) == "empty"
-    assert name_of(REFERENCE) == "2 x mb4d(dim=64) at 16 px"
+    assert name_of(CACHED) == "2 x mb4d(dim=64) at 16 px"
     network = name_of(tuple(small_space().largest.layers()))
     assert network.startswith("network ")
     assert len(network) == 24
 
 
 def test_real_sessions_run_chains_and_networks_in_onnx_runtime() -> None:
-    for model in (EMPTY, REFERENCE, (Layer(MB3D(16), 4),) * 2, tuple(small_space().largest.layers())):
+    for model in (EMPTY, CACHED, STREAMING, (Layer(MB3D(16), 4),) * 2, tuple(small_space().largest.layers())):
         run, size = session(model)
         run()
         assert size > 0

@@ -22,6 +22,7 @@ CALIBRATION = Calibration(
     strides=(1, 2, 2, 2),
     offset_ms=0.01,
     scale=1.05,
+    scale_per_mparam=0.02,
     sum_low_ms=0.1,
     sum_high_ms=3.0,
     n_fit=16,
@@ -39,17 +40,23 @@ def cost(layer: Layer) -> float:
     return layer.spec.dim * layer.resolution / 1e4 + classes / 1e5
 
 
+def params(layer: Layer) -> int:
+    """Made-up parameters."""
+    return layer.spec.dim * (layer.spec.num_classes if isinstance(layer.spec, Head) else 1000)
+
+
 def table_of(space: SearchSpace, *calibrations: Calibration) -> LatencyTable:
-    rows = {layer: Row(cost(layer), 0.9 * cost(layer), 1.1 * cost(layer), "slope") for layer in measured_layers(space.layers())}
-    return LatencyTable("toy-cpu", rows, calibrations, "measured", {"reference_ms": 0.25})
+    rows = {layer: Row(cost(layer), 0.9 * cost(layer), 1.1 * cost(layer), "slope", None, params(layer)) for layer in measured_layers(space.layers())}
+    return LatencyTable("toy-cpu", rows, calibrations, "measured", {"origin": "toy"})
 
 
-def test_a_prediction_is_offset_plus_scale_times_the_sum_of_the_rows() -> None:
+def test_a_prediction_is_the_calibrated_sum_of_the_rows() -> None:
     table = table_of(TINY, CALIBRATION)
     for arch in (TINY.smallest, TINY.largest):
         total = sum(cost(layer) for layer in arch.layers())
         assert table.sum_ms(arch) == pytest.approx(total)
-        assert table.predict_ms(arch) == pytest.approx(0.01 + 1.05 * total)
+        mparams = 1e-6 * sum(params(layer) for layer in arch.layers())
+        assert table.predict_ms(arch) == pytest.approx(0.01 + (1.05 + 0.02 * mparams) * total)
 
 
 def test_an_empty_slot_costs_nothing() -> None:
@@ -63,6 +70,7 @@ def test_a_heads_classes_lie_on_the_line_through_10_and_1000() -> None:
     for classes in (2, 10, 37, 100, 1000):
         head = Layer(Head(192, classes), 4)
         assert table.layer_ms(head) == pytest.approx(cost(head)), "the made-up cost is linear in the classes"
+        assert table._row(head)[1] == pytest.approx(params(head)), "and so are the parameters"
     with pytest.raises(InputError, match="no row for head"):
         table.layer_ms(Layer(Head(192, 1001), 4))
 
@@ -91,19 +99,19 @@ def test_of_several_calibrations_the_nearest_in_latency_counts() -> None:
     high = replace(CALIBRATION, space="larger", offset_ms=1.0, sum_low_ms=5.0, sum_high_ms=9.0)
     table = table_of(TINY, CALIBRATION, high)
     total = table.sum_ms(TINY.smallest)
-    assert table.predict_ms(TINY.smallest) == pytest.approx(CALIBRATION.predict_ms(total))
+    assert table.predict_ms(TINY.smallest) == pytest.approx(CALIBRATION.predict_ms(*table.totals(TINY.smallest)))
     assert total < 5
 
 
 def test_a_file_holds_the_table_exactly_to_six_digits(tmp_path: Path) -> None:
     table = table_of(TINY, CALIBRATION)
-    rows = {**table.rows, Layer(MB3D(64, num_heads=4), 8): Row(0.5, 0.4, 0.6, "slope", 0.55)}
+    rows = {**table.rows, Layer(MB3D(64, num_heads=4), 8): Row(0.5, 0.4, 0.6, "slope", 0.55, 4321)}
     path = replace(table, rows=rows).save(tmp_path)
     back = LatencyTable.load(path)
     assert set(back.rows) == set(rows)
-    assert back.rows[Layer(MB3D(64, num_heads=4), 8)] == Row(0.5, 0.4, 0.6, "slope", 0.55)
+    assert back.rows[Layer(MB3D(64, num_heads=4), 8)] == Row(0.5, 0.4, 0.6, "slope", 0.55, 4321)
     assert back.calibrations == (CALIBRATION,)
-    assert (back.device, back.provenance, back.meta["reference_ms"]) == ("toy-cpu", "measured", 0.25)
+    assert (back.device, back.provenance, back.meta["origin"]) == ("toy-cpu", "measured", "toy")
     for layer, row in rows.items():
         assert back.rows[layer].ms == pytest.approx(row.ms, rel=1e-5)
     assert ",".join(["mb3d", "8", "64", "", "", "4"]) in path.read_text(), "knobs at their default are left blank"

@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import torch
+
+CAN_PIN = hasattr(os, "sched_setaffinity")  # Linux can; macOS and Windows cannot
 
 
 class OrtModel:
@@ -74,23 +77,26 @@ def device_id(name: str | None = None) -> str:
 
 
 @contextlib.contextmanager
-def pinned() -> Iterator[bool]:
-    """Keep the calling thread on one core meanwhile; yields whether the system could."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield False
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(before)})
+def pinned() -> Iterator[None]:
+    """Keep this thread on one core meanwhile, where the system can, and PyTorch to this thread.
+
+    PyTorch's worker threads would inherit the core and wait for work on it, spinning, while something is timed there.
+    """
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cores = os.sched_getaffinity(0) if CAN_PIN else set()
+    if cores:
+        os.sched_setaffinity(0, {max(cores)})
     try:
-        yield True
+        yield
     finally:
-        os.sched_setaffinity(0, before)
+        if cores:
+            os.sched_setaffinity(0, cores)
+        torch.set_num_threads(torch_threads)
 
 
 def environment(threads: int) -> dict[str, Any]:
     """Return what was measured where: hardware, software, settings, load, and the time (UTC)."""
-    import torch
-
     try:
         load: tuple[float, ...] | None = os.getloadavg()
     except (AttributeError, OSError):
@@ -108,7 +114,7 @@ def environment(threads: int) -> dict[str, Any]:
         "batch": 1,
         "threads": threads,
         "export": "torchscript, opset 20, plain form",
-        "pinned": hasattr(os, "sched_setaffinity"),
+        "pinned": CAN_PIN,
         "load_average": load,
         "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -1,8 +1,10 @@
-"""How anything is timed, on any device: shuffled rounds, paired with a reference, until the statistics suffice.
+"""How anything is timed, on any device: shuffled rounds, paired with references, until the statistics suffice.
 
-A *visit* times one workload a few times in a row, between two timings of a fixed reference workload. A shared or
-throttling machine slows both alike, so a visit's sample is its ratio to the reference. An *entry* is a workload with a
-key; its estimate is the median over visits, its interval the order-statistic interval of the median.
+A *visit* times one workload a few times in a row, between two timings of two fixed reference workloads: one whose
+weights stay in the processor's inner caches, and one that streams them. A slow clock slows both; a neighbour on a shared
+machine who uses up the memory's bandwidth slows the second and every workload like it. A visit's sample is its ratio to
+the mix of the two that explains the workload's own ups and downs. An estimate is the median over visits, its interval the
+order-statistic interval of the median.
 """
 
 from __future__ import annotations
@@ -14,21 +16,32 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, median
+from typing import NamedTuple
 
 Clock = Callable[[], int]  # nanoseconds
 
 WARM_UP_MS = 20.0  # an entry's first visit runs it this long beforehand
+DISCARDED = 5  # calls at the begin of a visit, until the caches hold what they hold in a loop
 MIN_CALLS = 3
 MAX_CALLS = 9
-VISIT_MS = 1.0  # calls are repeated within a visit until about this much time is covered
+VISIT_MS = 1.0  # timed calls are repeated within a visit until about this much is covered
+MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the streaming reference
+FEW_VISITS = 12  # with fewer, the mix cannot be told and is half and half
+
+
+class References(NamedTuple):
+    """Milliseconds of a call of the two references."""
+
+    cached_ms: float
+    streaming_ms: float
 
 
 @dataclass(frozen=True)
 class Visit:
-    """The median milliseconds of a call within one visit, and of the reference just before and after it."""
+    """The median milliseconds of a call within one visit, and of the references around it."""
 
     raw_ms: float
-    reference_ms: float
+    reference: References
 
 
 @dataclass(frozen=True)
@@ -52,12 +65,12 @@ class Measurement:
         return (self.high_ms - self.low_ms) / 2
 
 
-def summarise(visits: Sequence[Visit], reference_ms: float | None = None) -> Measurement:
-    """Return the measurement that these visits make, normalised to a machine on which the reference takes `reference_ms`
-    (without one: what it took in these visits)."""
-    if reference_ms is None:
-        reference_ms = median(v.reference_ms for v in visits)
-    samples = sorted(v.raw_ms * reference_ms / v.reference_ms for v in visits)
+def summarise(visits: Sequence[Visit], reference: References | None = None) -> Measurement:
+    """Return the measurement that these visits make, normalised to a machine on which the references take `reference`
+    (without it: what they took in these visits)."""
+    base = reference or median_reference(visits)
+    mixes = MIXES if len(visits) >= FEW_VISITS else (0.5,)
+    samples = min((_normalised(visits, base, mix) for mix in mixes), key=_spread)
     low, high = median_interval(samples)
     return Measurement(
         ms=median(samples),
@@ -69,6 +82,29 @@ def summarise(visits: Sequence[Visit], reference_ms: float | None = None) -> Mea
         p90_ms=samples[math.ceil(0.9 * (len(samples) - 1))],
         visits=len(samples),
     )
+
+
+def median_reference(visits: Sequence[Visit]) -> References:
+    """Return the medians of the references over visits."""
+    return References(
+        median(v.reference.cached_ms for v in visits), median(v.reference.streaming_ms for v in visits)
+    )
+
+
+def _normalised(visits: Sequence[Visit], base: References, mix: float) -> list[float]:
+    """Return the samples, ascending: raw times the geometric mix of how much faster the references usually are."""
+    return sorted(
+        v.raw_ms
+        * (base.cached_ms / v.reference.cached_ms) ** (1 - mix)
+        * (base.streaming_ms / v.reference.streaming_ms) ** mix
+        for v in visits
+    )
+
+
+def _spread(samples: Sequence[float]) -> float:
+    """Return the interquartile range of an ascending sample, relative to its median."""
+    n = len(samples)
+    return (_at(samples, 0.75 * (n - 1)) - _at(samples, 0.25 * (n - 1))) / median(samples)
 
 
 def median_interval(ordered: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
@@ -91,27 +127,31 @@ def _at(ordered: Sequence[float], position: float) -> float:
 
 
 class Stopwatch:
-    """Visits workloads; keeps the reference's latest timing, so that one run of it serves two neighbouring visits."""
+    """Visits workloads; keeps the references' latest timing, so that one run of them serves two neighbouring visits."""
 
-    def __init__(self, reference: Callable[[], object], clock: Clock = time.perf_counter_ns) -> None:
-        self.reference = reference
+    def __init__(
+        self, cached: Callable[[], object], streaming: Callable[[], object], clock: Clock = time.perf_counter_ns
+    ) -> None:
+        self.references = (cached, streaming)
         self.clock = clock
         self._warm: set[int] = set()
-        self._before = 0.0
+        self._before: References | None = None
 
     def visit(self, run: Callable[[], object], between: Callable[[], object] | None = None) -> Visit:
-        """Time one workload once between two timings of the reference; `between` runs, untimed, before each of its calls."""
-        self._warm_up(self.reference)
-        first_visit = self._warm_up(run)
-        if first_visit or not self._before:
-            self._before = self._burst(self.reference)
-        raw = self._burst(run, between)
-        after = self._burst(self.reference)
-        visit = Visit(raw, (self._before + after) / 2)
+        """Time one workload once between two timings of the references; `between` runs, untimed, before each call."""
+        for reference in self.references:
+            self._warm_up(reference)
+        if self._warm_up(run) or self._before is None:
+            self._before = self._time_references()
+        before, raw, after = self._before, self._burst(run, between), self._time_references()
         self._before = after
-        return visit
+        return Visit(raw, References(*((a + b) / 2 for a, b in zip(before, after, strict=True))))
+
+    def _time_references(self) -> References:
+        return References(*(self._burst(reference) for reference in self.references))
 
     def _warm_up(self, run: Callable[[], object]) -> bool:
+        """Run a workload for a while if it has not been; return whether that was so."""
         if id(run) in self._warm:
             return False
         self._warm.add(id(run))
@@ -123,8 +163,9 @@ class Stopwatch:
         return True
 
     def _burst(self, run: Callable[[], object], between: Callable[[], object] | None = None) -> float:
-        """Median milliseconds of a call; the first call is discarded."""
-        run()
+        """Median milliseconds of a call, the first few discarded."""
+        for _ in range(DISCARDED):
+            run()
         times: list[int] = []
         total = 0
         while len(times) < MIN_CALLS or (total < VISIT_MS * 1e6 and len(times) < MAX_CALLS):
