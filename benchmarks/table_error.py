@@ -8,14 +8,16 @@ say: the sum of every layer timed alone in its own session, in the same run, cal
 
 import argparse
 import random
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from nas.lut import calibrate, stratified
-from nas.measure import measure_session, session, table_reference
-from nas.progress import progress
-from nas.profilers.ort_cpu import cpu_name, device_id
+from nas.lut import Bench, Samples, least_absolute, stratified
+from nas.measure import name_of, table_reference
+from nas.profilers.ort_cpu import cpu_name, device_id, pinned
+from nas.profilers.timing import summarise
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
 from supernet.space import SearchSpace
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--space", default="efficientformer-tiny")
     parser.add_argument("--networks", type=int, default=50)
     parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--visits", type=int, default=100, help="of each network, at most")
     parser.add_argument("--table", help="a CSV file (default: this machine's)")
     given = parser.parse_args()
 
@@ -63,28 +66,29 @@ def main() -> None:
     networks = [a for a in unseen(space, table, given.networks, given.seed) if a not in fitted_on]
     alone = list(dict.fromkeys(layer for arch in networks for layer in arch.layers()))
 
-    measured = []
-    with progress("networks", len(networks)) as tick:
-        for arch in networks:
-            measured.append(measure_session(session(tuple(arch.layers()))[0], reference))
-            tick(1)
-    isolated = {}
-    with progress("layers alone", len(alone)) as tick:
-        for layer in alone:
-            isolated[layer] = measure_session(session((layer,))[0], reference).ms
-            tick(1)
-
+    # One shuffled order for everything, in rounds: a machine that is slower for a minute slows all of it.
+    models = [tuple(arch.layers()) for arch in networks] + [(layer,) for layer in alone]
+    with tempfile.TemporaryDirectory() as folder, pinned():
+        samples = Samples(Path(folder) / "samples.csv", "")
+        Bench(samples, threads=1, seed=given.seed).measure(
+            random.Random(0).sample(models, len(models)), [({m: 1.0}, 0.005, 0.0) for m in models], "timing", given.visits
+        )
+        samples.close()
+    found = {model: summarise(samples.visits[name_of(model)], reference) for model in models}
+    measured = [found[model] for model in models[: len(networks)]]
     ms = [m.ms for m in measured]
+    isolated = {layer: found[(layer,)].ms for layer in alone}
     predicted = [table.predict_ms(arch) for arch in networks]
     plain = [sum(isolated[layer] for layer in arch.layers()) for arch in networks]
-    refitted = calibrate(space, plain, ms)
+    design = np.stack([np.ones(len(ms)), plain], axis=1)
+    refitted = design @ least_absolute(design, np.asarray(ms))
     print(f"{cpu_name()} ({table.device}), {table.meta['runtime']} {table.meta['runtime_version']}, one thread, batch 1")
     print(f"{space.name}: {len(networks)} networks from {min(ms):.3g} to {max(ms):.3g} ms, table of {table.meta['measured_at']}")
     half = np.median([100 * m.half_width_ms / m.ms for m in measured])
     print(f"measured to a median half-width of {half:.2f} % (95 %)")
     print(f"  table                        {figures(predicted, ms)}")
     print(f"  sum of layers timed alone    {figures(plain, ms)}")
-    print(f"  the same, fitted to these    {figures([refitted.predict_ms(s) for s in plain], ms)}")
+    print(f"  the same, offset and scale fitted to these very networks  {figures(refitted.tolist(), ms)}")
 
 
 if __name__ == "__main__":

@@ -191,9 +191,9 @@ def train(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     def work() -> None:
-        from supernet.zoo import load_arch
         from nas.search import load_data
         from nas.training import load_recipe, train_network
+        from supernet.zoo import load_arch
 
         arch = load_arch(given.arch)
         recipe = load_recipe(given.recipe)

@@ -28,7 +28,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nas.measure import CACHED, EMPTY, MAX_VISITS, MIN_VISITS, STREAMING, WHOLE_GOAL, Model, name_of, session, table_reference
+from nas.measure import (
+    CACHED,
+    EMPTY,
+    MAX_VISITS,
+    MIN_VISITS,
+    STREAMING,
+    WHOLE_GOAL,
+    Model,
+    name_of,
+    session,
+    table_reference,
+)
 from nas.profilers.ort_cpu import OrtModel, device_id, environment, pinned
 from nas.profilers.timing import Measurement, References, Stopwatch, Visit, median_reference, summarise, visit_in_rounds
 from nas.progress import progress, say
@@ -142,8 +153,8 @@ class Samples:
         if fresh:
             self._writer.writerow(self.HEADER)
 
-    def __len__(self) -> int:
-        return sum(map(len, self.visits.values()))
+    def count(self, model: Model) -> int:
+        return len(self.visits.get(name_of(model), ()))
 
     def add(self, name: str, visit: Visit) -> None:
         self.visits.setdefault(name, []).append(visit)
@@ -173,15 +184,17 @@ class Bench:
         models: Iterable[Model],
         goals: Sequence[tuple[Terms, float, float]],
         what: str,
+        limit: int = MAX_VISITS,
         between: Callable[[], object] | None = None,
     ) -> None:
-        """Visit the models until every goal is met or a model has had its fill of visits.
+        """Visit the models until every goal is met or a model has had `limit` visits.
 
         A goal is (terms, fraction, floor_ms): the half-width of the combination's 95 % interval is to be at most
         max(fraction * value, floor_ms). Only the models that are live at once count; each model is live once.
         """
-        queue = [m for m in dict.fromkeys(models) if len(self.samples.visits.get(name_of(m), ())) < MAX_VISITS]
-        with progress(what, len(queue) * MAX_VISITS) as tick:
+        queue = [m for m in dict.fromkeys(models) if self.samples.count(m) < limit]
+        had = sum(map(self.samples.count, queue))
+        with progress(what, len(queue) * limit - had) as tick:
 
             def record(name: str, visit: Visit) -> None:
                 self.samples.add(name, visit)
@@ -195,13 +208,12 @@ class Bench:
                     batch.append(queue.pop(0))
                     live[name_of(batch[-1])], more = session(batch[-1], self.threads)
                     size += more
-                before = len(self.samples)
-                visit_in_rounds(
-                    live, self.stopwatch, partial(self._open, batch, goals), record, self.rng, between
-                )
-                tick(len(batch) * MAX_VISITS - (len(self.samples) - before))  # visits that were not needed
+                still_open = partial(self._open, batch, goals, limit)
+                visit_in_rounds(live, self.stopwatch, still_open, record, self.rng, between)
+                tick(len(batch) * limit - sum(map(self.samples.count, batch)))  # visits that were not needed
 
-    def _open(self, batch: Sequence[Model], goals: Sequence[tuple[Terms, float, float]]) -> set[str]:
+    def _open(self, batch: Sequence[Model], goals: Sequence[tuple[Terms, float, float]], limit: int) -> set[str]:
+        """Return the names of the models of the batch that need another visit."""
         reference = self.samples.reference() if self.samples.visits else None
         found: dict[str, Measurement] = {}
         open_models = set()
@@ -230,7 +242,7 @@ class Bench:
                     name for name in mine
                     if abs(named[name]) * found[name].half_width_ms >= 0.5 * abs(named[worst]) * found[worst].half_width_ms
                 )
-        return {name for name in open_models if len(self.samples.visits.get(name, ())) < MAX_VISITS}
+        return {name for name in open_models if len(self.samples.visits.get(name, ())) < limit}
 
 
 def build_cpu_table(
@@ -294,18 +306,16 @@ def _build(
         goals = [(terms, ROW_GOAL, floor_ms) for terms in rows_terms.values()]
         weights = typical_weights(space)
         others = np.ones(weights // 4, dtype=np.float32)[:: CACHE_LINE // 4]
-        bench.measure(models, goals, "rows", others.sum)
-
-        # One reference for all rows of a table: rows that were measured earlier stay as they are.
-        reference = table_reference(old) if old is not None else samples.reference()
-        rows = dict(old.rows) if old is not None else {}
-        for layer, terms in rows_terms.items():
-            rows[layer] = _row(layer, terms, samples, reference)
-        table = LatencyTable(device, rows, meta={**place, "reference_ms": reference._asdict()})
-
-        networks = stratified(space, table, FIT_NETWORKS + CHECK_NETWORKS, random.Random(seed))
-        whole: list[Model] = [tuple(arch.layers()) for arch in networks]
-        bench.measure(whole, [({m: 1.0}, WHOLE_GOAL, 0.0) for m in whole], "whole networks")
+        # Twice over: a machine that is slower for a minute slows rows and whole networks.
+        for limit in (MAX_VISITS // 2, MAX_VISITS):
+            bench.measure(models, goals, "rows", limit, others.sum)
+            if limit < MAX_VISITS:
+                first = _table(device, old, rows_terms, samples, place, MAX_VISITS // 2)
+                networks = stratified(space, first, FIT_NETWORKS + CHECK_NETWORKS, random.Random(seed))
+                whole: list[Model] = [tuple(arch.layers()) for arch in networks]
+            bench.measure(whole, [({m: 1.0}, WHOLE_GOAL, 0.0) for m in whole], "whole networks", limit)
+    table = _table(device, old, rows_terms, samples, place)
+    reference = table_reference(table)
     totals = [table.totals(arch) for arch in networks]
     measured = [summarise(samples.visits[name_of(m)], reference).ms for m in whole]
     calibration = calibrate(space, totals, measured)
@@ -314,10 +324,29 @@ def _build(
     written = table.save(folder)
     (folder / f"{device}.building.json").unlink(missing_ok=True)
     say(
-        f"{written}: {len(rows)} rows; over {calibration.n_check} networks that took no part in the fit the prediction is "
+        f"{written}: {len(table.rows)} rows; over {calibration.n_check} networks that took no part in the fit the prediction is "
         f"off by {calibration.mean_error_percent:.1f} % on average, {calibration.max_error_percent:.1f} % at most"
     )
     return table
+
+
+def _table(
+    device: str,
+    old: LatencyTable | None,
+    rows_terms: Mapping[Layer, Terms],
+    samples: Samples,
+    place: Mapping[str, Any],
+    visits: int | None = None,
+) -> LatencyTable:
+    """Return the table without calibration; `visits`: from the first so many of each model only, so that a build that
+    goes on comes to the same."""
+    # One reference for all rows of a table: rows that were measured earlier stay as they are.
+    reference = table_reference(old) if old is not None else samples.reference()
+    rows = dict(old.rows) if old is not None else {}
+    for layer, terms in rows_terms.items():
+        found = {model: summarise(samples.visits[name_of(model)][:visits], reference) for model in terms}
+        rows[layer] = _row(layer, terms, found)
+    return LatencyTable(device, rows, meta={**place, "reference_ms": reference._asdict()})
 
 
 def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> str:
@@ -336,8 +365,7 @@ def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> str:
     return started
 
 
-def _row(layer: Layer, terms: Terms, samples: Samples, reference: References) -> Row:
-    found = {model: summarise(samples.visits[name_of(model)], reference) for model in terms}
+def _row(layer: Layer, terms: Terms, found: Mapping[Model, Measurement]) -> Row:
     ms = sum(weight * found[model].ms for model, weight in terms.items())
     half = math.hypot(*(weight * found[model].half_width_ms for model, weight in terms.items()))
     alone = found.get((layer,))

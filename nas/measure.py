@@ -22,14 +22,14 @@ from supernet.blocks import build_layer
 Model = tuple[Layer, ...]
 
 CACHED: Model = (Layer(MB4D(64), 16),) * 2
-STREAMING: Model = (Layer(MB3D(192), 4),) * 2
+STREAMING: Model = (Layer(MB3D(192), 4),) * 4
 """The references that every visit is paired with; a table's sidecar has their milliseconds. The first one's weights, 0.3 MB,
-stay in the inner caches; the second one's, 6 MB, do not."""
+stay in the inner caches; the second one's, 13 MB, do not."""
 EMPTY: Model = ()
 """A session that does nothing: the price of a call."""
 
 WHOLE_GOAL = 0.01  # half-width of a whole network's 95 % interval, of its ms
-MIN_VISITS, MAX_VISITS = 12, 40
+MIN_VISITS, MAX_VISITS = 12, 32
 ALONE_MAX_VISITS = 100  # of a session that is measured by itself
 
 

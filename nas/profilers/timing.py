@@ -22,6 +22,7 @@ Clock = Callable[[], int]  # nanoseconds
 
 WARM_UP_MS = 20.0  # an entry's first visit runs it this long beforehand
 DISCARDED = 5  # calls at the begin of a visit, until the caches hold what they hold in a loop
+REFERENCE_DISCARDED = 3
 MIN_CALLS = 3
 MAX_CALLS = 9
 VISIT_MS = 1.0  # timed calls are repeated within a visit until about this much is covered
@@ -143,12 +144,12 @@ class Stopwatch:
             self._warm_up(reference)
         if self._warm_up(run) or self._before is None:
             self._before = self._time_references()
-        before, raw, after = self._before, self._burst(run, between), self._time_references()
+        before, raw, after = self._before, self._burst(run, DISCARDED, between), self._time_references()
         self._before = after
         return Visit(raw, References(*((a + b) / 2 for a, b in zip(before, after, strict=True))))
 
     def _time_references(self) -> References:
-        return References(*(self._burst(reference) for reference in self.references))
+        return References(*(self._burst(reference, REFERENCE_DISCARDED) for reference in self.references))
 
     def _warm_up(self, run: Callable[[], object]) -> bool:
         """Run a workload for a while if it has not been; return whether that was so."""
@@ -162,9 +163,11 @@ class Stopwatch:
             run()
         return True
 
-    def _burst(self, run: Callable[[], object], between: Callable[[], object] | None = None) -> float:
+    def _burst(
+        self, run: Callable[[], object], discarded: int, between: Callable[[], object] | None = None
+    ) -> float:
         """Median milliseconds of a call, the first few discarded."""
-        for _ in range(DISCARDED):
+        for _ in range(discarded):
             run()
         times: list[int] = []
         total = 0
