@@ -83,7 +83,9 @@ def main() -> None:
     design = np.stack([np.ones(len(ms)), plain], axis=1)
     refitted = design @ least_absolute(design, np.asarray(ms))
     print(f"{cpu_name()} ({table.device}), {table.meta['runtime']} {table.meta['runtime_version']}, one thread, batch 1")
-    print(f"{space.name}: {len(networks)} networks from {min(ms):.3g} to {max(ms):.3g} ms, table of {table.meta['measured_at']}")
+    print(
+        f"{space.name}: {len(networks)} networks from {min(ms):.3g} to {max(ms):.3g} ms, table of {table.meta['measured_at']}"
+    )
     half = np.median([100 * m.half_width_ms / m.ms for m in measured])
     print(f"measured to a median half-width of {half:.2f} % (95 %)")
     print(f"  table                        {figures(predicted, ms)}")

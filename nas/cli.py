@@ -45,6 +45,9 @@ def _run(command: str, work: Callable[[], None]) -> None:
     except InputError as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except FloatingPointError as error:  # training diverged
+        print(f"{command}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f"{command}: stopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(1) from None
@@ -117,17 +120,22 @@ def search(arguments: Sequence[str] | None = None) -> None:
         "by accuracy drop per millisecond until the device's latency table says that the target is met, then measure the\n"
         "network that was found. Without --data it demonstrates itself on handwritten digits. A search that is killed\n"
         "goes on where it was when the same command is given again.",
-        "  nas-search --target-ms 1.6\n"
-        "  nas-search --target-ms 8 --data ~/flowers --space efficientformer-s --out flowers-8ms",
+        "  nas-search --target-ms 1.6\n  nas-search --target-ms 8 --data ~/flowers --space efficientformer-s --out flowers-8ms",
     )
     parser.add_argument("--target-ms", type=_milliseconds, required=True, metavar="T", help="milliseconds a call may take")
     parser.add_argument("--device", metavar="D", help="cpu, or the id of a table (see nas-build-lut --list)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="the latency table to use, a CSV file")
-    parser.add_argument("--data", type=Path, metavar="PATH", help="images: PATH/train/<class>/* and perhaps PATH/val, or PATH/<class>/*")
-    parser.add_argument("--space", metavar="S", help="a space: its name or a YAML file (default: efficientformer-s; -tiny without --data)")
+    parser.add_argument(
+        "--data", type=Path, metavar="PATH", help="images: PATH/train/<class>/* and perhaps PATH/val, or PATH/<class>/*"
+    )
+    parser.add_argument(
+        "--space", metavar="S", help="a space: its name or a YAML file (default: efficientformer-s; -tiny without --data)"
+    )
     parser.add_argument("--strategy", default="greedy", metavar="NAME", help="greedy: the paper's slimming loop (default)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="rare settings, a YAML file (docs/search.md lists them)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: runs/<space>-<target>ms-seed<seed>)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the results go (default: runs/<space>-<target>ms-seed<seed>)"
+    )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of everything random (default: 0)")
     given = parser.parse_args(arguments)
 
@@ -183,10 +191,14 @@ def train(arguments: Sequence[str] | None = None) -> None:
         "  nas-train runs/efficientformer-tiny-1.6ms-seed0/searched.yaml --data ~/flowers --out trained",
     )
     parser.add_argument("arch", metavar="ARCH", help=ARCH_HELP)
-    parser.add_argument("--data", type=Path, metavar="PATH", help="images, as for nas-search (default: handwritten digits, a demonstration)")
+    parser.add_argument(
+        "--data", type=Path, metavar="PATH", help="images, as for nas-search (default: handwritten digits, a demonstration)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where checkpoints, metrics and weights go")
     parser.add_argument("--recipe", default="quick", metavar="R", help="quick (default), or a YAML file of settings")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="start from these weights (such as a search's weights.safetensors)")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="start from these weights (such as a search's weights.safetensors)"
+    )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of everything random (default: 0)")
     given = parser.parse_args(arguments)
 
@@ -197,7 +209,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
 
         arch = load_arch(given.arch)
         recipe = load_recipe(given.recipe)
-        data = load_data(given.data, arch.image_size, given.seed)
+        data = load_data(given.data, arch.image_size, given.seed, score_images=1)  # nothing is scored: train on all
         result = train_network(arch, data, recipe, given.out, given.seed, weights=given.weights)
         print(f"top-1 {100 * result.accuracy:.2f} %, loss {result.loss:.4f} after {result.epochs} epochs: {result.folder}")
 
@@ -212,7 +224,9 @@ def export(arguments: Sequence[str] | None = None) -> None:
         "  nas-export trained/arch.yaml --weights trained/model.safetensors --format onnx --out model.onnx",
     )
     parser.add_argument("arch", metavar="ARCH", help=ARCH_HELP)
-    parser.add_argument("--weights", type=Path, metavar="W", help="weights, model.safetensors or a checkpoint (default: random)")
+    parser.add_argument(
+        "--weights", type=Path, metavar="W", help="weights, model.safetensors or a checkpoint (default: random)"
+    )
     parser.add_argument("--format", required=True, metavar="F", help="onnx")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
     given = parser.parse_args(arguments)

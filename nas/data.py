@@ -158,9 +158,7 @@ def augment(x: Tensor, generator: torch.Generator, flip: bool = True, pad: float
     return x.gather(3, columns.to(x.device)[:, None, None, :].expand_as(x))
 
 
-def epoch_batches(
-    n: int, batch_size: int, seed: int, epoch: int, images_per_epoch: int | None = None
-) -> Iterator[Tensor]:
+def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, images_per_epoch: int | None = None) -> Iterator[Tensor]:
     """Yield the index tensors (B,), int64, of one epoch (counted from 0) over `n` images.
 
     The epochs walk through an endless row of seeded shuffles, each taking up where the last one ended: every image
@@ -169,9 +167,7 @@ def epoch_batches(
     resumed run sees the same order.
     """
     if min(n, batch_size) < 1 or (images_per_epoch is not None and images_per_epoch < 1):
-        raise InputError(
-            f"{n} images, batch size {batch_size} and {images_per_epoch} images per epoch: all must be 1 or more"
-        )
+        raise InputError(f"{n} images, batch size {batch_size} and {images_per_epoch} images per epoch: all must be 1 or more")
     size = images_per_epoch or n
     if size > batch_size:
         size -= size % batch_size
@@ -249,9 +245,7 @@ def _entries(folder: Path) -> list["os.DirEntry[str]"]:
 def _class_files(part: Path) -> dict[str, list["os.DirEntry[str]"]]:
     return {
         folder.name: [
-            entry
-            for entry in _entries(Path(folder.path))
-            if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir()
+            entry for entry in _entries(Path(folder.path)) if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir()
         ]
         for folder in _entries(part)
         if folder.is_dir()

@@ -239,7 +239,8 @@ class Bench:
             if half > max(fraction * value, floor_ms):
                 worst = max(mine, key=lambda name: abs(named[name]) * found[name].half_width_ms)
                 open_models.update(
-                    name for name in mine
+                    name
+                    for name in mine
                     if abs(named[name]) * found[name].half_width_ms >= 0.5 * abs(named[worst]) * found[worst].half_width_ms
                 )
         return {name for name in open_models if len(self.samples.visits.get(name, ())) < limit}
@@ -293,7 +294,7 @@ def _build(
     models: list[Model] = [EMPTY]
     for terms in rows_terms.values():
         models.extend(terms)
-    models = sorted(dict.fromkeys(models), key=lambda m: len({layer for layer in m}) > 1)  # chains first
+    models = sorted(dict.fromkeys(models), key=lambda m: len(set(m)) > 1)  # chains first
     say(
         f"measuring {len(layers)} rows of {device} for {space.name} from {len(models)} models, one thread, with ONNX "
         f"Runtime {place['runtime_version']}; leave the machine alone meanwhile"
@@ -324,8 +325,8 @@ def _build(
     written = table.save(folder)
     (folder / f"{device}.building.json").unlink(missing_ok=True)
     say(
-        f"{written}: {len(table.rows)} rows; over {calibration.n_check} networks that took no part in the fit the prediction is "
-        f"off by {calibration.mean_error_percent:.1f} % on average, {calibration.max_error_percent:.1f} % at most"
+        f"{written}: {len(table.rows)} rows; over {calibration.n_check} networks that took no part in the fit the prediction "
+        f"is off by {calibration.mean_error_percent:.1f} % on average, {calibration.max_error_percent:.1f} % at most"
     )
     return table
 
@@ -434,4 +435,3 @@ def least_absolute(design: Array, y: Array) -> Array:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-

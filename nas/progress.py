@@ -44,9 +44,16 @@ def progress(what: str, total: float, done: float = 0.0) -> Iterator[Tick]:
             TimeRemainingColumn,
         )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total, completed=done)
+            task = bar.add_task(what, total=total)
+            bar.advance(task, done)
             yield lambda amount: bar.advance(task, amount)
         return
 

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from nas.data import ImageData, load_images, natural_size
 from nas.evaluation import Evaluator, accuracy_of, recalibrate
 from nas.progress import progress, say
 from nas.request import claim
-from nas.slimming import Evaluation, Step, Trajectory, slim, start_network
+from nas.slimming import Evaluation, Step, Trajectory, rounded_up, slim, start_network
 from nas.supernet_training import SupernetSettings, train_supernet, training_size
 from nas.table import LatencyTable, Target, find_tables, table_folders, user_folder
 from supernet.arch import ArchConfig
@@ -70,7 +71,7 @@ def run_search(request: Request) -> dict[str, Any]:
     if target.ms < smallest_ms:
         raise InputError(
             f"the target of {target.ms:g} ms is below the smallest network of {space.name} on {device}: "
-            f"give at least {smallest_ms:.4g} ms"
+            f"give at least {rounded_up(smallest_ms)} ms"
         )
     folder = request.out or Path("runs") / f"{space.name}-{target.ms:g}ms-seed{request.seed}"
     claim(
@@ -120,21 +121,21 @@ def _search(
     evaluator = Evaluator(supernet, data, settings.recalibration_images)
     evaluate = Remembered(evaluator, folder / "evaluations.csv")
     report_signal(space, start_network(space, importance), evaluate, len(data.score))
-    budget_ms = target.ms
-    trajectory: Trajectory | None = None
-    for repair in range(REPAIRS + 1):
-        trajectory = slim(
-            space, importance, evaluate, table, budget_ms, score=settings.score, start=trajectory, on_step=_say_step  # type: ignore[arg-type]
-        )
+    step_to = partial(slim, space, importance, evaluate, table, score=settings.score, on_step=_say_step)
+    budget_ms, repairs = target.ms, 0
+    trajectory: Trajectory = step_to(budget_ms)
+    while True:
         write_csv(folder / "trajectory.csv", trajectory.records())
         check = check_on_device(trajectory.arch, table)
         if check.high_ms is None or check.high_ms <= target.ms:
             break
-        say(
-            f"measured {check.ms:.4g} ms, up to {check.high_ms:.4g} ms: over the target of {target.ms:g} ms"
-            + (f"; repair {repair + 1} tightens the budget" if repair < REPAIRS else "")
-        )
+        say(f"measured {check.ms:.4g} ms, up to {check.high_ms:.4g} ms: over the target of {target.ms:g} ms")
         budget_ms -= check.high_ms - target.ms
+        if repairs == REPAIRS or budget_ms < table.predict_ms(space.smallest):
+            break
+        repairs += 1
+        say(f"repair {repairs} of at most {REPAIRS}: the loop goes on to a budget of {budget_ms:.4g} ms")
+        trajectory = step_to(budget_ms, start=trajectory)
     arch = trajectory.arch.without_identity()
     deployed = ArchConfig(f"{space.name}-{target.ms:g}ms", arch.image_size, arch.num_classes, arch.stages)
     model = found_network(supernet, trajectory.arch, evaluator.recalibration)
@@ -161,6 +162,7 @@ def _search(
         "image_size": deployed.image_size,
         "supernet_image_size": train_size,
         "steps": len(trajectory.steps),
+        "repairs": repairs,
         "evaluations": evaluate.asked,
         "demonstration": data.demonstration,
         "skipped_images": len(data.skipped),
@@ -218,7 +220,9 @@ def usable_table(device: str, path: Path | None, space: SearchSpace, *, explicit
     from nas.lut import build_cpu_table
 
     folder = path.parent if path is not None and path.parent in table_folders()[:2] else user_folder()
-    say(f"this machine's table {'lacks rows of ' + space.name if table else f'({device}) is not there yet'}: measuring it first")
+    say(
+        f"this machine's table {'lacks rows of ' + space.name if table else f'({device}) is not there yet'}: measuring it first"
+    )
     table = build_cpu_table(space.with_classes(10), folder, only_missing=True)
     return table, folder / f"{device}.csv"
 
@@ -242,8 +246,9 @@ def load_data(path: Path | None, image_size: int, seed: int, score_images: int =
     if data.skipped:
         say(f"{len(data.skipped)} broken images were skipped")
     say(
-        f"{data.source}: {len(data.classes)} classes; {len(data.train):,} images to train, {len(data.score):,} to score, "
-        f"{len(data.val):,} to validate"
+        f"{data.source}: {len(data.classes)} classes; {len(data.train):,} images to train, "
+        + (f"{len(data.score):,} to score, " if score_images > 1 else "")
+        + f"{len(data.val):,} to validate"
     )
     return data
 
@@ -360,7 +365,11 @@ def _print_result(result: Mapping[str, Any], folder: Path, data: ImageData) -> N
     )
     if result["largest_of_space"]:
         larger = [name for name in space_names() if name != result["space"]]
-        print(f"  this is the largest network of {result['space']}: for the rest of the time, try --space {' or '.join(larger)}")
+        print(
+            f"  this is the largest network of {result['space']}: for the rest of the time, try --space {' or '.join(larger)}"
+        )
     if result["demonstration"]:
         print("  found on the embedded digits: a demonstration; give --data PATH for a network to ship")
-    print(f"  next: nas-train {folder / 'searched.yaml'} --out trained" + ("" if data.demonstration else f" --data {data.source}"))
+    print(
+        f"  next: nas-train {folder / 'searched.yaml'} --out trained" + ("" if data.demonstration else f" --data {data.source}")
+    )

@@ -17,7 +17,8 @@ settled here:
   Ties go to more milliseconds saved, then to the earlier stage. Nothing is fine-tuned between actions.
 - *Landing.* The loop may end well below the target. Then width that was removed is given back: of the networks that
   have the blocks of the last, or else of an earlier step, and any widths, those within 3 % under the target are
-  considered; the few nearest to the loop's own widths are evaluated and the one of the least loss is taken.
+  considered; the few nearest to the loop's own widths are evaluated and the best is taken. Where there is none, the
+  slowest network under the target is taken, if it is better than the loop's end.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def slim(
     if target.ms < smallest_ms:
         raise InputError(
             f"the target of {target.ms:g} ms is below the smallest network of {space.name}: "
-            f"give at least {_rounded_up(smallest_ms)} ms"
+            f"give at least {rounded_up(smallest_ms)} ms"
         )
     arch = start_network(space, importance) if start is None else start.start
     begin = arch
@@ -192,7 +193,7 @@ def slot_score(log_odds: Mapping[str, float]) -> float:
     return top + math.log(sum(math.exp(value - top) for value in log_odds.values()))
 
 
-def _rounded_up(ms: float) -> str:
+def rounded_up(ms: float) -> str:
     """Four significant digits that are not below `ms`."""
     text = f"{ms:.4g}"
     return text if float(text) >= ms else f"{ms + 10 ** (math.floor(math.log10(ms)) - 3):.4g}"
@@ -242,8 +243,11 @@ class _Run:
     def _option(self, action: str, stage: int, arch: ArchConfig, ms: float, before: Evaluation) -> Option:
         after_ms = self.table.predict_ms(arch)
         after = self.evaluate(arch)
-        drop = after.loss - before.loss if self.score == "loss" else before.accuracy - after.accuracy
+        drop = self._charge(after) - self._charge(before)
         return Option(action, stage, arch, after_ms, ms - after_ms, after, max(0.0, drop) / (ms - after_ms))
+
+    def _charge(self, evaluation: Evaluation) -> float:
+        return evaluation.loss if self.score == "loss" else 1 - evaluation.accuracy
 
     def _empty_slot(self, arch: ArchConfig, saves: _Saves) -> tuple[str, int, ArchConfig] | None:
         """Action 1: identity for the least important slot, the next one where that would not save anything."""
@@ -286,9 +290,12 @@ class _Run:
         return None
 
     def landing(self, begin: ArchConfig, steps: Sequence[Step]) -> Option | None:
-        """Return the way from the loop's end to a network within 3 % under the target, if there is one."""
+        """Return the way from the loop's end to a network within 3 % under the target.
+
+        Where there is none, to the slowest one under the target, if it is better than the loop's end.
+        """
         end = steps[-1].taken
-        near = end.arch.widths
+        slowest = (end.ms, end.arch)
         latest: dict[tuple[tuple[str, ...], ...], ArchConfig] = {}  # a step that narrows has its predecessor's blocks
         for arch in [step.taken.arch for step in reversed(steps)] + [begin]:
             latest.setdefault(_kinds(arch), arch)
@@ -298,23 +305,30 @@ class _Run:
                 arch = _with_widths(blocks_of, widths)
                 ms = self.table.predict_ms(arch)
                 if (1 - LANDING) * self.target.ms <= ms <= self.target.ms:
-                    change = sum(abs(w - n) / n for w, n in zip(widths, near, strict=True))
-                    found.append((change, -ms, widths, arch, ms))
-            if not found:
-                continue
-            found.sort(key=lambda item: item[:3])
-            best = min(found[:LANDING_TRIES], key=lambda item: (self.evaluate(item[3]).loss, item[0], item[1]))
-            _, _, widths, arch, ms = best
-            changes = [
-                f"stage {i + 1} {a.width} to {b.width}"
-                for i, (a, b) in enumerate(zip(end.arch.stages, arch.stages, strict=True))
-                if a.width != b.width
-            ]
-            pairs = zip(_kinds(end.arch), _kinds(arch), strict=True)
-            if changed := sum(a != b for before, after in pairs for a, b in zip(before, after, strict=True)):
-                changes.insert(0, f"{changed} block{'s' if changed > 1 else ''} back")
-            return Option(f"land: {', '.join(changes)}", -1, arch, ms, end.ms - ms, self.evaluate(arch), math.nan)
+                    change = sum(abs(w - n) / n for w, n in zip(widths, end.arch.widths, strict=True))
+                    found.append((change, -ms, widths, arch))
+                elif slowest[0] < ms <= self.target.ms:
+                    slowest = (ms, arch)
+            if found:
+                found.sort(key=lambda item: item[:3])
+                best = min(found[:LANDING_TRIES], key=lambda item: (self._charge(self.evaluate(item[3])), *item[:2]))
+                return self._land(end, best[3])
+        _, arch = slowest
+        if arch is not end.arch and self._charge(self.evaluate(arch)) < self._charge(end.evaluation):
+            return self._land(end, arch)
         return None
+
+    def _land(self, end: Option, arch: ArchConfig) -> Option:
+        changes = [
+            f"stage {i + 1} {a.width} to {b.width}"
+            for i, (a, b) in enumerate(zip(end.arch.stages, arch.stages, strict=True))
+            if a.width != b.width
+        ]
+        pairs = zip(_kinds(end.arch), _kinds(arch), strict=True)
+        if changed := sum(a != b for before, after in pairs for a, b in zip(before, after, strict=True)):
+            changes.insert(0, f"{changed} block{'s' if changed > 1 else ''} back")
+        ms = self.table.predict_ms(arch)
+        return Option(f"land: {', '.join(changes)}", -1, arch, ms, end.ms - ms, self.evaluate(arch), math.nan)
 
 
 def _kinds(arch: ArchConfig) -> tuple[tuple[str, ...], ...]:

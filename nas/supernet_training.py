@@ -9,11 +9,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from nas.data import ImageData, augment, epoch_batches, normalise
+from nas.data import ImageData, epoch_batches
 from nas.progress import progress, say
-from nas.training import accelerator, cosine, load_checkpoint, parameter_groups, save_checkpoint, set_layer_scale
+from nas.slimming import Score
+from nas.training import (
+    accelerator,
+    cosine,
+    load_checkpoint,
+    parameter_groups,
+    save_checkpoint,
+    set_layer_scale,
+    training_batch,
+)
 from supernet.errors import InputError, unknown
 from supernet.files import checked_fields, read_yaml
 from supernet.metapath import Noise, Supernet, sample_path
@@ -46,13 +55,13 @@ class SupernetSettings:
     """Of the logits, by Adam."""
     tau_start: float = 2.0
     tau_end: float = 0.5
-    noise: str = "gumbel"
+    noise: Noise = "gumbel"
     """gumbel, or uniform as the EfficientFormer paper prints it."""
     layer_scale: float = 0.5
     """Initial layer scale; at the published 1e-5 a short training never wakes the blocks."""
     label_smoothing: float = 0.1
     clip_norm: float = 5.0
-    score: str = "loss"
+    score: Score = "loss"
     """What slimming charges an action for: loss (rise in cross-entropy) or accuracy."""
     score_images: int = 512
     recalibration_images: int = 256
@@ -114,9 +123,7 @@ def single_path(space: SearchSpace, generator: torch.Generator) -> list[int]:
     return path
 
 
-def train_supernet(
-    space: SearchSpace, data: ImageData, settings: SupernetSettings, seed: int, folder: Path
-) -> Supernet:
+def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettings, seed: int, folder: Path) -> Supernet:
     """Train the supernet of `space` (at the size of `data`) and return it, in eval mode.
 
     A checkpoint is written to `folder/supernet.pt` after each epoch; the next call with the same arguments goes on
@@ -154,14 +161,13 @@ def train_supernet(
             losses = []
             net.train()
             for indices in epoch_batches(len(data.train), settings.batch_size, seed, epoch, images_of(epoch)):
-                x, y = _batch(data, indices, generator, device)
+                x, y = training_batch(data, indices, generator, device)
                 for group in weights.param_groups:
                     group["lr"] = settings.learning_rate * cosine(step, steps)
                 if mixing:
                     done = (step - (steps - mixture_steps)) / max(1, mixture_steps - 1)
                     tau = temperature(min(1.0, done), settings.tau_start, settings.tau_end)
-                    noise: Noise = "gumbel" if settings.noise == "gumbel" else "uniform"
-                    path: Any = sample_path(list(net.logits), tau, generator, noise)
+                    path: Any = sample_path(list(net.logits), tau, generator, settings.noise)
                 else:
                     path = single_path(space, generator)
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -180,9 +186,3 @@ def train_supernet(
                 raise FloatingPointError(f"the supernet's loss is not finite in epoch {epoch + 1}: lower learning_rate")
             save_checkpoint(checkpoint, epoch + 1, net=net, weights=weights, logits=logits)
     return net.eval()
-
-
-def _batch(data: ImageData, indices: Tensor, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    pixels, labels = data.train.batch(indices)
-    x = normalise(augment(pixels.to(device), generator, data.flips))
-    return x.contiguous(memory_format=torch.channels_last), labels.to(device)

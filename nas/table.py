@@ -56,7 +56,8 @@ class Calibration:
     `offset_ms + (scale + scale_per_mparam * mparams) * sum`.
 
     The rows were measured with the caches as a typical network leaves them; the more weights a network has (`mparams`,
-    in millions), the slower each of its layers gets them. The errors are those of predictions of *other* random networks of the space, in percent of the measurement.
+    in millions), the slower each of its layers gets them. The errors are those of predictions of *other* random networks
+    of the space, in percent of the measurement.
     """
 
     space: str
@@ -302,11 +303,10 @@ def _load(path: Path) -> LatencyTable:
         unknown_columns = sorted(set(frame.columns) - set(_COLUMNS))
         if unknown_columns:
             raise ValueError(f"unknown columns {unknown_columns}")
-        rows = {_parse_layer(line): _parse_row(line) for line in frame.to_dict("records")}
+        lines: list[dict[str, str]] = [{str(k): str(v) for k, v in line.items()} for line in frame.to_dict("records")]
+        rows = {_parse_layer(line): _parse_row(line) for line in lines}
         device = sidecar.pop("device")
-        calibrations = tuple(
-            Calibration(**{**c, "strides": tuple(c["strides"])}) for c in sidecar.pop("calibrations")
-        )
+        calibrations = tuple(Calibration(**{**c, "strides": tuple(c["strides"])}) for c in sidecar.pop("calibrations"))
         provenance = sidecar.pop("provenance")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a latency table ({error}): build it anew with nas-build-lut") from error

@@ -148,9 +148,7 @@ def train_network(
     # Claimed only now: what was refused so far leaves the folder free for the corrected request.
     claim(folder, _request(arch, data, recipe, seed, weights))
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model.named_parameters(), recipe.weight_decay), lr=recipe.learning_rate
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), recipe.weight_decay), lr=recipe.learning_rate)
     history = History()
     first = load_checkpoint(checkpoint, net=model, optimizer=optimizer, history=history)
     if first < recipe.epochs:
@@ -241,9 +239,7 @@ def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y
     return loss.item()
 
 
-def training_batch(
-    data: ImageData, indices: Tensor, generator: torch.Generator, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def training_batch(data: ImageData, indices: Tensor, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the training images at `indices` (B,), augmented and normalised (B, 3, S, S), and labels (B,)."""
     pixels, labels = data.train.batch(indices)
     x = normalise(augment(pixels.to(device), generator, data.flips))

@@ -219,8 +219,7 @@ class ArchConfig:
     def without_identity(self) -> ArchConfig:
         """Return the same network with its empty slots left out."""
         stages = tuple(
-            replace(stage, blocks=tuple(b for b in stage.blocks if not isinstance(b, Identity)))
-            for stage in self.stages
+            replace(stage, blocks=tuple(b for b in stage.blocks if not isinstance(b, Identity))) for stage in self.stages
         )
         return replace(self, stages=stages)
 
@@ -258,8 +257,7 @@ class ArchConfig:
             "image_size": self.image_size,
             "num_classes": self.num_classes,
             "stages": [
-                {"width": s.width, "stride": s.stride, "blocks": [block_entry(b) for b in s.blocks]}
-                for s in self.stages
+                {"width": s.width, "stride": s.stride, "blocks": [block_entry(b) for b in s.blocks]} for s in self.stages
             ],
         }
         return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=120)
@@ -329,9 +327,7 @@ def checked_list(value: object, where: str, *, empty: bool = False) -> list[Any]
 
 def block_entry(block: Block) -> str | dict[str, Any]:
     """Return a block as it stands in a YAML file: its kind, with the knobs that are not at their default."""
-    knobs = {
-        f.name: getattr(block, f.name) for f in fields(block) if f.name != "dim" and getattr(block, f.name) != f.default
-    }
+    knobs = {f.name: getattr(block, f.name) for f in fields(block) if f.name != "dim" and getattr(block, f.name) != f.default}
     return {"kind": block.kind, **knobs} if knobs else block.kind
 
 

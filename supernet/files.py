@@ -13,7 +13,7 @@ from supernet.errors import InputError, unknown
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write `content` to `path` through a temporary file beside it, so that a kill leaves the old file or the new one."""
+    """Write `content` to `path` through a temporary file beside it: a kill leaves the old file or the new one."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     try:

@@ -74,9 +74,7 @@ class Supernet(nn.Module):
         head = largest["head"]
         self.head = build_layer(head)
         self.head_on_tokens = bool(getattr(head.spec, "tokens", False))
-        self.logits = nn.ParameterList(
-            Parameter(torch.zeros(len(space.stages[stage].candidates))) for stage, _ in space.slots
-        )
+        self.logits = nn.ParameterList(Parameter(torch.zeros(len(space.stages[stage].candidates))) for stage, _ in space.slots)
 
     def forward(self, x: Tensor, path: Path) -> Tensor:
         """Return logits (N, num_classes) of images (N, 3, S, S).

@@ -54,9 +54,7 @@ def resize_attention_biases(table: Tensor, side: int) -> Tensor:
         InputError: the table is not (heads, R * R).
     """
     if not _is_bias_table(table):
-        raise InputError(
-            f"attention biases must have shape (heads, R * R) for an R x R map, but have {tuple(table.shape)}"
-        )
+        raise InputError(f"attention biases must have shape (heads, R * R) for an R x R map, but have {tuple(table.shape)}")
     old = isqrt(table.shape[1])
     if old == side:
         return table
@@ -139,6 +137,8 @@ def subnetwork(supernet: Supernet, arch: ArchConfig) -> nn.Sequential:
     image size.
     """
     space = supernet.space
+    if arch.image_size != space.image_size:
+        raise ValueError(f"{arch.name} is for {arch.image_size} px, the supernet for {space.image_size} px: use arch.at")
     path = dict(zip(space.slots, space.path(arch), strict=True))
     model = build_model(space.fit(arch))
     for name, module in model.named_children():

@@ -255,7 +255,19 @@ def test_from_images_to_a_network_within_its_target(
     # What was found trains and is exported.
     recipe = {"epochs": 1, "batch_size": 4, "learning_rate": 0.001, "layer_scale": 0.1, "clip_norm": 1.0}
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
-    cli.train(["run/searched.yaml", "--data", str(photos), "--out", "trained", "--recipe", "recipe.yaml", "--weights", "run/weights.safetensors"])
+    cli.train(
+        [
+            "run/searched.yaml",
+            "--data",
+            str(photos),
+            "--out",
+            "trained",
+            "--recipe",
+            "recipe.yaml",
+            "--weights",
+            "run/weights.safetensors",
+        ]
+    )
     assert "top-1" in capsys.readouterr().out
     cli.export(["trained/arch.yaml", "--weights", "trained/model.safetensors", "--format", "onnx", "--out", "model.onnx"])
     assert "model.onnx" in capsys.readouterr().out
@@ -305,7 +317,9 @@ def test_a_network_that_misses_on_the_device_is_repaired(
     assert result["measured_high_ms"] == pytest.approx(1.01 * 1.2 * result["predicted_ms"])
 
 
-def test_nas_profile_without_a_table_names_the_command_that_makes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], space_file: Path) -> None:
+def test_nas_profile_without_a_table_names_the_command_that_makes_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], space_file: Path
+) -> None:
     SearchSpace.load(space_file).largest.save("net.yaml")
     cli.profile(["net.yaml", "--json"])
     out = capsys.readouterr()
@@ -369,6 +383,16 @@ def test_the_tables_are_listed(tmp_path: Path, space_file: Path, capsys: pytest.
 def test_public_names_are_those_of_the_design() -> None:
     import nas
 
-    assert {"ArchConfig", "LatencyTable", "SearchSpace", "build_model", "count", "load_timm_weights", "slim", "zoo", "zoo_names"} <= set(nas.__all__)
+    assert {
+        "ArchConfig",
+        "LatencyTable",
+        "SearchSpace",
+        "build_model",
+        "count",
+        "load_timm_weights",
+        "slim",
+        "zoo",
+        "zoo_names",
+    } <= set(nas.__all__)
     assert nas.zoo("efficientformer_l1") == zoo("efficientformer_l1")
     assert all(getattr(nas, name) is not None for name in nas.__all__)

@@ -239,7 +239,7 @@ def refuse_val_class_of_broken_images(root: Path) -> Path:
         (refuse_val_class_of_broken_images, "class 'b' of .*val has no image that can be decoded"),
     ],
 )
-def test_unusable_folder_is_refused_in_one_line(tmp_path: Path, prepare, message: str) -> None:  # noqa: ANN001
+def test_unusable_folder_is_refused_in_one_line(tmp_path: Path, prepare, message: str) -> None:
     with pytest.raises(InputError) as caught:
         load_images(prepare(tmp_path), 8, seed=0)
     assert re.search(message, str(caught.value))

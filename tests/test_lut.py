@@ -125,7 +125,9 @@ def test_the_table_of_a_known_device_is_what_the_device_costs(device: Device, tm
     assert calibration.offset_ms == pytest.approx(CALL_MS, rel=0.01)
     arch = space.sample(random.Random(5))
     assert table.predict_ms(arch) == pytest.approx(device_ms(tuple(arch.layers())), rel=1e-3)
-    assert LatencyTable.load(tmp_path / f"{table.device}.csv").predict_ms(arch) == pytest.approx(table.predict_ms(arch), rel=1e-4)
+    assert LatencyTable.load(tmp_path / f"{table.device}.csv").predict_ms(arch) == pytest.approx(
+        table.predict_ms(arch), rel=1e-4
+    )
     assert not list(tmp_path.glob("*.building.json")), "nothing is left to go on with"
 
 
@@ -178,7 +180,9 @@ def test_missing_measures_only_what_is_not_there_and_keeps_the_rest(device: Devi
 
 def test_a_table_of_another_runtime_is_not_extended(device: Device, tmp_path: Path) -> None:
     table = build_cpu_table(small_space((16,)), tmp_path)
-    LatencyTable(table.device, table.rows, table.calibrations, "measured", {**table.meta, "runtime_version": "0.1"}).save(tmp_path)
+    LatencyTable(table.device, table.rows, table.calibrations, "measured", {**table.meta, "runtime_version": "0.1"}).save(
+        tmp_path
+    )
     with pytest.raises(InputError, match=r"runtime_version 0\.1.*without --missing"):
         build_cpu_table(small_space((16, 32)), tmp_path, only_missing=True)
 

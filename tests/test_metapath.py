@@ -172,9 +172,7 @@ def test_one_mixture_step_reaches_every_weight_and_every_logit() -> None:
     net = supernet(WIDE)  # in train mode a batch norm hides the bias before it
     path = sample_path(list(net.logits), 1.0, torch.Generator().manual_seed(0))
     nn.functional.cross_entropy(net(images(WIDE, 4), path), torch.tensor([0, 1, 2, 3])).backward()
-    assert {name for name, _ in net.named_parameters() if name.startswith("logits.")} == {
-        f"logits.{i}" for i in range(8)
-    }
+    assert {name for name, _ in net.named_parameters() if name.startswith("logits.")} == {f"logits.{i}" for i in range(8)}
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), name
@@ -300,9 +298,7 @@ def test_a_narrowed_network_has_the_leading_slices() -> None:
     # From stage 1 (8 of 16 channels) to stage 2 (16 of 24): a 3x3 convolution (out, in, 3, 3).
     assert whole("embeddings.0.conv.weight").shape == (24, 16, 3, 3)
     assert torch.equal(weight_of(model, "stage2_embedding.conv.weight"), whole("embeddings.0.conv.weight")[:16, :8])
-    assert torch.equal(
-        weight_of(model, "stage2_embedding.norm.running_mean"), whole("embeddings.0.norm.running_mean")[:16]
-    )
+    assert torch.equal(weight_of(model, "stage2_embedding.norm.running_mean"), whole("embeddings.0.norm.running_mean")[:16])
     # q, k and v have 2 heads x (4 + 4 + 8) rows at every width; only what they read is narrowed.
     qkv = "token_mixer.qkv.weight"
     assert whole(f"stages.1.1.candidates.1.{qkv}").shape == (32, 24)

@@ -354,9 +354,7 @@ def test_a_budget_that_the_largest_network_meets_returns_it_with_no_steps() -> N
 
 @pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf, -math.inf])
 def test_a_budget_that_is_no_latency_is_refused(budget: float) -> None:
-    assert "positive number of milliseconds" in refusal(
-        lambda: slim(TWO, IMPORTANCE, loss_by_hand(), Table(), budget)
-    )
+    assert "positive number of milliseconds" in refusal(lambda: slim(TWO, IMPORTANCE, loss_by_hand(), Table(), budget))
 
 
 def test_a_budget_below_the_smallest_network_is_refused_with_one_that_is_not() -> None:
@@ -389,9 +387,7 @@ def test_a_table_on_which_the_loop_is_stuck_is_an_error_and_no_endless_loop() ->
         def predict_ms(self, arch: ArchConfig) -> float:
             return {TWO.smallest.stages: 1.0, start_network(TWO, IMPORTANCE).stages: 5.0}.get(arch.stages, 6.0)
 
-    assert "no action saves anything from 5 ms on" in refusal(
-        lambda: slim(TWO, IMPORTANCE, loss_by_hand(), Perverse(), 2.0)
-    )
+    assert "no action saves anything from 5 ms on" in refusal(lambda: slim(TWO, IMPORTANCE, loss_by_hand(), Perverse(), 2.0))
 
 
 def test_importance_of_another_space_and_an_unknown_score_are_refused() -> None:
@@ -409,9 +405,7 @@ def test_a_loss_that_is_no_number_is_refused(loss: float) -> None:
 
     assert f"gives {loss}" in refusal(lambda: slim(TWO, IMPORTANCE, evaluate, Table(), 4.0))
     # An evaluation without accuracy cannot be charged by accuracy.
-    assert "charges accuracy" in refusal(
-        lambda: slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 4.0, score="accuracy")
-    )
+    assert "charges accuracy" in refusal(lambda: slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 4.0, score="accuracy"))
 
 
 # -- Going on ----------------------------------------------------------------------------------------------------------
@@ -477,8 +471,7 @@ def random_run(seed: int, share: float | None = None) -> tuple[Trajectory, Rando
     rng = random.Random(f"run {seed}")
     table = RandomTable(seed)
     importance = [
-        {kind: rng.uniform(-2, 2) for kind in THREE.stages[stage].kinds if kind != "identity"}
-        for stage, _ in THREE.slots
+        {kind: rng.uniform(-2, 2) for kind in THREE.stages[stage].kinds if kind != "identity"} for stage, _ in THREE.slots
     ]
     low, high = table.predict_ms(THREE.smallest), table.predict_ms(start_network(THREE, importance))
     budget = low + (rng.uniform(0.02, 0.95) if share is None else share) * (high - low)

@@ -98,14 +98,10 @@ def test_what_is_not_in_a_space_is_named() -> None:
     assert "stage 1 of mine has 4 blocks, not 3 at most" in refusal(lambda: s.fit(first_stage(48, *[MB4D(48)] * 4)))
     assert "stage 1 of mine has MB3D(dim=48" in refusal(lambda: s.fit(first_stage(48, MB3D(48))))
     assert "stage 1 of mine has MB4D(dim=48, mlp_ratio=3" in refusal(lambda: s.fit(first_stage(48, MB4D(48, 3))))
-    assert "space efficientformer-s has (4, 2, 2, 2)" in refusal(
-        lambda: s.fit(ArchConfig("mine", 224, 1000, l1.stages[:3]))
-    )
+    assert "space efficientformer-s has (4, 2, 2, 2)" in refusal(lambda: s.fit(ArchConfig("mine", 224, 1000, l1.stages[:3])))
 
 
-@pytest.mark.parametrize(
-    ("image_size", "sides"), [(224, (56, 28, 14, 7)), (225, (57, 29, 15, 8)), (192, (48, 24, 12, 6))]
-)
+@pytest.mark.parametrize(("image_size", "sides"), [(224, (56, 28, 14, 7)), (225, (57, 29, 15, 8)), (192, (48, 24, 12, 6))])
 def test_a_space_has_the_resolutions_of_its_members(image_size: int, sides: tuple[int, ...]) -> None:
     space = SearchSpace.load("efficientformer-s").at(image_size)
     assert space.resolutions == sides

@@ -172,9 +172,11 @@ class PointwiseStem(Supernet):
                 conv.weight.zero_()
                 conv.bias.zero_()
                 half = len(conv.weight) // 2
-                conv.weight[:, :, 1, 1] = torch.eye(2).repeat_interleave(half, 0).repeat_interleave(
-                    -(-conv.weight.shape[1] // 2), 1
-                )[:, : conv.weight.shape[1]]
+                conv.weight[:, :, 1, 1] = (
+                    torch.eye(2)
+                    .repeat_interleave(half, 0)
+                    .repeat_interleave(-(-conv.weight.shape[1] // 2), 1)[:, : conv.weight.shape[1]]
+                )
             first = convs[0]
             assert isinstance(first, nn.Conv2d)
             first.weight[:, :, 1, 1] = torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None]
@@ -197,13 +199,9 @@ def patterns(where: bool) -> ImageData:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_block_that_the_images_need_becomes_important(
-    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_that_the_images_need_becomes_important(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supernet_training, "Supernet", PointwiseStem)
-    settings = SupernetSettings(
-        weight_epochs=30, mixture_epochs=20, batch_size=32, learning_rate=0.02, accelerator="cpu"
-    )
+    settings = SupernetSettings(weight_epochs=30, mixture_epochs=20, batch_size=32, learning_rate=0.02, accelerator="cpu")
     importance = {}
     for where in (True, False):
         data = patterns(where)

@@ -46,7 +46,10 @@ def params(layer: Layer) -> int:
 
 
 def table_of(space: SearchSpace, *calibrations: Calibration) -> LatencyTable:
-    rows = {layer: Row(cost(layer), 0.9 * cost(layer), 1.1 * cost(layer), "slope", None, params(layer)) for layer in measured_layers(space.layers())}
+    rows = {
+        layer: Row(cost(layer), 0.9 * cost(layer), 1.1 * cost(layer), "slope", None, params(layer))
+        for layer in measured_layers(space.layers())
+    }
     return LatencyTable("toy-cpu", rows, calibrations, "measured", {"origin": "toy"})
 
 

@@ -21,9 +21,7 @@ class Machine:
     def clock(self) -> int:
         return round(self.now)
 
-    def workload(
-        self, ms: float, noise: Callable[[], float] = lambda: 0.0, streams: float = 0.0
-    ) -> Callable[[], None]:
+    def workload(self, ms: float, noise: Callable[[], float] = lambda: 0.0, streams: float = 0.0) -> Callable[[], None]:
         def run() -> None:
             self.now += (ms + noise()) * self.slowness * self.crowding**streams * 1e6
 

@@ -25,9 +25,7 @@ from supernet.model import build_model
 
 # Every kind of layer; the empty slot must not be in what is written.
 MB3D_8 = MB3D(8, num_heads=2, key_dim=4, attn_ratio=2)
-ARCH = ArchConfig(
-    "tiny", 16, 3, (Stage(8, 2, (Identity(8), MB4D(8))), Stage(8, 2, (MB4D(8), MB3D_8)), Stage(8, 1, (MB3D_8,)))
-)
+ARCH = ArchConfig("tiny", 16, 3, (Stage(8, 2, (Identity(8), MB4D(8))), Stage(8, 2, (MB4D(8), MB3D_8)), Stage(8, 1, (MB3D_8,))))
 RECIPE = Recipe(
     epochs=3, batch_size=32, learning_rate=4e-3, layer_scale=0.5, clip_norm=5.0, images_per_epoch=160, accelerator="cpu"
 )
@@ -164,17 +162,13 @@ def test_other_requests_are_refused(digits: ImageData, whole: TrainingResult, mo
     with pytest.raises(InputError, match=r"\(data_fingerprint digits, now other\)"):
         training.train_network(ARCH, other_data, RECIPE, whole.folder, seed=3)
     with pytest.raises(InputError, match=r"\(weights null, now sha256 [0-9a-f]{16}\)"):
-        training.train_network(
-            ARCH, digits, RECIPE, whole.folder, seed=3, weights=whole.folder / "model.safetensors"
-        )
+        training.train_network(ARCH, digits, RECIPE, whole.folder, seed=3, weights=whole.folder / "model.safetensors")
     wider = replace(ARCH, stages=(*ARCH.stages[:2], Stage(16, 1, ())))
     with pytest.raises(InputError, match=r"\(arch \.\.\..*width: 8.*, now \.\.\..*width: 16.*\)"):
         training.train_network(wider, digits, RECIPE, whole.folder, seed=3)
 
 
-def test_finished_request_returns_at_once(
-    digits: ImageData, whole: TrainingResult, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_request_returns_at_once(digits: ImageData, whole: TrainingResult, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_training(monkeypatch)
     (whole.folder / "model.safetensors").unlink()
     assert training.train_network(ARCH, digits, RECIPE, whole.folder, seed=3) == whole
@@ -187,9 +181,7 @@ def test_data_of_another_size_are_refused(digits: ImageData, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists(), "a refused request leaves nothing behind"
 
 
-def test_non_finite_loss_names_the_epoch(
-    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_loss_names_the_epoch(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, steps = training._train_step, 0
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, recipe: Recipe) -> float:
@@ -224,9 +216,7 @@ def test_layer_scale_is_the_recipes(digits: ImageData, tmp_path: Path, monkeypat
         return 1.0
 
     monkeypatch.setattr(training, "_train_step", step)
-    training.train_network(
-        ARCH, digits, replace(RECIPE, epochs=1, images_per_epoch=32, layer_scale=0.25), tmp_path, seed=0
-    )
+    training.train_network(ARCH, digits, replace(RECIPE, epochs=1, images_per_epoch=32, layer_scale=0.25), tmp_path, seed=0)
     assert seen == [0.25] * 8, "two for each of the four blocks"
 
 
@@ -279,9 +269,7 @@ def test_a_bare_state_dict_is_refused(tmp_path: Path) -> None:
         load_weights(network(), tmp_path / "bare.pt")
 
 
-def test_weights_for_other_classes_and_sizes_are_adapted(
-    whole: TrainingResult, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_for_other_classes_and_sizes_are_adapted(whole: TrainingResult, capsys: pytest.CaptureFixture[str]) -> None:
     weights = load_file(whole.folder / "model.safetensors")
     model = build_model(ARCH.without_identity().at(24))
     fresh = model.state_dict()["head.fc.weight"].clone()

@@ -64,7 +64,7 @@ def cpu_name() -> str:
     if platform.system() == "Darwin":
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
     return platform.processor() or platform.machine()
 
 

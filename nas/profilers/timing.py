@@ -21,8 +21,8 @@ from typing import NamedTuple
 Clock = Callable[[], int]  # nanoseconds
 
 WARM_UP_MS = 20.0  # an entry's first visit runs it this long beforehand
-DISCARDED = 5  # calls at the begin of a visit, until the caches hold what they hold in a loop
-REFERENCE_DISCARDED = 3
+DISCARDED = 5  # calls at most at the begin of a visit, until the caches hold what they hold in a loop ...
+DISCARDED_MS = 6.0  # ... which they do after so long, and at least two calls
 MIN_CALLS = 3
 MAX_CALLS = 9
 VISIT_MS = 1.0  # timed calls are repeated within a visit until about this much is covered
@@ -87,17 +87,13 @@ def summarise(visits: Sequence[Visit], reference: References | None = None) -> M
 
 def median_reference(visits: Sequence[Visit]) -> References:
     """Return the medians of the references over visits."""
-    return References(
-        median(v.reference.cached_ms for v in visits), median(v.reference.streaming_ms for v in visits)
-    )
+    return References(median(v.reference.cached_ms for v in visits), median(v.reference.streaming_ms for v in visits))
 
 
 def _normalised(visits: Sequence[Visit], base: References, mix: float) -> list[float]:
     """Return the samples, ascending: raw times the geometric mix of how much faster the references usually are."""
     return sorted(
-        v.raw_ms
-        * (base.cached_ms / v.reference.cached_ms) ** (1 - mix)
-        * (base.streaming_ms / v.reference.streaming_ms) ** mix
+        v.raw_ms * (base.cached_ms / v.reference.cached_ms) ** (1 - mix) * (base.streaming_ms / v.reference.streaming_ms) ** mix
         for v in visits
     )
 
@@ -144,12 +140,12 @@ class Stopwatch:
             self._warm_up(reference)
         if self._warm_up(run) or self._before is None:
             self._before = self._time_references()
-        before, raw, after = self._before, self._burst(run, DISCARDED, between), self._time_references()
+        before, raw, after = self._before, self._burst(run, between), self._time_references()
         self._before = after
         return Visit(raw, References(*((a + b) / 2 for a, b in zip(before, after, strict=True))))
 
     def _time_references(self) -> References:
-        return References(*(self._burst(reference, REFERENCE_DISCARDED) for reference in self.references))
+        return References(*(self._burst(reference) for reference in self.references))
 
     def _warm_up(self, run: Callable[[], object]) -> bool:
         """Run a workload for a while if it has not been; return whether that was so."""
@@ -163,11 +159,12 @@ class Stopwatch:
             run()
         return True
 
-    def _burst(
-        self, run: Callable[[], object], discarded: int, between: Callable[[], object] | None = None
-    ) -> float:
+    def _burst(self, run: Callable[[], object], between: Callable[[], object] | None = None) -> float:
         """Median milliseconds of a call, the first few discarded."""
-        for _ in range(discarded):
+        start = self.clock()
+        for call in range(DISCARDED):
+            if call >= 2 and self.clock() - start >= DISCARDED_MS * 1e6:
+                break
             run()
         times: list[int] = []
         total = 0

@@ -10,7 +10,7 @@ from supernet.arch import Embedding, Flat, Head, Identity, Stem, Unflat
 
 
 class StemModule(nn.Sequential):
-    """Two 3x3 convolutions with batch norm and ReLU (EfficientFormer's stem): (N, 3, S, S) to (N, dim, S/stride, S/stride)."""
+    """Two 3x3 convolutions with batch norm and ReLU: (N, 3, S, S) to (N, dim, S/stride, S/stride)."""
 
     def __init__(self, spec: Stem, resolution: int) -> None:
         middle = spec.dim // 2
@@ -65,7 +65,7 @@ class IdentityModule(nn.Module):
 
 
 class HeadModule(nn.Module):
-    """Layer norm over channels, mean over positions, linear: tokens (N, L, C) or a map (N, C, H, W) to (N, num_classes)."""
+    """Layer norm over channels, mean over positions, linear: (N, L, C) or a map (N, C, H, W) to (N, num_classes)."""
 
     def __init__(self, spec: Head, resolution: int) -> None:
         super().__init__()
