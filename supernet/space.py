@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from supernet.arch import (
+    MB4D,
     ArchConfig,
     Block,
     Identity,
@@ -267,14 +268,15 @@ class SearchSpace:
 
     @classmethod
     def around(cls, arch: ArchConfig) -> SearchSpace:
-        """Return the space of `arch` and what is left of it when any of its blocks are removed."""
+        """Return the space of `arch` and what is left of it when any of its blocks are removed.
+
+        A stage without blocks gets one pool block to choose.
+        """
         stages = []
         for stage in arch.without_identity().stages:
-            candidates = dict.fromkeys((*stage.blocks, Identity(stage.width)))
-            if len(candidates) > 1:
-                stages.append(StageSpace((stage.width,), stage.stride, len(stage.blocks), tuple(candidates)))
-            else:
-                raise InputError(f"{arch.name} has a stage without blocks: give the space that it comes from instead")
+            blocks = stage.blocks or (MB4D(stage.width),)
+            candidates = tuple(dict.fromkeys((*blocks, Identity(stage.width))))
+            stages.append(StageSpace((stage.width,), stage.stride, len(blocks), candidates))
         return cls(arch.name, arch.image_size, arch.num_classes, tuple(stages))
 
 

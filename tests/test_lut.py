@@ -220,6 +220,7 @@ def test_a_network_gives_a_space_around_it() -> None:
     from supernet.zoo import zoo
 
     assert zoo("efficientformer_l1") in space
+    assert small_space().smallest in SearchSpace.around(small_space().smallest), "even where stages are empty"
     assert all(len(stage.widths) == 1 for stage in space.stages)
 
 
