@@ -256,7 +256,7 @@ def build_cpu_table(
     torch.manual_seed(seed)
     device = device_id()
     path = folder / f"{device}.csv"
-    old = LatencyTable.load(path) if path.exists() else None
+    old = _existing(path, only_missing)
     place = environment(threads)
     if old is not None:
         changed = [k for k in ("runtime_version", "threads", "precision", "export") if old.meta.get(k) != place[k]]
@@ -277,6 +277,19 @@ def build_cpu_table(
         return _build(space, layers, old, samples, folder, device, place, threads, seed)
     finally:
         samples.close()
+
+
+def _existing(path: Path, needed: bool) -> LatencyTable | None:
+    """Return the table that is to be extended. A damaged one is replaced, unless its rows are needed."""
+    if not path.exists():
+        return None
+    try:
+        return LatencyTable.load(path)
+    except InputError as error:
+        if needed:
+            raise
+        say(f"{error}: this build replaces it")
+        return None
 
 
 def _build(

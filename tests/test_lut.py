@@ -187,6 +187,15 @@ def test_a_table_of_another_runtime_is_not_extended(device: Device, tmp_path: Pa
         build_cpu_table(small_space((16, 32)), tmp_path, only_missing=True)
 
 
+def test_a_damaged_table_is_built_anew_but_not_extended(device: Device, tmp_path: Path) -> None:
+    path = tmp_path / f"{build_cpu_table(small_space((16,)), tmp_path).device}.csv"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match="truncated"):
+        build_cpu_table(small_space((16,)), tmp_path, only_missing=True)
+    assert not build_cpu_table(small_space((16,)), tmp_path).missing(small_space((16,)).layers())
+    assert LatencyTable.load(path)
+
+
 def test_a_disturbed_network_does_not_pull_the_calibration() -> None:
     sums = [0.1 * k for k in range(1, 29)]
     measured = [0.02 + 1.1 * s for s in sums]
