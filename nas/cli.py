@@ -144,7 +144,7 @@ def search(arguments: Sequence[str] | None = None) -> None:
             raise unknown("strategy", given.strategy, STRATEGIES)
         from nas.search import Request, run_search
 
-        run_search(
+        result = run_search(
             Request(
                 target_ms=given.target_ms,
                 device=given.device,
@@ -157,6 +157,8 @@ def search(arguments: Sequence[str] | None = None) -> None:
                 seed=given.seed,
             )
         )
+        if not result["met"]:
+            raise SystemExit(1)
 
     _run(parser.prog, work)
 

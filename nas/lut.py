@@ -28,20 +28,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nas.measure import (
-    CACHED,
-    EMPTY,
-    MAX_VISITS,
-    MIN_VISITS,
-    STREAMING,
-    WHOLE_GOAL,
-    Model,
-    name_of,
-    session,
-    table_reference,
-)
+from nas.measure import EMPTY, MAX_VISITS, MIN_VISITS, WHOLE_GOAL, Model, name_of, session, stopwatch, table_reference
 from nas.profilers.ort_cpu import OrtModel, device_id, environment, pinned
-from nas.profilers.timing import Measurement, References, Stopwatch, Visit, median_reference, summarise, visit_in_rounds
+from nas.profilers.timing import Measurement, References, Visit, median_reference, summarise, visit_in_rounds
 from nas.progress import progress, say
 from nas.table import Calibration, LatencyTable, Row, measured_layers
 from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Flat, Head, Layer, Stem, Unflat
@@ -59,6 +48,7 @@ CHAINS = (1, 2, 4)
 CACHE_LINE = 64  # bytes
 FIT_NETWORKS = 16  # fit the calibration
 CHECK_NETWORKS = 12  # tell its error
+FEWEST_NETWORKS = 12  # of a space: both parts shrink with it
 ROW_GOAL = 0.02  # half-width of a row's 95 % interval, of the row ...
 NETWORK_GOAL = 0.002  # ... or of the smallest network of the space, whichever is larger
 BATCH_MODELS, BATCH_BYTES = 120, 1 << 30  # sessions that live at once
@@ -177,7 +167,7 @@ class Bench:
         self.samples = samples
         self.threads = threads
         self.rng = random.Random(seed)
-        self.stopwatch = Stopwatch(session(CACHED, threads)[0], session(STREAMING, threads)[0])
+        self.stopwatch = stopwatch(threads)
 
     def measure(
         self,
@@ -265,6 +255,11 @@ def build_cpu_table(
             raise InputError(f"the table {path} was measured with {given}: build it anew without --missing")
         if changed:
             old = None
+    if networks_of(space) < FEWEST_NETWORKS:
+        raise InputError(
+            f"space {space.name} has {networks_of(space)} networks, too few to calibrate a table on (at least "
+            f"{FEWEST_NETWORKS}): give the space that the network comes from"
+        )
     layers = measured_layers(space.layers())
     if only_missing and old is not None:
         layers = [layer for layer in layers if layer not in old.rows]
@@ -279,6 +274,11 @@ def build_cpu_table(
         samples.close()
 
 
+def networks_of(space: SearchSpace) -> int:
+    """Return how many networks of different layers the space has: inside a stage only the number of each kind counts."""
+    return math.prod(len(s.widths) * math.comb(s.depth + len(s.kinds) - 1, s.depth) for s in space.stages)
+
+
 def _existing(path: Path, needed: bool) -> LatencyTable | None:
     """Return the table that is to be extended. A damaged one is replaced, unless its rows are needed."""
     if not path.exists():
@@ -286,7 +286,7 @@ def _existing(path: Path, needed: bool) -> LatencyTable | None:
     try:
         return LatencyTable.load(path)
     except InputError as error:
-        if needed:
+        if needed and not path.with_suffix(".building.json").exists():  # with it, a kill came while both were written
             raise
         say(f"{error}: this build replaces it")
         return None
@@ -352,8 +352,7 @@ def _table(
     place: Mapping[str, Any],
     visits: int | None = None,
 ) -> LatencyTable:
-    """Return the table without calibration; `visits`: from the first so many of each model only, so that a build that
-    goes on comes to the same."""
+    """Return the table without calibration; `visits`: from the first so many of each model only."""
     # One reference for all rows of a table: rows that were measured earlier stay as they are.
     reference = table_reference(old) if old is not None else samples.reference()
     rows = dict(old.rows) if old is not None else {}
@@ -390,14 +389,21 @@ def _row(layer: Layer, terms: Terms, found: Mapping[Model, Measurement]) -> Row:
 
 
 def stratified(space: SearchSpace, table: LatencyTable, number: int, rng: random.Random) -> list[ArchConfig]:
-    """Return `number` random networks of the space, one from each of as many equal bins of the sum of rows."""
+    """Return `number` random networks of the space, one from each of as many equal bins of the sum of rows.
+
+    A space with fewer networks gives all of them.
+    """
     pool = {a.without_identity(): table.sum_ms(a) for a in (space.sample(rng) for _ in range(40 * number))}
+    if len(pool) <= number:
+        return list(pool)
     low, high = min(pool.values()), max(pool.values())
+    width = (high - low) / number or 1.0
     bins: dict[int, list[ArchConfig]] = {}
     for arch, ms in pool.items():
-        bins.setdefault(min(number - 1, int((ms - low) / (high - low) * number)), []).append(arch)
+        bins.setdefault(min(number - 1, int((ms - low) / width)), []).append(arch)
     chosen = [rng.choice(members) for members in bins.values()]
-    rest = [arch for arch in pool if arch not in chosen]
+    taken = set(chosen)
+    rest = [arch for arch in pool if arch not in taken]
     return chosen + rng.sample(rest, number - len(chosen))
 
 

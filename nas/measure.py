@@ -18,6 +18,7 @@ from nas.profilers.timing import Measurement, References, Stopwatch, Visit, summ
 from nas.table import LatencyTable
 from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Head, Layer, Stem, Unflat
 from supernet.blocks import build_layer
+from supernet.errors import InputError
 
 Model = tuple[Layer, ...]
 
@@ -73,7 +74,12 @@ def network_session(arch: ArchConfig, threads: int = 1) -> OrtModel:
 
 def table_reference(table: LatencyTable) -> References:
     """Return what the references take on a table's device, to normalise a measurement to it."""
-    return References(**table.meta["reference_ms"])
+    try:
+        return References(**{name: float(ms) for name, ms in table.meta["reference_ms"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"the table of {table.device} does not say what the references take: build it anew with nas-build-lut"
+        ) from error
 
 
 def stopwatch(threads: int = 1) -> Stopwatch:

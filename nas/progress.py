@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+FIRST_LINE_S = 4.0
 LINE_EVERY_S = 15.0
 
 Tick = Callable[[float], None]
@@ -58,7 +59,7 @@ def progress(what: str, total: float, done: float = 0.0) -> Iterator[Tick]:
         return
 
     start = time.monotonic()
-    state = {"now": done, "said": start}
+    state = {"now": done, "said": start - LINE_EVERY_S + FIRST_LINE_S}
 
     def tick(amount: float) -> None:
         state["now"] += amount

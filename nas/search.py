@@ -6,8 +6,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from nas.data import ImageData, load_images, natural_size
 from nas.evaluation import Evaluator, accuracy_of, recalibrate
 from nas.progress import progress, say
 from nas.request import claim
-from nas.slimming import Evaluation, Step, Trajectory, rounded_up, slim, start_network
+from nas.slimming import COLUMNS, Evaluation, Step, Trajectory, rounded_up, slim, start_network
 from nas.supernet_training import SupernetSettings, train_supernet, training_size
-from nas.table import LatencyTable, Target, find_tables, table_folders, user_folder
+from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, table_folders, user_folder
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
 from supernet.files import write_atomically
@@ -66,7 +66,7 @@ def run_search(request: Request) -> dict[str, Any]:
     device, table_path = resolve_table(request.device, request.table)
     data = load_data(request.data, train_size, request.seed, settings.score_images)
     space = space.with_classes(len(data.classes))
-    table, table_path = usable_table(device, table_path, space, explicit=request.table is not None)
+    table, table_path = usable_table(device, table_path, space, request)
     smallest_ms = table.predict_ms(space.smallest)
     if target.ms < smallest_ms:
         raise InputError(
@@ -117,6 +117,7 @@ def _search(
             for (stage, slot), odds in zip(space.slots, importance, strict=True)
             for kind, value in odds.items()
         ),
+        ("stage", "slot", "kind", "log_odds"),
     )
     evaluator = Evaluator(supernet, data, settings.recalibration_images)
     evaluate = Remembered(evaluator, folder / "evaluations.csv")
@@ -125,12 +126,12 @@ def _search(
     budget_ms, repairs = target.ms, 0
     trajectory: Trajectory = step_to(budget_ms)
     while True:
-        write_csv(folder / "trajectory.csv", trajectory.records())
+        write_csv(folder / "trajectory.csv", trajectory.records(), COLUMNS)
         check = check_on_device(trajectory.arch, table)
         if check.high_ms is None or check.high_ms <= target.ms:
             break
         say(f"measured {check.ms:.4g} ms, up to {check.high_ms:.4g} ms: over the target of {target.ms:g} ms")
-        budget_ms -= check.high_ms - target.ms
+        budget_ms = min(budget_ms, trajectory.ms) - (check.high_ms - target.ms)
         if repairs == REPAIRS or budget_ms < table.predict_ms(space.smallest):
             break
         repairs += 1
@@ -163,6 +164,7 @@ def _search(
         "supernet_image_size": train_size,
         "steps": len(trajectory.steps),
         "repairs": repairs,
+        "met": check.high_ms is None or check.high_ms <= target.ms,
         "evaluations": evaluate.asked,
         "demonstration": data.demonstration,
         "skipped_images": len(data.skipped),
@@ -200,31 +202,42 @@ def resolve_table(device: str | None, table: Path | None) -> tuple[str, Path | N
     return wanted, found.get(wanted)
 
 
-def usable_table(device: str, path: Path | None, space: SearchSpace, *, explicit: bool) -> tuple[LatencyTable, Path]:
+def usable_table(device: str, path: Path | None, space: SearchSpace, request: Request) -> tuple[LatencyTable, Path]:
     """Return the device's table and its path, with every row and the calibration that the space needs.
 
     What this machine's own table lacks is measured now, unless the user named the file.
     """
+    import onnxruntime
+
+    from nas.lut import build_cpu_table
     from nas.profilers.ort_cpu import device_id
 
+    here = device == device_id()
     table = LatencyTable.load(path) if path is not None else None
     if table is not None and path is not None:
-        missing = table.missing(space.layers())
+        command = f"nas-build-lut --device {device} --missing --space {request.space or space.name} --out {path.parent}"
+        if request.table is not None or not here:
+            table.require(space.layers(), command)
+            table.predict_ms(space.smallest)  # refuses a table without a calibration for such networks
+        if here and table.meta.get("runtime_version") not in (None, onnxruntime.__version__):
+            say(
+                f"warning: the table was measured with ONNX Runtime {table.meta['runtime_version']}, this is "
+                f"{onnxruntime.__version__}: `{command.replace(' --missing', '')}` measures it anew"
+            )
         geometry = (space.image_size, space.strides)
         calibrated = not table.calibrations or any((c.image_size, c.strides) == geometry for c in table.calibrations)
-        if not missing and calibrated:
-            return table, path
-        if explicit or device != device_id():
-            table.require(space.layers(), f"nas-build-lut --device {device} --missing --space {space.name}")
-            table.predictor(space.smallest)
-    from nas.lut import build_cpu_table
-
+        if calibrated and not table.missing(space.layers()):
+            own = tuple(c for c in table.calibrations if c.space == space.name)
+            # One calibration for the whole search: predictions must not jump where another one would be nearer.
+            return replace(table, calibrations=own or table.calibrations), path
     folder = path.parent if path is not None and path.parent in table_folders()[:2] else user_folder()
     say(
         f"this machine's table {'lacks rows of ' + space.name if table else f'({device}) is not there yet'}: measuring it first"
     )
-    table = build_cpu_table(space.with_classes(10), folder, only_missing=True)
-    return table, folder / f"{device}.csv"
+    measured = space if space.num_classes > MANY_CLASSES else space.with_classes(FEW_CLASSES)
+    table = build_cpu_table(measured, folder, only_missing=True)
+    own = tuple(c for c in table.calibrations if c.space == space.name)
+    return replace(table, calibrations=own), folder / f"{device}.csv"
 
 
 def load_data(path: Path | None, image_size: int, seed: int, score_images: int = 512) -> ImageData:
@@ -241,7 +254,7 @@ def load_data(path: Path | None, image_size: int, seed: int, score_images: int =
             done = now / total
 
         data = load_images(path, image_size, seed, score_images=score_images, progress=advance)
-    for file in data.skipped[:20]:
+    for file in data.skipped:
         say(f"skipped a broken image: {file}")
     if data.skipped:
         say(f"{len(data.skipped)} broken images were skipped")
@@ -263,8 +276,7 @@ class Remembered:
         self._known: dict[str, Evaluation] = {}
         if path.exists():
             for line in csv.reader(path.read_text().splitlines()[1:]):
-                if len(line) == 3:  # a kill may have cut the last line
-                    self._known[line[0]] = Evaluation(float(line[1]), float(line[2]))
+                self._known[line[0]] = Evaluation(float(line[1]), float(line[2]))
 
     def __call__(self, arch: ArchConfig) -> Evaluation:
         self.asked += 1
@@ -325,13 +337,12 @@ def deployed_weights(model: torch.nn.Sequential, deployed: ArchConfig) -> dict[s
     return weights
 
 
-def write_csv(path: Path, records: Iterable[Mapping[str, object]]) -> None:
-    """Write records of equal keys as CSV."""
-    lines = list(records)
+def write_csv(path: Path, records: Iterable[Mapping[str, object]], columns: Sequence[str]) -> None:
+    """Write records as CSV with these columns."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, list(lines[0]) if lines else ["step"], lineterminator="\n")
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
-    for line in lines:
+    for line in records:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
     write_atomically(path, file.getvalue())
 
@@ -345,7 +356,6 @@ def _say_step(step: Step) -> None:
 
 
 def _print_result(result: Mapping[str, Any], folder: Path, data: ImageData) -> None:
-    met = result["measured_high_ms"] is None or result["measured_high_ms"] <= result["target_ms"]
     if result["measured_ms"] is None:
         measured = f"not measured: {result['device']} is not this machine"
     else:
@@ -356,7 +366,7 @@ def _print_result(result: Mapping[str, Any], folder: Path, data: ImageData) -> N
     print(f"{folder / 'searched.yaml'}")
     print(
         f"  target {result['target_ms']:g} ms on {result['device']}: predicted {result['predicted_ms']:.4g} ms, {measured}"
-        + ("" if met else "; THE TARGET IS MISSED")
+        + ("" if result["met"] else "; THE TARGET IS MISSED")
     )
     print(f"  {result['params'] / 1e6:.3g} M parameters, {result['macs'] / 1e6:.4g} M MACs at {result['image_size']} px")
     print(
@@ -364,10 +374,10 @@ def _print_result(result: Mapping[str, Any], folder: Path, data: ImageData) -> N
         "weights inherited from the supernet"
     )
     if result["largest_of_space"]:
-        larger = [name for name in space_names() if name != result["space"]]
-        print(
-            f"  this is the largest network of {result['space']}: for the rest of the time, try --space {' or '.join(larger)}"
-        )
+        spaces = {name: count(SearchSpace.load(name).largest).macs for name in space_names()}
+        larger = sorted((macs, name) for name, macs in spaces.items() if macs > result["macs"] and name != result["space"])
+        advice = f"for the rest of the time, try --space {larger[0][1]}" if larger else "no larger space ships"
+        print(f"  this is the largest network of {result['space']}: {advice}")
     if result["demonstration"]:
         print("  found on the embedded digits: a demonstration; give --data PATH for a network to ship")
     print(

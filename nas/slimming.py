@@ -38,6 +38,21 @@ MIN_SAVING = 0.001  # of the target
 LANDING = 0.03  # under the target
 LANDING_TRIES = 6  # networks that are evaluated to choose where to land
 
+COLUMNS = (
+    "step",
+    "taken",
+    "action",
+    "ms_before",
+    "ms_after",
+    "saved_ms",
+    "loss_before",
+    "loss_after",
+    "accuracy_before",
+    "accuracy_after",
+    "score",
+)
+"""Of a trajectory's records: one for every option of every step."""
+
 Importance = Sequence[Mapping[str, float]]  # for every slot of the space: log-odds of each kind against identity
 Score = Literal["loss", "accuracy"]
 
@@ -98,19 +113,20 @@ class Trajectory:
         """Yield a flat record for every option of every step, in the columns of `trajectory.csv`."""
         for number, step in enumerate(self.steps, 1):
             for option in step.options:
-                yield {
-                    "step": number,
-                    "taken": option is step.taken,
-                    "action": option.action,
-                    "ms_before": step.ms,
-                    "ms_after": option.ms,
-                    "saved_ms": option.saved_ms,
-                    "loss_before": step.evaluation.loss,
-                    "loss_after": option.evaluation.loss,
-                    "accuracy_before": step.evaluation.accuracy,
-                    "accuracy_after": option.evaluation.accuracy,
-                    "score": option.score,
-                }
+                values = (
+                    number,
+                    option is step.taken,
+                    option.action,
+                    step.ms,
+                    option.ms,
+                    option.saved_ms,
+                    step.evaluation.loss,
+                    option.evaluation.loss,
+                    step.evaluation.accuracy,
+                    option.evaluation.accuracy,
+                    option.score,
+                )
+                yield dict(zip(COLUMNS, values, strict=True))
 
 
 def slim(
@@ -169,11 +185,11 @@ def slim(
         arch, ms, evaluation = steps[-1].taken.arch, steps[-1].taken.ms, steps[-1].taken.evaluation
     if steps and ms < (1 - LANDING) * target.ms:
         landing = run.landing(begin, steps)
-        if landing is not None:
-            steps.append(Step(ms, evaluation, (landing,)))
+        if landing:
+            steps.append(Step(ms, evaluation, tuple(landing)))
             if on_step is not None:
                 on_step(steps[-1])
-            arch, ms, evaluation = landing.arch, landing.ms, landing.evaluation
+            arch, ms, evaluation = landing[0].arch, landing[0].ms, landing[0].evaluation
     return Trajectory(begin, tuple(steps), arch, ms, evaluation)
 
 
@@ -289,8 +305,8 @@ class _Run:
                     return f"narrow stage {i + 1} from {width} to {narrower}", i, after
         return None
 
-    def landing(self, begin: ArchConfig, steps: Sequence[Step]) -> Option | None:
-        """Return the way from the loop's end to a network within 3 % under the target.
+    def landing(self, begin: ArchConfig, steps: Sequence[Step]) -> list[Option]:
+        """Return the ways that were tried from the loop's end to a network within 3 % under the target, the best first.
 
         Where there is none, to the slowest one under the target, if it is better than the loop's end.
         """
@@ -311,12 +327,12 @@ class _Run:
                     slowest = (ms, arch)
             if found:
                 found.sort(key=lambda item: item[:3])
-                best = min(found[:LANDING_TRIES], key=lambda item: (self._charge(self.evaluate(item[3])), *item[:2]))
-                return self._land(end, best[3])
+                tried = sorted(found[:LANDING_TRIES], key=lambda item: (self._charge(self.evaluate(item[3])), *item[:2]))
+                return [self._land(end, item[3]) for item in tried]
         _, arch = slowest
         if arch is not end.arch and self._charge(self.evaluate(arch)) < self._charge(end.evaluation):
-            return self._land(end, arch)
-        return None
+            return [self._land(end, arch)]
+        return []
 
     def _land(self, end: Option, arch: ArchConfig) -> Option:
         changes = [

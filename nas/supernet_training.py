@@ -45,8 +45,8 @@ class SupernetSettings:
     weight_epochs: int = 8
     mixture_epochs: int = 2
     images_per_epoch: int = 0
-    """Images that an epoch of single paths sees, an epoch of the mixture a quarter of them; 0: all on a GPU, 6,000 at
-    most on a CPU."""
+    """Images that an epoch of single paths sees, an epoch of the mixture a quarter of them (at least 1,024); 0: all on a
+    GPU, 6,000 at most on a CPU."""
     batch_size: int = 64
     learning_rate: float = 2e-3
     """Of the weights, by AdamW; warm-up over a twentieth of the steps, then cosine to a hundredth."""

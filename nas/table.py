@@ -130,26 +130,18 @@ class LatencyTable:
         Raises:
             InputError: rows are missing, or no calibration has the network's image size and strides.
         """
-        return self.predictor(arch)(arch)
-
-    def predictor(self, arch: ArchConfig) -> Any:
-        """Return `predict_ms` for networks of this one's image size and strides, its calibration already chosen."""
         if not self.calibrations:
-            return self.sum_ms
+            return self.sum_ms(arch)
         matching = [c for c in self.calibrations if (c.image_size, c.strides) == (arch.image_size, arch.strides)]
         if not matching:
             known = ", ".join(f"{c.space} ({c.image_size} px)" for c in self.calibrations)
             raise InputError(
                 f"the table of {self.device} is not calibrated for {arch.image_size} px with strides {arch.strides}, "
-                f"only for {known}: measure it with `nas-build-lut --device {self.device} --space SPACE`"
+                f"only for {known}: measure it with nas-build-lut --device {self.device} and --space or --arch"
             )
-
-        def predict_ms(network: ArchConfig) -> float:
-            sum_ms, params = self.totals(network)
-            distance = [max(c.sum_low_ms - sum_ms, sum_ms - c.sum_high_ms, 0.0) for c in matching]
-            return matching[distance.index(min(distance))].predict_ms(sum_ms, params)
-
-        return predict_ms
+        sum_ms, params = self.totals(arch)
+        nearest = min(matching, key=lambda c: max(c.sum_low_ms - sum_ms, sum_ms - c.sum_high_ms, 0.0))
+        return nearest.predict_ms(sum_ms, params)
 
     def missing(self, layers: Iterable[Layer]) -> list[Layer]:
         """Return those of the layers that have no row."""
@@ -169,7 +161,7 @@ class LatencyTable:
 
     def _missing_message(self, missing: list[Layer], command: str = "") -> str:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        command = command or f"nas-build-lut --device {self.device} --missing --space SPACE"
+        command = command or f"nas-build-lut --device {self.device} --missing` with `--space` or `--arch"
         return f"the table of {self.device} has no row for {missing[0]}{others}: measure with `{command}`"
 
     def save(self, folder: str | Path) -> Path:
@@ -310,6 +302,8 @@ def _load(path: Path) -> LatencyTable:
         provenance = sidecar.pop("provenance")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a latency table ({error}): build it anew with nas-build-lut") from error
+    if device != path.stem:
+        raise InputError(f"{path} is a table of {device}: give the file its own name back, {device}.csv")
     for name in ("schema", "csv_sha256"):
         sidecar.pop(name)
     return LatencyTable(device, rows, calibrations, provenance, sidecar)

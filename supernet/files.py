@@ -30,6 +30,9 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
         os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

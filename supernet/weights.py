@@ -1,4 +1,4 @@
-"""Published weights into our networks."""
+"""Weights into our networks: published ones, and those that a sub-network inherits from its supernet."""
 
 import re
 from collections.abc import Iterator, Mapping

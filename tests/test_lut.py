@@ -3,7 +3,7 @@
 import csv
 import random
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,7 +82,8 @@ class Device:
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     found = Device()
     monkeypatch.setattr(nas.lut, "session", found.session)
-    monkeypatch.setattr(nas.lut, "Stopwatch", partial(Stopwatch, clock=found.clock))
+    references = (found.session(CACHED)[0], found.session(STREAMING)[0])
+    monkeypatch.setattr(nas.lut, "stopwatch", lambda threads: Stopwatch(*references, found.clock))
     return found
 
 
@@ -222,6 +223,15 @@ def test_calibration_networks_are_spread_over_the_latencies(device: Device, tmp_
     low, high = table.sum_ms(space.smallest), table.sum_ms(space.largest)
     assert sums[0] - low < 0.25 * (high - low)
     assert sums[-1] > 0.5 * (low + high)
+
+
+def test_a_space_of_few_networks_is_calibrated_on_all_of_them(device: Device, tmp_path: Path) -> None:
+    few = small_space((16,))
+    few = SearchSpace(few.name, few.image_size, few.num_classes, tuple(replace(s, widths=s.widths[-1:]) for s in few.stages))
+    table = build_cpu_table(few, tmp_path)  # 3 x 6 = 18 networks, fewer than the 28 that are wanted
+    assert table.calibrations[0].n_fit + table.calibrations[0].n_check == 18
+    with pytest.raises(InputError, match="has 2 networks, too few"):
+        build_cpu_table(SearchSpace("one", 16, 10, (replace(few.stages[0], depth=1),)), tmp_path)
 
 
 def test_a_network_gives_a_space_around_it() -> None:

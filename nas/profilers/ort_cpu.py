@@ -43,7 +43,9 @@ class OrtModel:
             for port in ports:
                 if port.type != "tensor(float)":
                     raise TypeError(f"{port.name} is a {port.type}; only float32 inputs and outputs are timed")
-                shape = [side if isinstance(side, int) and side > 0 else 1 for side in port.shape]
+                shape = [side if isinstance(side, int) else 1 for side in port.shape[:1]] + list(port.shape[1:])
+                if not all(isinstance(side, int) for side in shape):
+                    raise TypeError(f"{port.name} has the shape {port.shape}; only the batch may be left open")
                 value = onnxruntime.OrtValue.ortvalue_from_numpy(rng.standard_normal(shape, dtype=np.float32))
                 self._arrays.append(value)
                 bind(port.name, value)
@@ -57,6 +59,8 @@ def cpu_name() -> str:
     if Path("/proc/cpuinfo").exists():
         fields = dict(re.findall(r"^([^\t:]+?)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text().split("\n\n")[0], re.M))
         name = fields.get("model name") or fields.get("Model") or fields.get("Hardware") or platform.machine()
+        if name == platform.machine() and "CPU part" in fields:  # Arm servers tell numbers only
+            name += f" {fields.get('CPU implementer', '')} {fields['CPU part']}"
         if not re.search(r"\d", name) and "model" in fields:
             # A hypervisor may hide the model ("AMD EPYC"): family and model number still tell CPUs apart.
             name += f" f{fields.get('cpu family', '')}m{fields['model']}"

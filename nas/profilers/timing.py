@@ -13,6 +13,7 @@ import gc
 import math
 import random
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, median
@@ -131,7 +132,7 @@ class Stopwatch:
     ) -> None:
         self.references = (cached, streaming)
         self.clock = clock
-        self._warm: set[int] = set()
+        self._warm: weakref.WeakSet[Callable[[], object]] = weakref.WeakSet()
         self._before: References | None = None
 
     def visit(self, run: Callable[[], object], between: Callable[[], object] | None = None) -> Visit:
@@ -144,14 +145,18 @@ class Stopwatch:
         self._before = after
         return Visit(raw, References(*((a + b) / 2 for a, b in zip(before, after, strict=True))))
 
+    def pause(self) -> None:
+        """Say that time passes before the next visit: the references' latest timing will not do for it."""
+        self._before = None
+
     def _time_references(self) -> References:
         return References(*(self._burst(reference) for reference in self.references))
 
     def _warm_up(self, run: Callable[[], object]) -> bool:
         """Run a workload for a while if it has not been; return whether that was so."""
-        if id(run) in self._warm:
+        if run in self._warm:
             return False
-        self._warm.add(id(run))
+        self._warm.add(run)
         start = self.clock()
         for _ in range(10):
             run()
@@ -190,6 +195,7 @@ def visit_in_rounds(
     keys go on. Ends when none is open. The garbage collector is off meanwhile. `between` as in `Stopwatch.visit`."""
     collecting = gc.isenabled()
     gc.disable()
+    stopwatch.pause()
     try:
         while live := sorted(set(still_open()) & set(entries)):
             rng.shuffle(live)
