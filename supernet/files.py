@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import yaml
 
@@ -83,6 +83,8 @@ def _required(field: Field[Any]) -> bool:
 def _checked(value: object, kind: Any, where: str) -> object:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if get_origin(kind) is Literal:
+        kind = str  # which texts are allowed is the dataclass's to say
     if kind in (int, float, bool, str) and type(value) is not kind:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise InputError(f"{where} must be {names[kind]}, but is {value!r}")
