@@ -31,9 +31,8 @@ def main() -> None:
             shutil.copy(checkpoint, folder)
         results.append(run_search(Request(target_ms, data=given.data, space=given.space, out=folder, seed=given.seed)))
         checkpoint = folder / "supernet.pt"
-    print(
-        "| target ms | predicted ms | measured ms (95 % upper end) | repairs | top-1 with inherited weights |\n|---|---|---|---|---|"
-    )
+    print("| target ms | predicted ms | measured ms (95 % upper end) | repairs | top-1 with inherited weights |")
+    print("|---|---|---|---|---|")
     for r in results:
         measured = f"{r['measured_ms']:.3f} ({r['measured_high_ms']:.3f})" if r["measured_ms"] is not None else "not here"
         print(f"| {r['target_ms']:g} | {r['predicted_ms']:.3f} | {measured} | {r['repairs']} | {100 * r['accuracy']:.1f} % |")
