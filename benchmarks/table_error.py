@@ -18,6 +18,7 @@ from nas.lut import Bench, Samples, least_absolute, stratified
 from nas.measure import name_of, table_reference
 from nas.profilers.ort_cpu import cpu_name, device_id, pinned
 from nas.profilers.timing import summarise
+from nas.progress import progress
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
 from supernet.space import SearchSpace
@@ -70,9 +71,10 @@ def main() -> None:
     models = [tuple(arch.layers()) for arch in networks] + [(layer,) for layer in alone]
     with tempfile.TemporaryDirectory() as folder, pinned():
         samples = Samples(Path(folder) / "samples.csv", "")
-        Bench(samples, threads=1, seed=given.seed).measure(
-            random.Random(0).sample(models, len(models)), [({m: 1.0}, 0.005, 0.0) for m in models], "timing", given.visits
-        )
+        shuffled = random.Random(0).sample(models, len(models))
+        goals = [({model: 1.0}, 0.005, 0.0) for model in models]
+        with progress("timing", len(models) * given.visits) as tick:
+            Bench(samples, threads=1, seed=given.seed).measure(shuffled, goals, tick, (0, given.visits))
         samples.close()
     found = {model: summarise(samples.visits[name_of(model)], reference) for model in models}
     measured = [found[model] for model in models[: len(networks)]]

@@ -31,7 +31,7 @@ import torch
 from nas.measure import EMPTY, MAX_VISITS, MIN_VISITS, WHOLE_GOAL, Model, name_of, session, stopwatch, table_reference
 from nas.profilers.ort_cpu import OrtModel, device_id, environment, pinned
 from nas.profilers.timing import Measurement, References, Visit, median_reference, summarise, visit_in_rounds
-from nas.progress import progress, say
+from nas.progress import Tick, progress, say
 from nas.table import Calibration, LatencyTable, Row, measured_layers
 from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Flat, Head, Layer, Stem, Unflat
 from supernet.blocks import build_layer
@@ -173,34 +173,38 @@ class Bench:
         self,
         models: Iterable[Model],
         goals: Sequence[tuple[Terms, float, float]],
-        what: str,
-        limit: int = MAX_VISITS,
+        tick: Tick,
+        limits: tuple[int, int] = (0, MAX_VISITS),
         between: Callable[[], object] | None = None,
     ) -> None:
-        """Visit the models until every goal is met or a model has had `limit` visits.
+        """Visit the models until every goal is met or a model has had `limits[1]` visits.
 
         A goal is (terms, fraction, floor_ms): the half-width of the combination's 95 % interval is to be at most
-        max(fraction * value, floor_ms). Only the models that are live at once count; each model is live once.
+        max(fraction * value, floor_ms). Only the models that are live at once count; each model is live once. `tick` is
+        told of visits made or not needed, for each model limits[1] - limits[0] in all.
         """
-        queue = [m for m in dict.fromkeys(models) if self.samples.count(m) < limit]
-        had = sum(map(self.samples.count, queue))
-        with progress(what, len(queue) * limit - had) as tick:
+        floor, limit = limits
+        models = list(dict.fromkeys(models))
+        queue = [m for m in models if self.samples.count(m) < limit]
+        tick((len(models) - len(queue)) * (limit - floor))
 
-            def record(name: str, visit: Visit) -> None:
-                self.samples.add(name, visit)
-                tick(1)
+        def record(name: str, visit: Visit) -> None:
+            self.samples.add(name, visit)
+            tick(1)
 
-            while queue:
-                live: dict[str, OrtModel] = {}
-                size = 0
-                batch = []
-                while queue and len(live) < BATCH_MODELS and size < BATCH_BYTES:
-                    batch.append(queue.pop(0))
-                    live[name_of(batch[-1])], more = session(batch[-1], self.threads)
-                    size += more
-                still_open = partial(self._open, batch, goals, limit)
-                visit_in_rounds(live, self.stopwatch, still_open, record, self.rng, between)
-                tick(len(batch) * limit - sum(map(self.samples.count, batch)))  # visits that were not needed
+        while queue:
+            live: dict[str, OrtModel] = {}
+            size = 0
+            batch: list[Model] = []
+            while queue and len(live) < BATCH_MODELS and size < BATCH_BYTES:
+                batch.append(queue.pop(0))
+                live[name_of(batch[-1])], more = session(batch[-1], self.threads)
+                size += more
+            before = sum(map(self.samples.count, batch))
+            still_open = partial(self._open, batch, goals, limit)
+            visit_in_rounds(live, self.stopwatch, still_open, record, self.rng, between)
+            made = sum(map(self.samples.count, batch)) - before
+            tick(len(batch) * (limit - floor) - made)
 
     def _open(self, batch: Sequence[Model], goals: Sequence[tuple[Terms, float, float]], limit: int) -> set[str]:
         """Return the names of the models of the batch that need another visit."""
@@ -315,19 +319,22 @@ def _build(
     with pinned():
         bench = Bench(samples, threads, seed)
         smallest: Model = tuple(space.smallest.layers())
-        bench.measure([smallest], [({smallest: 1.0}, WHOLE_GOAL, 0.0)], "smallest network")
+        bench.measure([smallest], [({smallest: 1.0}, WHOLE_GOAL, 0.0)], lambda _: None)
         floor_ms = NETWORK_GOAL * summarise(samples.visits[name_of(smallest)], samples.reference()).ms
         goals = [(terms, ROW_GOAL, floor_ms) for terms in rows_terms.values()]
         weights = typical_weights(space)
         others = np.ones(weights // 4, dtype=np.float32)[:: CACHE_LINE // 4]
-        # Twice over: a machine that is slower for a minute slows rows and whole networks.
-        for limit in (MAX_VISITS // 2, MAX_VISITS):
-            bench.measure(models, goals, "rows", limit, others.sum)
-            if limit < MAX_VISITS:
-                first = _table(device, old, rows_terms, samples, place, MAX_VISITS // 2)
-                networks = stratified(space, first, FIT_NETWORKS + CHECK_NETWORKS, random.Random(seed))
-                whole: list[Model] = [tuple(arch.layers()) for arch in networks]
-            bench.measure(whole, [({m: 1.0}, WHOLE_GOAL, 0.0) for m in whole], "whole networks", limit)
+        half = MAX_VISITS // 2
+        with progress(device, (len(models) + FIT_NETWORKS + CHECK_NETWORKS) * MAX_VISITS) as tick:
+            # Twice over: a machine that is slower for a minute slows rows and whole networks.
+            bench.measure(models, goals, tick, (0, half), others.sum)
+            first = _table(device, old, rows_terms, samples, place, half)
+            networks = stratified(space, first, FIT_NETWORKS + CHECK_NETWORKS, random.Random(seed))
+            whole: list[Model] = [tuple(arch.layers()) for arch in networks]
+            whole_goals = [({model: 1.0}, WHOLE_GOAL, 0.0) for model in whole]
+            bench.measure(whole, whole_goals, tick, (0, half))
+            bench.measure(models, goals, tick, (half, MAX_VISITS), others.sum)
+            bench.measure(whole, whole_goals, tick, (half, MAX_VISITS))
     table = _table(device, old, rows_terms, samples, place)
     reference = table_reference(table)
     totals = [table.totals(arch) for arch in networks]
