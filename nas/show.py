@@ -23,19 +23,17 @@ def print_tables() -> None:
     if not found:
         print("no latency tables yet: measure this machine's with `nas-build-lut --device cpu`")
         return
-    shown = Table(box=box.SIMPLE)
-    for column in ("device", "origin", "rows", "calibrated for (mean error on unseen networks)", "measured", "file"):
-        shown.add_column(column, overflow="fold")
     for device, path in found.items():
         try:
             table = LatencyTable.load(path)
         except InputError as error:
-            shown.add_row(device, "unusable", "", str(error), "", str(path))
+            print(f"{device}: unusable: {error}")
             continue
-        spaces = ", ".join(f"{c.space} ({c.mean_error_percent:.1f} %)" for c in table.calibrations) or "nothing"
-        date = str(table.meta.get("measured_at", ""))[:10]
-        shown.add_row(device, table.provenance, str(len(table.rows)), spaces, date, str(path))
-    Console().print(shown)
+        date = str(table.meta.get("measured_at", "at an unknown time"))[:10]
+        print(f"{device}: {len(table.rows)} rows, {table.provenance} {date}")
+        for c in table.calibrations:
+            print(f"  {c.space}: off by {c.mean_error_percent:.1f} % on average over {c.n_check} unseen networks")
+        print(f"  {path}")
 
 
 def print_profile(network: str, device: str | None, *, layers: bool, as_json: bool) -> None:
