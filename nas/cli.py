@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from nas.profilers.bench import Disturbed
 from supernet.errors import InputError, unknown
 
-DEVICES = ("cpu",)
 STRATEGIES = ("greedy",)
 
 ARCH_HELP = "a network: a YAML file, or the name of a published one (efficientformer_l1, _l3, _l7)"
@@ -45,7 +45,7 @@ def _run(command: str, work: Callable[[], None]) -> None:
     except InputError as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except FloatingPointError as error:  # training diverged
+    except (FloatingPointError, Disturbed) as error:  # training diverged; the device could not be measured
         print(f"{command}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
@@ -71,6 +71,12 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give a whole number from 1 to 4096")
+    return int(text)
+
+
 def build_lut(arguments: Sequence[str] | None = None) -> None:
     """Run `nas-build-lut`."""
     parser = _parser(
@@ -88,6 +94,9 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
     what.add_argument("--space", metavar="S", help="a space: its name or a YAML file (default: efficientformer-tiny)")
     what.add_argument("--arch", metavar="ARCH", help=f"the rows of one network instead; {ARCH_HELP}")
     parser.add_argument("--missing", action="store_true", help="measure only rows that the table does not have yet")
+    parser.add_argument("--threads", type=_count, metavar="N", help="of a CPU (default: 1)")
+    parser.add_argument("--precision", metavar="P", help="fp32 or int8 on a CPU, fp16 or bf16 on a GPU (default: the first)")
+    parser.add_argument("--batch", type=_count, metavar="N", help="images in a call (default: 1; 64 on a GPU)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the table goes (default: your data folder)")
     parser.add_argument("--list", action="store_true", help="print the tables that there are, and end")
     given = parser.parse_args(arguments)
@@ -100,14 +109,14 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
             return
         if given.device is None:
             raise InputError("say which device to measure: nas-build-lut --device cpu (or --list to see what there is)")
-        from nas.lut import build_cpu_table, requested_space
-        from nas.profilers.ort_cpu import device_id
+        from nas.devices import open_profiler
+        from nas.lut import build_table
+        from nas.plan import requested_space
         from nas.table import user_folder
 
-        if given.device not in (*DEVICES, device_id()):
-            raise unknown("device", given.device, (*DEVICES, device_id()))
+        profiler = open_profiler(given.device, given.threads, given.precision, given.batch)
         space = requested_space(given.space, given.arch)
-        build_cpu_table(space, given.out or user_folder(), only_missing=given.missing)
+        build_table(profiler, space, given.out or user_folder(), only_missing=given.missing)
 
     _run(parser.prog, work)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +19,8 @@ from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.model import build_model
 from supernet.zoo import load_arch
+
+Array = npt.NDArray[Any]
 
 OPSET = 20
 TOLERANCE = 1e-4  # of the largest logit, or absolute where logits are below 1
@@ -39,6 +45,37 @@ def onnx_bytes(model: nn.Module, example: Tensor) -> bytes:
             output_names=["logits"],
         )
     return file.getvalue()
+
+
+def quantised(model: bytes, inputs: Sequence[Array]) -> bytes:
+    """Return an ONNX model quantised statically to int8: QDQ form, weights per output channel, ranges of the activations
+    from `inputs`, a list of float32 arrays of the shape of its only input."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self, name: str) -> None:
+            self.feeds = iter([{name: array} for array in inputs])
+
+        def get_next(self) -> dict[str, Array] | None:
+            return next(self.feeds, None)
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, prepared, result = (Path(folder) / name for name in ("plain.onnx", "prepared.onnx", "result.onnx"))
+        plain.write_bytes(model)
+        quant_pre_process(plain, prepared, skip_symbolic_shape=True)  # batch norms into convolutions
+        quantize_static(
+            prepared,
+            result,
+            Reader(onnx.load(plain).graph.input[0].name),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        return result.read_bytes()
 
 
 def export_onnx(model: nn.Module, image_size: int, path: str | Path) -> float:

@@ -1,4 +1,4 @@
-"""What is timed on this CPU: models as sequences of layers, the reference, and whole networks end to end.
+"""What is timed: models as sequences of layers, the references, and one workload by itself.
 
 A *model* is a sequence of layers that runs as one session: a chain of blocks, a piece of a network, a whole network.
 """
@@ -6,15 +6,16 @@ A *model* is a sequence of layers that runs as one session: a chain of blocks, a
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager
 from functools import cache
 from itertools import groupby
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nas.export import onnx_bytes, with_ordinary_values
-from nas.profilers.ort_cpu import OrtModel, pinned
-from nas.profilers.timing import Measurement, References, Stopwatch, Visit, summarise
+from nas.export import with_ordinary_values
+from nas.profilers.timing import Measurement, References, Stopwatch, Visit, Workload, summarise
 from nas.table import LatencyTable
 from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Head, Layer, Stem, Unflat
 from supernet.blocks import build_layer
@@ -30,7 +31,7 @@ EMPTY: Model = ()
 """A session that does nothing: the price of a call."""
 
 WHOLE_GOAL = 0.01  # half-width of a whole network's 95 % interval, of its ms
-MIN_VISITS, MAX_VISITS = 12, 32
+MIN_VISITS = 12
 ALONE_MAX_VISITS = 100  # of a session that is measured by itself
 
 
@@ -45,31 +46,52 @@ def name_of(model: Model) -> str:
     return " + ".join(f"{count} x {layer}" if count > 1 else layer for layer, count in runs)
 
 
-def build_module(model: Model) -> tuple[nn.Module, Tensor]:
-    """Return the module of a model, with distinct ordinary weights, and an input for it (batch 1)."""
-    generator = torch.Generator().manual_seed(0)
+def input_shape(model: Model, batch: int = 1) -> tuple[int, ...]:
+    """Return the shape of a model's input: (N, 3, S, S) images, (N, C, H, W) maps or (N, tokens, C)."""
     if not model:
-        return nn.Identity(), torch.randn(1, 3, 4, 4, generator=generator)
-    module = nn.Sequential(*(build_layer(layer) for layer in model))
+        return batch, 3, 4, 4
     spec, side = model[0]
     if isinstance(spec, Stem):
-        shape: tuple[int, ...] = (1, 3, side, side)
-    elif getattr(spec, "tokens", False) or isinstance(spec, Unflat):
-        shape = (1, side * side, spec.dim)
-    else:
-        shape = (1, spec.dim_in if isinstance(spec, Embedding) else spec.dim, side, side)
-    return with_ordinary_values(module, seed=0), torch.randn(shape, generator=generator)
+        return batch, 3, side, side
+    if getattr(spec, "tokens", False) or isinstance(spec, Unflat):
+        return batch, side * side, spec.dim
+    return batch, spec.dim_in if isinstance(spec, Embedding) else spec.dim, side, side
 
 
-def session(model: Model, threads: int = 1) -> tuple[OrtModel, int]:
-    """Return the session of a model, and the bytes of its ONNX form."""
-    data = onnx_bytes(*build_module(model))
-    return OrtModel(data, threads), len(data)
+def build_module(model: Model, batch: int = 1) -> tuple[nn.Module, Tensor]:
+    """Return the module of a model, with distinct ordinary weights, and an input for it."""
+    example = torch.randn(input_shape(model, batch), generator=torch.Generator().manual_seed(0))
+    module = nn.Sequential(*(build_layer(layer) for layer in model)) if model else nn.Identity()
+    return with_ordinary_values(module.eval(), seed=0), example
 
 
-def network_session(arch: ArchConfig, threads: int = 1) -> OrtModel:
-    """Return the session of a whole network with ordinary weights."""
-    return session(tuple(arch.layers()), threads)[0]
+class Profiler(Protocol):
+    """A device that can be timed from this process, with its settings."""
+
+    @property
+    def id(self) -> str:
+        """The device id of the table that is measured with it."""
+        ...
+
+    def environment(self) -> dict[str, Any]:
+        """Return what is measured where; at least runtime, runtime_version, precision, batch, threads, export, warnings."""
+        ...
+
+    def open(self, model: Model) -> tuple[Workload, int]:
+        """Return the workload that runs a model once, and the bytes that it holds."""
+        ...
+
+    def stopwatch(self) -> Stopwatch:
+        """Return a stopwatch with the two references."""
+        ...
+
+    def between(self, size: int) -> Workload | None:
+        """Return what touches so many bytes of other memory between two timed calls, None where that is no use."""
+        ...
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Keep what else this process does out of the way meanwhile; everything above is used inside."""
+        ...
 
 
 def table_reference(table: LatencyTable) -> References:
@@ -82,19 +104,16 @@ def table_reference(table: LatencyTable) -> References:
         ) from error
 
 
-def stopwatch(threads: int = 1) -> Stopwatch:
-    """Return a stopwatch with the two references."""
-    return Stopwatch(session(CACHED, threads)[0], session(STREAMING, threads)[0])
-
-
-def measure_session(run: OrtModel, reference: References | None, threads: int = 1) -> Measurement:
-    """Time one session end to end until its 95 % interval is within 1 %, or for 100 visits.
+def measure_alone(profiler: Profiler, what: ArchConfig | Workload, reference: References | None) -> Measurement:
+    """Time one network (with ordinary weights) or workload end to end until its 95 % interval is within 1 %, or for 100
+    visits.
 
     `reference` is what the references take in the table that the result is to be compared with; without it, what they
     take now, which leaves the result as it was measured.
     """
-    with pinned():
-        watch = stopwatch(threads)
+    with profiler.exclusive():
+        run = profiler.open(tuple(what.layers()))[0] if isinstance(what, ArchConfig) else what
+        watch = profiler.stopwatch()
         visits: list[Visit] = []
         while len(visits) < ALONE_MAX_VISITS:
             visits.append(watch.visit(run))

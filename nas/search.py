@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,10 +181,10 @@ def resolve_table(device: str | None, table: Path | None) -> tuple[str, Path | N
     Raises:
         InputError: the device is unknown, several tables could be meant, or the table is of another device.
     """
-    from nas.profilers.ort_cpu import device_id
+    from nas.devices import HERE, known_devices, open_profiler
 
-    here = device_id()
-    wanted = here if device == "cpu" else device
+    here = open_profiler().id
+    wanted = open_profiler(device).id if device in HERE else device
     if table is not None:
         of = LatencyTable.load(table).device
         if of != (wanted or here):
@@ -198,7 +198,10 @@ def resolve_table(device: str | None, table: Path | None) -> tuple[str, Path | N
             raise InputError(f"there are tables of {', '.join(sorted(own))}: say which with --device")
         wanted = next(iter(own), here)
     if wanted not in found and wanted != here:
-        raise unknown("device", device, ["cpu", here, *found])
+        try:
+            open_profiler(wanted)
+        except InputError:
+            raise unknown("device", device, known_devices()) from None
     return wanted, found.get(wanted)
 
 
@@ -207,37 +210,34 @@ def usable_table(device: str, path: Path | None, space: SearchSpace, request: Re
 
     What this machine's own table lacks is measured now, unless the user named the file.
     """
-    import onnxruntime
+    from nas.devices import open_profiler, profiler_of
+    from nas.lut import build_table
 
-    from nas.lut import build_cpu_table
-    from nas.profilers.ort_cpu import device_id
-
-    here = device == device_id()
     table = LatencyTable.load(path) if path is not None else None
+    profiler = profiler_of(table) if table is not None else open_profiler(device)
     if table is not None and path is not None:
         command = f"nas-build-lut --device {device} --missing --space {request.space or space.name} --out {path.parent}"
-        if request.table is not None or not here:
+        if request.table is not None or profiler is None:
             table.require(space.layers(), command)
             table.predict_ms(space.smallest)  # refuses a table without a calibration for such networks
-        if here and table.meta.get("runtime_version") not in (None, onnxruntime.__version__):
+            own = table.calibrated_for(space)
+            return own if own.calibrations else table, path
+        now = profiler.environment()["runtime_version"]
+        if table.meta.get("runtime_version") != now:
             say(
-                f"warning: the table was measured with ONNX Runtime {table.meta['runtime_version']}, this is "
-                f"{onnxruntime.__version__}: `{command.replace(' --missing', '')}` measures it anew"
+                f"warning: the table was measured with {table.meta['runtime']} {table.meta['runtime_version']}, this is "
+                f"{now}: `{command.replace(' --missing', '')}` measures it anew"
             )
-        geometry = (space.image_size, space.strides)
-        calibrated = not table.calibrations or any((c.image_size, c.strides) == geometry for c in table.calibrations)
-        if calibrated and not table.missing(space.layers()):
-            own = tuple(c for c in table.calibrations if c.space == space.name)
-            # One calibration for the whole search: predictions must not jump where another one would be nearer.
-            return replace(table, calibrations=own or table.calibrations), path
+        if table.serves(space):
+            return table.calibrated_for(space), path
+    assert profiler is not None
     folder = path.parent if path is not None and path.parent in table_folders()[:2] else user_folder()
     say(
         f"this machine's table {'lacks rows of ' + space.name if table else f'({device}) is not there yet'}: measuring it first"
     )
     measured = space if space.num_classes > MANY_CLASSES else space.with_classes(FEW_CLASSES)
-    table = build_cpu_table(measured, folder, only_missing=True)
-    own = tuple(c for c in table.calibrations if c.space == space.name)
-    return replace(table, calibrations=own), folder / f"{device}.csv"
+    table = build_table(profiler, measured, folder, only_missing=True)
+    return table.calibrated_for(space), folder / f"{device}.csv"
 
 
 def load_data(path: Path | None, image_size: int, seed: int, score_images: int = 512) -> ImageData:
@@ -306,14 +306,14 @@ def report_signal(space: SearchSpace, largest: ArchConfig, evaluate: Remembered,
 
 
 def check_on_device(arch: ArchConfig, table: LatencyTable) -> Check:
-    """Export the network and time it end to end, if the table's device is this machine."""
-    from nas.profilers.ort_cpu import device_id
+    """Export the network and time it end to end, if the table's device is this machine's."""
+    from nas.devices import profiler_of
+    from nas.measure import measure_alone, table_reference
 
-    if table.device != device_id():
+    profiler = profiler_of(table)
+    if profiler is None:
         return Check()
-    from nas.measure import measure_session, network_session, table_reference
-
-    found = measure_session(network_session(arch), table_reference(table))
+    found = measure_alone(profiler, arch, table_reference(table))
     return Check(found.ms, found.low_ms, found.high_ms)
 
 

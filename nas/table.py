@@ -17,8 +17,9 @@ import platformdirs
 from supernet.arch import SPECS, ArchConfig, Head, Layer, Spec
 from supernet.errors import InputError, unknown
 from supernet.files import write_atomically
+from supernet.space import SearchSpace
 
-SCHEMA = 1
+SCHEMA = 2
 METHODS = ("slope", "difference", "fitted")
 FEW_CLASSES, MANY_CLASSES = 10, 1000  # heads are measured at these; a head's ms is linear in its classes
 
@@ -38,16 +39,34 @@ class Target:
 class Row:
     """Milliseconds of one layer, normalised, with a 95 % interval and the method that gave them.
 
-    `isolated_ms` is the time of the layer alone in a session, where it was measured: what a naive table would hold.
-    `params` is the layer's number of parameters, for the calibration.
+    `p10_ms`, `p25_ms` and `p90_ms` are percentiles over single visits, `visits` the fewest visits of a model that the row
+    is made of. `isolated_ms` is the time of the layer alone in a session, where it was measured: what a naive table would
+    hold. `params` is the layer's number of parameters, for the calibration. `flag` says what speaks against the row.
     """
 
     ms: float
     low_ms: float
     high_ms: float
     method: str
+    p10_ms: float | None = None
+    p25_ms: float | None = None
+    p90_ms: float | None = None
+    visits: int = 0
     isolated_ms: float | None = None
     params: int = 0
+    flag: str = ""
+
+
+@dataclass(frozen=True)
+class CheckedNetwork:
+    """A whole network that was measured for a calibration: to fit it, or to tell its error."""
+
+    widths: tuple[int, ...]
+    kinds: tuple[str, ...]  # a stage each, such as "mb4d mb4d mb3d"
+    ms: float
+    half_width_ms: float
+    predicted_ms: float
+    fitted: bool
 
 
 @dataclass(frozen=True)
@@ -57,10 +76,13 @@ class Calibration:
 
     The rows were measured with the caches as a typical network leaves them; the more weights a network has (`mparams`,
     in millions), the slower each of its layers gets them. The errors are those of predictions of *other* random networks
-    of the space, in percent of the measurement.
+    of the space, in percent of the measurement. `error_by_stage_percent` and `error_by_kind_percent` are the signed errors,
+    weighted with each network's share of its milliseconds in that stage or kind of layer. `networks` are all that were
+    measured.
     """
 
     space: str
+    space_sha256: str
     image_size: int
     strides: tuple[int, ...]
     offset_ms: float
@@ -73,7 +95,11 @@ class Calibration:
     mean_error_percent: float
     max_error_percent: float
     within_5_percent: float
+    within_10_percent: float
     kendall_tau: float
+    error_by_stage_percent: tuple[float, ...] = ()
+    error_by_kind_percent: Mapping[str, float] = field(default_factory=dict)
+    networks: tuple[CheckedNetwork, ...] = ()
 
     def predict_ms(self, sum_ms: float, params: float) -> float:
         return self.offset_ms + (self.scale + self.scale_per_mparam * params / 1e6) * sum_ms
@@ -143,6 +169,16 @@ class LatencyTable:
         nearest = min(matching, key=lambda c: max(c.sum_low_ms - sum_ms, sum_ms - c.sum_high_ms, 0.0))
         return nearest.predict_ms(sum_ms, params)
 
+    def serves(self, space: SearchSpace) -> bool:
+        """Say whether every network of the space has its rows and a calibration."""
+        return bool(self.calibrated_for(space).calibrations) and not self.missing(space.layers())
+
+    def calibrated_for(self, space: SearchSpace) -> LatencyTable:
+        """Return the table with the calibrations of this space alone: within one search, predictions must not jump where
+        another calibration would be nearer."""
+        own = space_sha256(space)
+        return replace(self, calibrations=tuple(c for c in self.calibrations if c.space_sha256 == own))
+
     def missing(self, layers: Iterable[Layer]) -> list[Layer]:
         """Return those of the layers that have no row."""
         found = []
@@ -190,6 +226,11 @@ class LatencyTable:
         text = str(id_or_path)
         path = Path(text) if text.endswith(".csv") or "/" in text else find_table(text)
         return _load(path)
+
+
+def space_sha256(space: SearchSpace) -> str:
+    """Return what identifies the content of a space, whatever its number of classes."""
+    return hashlib.sha256(space.with_classes(FEW_CLASSES).to_yaml().encode()).hexdigest()
 
 
 def head_ends(layer: Layer) -> tuple[Layer, Layer]:
@@ -298,7 +339,7 @@ def _load(path: Path) -> LatencyTable:
         lines: list[dict[str, str]] = [{str(k): str(v) for k, v in line.items()} for line in frame.to_dict("records")]
         rows = {_parse_layer(line): _parse_row(line) for line in lines}
         device = sidecar.pop("device")
-        calibrations = tuple(Calibration(**{**c, "strides": tuple(c["strides"])}) for c in sidecar.pop("calibrations"))
+        calibrations = tuple(_parse_calibration(c) for c in sidecar.pop("calibrations"))
         provenance = sidecar.pop("provenance")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a latency table ({error}): build it anew with nas-build-lut") from error
@@ -322,10 +363,26 @@ def _parse_layer(line: Mapping[str, str]) -> Layer:
 
 
 def _parse_row(line: Mapping[str, str]) -> Row:
-    ms, low_ms, high_ms = (float(line[name]) for name in ("ms", "low_ms", "high_ms"))
-    if not (math.isfinite(ms) and low_ms <= ms <= high_ms):
-        raise ValueError(f"{ms} ms is not within its interval from {low_ms} to {high_ms}")
-    if line["method"] not in METHODS:
-        raise ValueError(f"method {line['method']!r} is none of {', '.join(METHODS)}")
-    isolated = line.get("isolated_ms", "")
-    return Row(ms, low_ms, high_ms, line["method"], float(isolated) if isolated else None, int(line["params"]))
+    values: dict[str, Any] = {}
+    for name, kind in get_type_hints(Row).items():
+        text = line.get(name, "")
+        if kind is str:
+            values[name] = text
+        elif kind is int:
+            values[name] = int(text)
+        elif text or name in ("ms", "low_ms", "high_ms"):
+            values[name] = float(text)
+    row = Row(**values)
+    if not (math.isfinite(row.ms) and row.low_ms <= row.ms <= row.high_ms):
+        raise ValueError(f"{row.ms} ms is not within its interval from {row.low_ms} to {row.high_ms}")
+    if row.method not in METHODS:
+        raise ValueError(f"method {row.method!r} is none of {', '.join(METHODS)}")
+    return row
+
+
+def _parse_calibration(entry: Mapping[str, Any]) -> Calibration:
+    networks = tuple(
+        CheckedNetwork(**{**n, "widths": tuple(n["widths"]), "kinds": tuple(n["kinds"])}) for n in entry["networks"]
+    )
+    tuples = {name: tuple(entry[name]) for name in ("strides", "error_by_stage_percent")}
+    return Calibration(**{**entry, **tuples, "networks": networks})

@@ -20,8 +20,11 @@ from statistics import NormalDist, median
 from typing import NamedTuple
 
 Clock = Callable[[], int]  # nanoseconds
+Workload = Callable[[], object]  # one call of what is timed, returning when it is done
+Burst = Callable[[Workload, Workload | None], float]  # times a workload, another one between its calls; ms of a call
 
-WARM_UP_MS = 20.0  # an entry's first visit runs it this long beforehand
+WARM_UP_MS = 20.0  # an entry's first visit runs it this long beforehand, and at least so often:
+WARM_UP_CALLS = 10
 DISCARDED = 5  # calls at most at the begin of a visit, until the caches hold what they hold in a loop ...
 DISCARDED_MS = 6.0  # ... which they do after so long, and at least two calls
 MIN_CALLS = 3
@@ -50,7 +53,7 @@ class Visit:
 class Measurement:
     """Milliseconds of one call: the median over visits, normalised by the reference, with its 95 % interval.
 
-    `raw_ms` is the median before normalisation; `min_ms`, `p10_ms` and `p90_ms` are of the normalised samples.
+    `raw_ms` is the median before normalisation; the minimum and the percentiles are of the normalised samples.
     """
 
     ms: float
@@ -59,6 +62,7 @@ class Measurement:
     raw_ms: float
     min_ms: float
     p10_ms: float
+    p25_ms: float
     p90_ms: float
     visits: int
 
@@ -80,8 +84,9 @@ def summarise(visits: Sequence[Visit], reference: References | None = None) -> M
         high_ms=high,
         raw_ms=median(v.raw_ms for v in visits),
         min_ms=samples[0],
-        p10_ms=samples[int(0.1 * (len(samples) - 1))],
-        p90_ms=samples[math.ceil(0.9 * (len(samples) - 1))],
+        p10_ms=_at(samples, 0.1 * (len(samples) - 1)),
+        p25_ms=_at(samples, 0.25 * (len(samples) - 1)),
+        p90_ms=_at(samples, 0.9 * (len(samples) - 1)),
         visits=len(samples),
     )
 
@@ -124,24 +129,59 @@ def _at(ordered: Sequence[float], position: float) -> float:
     return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 
 
+def timed_calls(clock: Clock = time.perf_counter_ns) -> Burst:
+    """Return a burst that times every call on the host's clock: the median, the first few calls discarded."""
+
+    def burst(run: Workload, between: Workload | None = None) -> float:
+        start = clock()
+        for call in range(DISCARDED):
+            if call >= 2 and clock() - start >= DISCARDED_MS * 1e6:
+                break
+            run()
+        times: list[int] = []
+        total = 0
+        while len(times) < MIN_CALLS or (total < VISIT_MS * 1e6 and len(times) < MAX_CALLS):
+            if between is not None:
+                between()
+            start = clock()
+            run()
+            times.append(clock() - start)
+            total += times[-1]
+        return median(times) / 1e6
+
+    return burst
+
+
 class Stopwatch:
-    """Visits workloads; keeps the references' latest timing, so that one run of them serves two neighbouring visits."""
+    """Visits workloads; keeps the references' latest timing, so that one run of them serves two neighbouring visits.
+
+    `burst` is how a device times a few calls in a row; without it, on the host's `clock`.
+    """
 
     def __init__(
-        self, cached: Callable[[], object], streaming: Callable[[], object], clock: Clock = time.perf_counter_ns
+        self,
+        cached: Workload,
+        streaming: Workload,
+        clock: Clock = time.perf_counter_ns,
+        burst: Burst | None = None,
+        warm_up_ms: float = WARM_UP_MS,
+        warm_up_calls: int = WARM_UP_CALLS,
     ) -> None:
         self.references = (cached, streaming)
         self.clock = clock
-        self._warm: weakref.WeakSet[Callable[[], object]] = weakref.WeakSet()
+        self.burst = burst or timed_calls(clock)
+        self.warm_up_ms = warm_up_ms
+        self.warm_up_calls = warm_up_calls
+        self._warm: weakref.WeakSet[Workload] = weakref.WeakSet()
         self._before: References | None = None
 
-    def visit(self, run: Callable[[], object], between: Callable[[], object] | None = None) -> Visit:
+    def visit(self, run: Workload, between: Workload | None = None) -> Visit:
         """Time one workload once between two timings of the references; `between` runs, untimed, before each call."""
         for reference in self.references:
             self._warm_up(reference)
         if self._warm_up(run) or self._before is None:
             self._before = self._time_references()
-        before, raw, after = self._before, self._burst(run, between), self._time_references()
+        before, raw, after = self._before, self.burst(run, between), self._time_references()
         self._before = after
         return Visit(raw, References(*((a + b) / 2 for a, b in zip(before, after, strict=True))))
 
@@ -150,46 +190,28 @@ class Stopwatch:
         self._before = None
 
     def _time_references(self) -> References:
-        return References(*(self._burst(reference) for reference in self.references))
+        return References(*(self.burst(reference, None) for reference in self.references))
 
-    def _warm_up(self, run: Callable[[], object]) -> bool:
+    def _warm_up(self, run: Workload) -> bool:
         """Run a workload for a while if it has not been; return whether that was so."""
         if run in self._warm:
             return False
         self._warm.add(run)
         start = self.clock()
-        for _ in range(10):
+        for _ in range(self.warm_up_calls):
             run()
-        while self.clock() - start < WARM_UP_MS * 1e6:
+        while self.clock() - start < self.warm_up_ms * 1e6:
             run()
         return True
 
-    def _burst(self, run: Callable[[], object], between: Callable[[], object] | None = None) -> float:
-        """Median milliseconds of a call, the first few discarded."""
-        start = self.clock()
-        for call in range(DISCARDED):
-            if call >= 2 and self.clock() - start >= DISCARDED_MS * 1e6:
-                break
-            run()
-        times: list[int] = []
-        total = 0
-        while len(times) < MIN_CALLS or (total < VISIT_MS * 1e6 and len(times) < MAX_CALLS):
-            if between is not None:
-                between()
-            start = self.clock()
-            run()
-            times.append(self.clock() - start)
-            total += times[-1]
-        return median(times) / 1e6
-
 
 def visit_in_rounds(
-    entries: Mapping[str, Callable[[], object]],
+    entries: Mapping[str, Workload],
     stopwatch: Stopwatch,
     still_open: Callable[[], Iterable[str]],
     record: Callable[[str, Visit], None],
     rng: random.Random,
-    between: Callable[[], object] | None = None,
+    between: Workload | None = None,
 ) -> None:
     """Visit the open entries in shuffled rounds; `record` takes each visit, and `still_open` says before each round which
     keys go on. Ends when none is open. The garbage collector is off meanwhile. `between` as in `Stopwatch.visit`."""

@@ -1,0 +1,78 @@
+"""From what a user calls a device to what times it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from nas.measure import Profiler
+from nas.table import LatencyTable, find_tables
+from supernet.errors import InputError, unknown
+
+HERE = ("cpu", "cuda", "a100", "mac-npu", "mac-cpu")  # kinds that are timed from this process
+ELSEWHERE = ("iphone-npu", "iphone-cpu")  # kinds that are timed by a program on the device
+KINDS = (*HERE, *ELSEWHERE)
+
+
+def open_profiler(
+    device: str = "cpu", threads: int | None = None, precision: str | None = None, batch: int | None = None
+) -> Profiler:
+    """Return the profiler of a kind of device, or of this machine's device of that id. None: the device's usual setting.
+
+    Raises:
+        InputError: the device is unknown or not here, or does not have such a setting.
+    """
+    if device in ("cuda", "a100"):
+        from nas.profilers.cuda import open_gpu
+
+        return open_gpu(device, threads, precision, batch)
+    if device in ("mac-npu", "mac-cpu"):
+        from nas.profilers.coreml import open_mac
+
+        return open_mac(device, threads, precision, batch)
+    if device == "cpu":
+        return _open_cpu(threads, precision, batch)
+    found = _of_id(device)
+    if found is None:
+        raise unknown("device", device, (*KINDS, _open_cpu(None, None, None).id))
+    return found
+
+
+def profiler_of(table: LatencyTable) -> Profiler | None:
+    """Return the profiler that times a table's device with the table's settings, None if that is not this machine's."""
+    settings = {name: table.meta.get(name) for name in ("threads", "precision", "batch")}
+    return _matching(table.device, settings)
+
+
+def _of_id(device: str) -> Profiler | None:
+    """Return the profiler whose id this is; settings are read from the id's end: `-2t`, `-int8`, `-b8`."""
+    end = re.search(r"(?:-(\d+)t)?(?:-(int8|fp32|fp16|bf16))?(?:-b(\d+))?$", device)
+    assert end is not None  # everything in it is optional
+    threads, precision, batch = end.groups()
+    settings = {"threads": threads and int(threads), "precision": precision, "batch": batch and int(batch)}
+    return _matching(device, settings)
+
+
+def _matching(device: str, settings: dict[str, Any]) -> Profiler | None:
+    for kind in ("cpu", "mac-npu", "mac-cpu", "cuda"):
+        try:
+            profiler = open_profiler(kind, **settings)
+        except InputError:
+            continue
+        if profiler.id == device:
+            return profiler
+    return None
+
+
+def _open_cpu(threads: int | None, precision: str | None, batch: int | None) -> Profiler:
+    from nas.profilers.ort_cpu import OrtCpu
+    from nas.profilers.ort_session import PRECISIONS
+
+    if precision not in (None, *PRECISIONS):
+        raise unknown("precision of a CPU", str(precision), PRECISIONS)
+    return OrtCpu(threads or 1, precision or "fp32", batch or 1)
+
+
+def known_devices() -> list[str]:
+    """Return what `--device` takes here: kinds, this machine's CPU, and the devices that have tables."""
+    return list(dict.fromkeys([*KINDS, _open_cpu(None, None, None).id, *find_tables()]))

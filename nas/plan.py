@@ -1,0 +1,182 @@
+"""What is to be measured so that a space's layers have rows and its networks a calibration.
+
+Every row is a linear combination of the times of models (see `measure`):
+
+- a block: the least-squares slope over chains of 1, 2 and 4 of it with distinct weights. What a session pays once (the
+  call, a change of layout at its ends) has no part in a slope;
+- stem, embedding, flat, unflat, head: a model in which blocks stand on the sides that they have in a network, minus
+  those blocks' slopes, minus half of each one's chain intercept (its end of the session), minus the empty call.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import median
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nas.measure import CACHED, EMPTY, STREAMING, Model, input_shape, name_of
+from nas.profilers.bench import Plan
+from nas.table import measured_layers
+from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Flat, Head, Layer, Stem, Unflat
+from supernet.blocks import build_layer
+from supernet.errors import InputError
+from supernet.model import build_model
+from supernet.space import SearchSpace
+from supernet.zoo import load_arch
+
+Terms = dict[Model, float]
+
+CHAINS = (1, 2, 4)
+FIT_NETWORKS = 16  # fit the calibration
+CHECK_NETWORKS = 12  # tell its error
+FEWEST_NETWORKS = 12  # of a space: both parts shrink with it
+
+
+def _combine(*parts: tuple[float, Terms]) -> Terms:
+    total: Terms = {}
+    for factor, terms in parts:
+        for model, weight in terms.items():
+            total[model] = total.get(model, 0.0) + factor * weight
+    return total
+
+
+def slope(block: Layer) -> Terms:
+    """Milliseconds of one more block in a chain."""
+    centre = sum(CHAINS) / len(CHAINS)
+    spread = sum((k - centre) ** 2 for k in CHAINS)
+    return {(block,) * k: (k - centre) / spread for k in CHAINS}
+
+
+def _boundary(block: Layer) -> Terms:
+    """What one end of a session costs beside this block, without the empty call: half of the chain's intercept."""
+    mean: Terms = {(block,) * k: 1 / len(CHAINS) for k in CHAINS}
+    intercept = _combine((1.0, mean), (-sum(CHAINS) / len(CHAINS), slope(block)))
+    return _combine((0.5, intercept), (-0.5, {EMPTY: 1.0}))
+
+
+def terms_of(layer: Layer) -> Terms:
+    """Return the models whose times make a layer's row, each with its weight."""
+    spec, side = layer
+
+    def on_map(dim: int, at: int) -> Layer:
+        return Layer(MB4D(dim), at)
+
+    def on_tokens(dim: int) -> Layer:
+        return Layer(MB3D(dim), side)
+
+    match spec:
+        case Stem():
+            before, after = [], [on_map(spec.dim, -(-side // spec.stride))]
+        case Embedding():
+            before, after = [on_map(spec.dim_in, side)], [on_map(spec.dim, -(-side // spec.stride))]
+        case Flat():
+            before, after = [on_map(spec.dim, side)], [on_tokens(spec.dim)]
+        case Unflat():
+            before, after = [on_tokens(spec.dim)], [on_map(spec.dim, side)]
+        case Head():
+            before, after = [on_tokens(spec.dim) if spec.tokens else on_map(spec.dim, side)], []
+        case _:
+            return slope(layer)
+    context = before + after
+    paid = [(-1.0, slope(block)) for block in context] + [(-1.0, _boundary(block)) for block in context]
+    return _combine((1.0, {(*before, layer, *after): 1.0}), (-1.0, {EMPTY: 1.0}), *paid)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The layers that are to have rows, the terms of each one's row, and the whole networks; `plan` says it in names."""
+
+    rows: dict[Layer, Terms]
+    networks: list[ArchConfig]
+    plan: Plan
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """Every model by its name, the references too."""
+        pieces = (model for terms in self.rows.values() for model in terms)
+        found = {name_of(model): model for model in (CACHED, STREAMING, EMPTY, *pieces)}
+        return found | {name_of(tuple(arch.layers())): tuple(arch.layers()) for arch in self.networks}
+
+
+def work_for(space: SearchSpace, layers: Sequence[Layer] | None = None, seed: int = 0) -> Work:
+    """Return what is to be measured for a space; `layers`: only for the rows of these.
+
+    Raises:
+        InputError: the space has too few networks to calibrate a table on.
+    """
+    if networks_of(space) < FEWEST_NETWORKS:
+        raise InputError(
+            f"space {space.name} has {networks_of(space)} networks, too few to calibrate a table on (at least "
+            f"{FEWEST_NETWORKS}): give the space that the network comes from"
+        )
+    rows = {layer: terms_of(layer) for layer in (measured_layers(space.layers()) if layers is None else layers)}
+    pieces = sorted(dict.fromkeys(model for terms in rows.values() for model in terms), key=lambda m: len(set(m)) > 1)
+    smallest: Model = tuple(space.smallest.layers())
+    networks = stratified(space, FIT_NETWORKS + CHECK_NETWORKS, random.Random(seed))
+    plan = Plan(
+        pieces=(name_of(EMPTY), *(name_of(model) for model in pieces if model != EMPTY)),
+        networks=tuple(name_of(tuple(arch.layers())) for arch in networks),
+        rows=tuple({name_of(model): weight for model, weight in terms.items()} for terms in rows.values()),
+        smallest=name_of(smallest),
+        between_bytes=typical_weights(space),
+    )
+    return Work(rows, networks, plan)
+
+
+def requested_space(space: str | None, arch: str | None) -> SearchSpace:
+    """Return the space whose rows a command asks for: by name or file, or the one around a network."""
+    if arch is not None:
+        return SearchSpace.around(load_arch(arch))
+    return SearchSpace.load(space or "efficientformer-tiny")
+
+
+def typical_weights(space: SearchSpace) -> int:
+    """Return the bytes of weights of a typical network of the space: what passes through the caches between two runs of
+    one of its layers. The median of 25 random networks."""
+    rng = random.Random(0)
+    with torch.device("meta"):
+        models = [build_model(space.sample(rng)) for _ in range(25)]
+    return 4 * int(median(sum(p.numel() for p in model.parameters()) for model in models))
+
+
+def networks_of(space: SearchSpace) -> int:
+    """Return how many networks of different layers the space has: inside a stage only the number of each kind counts."""
+    return math.prod(len(s.widths) * math.comb(s.depth + len(s.kinds) - 1, s.depth) for s in space.stages)
+
+
+def stratified(space: SearchSpace, number: int, rng: random.Random) -> list[ArchConfig]:
+    """Return `number` random networks of the space, one from each of as many equal bins of MACs where it has networks.
+
+    A space with fewer networks gives all of them.
+    """
+    pool = {a.without_identity(): _macs(a) for a in (space.sample(rng) for _ in range(40 * number))}
+    if len(pool) <= number:
+        return list(pool)
+    low, high = min(pool.values()), max(pool.values())
+    width = (high - low) / number or 1.0
+    bins: dict[int, list[ArchConfig]] = {}
+    for arch, macs in pool.items():
+        bins.setdefault(min(number - 1, int((macs - low) / width)), []).append(arch)
+    chosen = [rng.choice(members) for members in bins.values()]
+    taken = set(chosen)
+    rest = [arch for arch in pool if arch not in taken]
+    return chosen + rng.sample(rest, number - len(chosen))
+
+
+def _macs(arch: ArchConfig) -> int:
+    return sum(_layer_macs(layer) for layer in arch.layers())
+
+
+@cache
+def _layer_macs(layer: Layer) -> int:
+    with torch.device("meta"):
+        module, image = build_layer(layer).eval(), torch.empty(input_shape((layer,)))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(image)
+    return counter.get_total_flops() // 2

@@ -1,0 +1,230 @@
+"""Carry out a plan of measurements: visit every model until the rows that it serves are known well enough.
+
+Models go by name here; who opens them, and where, is the caller's business. Python's standard library alone: this file
+travels to devices that have nothing else (see `job`).
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+from nas.profilers.timing import (
+    Measurement,
+    References,
+    Stopwatch,
+    Visit,
+    Workload,
+    median_reference,
+    summarise,
+    visit_in_rounds,
+)
+
+Tick = Callable[[float], object]  # told how many visits were made or are not needed
+Open = Callable[[str], tuple[Workload, int]]  # a model's name -> its workload, and the bytes that it holds
+
+TOO_NOISY = 2.5  # p90 over p10 of a reference's milliseconds
+
+
+class Disturbed(Exception):
+    """The device cannot be measured now: it is throttled, or too busy with other work."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The half-width of the 95 % interval of sum(weight * ms of model) is to be at most max(fraction * value, floor_ms)."""
+
+    terms: Mapping[str, float]
+    fraction: float
+    floor_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be visited until when; plain data, so that it can travel.
+
+    `pieces` are the models that rows are made of, `rows` the terms of every row (model -> weight), `networks` whole
+    networks. A row is known when its interval is within `row_goal` of it, or within `floor` of what `smallest`, the
+    smallest network, takes; a network when its interval is within `network_goal`. `between_bytes` is how much other memory
+    a device touches before each timed call of a piece, as the other layers' weights would.
+    """
+
+    pieces: tuple[str, ...]
+    networks: tuple[str, ...]
+    rows: tuple[Mapping[str, float], ...]
+    smallest: str
+    between_bytes: int
+    row_goal: float = 0.02
+    floor: float = 0.002
+    network_goal: float = 0.01
+    min_visits: int = 12
+    max_visits: int = 32
+    batch_models: int = 120  # that are open at once
+    batch_bytes: int = 1 << 30
+
+    @property
+    def visits(self) -> int:
+        """How many visits it may take."""
+        return (len(self.pieces) + len(self.networks)) * self.max_visits
+
+
+class Samples:
+    """Every visit of a build, on disk as soon as it is made."""
+
+    HEADER = ("measured_at", "model", "raw_ms", "cached_reference_ms", "streaming_reference_ms")
+
+    def __init__(self, path: Path, since: str) -> None:
+        self.visits: dict[str, list[Visit]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if whole != data:  # a kill cut the last line
+                with path.open("r+b") as file:
+                    file.truncate(len(whole))
+            for line in csv.DictReader(whole.decode().splitlines()):
+                if line["measured_at"] >= since:
+                    reference = References(float(line[self.HEADER[3]]), float(line[self.HEADER[4]]))
+                    self.visits.setdefault(line["model"], []).append(Visit(float(line["raw_ms"]), reference))
+        fresh = not path.exists() or not path.stat().st_size
+        self._file = path.open("a", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        if fresh:
+            self._writer.writerow(self.HEADER)
+
+    def count(self, model: str) -> int:
+        return len(self.visits.get(model, ()))
+
+    def add(self, model: str, visit: Visit) -> None:
+        self.visits.setdefault(model, []).append(visit)
+        times = (visit.raw_ms, *visit.reference)
+        self._writer.writerow((now(), model, *(f"{ms:.6g}" for ms in times)))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def reference_of(visits: Mapping[str, Sequence[Visit]]) -> References:
+    """Return the references' medians over everything measured."""
+    return median_reference([visit for of_model in visits.values() for visit in of_model])
+
+
+class Bench:
+    """Visits models until their intervals are narrow enough."""
+
+    def __init__(self, samples: Samples, open_model: Open, stopwatch: Stopwatch, rng: random.Random, plan: Plan) -> None:
+        self.samples = samples
+        self.open_model = open_model
+        self.stopwatch = stopwatch
+        self.rng = rng
+        self.plan = plan
+
+    def measure(
+        self,
+        models: Iterable[str],
+        goals: Sequence[Goal],
+        tick: Tick,
+        limits: tuple[int, int],
+        between: Workload | None = None,
+    ) -> None:
+        """Visit the models until every goal is met or a model has had `limits[1]` visits.
+
+        Only the models that are live at once count; each model is live once. `tick` is told of visits made or not
+        needed, for each model limits[1] - limits[0] in all.
+        """
+        floor, limit = limits
+        models = list(dict.fromkeys(models))
+        queue = [m for m in models if self.samples.count(m) < limit]
+        tick((len(models) - len(queue)) * (limit - floor))
+
+        def record(name: str, visit: Visit) -> None:
+            self.samples.add(name, visit)
+            tick(1)
+
+        while queue:
+            live: dict[str, Workload] = {}
+            size = 0
+            while queue and len(live) < self.plan.batch_models and size < self.plan.batch_bytes:
+                name = queue.pop(0)
+                live[name], more = self.open_model(name)
+                size += more
+            before = sum(map(self.samples.count, live))
+            still_open = partial(self._open, list(live), goals, limit)
+            visit_in_rounds(live, self.stopwatch, still_open, record, self.rng, between)
+            made = sum(map(self.samples.count, live)) - before
+            tick(len(live) * (limit - floor) - made)
+
+    def _open(self, batch: Sequence[str], goals: Sequence[Goal], limit: int) -> set[str]:
+        """Return the models of the batch that need another visit."""
+        visits = self.samples.visits
+        reference = reference_of(visits) if visits else None
+        found: dict[str, Measurement] = {}
+        open_models = set()
+        for model in batch:
+            if self.samples.count(model) < self.plan.min_visits:
+                open_models.add(model)
+            else:
+                found[model] = summarise(visits[model], reference)
+        here = set(batch)
+        for goal in goals:
+            mine = [model for model in goal.terms if model in here]
+            if not mine or any(model in open_models for model in mine):
+                continue
+            if any(model not in found and model not in visits for model in goal.terms):
+                continue  # the rest of the row comes in a later batch
+            for model in goal.terms:
+                if model not in found:
+                    found[model] = summarise(visits[model], reference)
+            value = abs(sum(weight * found[model].ms for model, weight in goal.terms.items()))
+            half = {model: abs(goal.terms[model]) * found[model].half_width_ms for model in mine}
+            if math.hypot(*half.values()) > max(goal.fraction * value, goal.floor_ms):
+                worst = max(half.values())
+                open_models.update(model for model, width in half.items() if width >= 0.5 * worst)
+        return {model for model in open_models if self.samples.count(model) < limit}
+
+
+def carry_out(plan: Plan, bench: Bench, tick: Tick, between: Workload | None) -> None:
+    """Make the visits of a plan. Rows and networks are gone through twice: a machine that is slower for a minute slows both.
+
+    Raises:
+        Disturbed: the references varied so much that nothing measured beside them can be trusted.
+    """
+    first, rest = (0, plan.max_visits // 2), (plan.max_visits // 2, plan.max_visits)
+    bench.measure([plan.smallest], [Goal({plan.smallest: 1.0}, plan.network_goal)], lambda _: None, (0, plan.max_visits))
+    samples = bench.samples
+    floor_ms = plan.floor * summarise(samples.visits[plan.smallest], reference_of(samples.visits)).ms
+    rows = [Goal(terms, plan.row_goal, floor_ms) for terms in plan.rows]
+    networks = [Goal({model: 1.0}, plan.network_goal) for model in plan.networks]
+    bench.measure(plan.pieces, rows, tick, first, between)
+    bench.measure(plan.networks, networks, tick, first)
+    refuse_noise(samples.visits)
+    bench.measure(plan.pieces, rows, tick, rest, between)
+    bench.measure(plan.networks, networks, tick, rest)
+    refuse_noise(samples.visits)
+
+
+def refuse_noise(visits: Mapping[str, Sequence[Visit]]) -> None:
+    """Refuse visits between which the references, which are always the same work, varied too much."""
+    for place, name in enumerate(References._fields):
+        times = sorted(visit.reference[place] for of_model in visits.values() for visit in of_model)
+        low, high = times[len(times) // 10], times[9 * len(times) // 10]
+        if high > TOO_NOISY * low:
+            raise Disturbed(
+                f"the device is too busy or too hot to be measured: its reference workload took {low:.3g} to {high:.3g} ms "
+                f"({name}, 10th to 90th percentile, of {median(times):.3g}); nothing is written. End other work, wait, and "
+                "start anew"
+            )
+
+
+def now() -> str:
+    """Return the time, UTC, to the millisecond."""
+    utc = datetime.timezone.utc  # noqa: UP017  Python 3.10, which devices may have, has no datetime.UTC
+    return datetime.datetime.now(utc).isoformat(timespec="milliseconds")
