@@ -85,11 +85,21 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
         "error of the predictions that the table makes. Leave the machine alone meanwhile. A build that is killed goes on\n"
         "where it was when the same command is given again.",
         "  nas-build-lut --device cpu\n"
-        "  nas-build-lut --device cpu --space efficientformer-s\n"
+        "  nas-build-lut --device cpu --space efficientformer-s --threads 4 --precision int8\n"
         "  nas-build-lut --device cpu --arch searched.yaml --missing\n"
-        "  nas-build-lut --list",
+        "  nas-build-lut --device a100 --space efficientformer-s\n"
+        "  nas-build-lut --device ssh://pi@raspberrypi --space efficientformer-s\n"
+        "  nas-build-lut --device jetson-orin-cpu --export-job job\n"
+        "  nas-build-lut --import-results job/results.json\n"
+        "  nas-build-lut --device iphone-npu --team-id ABCDE12345 --check\n"
+        "  nas-build-lut --show epyc-7b13-cpu",
     )
-    parser.add_argument("--device", metavar="D", help="what to measure: cpu, this machine's processor")
+    parser.add_argument(
+        "--device",
+        metavar="D",
+        help="what to measure: cpu, this machine's processor; cuda or a100, its GPU; mac-npu, mac-cpu, iphone-npu, iphone-cpu "
+        "by Core ML; ssh://user@host[:port][/path/to/python], the CPU of another machine; or the id of a device",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--space", metavar="S", help="a space: its name or a YAML file (default: efficientformer-tiny)")
     what.add_argument("--arch", metavar="ARCH", help=f"the rows of one network instead; {ARCH_HELP}")
@@ -98,7 +108,17 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", metavar="P", help="fp32 or int8 on a CPU, fp16 or bf16 on a GPU (default: the first)")
     parser.add_argument("--batch", type=_count, metavar="N", help="images in a call (default: 1; 64 on a GPU)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the table goes (default: your data folder)")
-    parser.add_argument("--list", action="store_true", help="print the tables that there are, and end")
+    jobs = parser.add_argument_group("a device that runs elsewhere")
+    jobs.add_argument("--export-job", type=Path, metavar="DIR", help="write a folder that is run on the device, and end")
+    jobs.add_argument("--format", default="onnx", metavar="F", help="of the folder's models: onnx (default) or coreml")
+    jobs.add_argument("--import-results", type=Path, metavar="FILE", help="make the table of what the device wrote, and end")
+    phone = parser.add_argument_group("an iPhone that is connected to this Mac")
+    phone.add_argument("--team-id", metavar="T", help="your Apple developer team, which signs the program on the phone")
+    phone.add_argument("--udid", metavar="U", help="which phone, where several are connected")
+    phone.add_argument("--check", action="store_true", help="print what is needed, each line ok or the fix, and end")
+    told = parser.add_argument_group("what there is")
+    told.add_argument("--list", action="store_true", help="print the tables that there are, and end")
+    told.add_argument("--show", metavar="ID", help="print one table for people, draw it (<id>.png), and end")
     given = parser.parse_args(arguments)
 
     def work() -> None:
@@ -106,19 +126,44 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
             from nas.show import print_tables
 
             print_tables()
-            return
-        if given.device is None:
-            raise InputError("say which device to measure: nas-build-lut --device cpu (or --list to see what there is)")
-        from nas.devices import open_profiler
-        from nas.lut import build_table
-        from nas.plan import requested_space
-        from nas.table import user_folder
+        elif given.show is not None:
+            from nas.show import show_table
 
-        profiler = open_profiler(given.device, given.threads, given.precision, given.batch)
-        space = requested_space(given.space, given.arch)
-        build_table(profiler, space, given.out or user_folder(), only_missing=given.missing)
+            show_table(given.show, given.out or Path())
+        elif given.import_results is not None:
+            from nas.lut import import_results
+            from nas.table import user_folder
+
+            import_results(given.import_results, given.out or user_folder(), given.device)
+        elif given.device is None:
+            raise InputError("say which device to measure: nas-build-lut --device cpu (or --list to see what there is)")
+        else:
+            _measure(given)
 
     _run(parser.prog, work)
+
+
+def _measure(given: argparse.Namespace) -> None:
+    from nas import remote
+    from nas.devices import ELSEWHERE, open_profiler
+    from nas.lut import build_table
+    from nas.plan import requested_space
+    from nas.table import user_folder
+
+    settings = {"threads": given.threads, "precision": given.precision, "batch": given.batch}
+    folder = given.out or user_folder()
+    if given.check:
+        remote.print_check(given.device, given.team_id, given.udid)
+        return
+    space = requested_space(given.space, given.arch)
+    if given.export_job is not None:
+        remote.export(given.export_job, space, given.device, given.format, **settings)
+    elif given.device.startswith("ssh://"):
+        remote.build_over_ssh(given.device, space, folder, **settings)
+    elif given.device in ELSEWHERE:
+        remote.build_on_iphone(given.device, space, folder, given.team_id, given.udid)
+    else:
+        build_table(open_profiler(given.device, **settings), space, folder, only_missing=given.missing)
 
 
 def search(arguments: Sequence[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import yaml
 
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import CHAINS, CHECK_NETWORKS, FIT_NETWORKS, Terms, Work, work_for
@@ -109,6 +110,29 @@ def write_table(
     return table
 
 
+def import_results(path: Path, folder: Path, device: str | None = None) -> LatencyTable:
+    """Make the table of a job's results, write it to `folder` and return it. `device`: the results must be of this one.
+
+    Raises:
+        InputError: the results are not whole, not of their job, or not in milliseconds.
+    """
+    from nas.profilers.job import device_of, place_of, read_results, visits_of
+
+    results, manifest = read_results(path)
+    if manifest["verify"] is not None:
+        raise InputError(f"{path} measures the network of a search: give it to nas-search --from RUN --verify")
+    found = device_of(results, manifest)
+    if device not in (None, found):
+        raise InputError(f"{path} is of {found}, not of {device}: leave --device out, or bring the results of {device}")
+    space = SearchSpace.from_dict(yaml.safe_load(manifest["space"]), "the job's space")
+    place = place_of(results, manifest)
+    old = table_to_extend(folder / f"{found}.csv", place, only_missing=False)
+    layers = measured_layers(space.layers())
+    named = {str(layer): layer for layer in layers}
+    work = work_for(space, [named[name] for name in manifest["rows"]], manifest["seed"])
+    return write_table(found, space, work, visits_of(results), place, old, folder, provenance="imported")
+
+
 def table_to_extend(path: Path, place: Mapping[str, Any], only_missing: bool) -> LatencyTable | None:
     """Return the table that is to be extended, if it was measured in the same way. A damaged one is replaced, unless its
     rows are needed."""
@@ -185,9 +209,8 @@ def calibrate(
     check = np.zeros(len(x), dtype=bool)
     held_out = len(x) * CHECK_NETWORKS // (FIT_NETWORKS + CHECK_NETWORKS)
     check[np.linspace(1, len(x) - 2, held_out).round().astype(int)] = True  # the ends belong to the fit
-    design = np.stack([np.ones(len(x)), x, x * params / 1e6], axis=1)
-    fitted = least_absolute(design[~check], y[~check])
-    predicted = design @ fitted
+    fitted = fit(x[~check], params[~check], y[~check])
+    predicted = _design(x, params) @ fitted
     signed = 100 * (predicted - y)[check] / y[check]
     error = np.abs(signed)
     by_stage, by_kind = _shares(table, [networks[i] for i, told in zip(order, check, strict=True) if told])
@@ -222,6 +245,15 @@ def calibrate(
             for place, i in enumerate(order)
         ),
     )
+
+
+def fit(sums: Array, params: Array, measured: Array) -> Array:
+    """Return offset_ms, scale and scale_per_mparam, from sums of rows (ms), parameters and milliseconds of networks (n,)."""
+    return least_absolute(_design(sums, params), measured)
+
+
+def _design(sums: Array, params: Array) -> Array:
+    return np.stack([np.ones(len(sums)), sums, sums * params / 1e6], axis=1)
 
 
 def kendall_tau(predicted: Array, measured: Array) -> float:

@@ -94,6 +94,7 @@ class Work:
 
     rows: dict[Layer, Terms]
     networks: list[ArchConfig]
+    smallest: ArchConfig
     plan: Plan
 
     @property
@@ -101,7 +102,8 @@ class Work:
         """Every model by its name, the references too."""
         pieces = (model for terms in self.rows.values() for model in terms)
         found = {name_of(model): model for model in (CACHED, STREAMING, EMPTY, *pieces)}
-        return found | {name_of(tuple(arch.layers())): tuple(arch.layers()) for arch in self.networks}
+        whole = [tuple(arch.layers()) for arch in (self.smallest, *self.networks)]
+        return found | {name_of(model): model for model in whole}
 
 
 def work_for(space: SearchSpace, layers: Sequence[Layer] | None = None, seed: int = 0) -> Work:
@@ -117,16 +119,15 @@ def work_for(space: SearchSpace, layers: Sequence[Layer] | None = None, seed: in
         )
     rows = {layer: terms_of(layer) for layer in (measured_layers(space.layers()) if layers is None else layers)}
     pieces = sorted(dict.fromkeys(model for terms in rows.values() for model in terms), key=lambda m: len(set(m)) > 1)
-    smallest: Model = tuple(space.smallest.layers())
     networks = stratified(space, FIT_NETWORKS + CHECK_NETWORKS, random.Random(seed))
     plan = Plan(
         pieces=(name_of(EMPTY), *(name_of(model) for model in pieces if model != EMPTY)),
         networks=tuple(name_of(tuple(arch.layers())) for arch in networks),
         rows=tuple({name_of(model): weight for model, weight in terms.items()} for terms in rows.values()),
-        smallest=name_of(smallest),
+        smallest=name_of(tuple(space.smallest.layers())),
         between_bytes=typical_weights(space),
     )
-    return Work(rows, networks, plan)
+    return Work(rows, networks, space.smallest, plan)
 
 
 def requested_space(space: str | None, arch: str | None) -> SearchSpace:

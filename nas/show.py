@@ -38,14 +38,21 @@ def print_tables() -> None:
 
 def print_profile(network: str, device: str | None, *, layers: bool, as_json: bool) -> None:
     """Print the predicted and the measured milliseconds of a network, by layer if asked."""
-    from nas.profilers.ort_cpu import OrtModel, device_id
+    from nas.devices import KINDS, known_devices, open_profiler, profiler_of
+    from nas.measure import measure_alone, table_reference
 
-    here = device_id()
-    wanted = here if device in (None, "cpu") else str(device)
     found = find_tables()
-    if wanted != here and wanted not in found:
-        raise unknown("device", device, ["cpu", here, *found])
-    table = LatencyTable.load(found[wanted]) if wanted in found else None
+    if device in found:
+        table: LatencyTable | None = LatencyTable.load(found[str(device)])
+        assert table is not None
+        profiler, wanted = profiler_of(table), table.device
+    else:
+        try:
+            profiler = open_profiler(device or "cpu")
+        except InputError as error:
+            raise (error if device in KINDS else unknown("device", device, known_devices())) from None
+        wanted = profiler.id
+        table = LatencyTable.load(found[wanted]) if wanted in found else None
     predicted_ms: float | None = None
     arch: ArchConfig | None = None
     if network.endswith(".onnx"):
@@ -57,12 +64,9 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
         predicted_ms = _predict(table, arch, wanted, network)
         run = None
     measured = None
-    if wanted == here:
-        from nas.measure import measure_session, network_session, table_reference
-
-        reference = table_reference(table) if table is not None else None
-        session: OrtModel = run if run is not None else network_session(arch)  # type: ignore[arg-type]
-        measured = measure_session(session, reference)
+    what = run or arch
+    if profiler is not None and what is not None:
+        measured = measure_alone(profiler, what, table_reference(table) if table is not None else None)
     record: dict[str, Any] = {
         "network": network,
         "predicted_ms": predicted_ms,
@@ -112,7 +116,7 @@ def _predict(table: LatencyTable | None, arch: ArchConfig, device: str, network:
 
 
 def _onnx_session(path: Path) -> Any:
-    from nas.profilers.ort_cpu import OrtModel
+    from nas.profilers.ort_session import OrtModel
 
     if not path.is_file():
         raise InputError(f"the model {path} does not exist: give an ONNX file")

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 from nas import cli
-from nas.profilers.ort_cpu import device_id
-from nas.table import Calibration, LatencyTable, Row, measured_layers
+from nas.profilers.ort_session import cpu_id
+from nas.table import Calibration, LatencyTable, Row, measured_layers, space_sha256
 from supernet.arch import ArchConfig, Head, Identity, Layer
 from supernet.space import SearchSpace
 from supernet.zoo import zoo
@@ -50,7 +50,22 @@ def additive_table(space: SearchSpace, device: str, scale: float = 1.0) -> Laten
         for layer in measured_layers(space.layers())
     }
     calibration = Calibration(
-        space.name, space.image_size, space.strides, 0.0, 1.0, 0.0, 0.0, 9.0, 16, 12, 1.0, 2.0, 100.0, 1.0
+        space=space.name,
+        space_sha256=space_sha256(space),
+        image_size=space.image_size,
+        strides=space.strides,
+        offset_ms=0.0,
+        scale=1.0,
+        scale_per_mparam=0.0,
+        sum_low_ms=0.0,
+        sum_high_ms=9.0,
+        n_fit=16,
+        n_check=12,
+        mean_error_percent=1.0,
+        max_error_percent=2.0,
+        within_5_percent=100.0,
+        within_10_percent=100.0,
+        kendall_tau=1.0,
     )
     return LatencyTable(device, rows, (calibration,), "imported", {"reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}})
 
@@ -179,7 +194,7 @@ def test_tables_that_do_not_fit_are_refused(
     assert "give --device phone-npu" in line
     assert "is of phone-npu" in refused(cli.search, [*base, "--device", "cpu", "--table", str(phone_table)], capsys)
 
-    own = additive_table(SearchSpace.load(space_file), device_id())
+    own = additive_table(SearchSpace.load(space_file), cpu_id())
     lacking = {k: v for k, v in own.rows.items() if not (k.spec.kind == "mb3d" and k.spec.dim == 24)}
     path = LatencyTable(own.device, lacking, own.calibrations, "measured", own.meta).save(tmp_path / "own")
     line = refused(cli.search, [*base, "--table", str(path)], capsys)
@@ -297,18 +312,17 @@ def test_a_network_that_misses_on_the_device_is_repaired(
     from nas.profilers.timing import Measurement
 
     space = SearchSpace.load(space_file)
-    table = additive_table(space, device_id())
+    table = additive_table(space, cpu_id())
     path = table.save(tmp_path / "tables")
     largest_ms = table.predict_ms(space.largest)
     asked: list[float] = []
 
-    def measure(arch: ArchConfig, reference: object) -> Measurement:
+    def measure(profiler: object, arch: ArchConfig, reference: object) -> Measurement:
         ms = 1.2 * table.predict_ms(arch)
         asked.append(ms)
-        return Measurement(ms, 0.99 * ms, 1.01 * ms, ms, ms, ms, ms, 20)
+        return Measurement(ms, 0.99 * ms, 1.01 * ms, ms, ms, ms, ms, ms, 20)
 
-    monkeypatch.setattr("nas.measure.network_session", lambda arch: arch)
-    monkeypatch.setattr("nas.measure.measure_session", measure)
+    monkeypatch.setattr("nas.measure.measure_alone", measure)
     target = 0.8 * largest_ms
     arguments = ["--target-ms", f"{target:.6f}", "--space", str(space_file), "--config", str(settings_file), "--out", "run"]
     cli.search([*arguments, "--table", str(path)])
@@ -328,7 +342,7 @@ def test_nas_profile_without_a_table_names_the_command_that_makes_one(
     assert record["predicted_ms"] is None
     assert record["table"] is None
     assert record["measured_ms"] > 0
-    assert record["device"] == device_id()
+    assert record["device"] == cpu_id()
     assert "nas-build-lut --device cpu --arch net.yaml" in out.err
 
 

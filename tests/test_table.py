@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nas.table import Calibration, LatencyTable, Row, Target, find_tables, measured_layers
+from nas.table import Calibration, CheckedNetwork, LatencyTable, Row, Target, find_tables, measured_layers, space_sha256
 from supernet.arch import MB3D, MB4D, ArchConfig, Head, Layer
 from supernet.errors import InputError
 from supernet.space import SearchSpace
@@ -18,6 +18,7 @@ from supernet.zoo import zoo
 TINY = SearchSpace.load("efficientformer-tiny")
 CALIBRATION = Calibration(
     space="efficientformer-tiny",
+    space_sha256=space_sha256(TINY),
     image_size=32,
     strides=(1, 2, 2, 2),
     offset_ms=0.01,
@@ -30,8 +31,14 @@ CALIBRATION = Calibration(
     mean_error_percent=1.5,
     max_error_percent=4.0,
     within_5_percent=100.0,
+    within_10_percent=100.0,
     kendall_tau=0.98,
+    error_by_stage_percent=(0.1, -0.2, 0.3, -0.4),
+    error_by_kind_percent={"mb4d": 0.5},
+    networks=(CheckedNetwork((16, 32, 64, 96), ("mb4d", "", "mb3d", ""), 1.0, 0.01, 1.02, False),),
 )
+
+ROW = Row(0.5, 0.4, 0.6, "slope", 0.41, 0.45, 0.7, 12, 0.55, 4321, "noisy")
 
 
 def cost(layer: Layer) -> float:
@@ -47,7 +54,7 @@ def params(layer: Layer) -> int:
 
 def table_of(space: SearchSpace, *calibrations: Calibration) -> LatencyTable:
     rows = {
-        layer: Row(cost(layer), 0.9 * cost(layer), 1.1 * cost(layer), "slope", None, params(layer))
+        layer: Row(cost(layer), 0.9 * cost(layer), 1.1 * cost(layer), "slope", params=params(layer))
         for layer in measured_layers(space.layers())
     }
     return LatencyTable("toy-cpu", rows, calibrations, "measured", {"origin": "toy"})
@@ -108,11 +115,11 @@ def test_of_several_calibrations_the_nearest_in_latency_counts() -> None:
 
 def test_a_file_holds_the_table_exactly_to_six_digits(tmp_path: Path) -> None:
     table = table_of(TINY, CALIBRATION)
-    rows = {**table.rows, Layer(MB3D(64, num_heads=4), 8): Row(0.5, 0.4, 0.6, "slope", 0.55, 4321)}
+    rows = {**table.rows, Layer(MB3D(64, num_heads=4), 8): ROW}
     path = replace(table, rows=rows).save(tmp_path)
     back = LatencyTable.load(path)
     assert set(back.rows) == set(rows)
-    assert back.rows[Layer(MB3D(64, num_heads=4), 8)] == Row(0.5, 0.4, 0.6, "slope", 0.55, 4321)
+    assert back.rows[Layer(MB3D(64, num_heads=4), 8)] == ROW
     assert back.calibrations == (CALIBRATION,)
     assert (back.device, back.provenance, back.meta["origin"]) == ("toy-cpu", "measured", "toy")
     for layer, row in rows.items():
@@ -175,6 +182,17 @@ def test_a_csv_with_something_unknown_in_it_is_refused(tmp_path: Path, old: str,
     sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "csv_sha256": digest}))
     with pytest.raises(InputError, match="cannot be read as a latency table"):
         LatencyTable.load(path)
+
+
+def test_a_table_serves_a_space_whose_rows_and_calibration_it_has() -> None:
+    table = table_of(TINY, CALIBRATION)
+    assert table.serves(TINY)
+    assert table.serves(TINY.with_classes(100)), "classes are interpolated"
+    assert not table.serves(TINY.at(64))
+    assert not table_of(TINY).serves(TINY), "no calibration"
+    assert not replace(table, rows=dict(list(table.rows.items())[1:])).serves(TINY)
+    renamed = replace(TINY, stages=(replace(TINY.stages[0], depth=1), *TINY.stages[1:]))
+    assert not table.serves(renamed), "of the same name, but another space"
 
 
 def test_tables_are_found_in_the_working_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

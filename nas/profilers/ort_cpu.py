@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 
 from nas.export import onnx_bytes, quantised
 from nas.measure import CACHED, STREAMING, Model, build_module
-from nas.profilers.ort_session import OrtModel, cpu_id, environment, pinned, warnings_about
+from nas.profilers.ort_session import OrtModel, cpu_id, environment, pinned, touch, warnings_about
 from nas.profilers.timing import Stopwatch, Workload
 
-CACHE_LINE = 64  # bytes
+EXPORT_FORMS = {
+    "fp32": "torchscript, opset 20, plain form",
+    "int8": "torchscript, opset 20, plain form, static QDQ per channel",
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class OrtCpu:
 
     def environment(self) -> dict[str, Any]:
         place = environment(self.threads, self.precision, self.batch)
-        form = "torchscript, opset 20, plain form" + (", QDQ per channel" if self.precision == "int8" else "")
+        form = EXPORT_FORMS[self.precision]
         return {**place, "torch_version": torch.__version__, "export": form, "warnings": warnings_about(place)}
 
     def onnx(self, model: Model) -> bytes:
@@ -51,7 +53,7 @@ class OrtCpu:
         return Stopwatch(self.open(CACHED)[0], self.open(STREAMING)[0])
 
     def between(self, size: int) -> Workload:
-        return np.ones(size // 4, dtype=np.float32)[:: CACHE_LINE // 4].sum
+        return touch(size)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,17 @@ import onnxruntime
 from nas.profilers.bench import now
 
 PRECISIONS = ("fp32", "int8")
+CACHE_LINE = 64  # bytes
 CAN_PIN = hasattr(os, "sched_setaffinity")  # Linux can; macOS and Windows cannot
 
 
 class OrtModel:
-    """One ONNX model, its inputs filled and its outputs allocated once. Calling it is one inference."""
+    """One ONNX model, its inputs filled and its outputs allocated once. Calling it is one inference.
 
-    def __init__(self, model: bytes, threads: int = 1) -> None:
+    `weights` are the initializers that the model leaves out (as external data), by name.
+    """
+
+    def __init__(self, model: bytes, threads: int = 1, weights: Mapping[str, np.ndarray[Any, Any]] | None = None) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -36,6 +40,9 @@ class OrtModel:
         if threads > 1:
             # Idle pools of other live sessions would keep spinning on the cores that this one needs.
             options.add_session_config_entry("session.force_spinning_stop", "1")
+        self._weights = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in (weights or {}).items()}
+        if self._weights:
+            options.add_external_initializers(list(self._weights), list(self._weights.values()))
         self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self._binding = self.session.io_binding()
         rng = np.random.default_rng(0)
@@ -58,8 +65,16 @@ class OrtModel:
         self.session.run_with_iobinding(self._binding)
 
 
+def touch(size: int) -> Callable[[], object]:
+    """Return what reads so many bytes of memory once, a number from every cache line."""
+    return np.ones(size // 4, dtype=np.float32)[:: CACHE_LINE // 4].sum
+
+
 def cpu_name() -> str:
-    """Return the processor's own name for itself, as its system reports it."""
+    """Return the processor's own name for itself, as its system reports it; a small board's name, where it has one."""
+    board = _read("/proc/device-tree/model")
+    if board:
+        return board.strip("\0 ")
     if Path("/proc/cpuinfo").exists():
         fields = dict(re.findall(r"^([^\t:]+?)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text().split("\n\n")[0], re.M))
         name = fields.get("model name") or fields.get("Model") or fields.get("Hardware") or platform.machine()

@@ -1,0 +1,156 @@
+"""Time the models of a job folder on this device: `python3 run_job.py`, here, with onnxruntime and numpy installed.
+
+It writes `results.json`, which is brought back and read with `nas-build-lut --import-results results.json`. Stopped, it
+goes on where it was when it is started again. Leave the device alone meanwhile, on mains power.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if sys.version_info < (3, 10):  # noqa: UP036  the device may have less than this package needs
+    sys.exit("run_job.py needs Python 3.10 or newer: this is " + sys.version.split()[0])
+try:
+    import numpy as np
+    import onnxruntime
+except ImportError as error:
+    sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): python3 -m pip install onnxruntime numpy")
+
+from nas.profilers.bench import Bench, Disturbed, Plan, Samples, carry_out, now
+from nas.profilers.ort_session import OrtModel, environment, pinned, throttle_state, touch, warnings_about
+from nas.profilers.timing import Stopwatch, Workload
+
+SCHEMA = 1
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a job folder; its models must be the ones that it names."""
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    if manifest["schema"] != SCHEMA or manifest["format"] != "onnx":
+        raise SystemExit(
+            f"run_job.py reads ONNX jobs of schema {SCHEMA}, this one is {manifest['format']} {manifest['schema']}"
+        )
+    for entry in manifest["models"].values():
+        found = hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()
+        if found != entry["sha256"]:
+            raise SystemExit(f"{entry['file']} is not the file that the manifest names: copy the job folder again")
+    return manifest
+
+
+def open_model(folder: Path, manifest: dict[str, Any], name: str) -> tuple[OrtModel, int]:
+    """Return the session of a model, and the bytes of its weights, which are made here: random, as large as in training."""
+    entry = manifest["models"][name]
+    rng = np.random.default_rng(0)
+    weights = {}
+    for weight in entry["weights"]:
+        if weight["dtype"] == "float32":
+            weights[weight["name"]] = rng.standard_normal(weight["shape"], dtype=np.float32) * np.float32(weight["std"])
+        else:
+            weights[weight["name"]] = rng.integers(-127, 128, weight["shape"]).astype(weight["dtype"])
+    data = (folder / entry["file"]).read_bytes()
+    return OrtModel(data, manifest["settings"]["threads"], weights), len(data) + sum(w.nbytes for w in weights.values())
+
+
+def probe(folder: Path) -> None:
+    """Run one model in a child process, so that a runtime that this processor cannot execute is told, not crashed on."""
+    child = subprocess.run(  # noqa: S603
+        [sys.executable, str(folder / "run_job.py"), "--probe"], capture_output=True, text=True, timeout=600
+    )
+    if child.returncode == 0:
+        return
+    version = onnxruntime.__version__
+    if child.returncode < 0:
+        raise SystemExit(
+            f"onnxruntime {version} is killed by signal {-child.returncode} here: its build needs instructions that this "
+            "processor or system lacks. Install another one: python3 -m pip install 'onnxruntime<" + version + "'"
+        )
+    last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+    raise SystemExit(f"onnxruntime {version} cannot run a model of this job ({last}): python3 -m pip install -U onnxruntime")
+
+
+class Progress:
+    """A line now and then: how much is done, and how long the rest takes at this pace."""
+
+    def __init__(self, total: float) -> None:
+        self.total, self.done = total, 0.0
+        self.started = self.said = time.monotonic()
+
+    def __call__(self, visits: float) -> None:
+        self.done += visits
+        clock = time.monotonic()
+        if clock - self.said > 15 and self.done:
+            self.said = clock
+            left = (clock - self.started) * (self.total - self.done) / self.done
+            print(f"{100 * self.done / self.total:3.0f} % done, at most {left / 60:.0f} min left", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--probe", action="store_true", help="run one model once, and end")
+    given = parser.parse_args()
+    folder = Path(__file__).resolve().parent
+    manifest = read_manifest(folder)
+    if given.probe:
+        open_model(folder, manifest, manifest["references"][0])[0]()
+        return
+    probe(folder)
+    settings, plan = manifest["settings"], Plan(**manifest["plan"])
+    place = environment(settings["threads"], settings["precision"], settings["batch"])
+    place["warnings"] = warnings_about(place)
+    for warning in place["warnings"]:
+        print(f"warning: {warning}", flush=True)
+    print(f"timing {len(plan.pieces) + len(plan.networks)} models with onnxruntime {onnxruntime.__version__}", flush=True)
+    throttled = set()
+    tick = Progress(plan.visits)
+
+    def watched(visits: float) -> None:
+        tick(visits)
+        if random.random() < 0.01:
+            throttled.add(throttle_state())
+
+    job = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    samples = Samples(folder / f"samples-{job[:8]}.csv", "")
+    with pinned(settings["threads"]):
+
+        def opened(name: str) -> tuple[Workload, int]:
+            return open_model(folder, manifest, name)
+
+        cached, streaming = (opened(name)[0] for name in manifest["references"])
+        stopwatch = Stopwatch(cached, streaming)
+        bench = Bench(samples, opened, stopwatch, random.Random(manifest["seed"]), plan)
+        try:
+            carry_out(plan, bench, watched, touch(plan.between_bytes))
+        except Disturbed as error:
+            raise SystemExit(f"run_job.py: {error} (remove {folder / f'samples-{job[:8]}.csv'} first)") from None
+        finally:
+            samples.close()
+    place["throttled"] = sorted(state for state in throttled if state)
+    place["finished_at"] = now()
+    results = {
+        "schema": SCHEMA,
+        "unit": "ms",
+        "job_sha256": job,
+        "device": manifest["device"],
+        "environment": place,
+        "started_at": place["measured_at"],
+        "finished_at": place["finished_at"],
+        "visits": {name: [[v.raw_ms, *v.reference] for v in visits] for name, visits in samples.visits.items()},
+        "flags": {},
+    }
+    part = folder / "results.json.part"
+    part.write_text(json.dumps(results))
+    os.replace(part, folder / "results.json")
+    print(f"done: bring {folder / 'results.json'} back", flush=True)
+
+
+if __name__ == "__main__":
+    main()

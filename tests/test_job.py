@@ -1,0 +1,330 @@
+"""A table by way of a job folder is the table that is built directly; what is not the job's own result is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from test_lut import cost, device_ms, small_space
+
+from nas import cli
+from nas.lut import import_results
+from nas.measure import CACHED, STREAMING, Model
+from nas.plan import Work, work_for
+from nas.profilers import job
+from nas.profilers.job import export_job, run_over_ssh, without_weights
+from nas.profilers.ort_cpu import OrtCpu
+from nas.table import LatencyTable
+from supernet.arch import MB4D, Layer
+from supernet.errors import InputError
+from supernet.space import SearchSpace
+
+SPACE = small_space()
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No caches of the person who runs the tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.profilers.job._cache", lambda: tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def work() -> Work:
+    return work_for(SPACE)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, work: Work, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job folder whose models are not looked at."""
+    monkeypatch.setattr(OrtCpu, "onnx", lambda self, model: onnx.ModelProto().SerializeToString())
+    export_job(tmp_path / "job", SPACE, work, device="pretended-cpu")
+    return tmp_path / "job"
+
+
+def pretended_results(folder: Path, work: Work, scale: float = 1.0) -> dict[str, Any]:
+    """What a device that the test knows by heart writes."""
+    import hashlib
+
+    def visit(model: Model) -> list[float]:
+        return [scale * device_ms(m) for m in (model, CACHED, STREAMING)]
+
+    return {
+        "schema": 1,
+        "unit": "ms",
+        "job_sha256": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
+        "device": "pretended-cpu",
+        "environment": {"cpu": "Pretence 9", "runtime_version": "1.0", "measured_at": "2026-01-01T00:00:00+00:00"},
+        "started_at": "2026-01-01T00:00:00+00:00",
+        "finished_at": "2026-01-01T01:00:00+00:00",
+        "visits": {name: [visit(model)] * 12 for name, model in work.models.items()},
+        "flags": {},
+    }
+
+
+def written(folder: Path, results: object) -> Path:
+    path = folder / "results.json"
+    path.write_text(json.dumps(results))
+    return path
+
+
+def test_the_results_of_a_device_make_its_table(folder: Path, work: Work, tmp_path: Path) -> None:
+    table = import_results(written(folder, pretended_results(folder, work)), tmp_path / "out")
+    for layer, row in table.rows.items():
+        assert row.ms == pytest.approx(cost(layer), rel=1e-3, abs=1e-6), layer
+    assert (table.device, table.provenance) == ("pretended-cpu", "imported")
+    assert table.meta["runtime_version"] == "1.0"
+    assert table.meta["threads"] == 1
+    assert table.serves(SPACE)
+    assert LatencyTable.load(tmp_path / "out" / "pretended-cpu.csv").rows.keys() == table.rows.keys()
+
+
+def test_results_find_the_manifest_of_a_job_that_was_exported_here(folder: Path, work: Work, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    path = written(tmp_path / "elsewhere", pretended_results(folder, work))
+    assert import_results(path, tmp_path / "out").device == "pretended-cpu"
+
+
+def other_job(results: dict[str, Any]) -> None:
+    results["job_sha256"] = "0" * 64
+
+
+def lacks_a_model(results: dict[str, Any]) -> None:
+    del results["visits"]["4 x mb4d(dim=16) at 8 px"]
+
+
+def stopped_early(results: dict[str, Any]) -> None:
+    results["visits"]["4 x mb4d(dim=16) at 8 px"] = results["visits"]["4 x mb4d(dim=16) at 8 px"][:3]
+
+
+def says_seconds(results: dict[str, Any]) -> None:
+    results["unit"] = "s"
+
+
+def is_in_seconds(results: dict[str, Any]) -> None:
+    results["visits"] = {name: [[ms / 1000 for ms in v] for v in made] for name, made in results["visits"].items()}
+
+
+def other_schema(results: dict[str, Any]) -> None:
+    results["schema"] = 2
+
+
+def other_device(results: dict[str, Any]) -> None:
+    results["device"] = "another-cpu"
+
+
+def not_a_number(results: dict[str, Any]) -> None:
+    results["visits"]["empty"][0][0] = float("nan")
+
+
+def no_unit(results: dict[str, Any]) -> None:
+    del results["unit"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (other_job, "belongs to a job whose manifest"),
+        (lacks_a_model, r"lacks 1 of \d+ models, '4 x mb4d\(dim=16\) at 8 px' first"),
+        (stopped_early, "lacks 1 of"),
+        (says_seconds, "are in 's'; only milliseconds"),
+        (is_in_seconds, "look like seconds"),
+        (other_schema, "schema 2"),
+        (other_device, "results are of another-cpu"),
+        (not_a_number, "not three positive times"),
+        (no_unit, "no whole results file"),
+    ],
+)
+def test_results_that_are_not_the_jobs_are_refused_in_one_line(
+    folder: Path, work: Work, tmp_path: Path, damage: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    results = pretended_results(folder, work)
+    damage(results)
+    with pytest.raises(InputError, match=message) as caught:
+        import_results(written(folder, results), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists(), "nothing is written"
+
+
+def test_a_cut_results_file_is_refused(folder: Path, work: Work, tmp_path: Path) -> None:
+    path = written(folder, pretended_results(folder, work))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="no whole results file"):
+        import_results(path, tmp_path / "out")
+
+
+def test_the_same_request_gives_the_same_job_and_is_not_written_twice(folder: Path, work: Work, tmp_path: Path) -> None:
+    before = {p.name: p.stat().st_mtime_ns for p in (folder / "models").iterdir()}
+    export_job(folder, SPACE, work, device="pretended-cpu")
+    assert before == {p.name: p.stat().st_mtime_ns for p in (folder / "models").iterdir()}
+    export_job(tmp_path / "again", SPACE, work, device="pretended-cpu")
+    assert (tmp_path / "again" / "manifest.json").read_bytes() == (folder / "manifest.json").read_bytes()
+
+
+def test_models_travel_without_their_weights_and_compute_the_same_with_them() -> None:
+    import onnxruntime
+
+    data = OrtCpu().onnx((Layer(MB4D(32), 8),))
+    light, weights = without_weights(data)
+    assert len(light) < len(data) / 4
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer}
+    assert {w["name"]: tuple(w["shape"]) for w in weights} == {k: a.shape for k, a in arrays.items() if a.size > 256}
+    options = onnxruntime.SessionOptions()
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(arrays[w["name"]]) for w in weights]
+    options.add_external_initializers([w["name"] for w in weights], values)
+    feed = {"image": np.random.default_rng(0).standard_normal((1, 32, 8, 8), dtype=np.float32)}
+    whole, filled = (
+        onnxruntime.InferenceSession(model, given, providers=["CPUExecutionProvider"]).run(None, feed)[0]
+        for model, given in ((data, None), (light, options))
+    )
+    assert np.array_equal(whole, filled)
+
+
+@pytest.fixture(scope="module")
+def real_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job of a very small space, exported as a user does."""
+    folder = tmp_path_factory.mktemp("real")
+    stages = tuple(s for s in small_space((16,)).stages)
+    SearchSpace("micro", 16, 10, stages).save(folder / "micro.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nas.profilers.job._cache", lambda: folder / "cache")
+        cli.build_lut(["--device", "cpu", "--space", str(folder / "micro.yaml"), "--export-job", str(folder / "job")])
+    return folder / "job"
+
+
+def test_a_job_runs_with_onnxruntime_and_numpy_alone(real_job: Path, tmp_path: Path) -> None:
+    """From export to table with the real runtime; torch, pandas and this package are kept from the child process."""
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    for name in ("torch", "pandas", "onnx", "supernet", "rich", "yaml", "scipy"):
+        (blocked / f"{name}.py").write_text(f"raise ImportError('{name} is not on the device')")
+    environment = {**os.environ, "PYTHONPATH": str(blocked)}
+    done = subprocess.run([sys.executable, "run_job.py"], cwd=real_job, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    cli.build_lut(["--import-results", str(real_job / "results.json"), "--out", str(tmp_path / "out")])
+    (path,) = (tmp_path / "out").glob("*.csv")
+    table = LatencyTable.load(path)
+    assert table.device == OrtCpu().id, "the device named itself"
+    assert table.serves(SearchSpace.load(real_job.parent / "micro.yaml"))
+    assert table.meta["runtime"] == "onnxruntime"
+    again = subprocess.run([sys.executable, "run_job.py"], cwd=real_job, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, "a finished job has nothing left to time, and says its results again"
+
+
+def test_a_job_whose_model_was_changed_is_refused_on_the_device(real_job: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(real_job, copy)
+    model = copy / "models" / "m0003.onnx"
+    model.write_bytes(model.read_bytes() + b"x")
+    done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "is not the file that the manifest names" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_runtime_that_the_processor_cannot_run_is_told_with_the_fix(real_job: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(real_job, copy)
+    session = copy / "nas" / "profilers" / "ort_session.py"
+    dies = "    def __init__(self, model, threads=1, weights=None):\n        os.kill(os.getpid(), 4)\n"
+    session.write_text(session.read_text() + "\n\nclass OrtModel:\n" + dies)
+    done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "is killed by signal 4" in done.stderr
+    assert "pip install" in done.stderr
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fake of ssh and scp alone: the other machine is a folder, and what they were asked is written down."""
+    programs, home = tmp_path / "bin", tmp_path / "home"
+    programs.mkdir()
+    home.mkdir()
+    said = f"open({str(tmp_path / 'asked')!r}, 'a').write(' '.join(['{{}}', *sys.argv[1:]]) + '\\n')"
+    (programs / "ssh").write_text(
+        f"#!{sys.executable}\nimport subprocess, sys\n{said.format('ssh')}\n"
+        f"sys.exit(subprocess.run(sys.argv[-1], shell=True, cwd={str(home)!r}).returncode)\n"
+    )
+    (programs / "scp").write_text(
+        f"#!{sys.executable}\nimport subprocess, sys\n{said.format('scp')}\n"
+        f"paths = [a.replace('me@pi:', {str(home)!r} + '/') for a in sys.argv[1:] if a[0] != '-' and a != '2222']\n"
+        "sys.exit(subprocess.run(['cp', '-r', *paths]).returncode)\n"
+    )
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def test_over_ssh_the_job_goes_there_runs_and_its_results_come_back(machine: Path, folder: Path, work: Work) -> None:
+    results = pretended_results(folder, work)
+    (folder / "run_job.py").write_text(f"open('results.json', 'w').write({json.dumps(results)!r})\n")
+    found = run_over_ssh(f"ssh://me@pi:2222{sys.executable}", folder)
+    assert json.loads(found.read_text()) == results
+    asked = (machine / "asked").read_text().splitlines()
+    assert [line.split()[0] for line in asked] == ["ssh", "scp", "ssh", "scp"]
+    assert all(" -p 2222 me@pi" in line for line in asked if line.startswith("ssh"))
+    assert all(" -P 2222 " in line for line in asked if line.startswith("scp"))
+    assert sys.executable in asked[2]
+
+
+def test_a_step_that_fails_over_ssh_is_told_in_one_line(machine: Path, folder: Path) -> None:
+    (folder / "run_job.py").write_text("raise SystemExit('run_job.py needs onnxruntime')\n")
+    with pytest.raises(InputError, match=r"cannot run the job on me@pi: run_job\.py needs onnxruntime"):
+        run_over_ssh(f"ssh://me@pi{sys.executable}", folder)
+
+
+@pytest.mark.parametrize("url", ["ssh://", "ssh:host", "ssh://-oProxyCommand=evil"])
+def test_an_address_that_is_none_is_refused(url: str, folder: Path) -> None:
+    with pytest.raises(InputError, match="is no address"):
+        run_over_ssh(url, folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "My Phone", "--export-job", "x"], "cannot be a device id"),
+        (["--device", "pi-cpu", "--export-job", "x", "--format", "tflite"], "unknown format 'tflite'"),
+        (["--device", "pi-cpu", "--export-job", "x", "--precision", "fp16"], "cannot have the precision 'fp16'"),
+        (["--device", "iphone15-npu", "--export-job", "x"], "give --format coreml"),
+        (["--import-results", "none.json"], "cannot be read"),
+    ],
+)
+def test_nas_build_lut_refuses_jobs_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.build_lut(arguments)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_int8_jobs_travel_light_too(tmp_path: Path) -> None:
+    data, weights = without_weights(OrtCpu(precision="int8").onnx((Layer(MB4D(32), 8),)))
+    assert {w["dtype"] for w in weights} == {"int8"}
+    assert len(data) < 20_000
+    manifest = {
+        "settings": {"threads": 1},
+        "models": {"block": {"file": "m.onnx", "weights": weights}},
+    }
+    (tmp_path / "m.onnx").write_bytes(data)
+    from nas.profilers.run_job import open_model
+
+    open_model(tmp_path, manifest, "block")[0]()
+
+
+def test_a_job_is_of_a_schema(folder: Path) -> None:
+    assert json.loads((folder / "manifest.json").read_text())["schema"] == job.SCHEMA
