@@ -31,11 +31,11 @@ def main() -> None:
             shutil.copy(checkpoint, folder)
         results.append(run_search(Request(target_ms, data=given.data, space=given.space, out=folder, seed=given.seed)))
         checkpoint = folder / "supernet.pt"
-    print("| target ms | predicted ms | measured ms (95 % upper end) | repairs | top-1 with inherited weights |")
+    print("| target ms | predicted ms | measured ms (95 % upper end) | networks measured | top-1 with inherited weights |")
     print("|---|---|---|---|---|")
     for r in results:
         measured = f"{r['measured_ms']:.3f} ({r['measured_high_ms']:.3f})" if r["measured_ms"] is not None else "not here"
-        print(f"| {r['target_ms']:g} | {r['predicted_ms']:.3f} | {measured} | {r['repairs']} | {100 * r['accuracy']:.1f} % |")
+        print(f"| {r['target_ms']:g} | {r['predicted_ms']:.3f} | {measured} | {r['measured_networks']} | {100 * r['accuracy']:.1f} % |")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 import yaml
 
+from nas.audit import doubts, flagged
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import CHAINS, CHECK_NETWORKS, FIT_NETWORKS, Terms, Work, work_for
 from nas.profilers.bench import Bench, Samples, carry_out, now, reference_of
@@ -32,6 +33,8 @@ from supernet.space import SearchSpace
 
 Array = npt.NDArray[np.float64]
 
+FLAG_FLOOR = 0.005  # of the smallest network's milliseconds: wider intervals of smaller rows do not matter
+UNTRUE_PERCENT = 10.0  # a table with a larger error warns at every use
 SAME = ("runtime", "runtime_version", "threads", "precision", "batch", "export")  # in all rows of a table
 
 
@@ -97,6 +100,7 @@ def write_table(
     for layer, terms in work.rows.items():
         rows[layer] = row_of(layer, terms, {model: summarise(visits[name_of(model)], reference) for model in terms})
     table = LatencyTable(device, rows, provenance=provenance, meta={**place, "reference_ms": reference._asdict()})
+    table = replace(table, rows=flagged(rows, FLAG_FLOOR * table.sum_ms(space.smallest)))
     measured = [summarise(visits[name_of(tuple(arch.layers()))], reference) for arch in work.networks]
     calibration = calibrate(space, table, work.networks, measured)
     kept = [c for c in (old.calibrations if old is not None else ()) if c.space != space.name]
@@ -107,7 +111,21 @@ def write_table(
         f"{written}: {len(table.rows)} rows; over {calibration.n_check} networks that took no part in the fit the prediction "
         f"is off by {calibration.mean_error_percent:.1f} % on average, {calibration.max_error_percent:.1f} % at most"
     )
+    for doubt in doubts(table):
+        if not doubt.why.startswith("noisy"):
+            say(f"warning: the row of {doubt.layer}, {doubt.ms:.4g} ms, is doubtful: {doubt.why}")
+    say_if_untrue(table)
     return table
+
+
+def say_if_untrue(table: LatencyTable) -> None:
+    """Warn of calibrations whose error on unseen networks is large."""
+    for c in table.calibrations:
+        if c.mean_error_percent > UNTRUE_PERCENT:
+            say(
+                f"warning: predictions of the table of {table.device} are off by {c.mean_error_percent:.0f} % on average for "
+                f"{c.space}: measure it anew on a quiet machine"
+            )
 
 
 def import_results(path: Path, folder: Path, device: str | None = None) -> LatencyTable:
@@ -235,8 +253,7 @@ def calibrate(
         error_by_kind_percent={k: float(np.average(signed, weights=w)) for k, w in by_kind.items() if w.sum() > 0},
         networks=tuple(
             CheckedNetwork(
-                widths=networks[i].widths,
-                kinds=tuple(" ".join(block.kind for block in stage.blocks) for stage in networks[i].stages),
+                arch=networks[i].to_yaml(),
                 ms=measured[i].ms,
                 half_width_ms=measured[i].half_width_ms,
                 predicted_ms=float(predicted[place]),

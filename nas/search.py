@@ -17,6 +17,9 @@ from safetensors.torch import save as save_safetensors
 
 from nas.data import ImageData, load_images, natural_size
 from nas.evaluation import Evaluator, accuracy_of, recalibrate
+from nas.guarantee import Check, meet
+from nas.profilers.bench import now
+from nas.profilers.timing import Measurement
 from nas.progress import progress, say
 from nas.request import claim
 from nas.slimming import COLUMNS, Evaluation, Step, Trajectory, rounded_up, slim, start_network
@@ -29,8 +32,6 @@ from supernet.metapath import Supernet
 from supernet.model import build_model, count
 from supernet.space import SearchSpace, space_names
 from supernet.weights import resize_attention_biases, subnetwork
-
-REPAIRS = 3  # times that the budget is tightened after the found network missed the target on the device
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,6 @@ class Request:
     config: Path | None = None
     out: Path | None = None
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Check:
-    """How long the found network took on the device itself; None where the device is not this machine."""
-
-    ms: float | None = None
-    low_ms: float | None = None
-    high_ms: float | None = None
 
 
 def run_search(request: Request) -> dict[str, Any]:
@@ -122,21 +114,16 @@ def _search(
     evaluator = Evaluator(supernet, data, settings.recalibration_images)
     evaluate = Remembered(evaluator, folder / "evaluations.csv")
     report_signal(space, start_network(space, importance), evaluate, len(data.score))
-    step_to = partial(slim, space, importance, evaluate, table, score=settings.score, on_step=_say_step)
-    budget_ms, repairs = target.ms, 0
-    trajectory: Trajectory = step_to(budget_ms)
-    while True:
-        write_csv(folder / "trajectory.csv", trajectory.records(), COLUMNS)
-        check = check_on_device(trajectory.arch, table)
-        if check.high_ms is None or check.high_ms <= target.ms:
-            break
-        say(f"measured {check.ms:.4g} ms, up to {check.high_ms:.4g} ms: over the target of {target.ms:g} ms")
-        budget_ms = min(budget_ms, trajectory.ms) - (check.high_ms - target.ms)
-        if repairs == REPAIRS or budget_ms < table.predict_ms(space.smallest):
-            break
-        repairs += 1
-        say(f"repair {repairs} of at most {REPAIRS}: the loop goes on to a budget of {budget_ms:.4g} ms")
-        trajectory = step_to(budget_ms, start=trajectory)
+
+    def slim_to(budget_ms: float, start: Trajectory | None) -> Trajectory:
+        slimmed = partial(slim, space, importance, evaluate, table, score=settings.score, on_step=_say_step)
+        found = slimmed(budget_ms, start=start)
+        write_csv(folder / "trajectory.csv", found.records(), COLUMNS)
+        return found
+
+    outcome = meet(target, slim_to, Checks(folder / "measurements.csv", table), table.predict_ms(space.smallest))
+    trajectory, check = outcome.trajectory, outcome.check
+    write_csv(folder / "trajectory.csv", trajectory.records(), COLUMNS)
     arch = trajectory.arch.without_identity()
     deployed = ArchConfig(f"{space.name}-{target.ms:g}ms", arch.image_size, arch.num_classes, arch.stages)
     model = found_network(supernet, trajectory.arch, evaluator.recalibration)
@@ -163,8 +150,8 @@ def _search(
         "image_size": deployed.image_size,
         "supernet_image_size": train_size,
         "steps": len(trajectory.steps),
-        "repairs": repairs,
-        "met": check.high_ms is None or check.high_ms <= target.ms,
+        "measured_networks": outcome.measured,
+        "met": outcome.met,
         "evaluations": evaluate.asked,
         "demonstration": data.demonstration,
         "skipped_images": len(data.skipped),
@@ -211,7 +198,7 @@ def usable_table(device: str, path: Path | None, space: SearchSpace, request: Re
     What this machine's own table lacks is measured now, unless the user named the file.
     """
     from nas.devices import open_profiler, profiler_of
-    from nas.lut import build_table
+    from nas.lut import build_table, say_if_untrue
 
     table = LatencyTable.load(path) if path is not None else None
     profiler = profiler_of(table) if table is not None else open_profiler(device)
@@ -221,6 +208,7 @@ def usable_table(device: str, path: Path | None, space: SearchSpace, request: Re
             table.require(space.layers(), command)
             table.predict_ms(space.smallest)  # refuses a table without a calibration for such networks
             own = table.calibrated_for(space)
+            say_if_untrue(table)
             return own if own.calibrations else table, path
         now = profiler.environment()["runtime_version"]
         if table.meta.get("runtime_version") != now:
@@ -228,6 +216,7 @@ def usable_table(device: str, path: Path | None, space: SearchSpace, request: Re
                 f"warning: the table was measured with {table.meta['runtime']} {table.meta['runtime_version']}, this is "
                 f"{now}: `{command.replace(' --missing', '')}` measures it anew"
             )
+        say_if_untrue(table)
         if table.serves(space):
             return table.calibrated_for(space), path
     assert profiler is not None
@@ -280,7 +269,7 @@ class Remembered:
 
     def __call__(self, arch: ArchConfig) -> Evaluation:
         self.asked += 1
-        network = " | ".join(f"{s.width}: {' '.join(b.kind for b in s.blocks)}" for s in arch.stages)
+        network = described(arch)
         if network not in self._known:
             self._known[network] = self.evaluate(arch)
             lines = [["network", "loss", "accuracy"], *([k, repr(v.loss), repr(v.accuracy)] for k, v in self._known.items())]
@@ -305,16 +294,45 @@ def report_signal(space: SearchSpace, largest: ArchConfig, evaluate: Remembered,
         )
 
 
-def check_on_device(arch: ArchConfig, table: LatencyTable) -> Check:
-    """Export the network and time it end to end, if the table's device is this machine's."""
-    from nas.devices import profiler_of
-    from nas.measure import measure_alone, table_reference
+class Checks:
+    """What networks take on the device: measured here, or read from what was measured elsewhere. Kept in a file, so that
+    neither is done twice."""
 
-    profiler = profiler_of(table)
-    if profiler is None:
-        return Check()
-    found = measure_alone(profiler, arch, table_reference(table))
-    return Check(found.ms, found.low_ms, found.high_ms)
+    HEADER = ("network", "ms", "low_ms", "high_ms", "measured_at")
+
+    def __init__(self, path: Path, table: LatencyTable) -> None:
+        from nas.devices import profiler_of
+
+        self.path = path
+        self.table = table
+        self.profiler = profiler_of(table)
+        self.known: dict[str, tuple[Check, str]] = {}
+        if path.exists():
+            for line in csv.DictReader(path.read_text().splitlines()):
+                ms, low_ms, high_ms = (float(line[name]) for name in self.HEADER[1:4])
+                self.known[line["network"]] = Check(ms, low_ms, high_ms), line["measured_at"]
+
+    def __call__(self, arch: ArchConfig) -> Check:
+        """Return how long a network takes, if it is known, or if the table's device is this machine's."""
+        from nas.measure import measure_alone, table_reference
+
+        name = described(arch.without_identity())
+        if name not in self.known:
+            if self.profiler is None:
+                return Check()
+            self.add(arch, measure_alone(self.profiler, arch, table_reference(self.table)))
+        return self.known[name][0]
+
+    def add(self, arch: ArchConfig, found: Measurement) -> None:
+        """Keep a measurement."""
+        self.known[described(arch.without_identity())] = Check(found.ms, found.low_ms, found.high_ms), now()
+        records = ({"network": n, **asdict(check), "measured_at": at} for n, (check, at) in self.known.items())
+        write_csv(self.path, records, self.HEADER)
+
+
+def described(arch: ArchConfig) -> str:
+    """Return a network of a space as one line: a stage's width and its blocks' kinds, stage by stage."""
+    return " | ".join(f"{s.width}: {' '.join(b.kind for b in s.blocks)}" for s in arch.stages)
 
 
 def found_network(supernet: Supernet, arch: ArchConfig, images: torch.Tensor) -> torch.nn.Sequential:

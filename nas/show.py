@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich import box
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nas.progress import say
-from nas.table import LatencyTable, find_tables
+from nas.table import LatencyTable, Row, find_tables
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
 from supernet.zoo import load_arch
@@ -34,6 +35,79 @@ def print_tables() -> None:
         for c in table.calibrations:
             print(f"  {c.space}: off by {c.mean_error_percent:.1f} % on average over {c.n_check} unseen networks")
         print(f"  {path}")
+
+
+def show_table(device: str, folder: Path) -> None:
+    """Print one table for people, and draw its blocks' milliseconds over their width into `folder`/<device>.png."""
+    from nas.audit import doubts
+
+    table = LatencyTable.load(device)
+    meta = table.meta
+    threads = meta.get("threads")
+    settings = (
+        f"{meta.get('runtime')} {meta.get('runtime_version')}, {meta.get('precision')}, batch {meta.get('batch')}, "
+        f"{threads} thread{'s' if threads != 1 else ''}"
+    )
+    print(f"{table.device}: {table.provenance} {str(meta.get('measured_at', 'at an unknown time'))[:16]}")
+    print(f"  {meta.get('cpu') or meta.get('gpu') or meta.get('device_name', '')}, {meta.get('os', '')}")
+    print(f"  {settings}")
+    for warning in meta.get("warnings", ()):
+        print(f"  warning: {warning}")
+    for c in table.calibrations:
+        print(f"{c.space}, {c.image_size} px: predictions of {c.n_check} networks that took no part in the fit ({c.n_fit} did)")
+        print(
+            f"  off by {c.mean_error_percent:.1f} % on average, {c.max_error_percent:.1f} % at most; within 5 %: "
+            f"{c.within_5_percent:.0f} %, within 10 %: {c.within_10_percent:.0f} %; Kendall tau {c.kendall_tau:.2f}"
+        )
+        print(f"  ms = {c.offset_ms:.4g} + ({c.scale:.4g} + {c.scale_per_mparam:.4g} x million parameters) x sum of rows")
+        signed = [f"stage {i} {e:+.1f} %" for i, e in enumerate(c.error_by_stage_percent, 1)]
+        signed += [f"{kind} {e:+.1f} %" for kind, e in c.error_by_kind_percent.items()]
+        print(f"  signed error, weighted by share: {', '.join(signed)}")
+    shown = Table(box=box.SIMPLE)
+    for column in ("kind", "at px", "rows", "method", "ms", "half-width", "flagged"):
+        shown.add_column(column, justify="left" if column in ("kind", "method") else "right")
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for (spec, side), row in table.rows.items():
+        groups.setdefault((spec.kind, side), []).append(row)
+    for (kind, side), rows in sorted(groups.items()):
+        half = median(50 * (row.high_ms - row.low_ms) / abs(row.ms) if row.ms else 0.0 for row in rows)
+        ends = f"{min(r.ms for r in rows):.4g} to {max(r.ms for r in rows):.4g}"
+        cells = [kind, side, len(rows), rows[0].method, ends, f"{half:.1f} %", sum(bool(r.flag) for r in rows) or ""]
+        shown.add_row(*map(str, cells))
+    Console().print(shown)
+    for doubt in doubts(table):
+        expected = f", not {doubt.expected_ms:.4g}" if doubt.expected_ms is not None else ""
+        print(f"  {doubt.layer}: {doubt.ms:.4g} ms{expected}: {doubt.why}")
+    path = folder / f"{table.device}.png"
+    draw_table(table, path)
+    print(f"drawn: {path}")
+
+
+def draw_table(table: LatencyTable, path: Path) -> None:
+    """Draw the milliseconds of every kind of block over its width, a line for each resolution, with 95 % intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines: dict[str, dict[int, list[tuple[int, Row]]]] = {}
+    for (spec, side), row in table.rows.items():
+        if row.method == "slope":
+            lines.setdefault(spec.kind, {}).setdefault(side, []).append((spec.dim, row))
+    figure = Figure(figsize=(5.2 * max(1, len(lines)), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, max(1, len(lines)), squeeze=False, sharey=True)[0]
+    for axis, (kind, sides) in zip(axes, sorted(lines.items()), strict=False):
+        for side, points in sorted(sides.items(), reverse=True):
+            widths, rows = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            middle = [row.ms for row in rows]
+            spread = [[row.ms - row.low_ms for row in rows], [row.high_ms - row.ms for row in rows]]
+            axis.errorbar(widths, middle, yerr=spread, marker="o", markersize=3, linewidth=1, capsize=2, label=f"{side} px")
+        axis.set(title=kind, xlabel="width (channels)", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize="small")
+    axes[0].set_ylabel(f"ms of one call, batch {table.meta.get('batch', 1)}")
+    figure.suptitle(f"{table.device}: {table.meta.get('runtime')} {table.meta.get('precision')}", fontsize="medium")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def print_profile(network: str, device: str | None, *, layers: bool, as_json: bool) -> None:

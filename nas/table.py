@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 import pandas as pd
 import platformdirs
+import yaml
 
 from supernet.arch import SPECS, ArchConfig, Head, Layer, Spec
 from supernet.errors import InputError, unknown
@@ -61,12 +62,14 @@ class Row:
 class CheckedNetwork:
     """A whole network that was measured for a calibration: to fit it, or to tell its error."""
 
-    widths: tuple[int, ...]
-    kinds: tuple[str, ...]  # a stage each, such as "mb4d mb4d mb3d"
+    arch: str  # YAML
     ms: float
     half_width_ms: float
     predicted_ms: float
     fitted: bool
+
+    def layers(self) -> list[Layer]:
+        return ArchConfig.from_dict(yaml.safe_load(self.arch), "a network of the calibration").layers()
 
 
 @dataclass(frozen=True)
@@ -381,8 +384,6 @@ def _parse_row(line: Mapping[str, str]) -> Row:
 
 
 def _parse_calibration(entry: Mapping[str, Any]) -> Calibration:
-    networks = tuple(
-        CheckedNetwork(**{**n, "widths": tuple(n["widths"]), "kinds": tuple(n["kinds"])}) for n in entry["networks"]
-    )
+    networks = tuple(CheckedNetwork(**network) for network in entry["networks"])
     tuples = {name: tuple(entry[name]) for name in ("strides", "error_by_stage_percent")}
     return Calibration(**{**entry, **tuples, "networks": networks})

@@ -66,14 +66,14 @@ class Plan:
     floor: float = 0.002
     network_goal: float = 0.01
     min_visits: int = 12
-    max_visits: int = 32
+    passes: tuple[int, ...] = (6, 12, 32)  # visits of a model by the end of each pass; every pass opens it anew
     batch_models: int = 120  # that are open at once
     batch_bytes: int = 1 << 30
 
     @property
     def visits(self) -> int:
         """How many visits it may take."""
-        return (len(self.pieces) + len(self.networks)) * self.max_visits
+        return (len(self.pieces) + len(self.networks)) * self.passes[-1]
 
 
 class Samples:
@@ -142,9 +142,10 @@ class Bench:
         needed, for each model limits[1] - limits[0] in all.
         """
         floor, limit = limits
-        models = list(dict.fromkeys(models))
-        queue = [m for m in models if self.samples.count(m) < limit]
-        tick((len(models) - len(queue)) * (limit - floor))
+        queue = list(dict.fromkeys(models))
+        needed = self._open(queue, goals, limit)
+        tick(sum(limit - floor if name not in needed else min(limit, self.samples.count(name)) - floor for name in queue))
+        queue = [name for name in queue if name in needed]
 
         def record(name: str, visit: Visit) -> None:
             self.samples.add(name, visit)
@@ -157,11 +158,8 @@ class Bench:
                 name = queue.pop(0)
                 live[name], more = self.open_model(name)
                 size += more
-            before = sum(map(self.samples.count, live))
-            still_open = partial(self._open, list(live), goals, limit)
-            visit_in_rounds(live, self.stopwatch, still_open, record, self.rng, between)
-            made = sum(map(self.samples.count, live)) - before
-            tick(len(live) * (limit - floor) - made)
+            visit_in_rounds(live, self.stopwatch, partial(self._open, list(live), goals, limit), record, self.rng, between)
+            tick(sum(limit - self.samples.count(name) for name in live))
 
     def _open(self, batch: Sequence[str], goals: Sequence[Goal], limit: int) -> set[str]:
         """Return the models of the batch that need another visit."""
@@ -193,23 +191,24 @@ class Bench:
 
 
 def carry_out(plan: Plan, bench: Bench, tick: Tick, between: Workload | None) -> None:
-    """Make the visits of a plan. Rows and networks are gone through twice: a machine that is slower for a minute slows both.
+    """Make the visits of a plan.
+
+    Rows and networks are gone through several times: a machine that is slower for a minute slows both, and where a
+    session's memory happens to lie, which moves its times by some percent, is drawn anew each time.
 
     Raises:
         Disturbed: the references varied so much that nothing measured beside them can be trusted.
     """
-    first, rest = (0, plan.max_visits // 2), (plan.max_visits // 2, plan.max_visits)
-    bench.measure([plan.smallest], [Goal({plan.smallest: 1.0}, plan.network_goal)], lambda _: None, (0, plan.max_visits))
+    alone = [Goal({plan.smallest: 1.0}, plan.network_goal)]
+    bench.measure([plan.smallest], alone, lambda _: None, (0, plan.passes[-1]))
     samples = bench.samples
     floor_ms = plan.floor * summarise(samples.visits[plan.smallest], reference_of(samples.visits)).ms
     rows = [Goal(terms, plan.row_goal, floor_ms) for terms in plan.rows]
     networks = [Goal({model: 1.0}, plan.network_goal) for model in plan.networks]
-    bench.measure(plan.pieces, rows, tick, first, between)
-    bench.measure(plan.networks, networks, tick, first)
-    refuse_noise(samples.visits)
-    bench.measure(plan.pieces, rows, tick, rest, between)
-    bench.measure(plan.networks, networks, tick, rest)
-    refuse_noise(samples.visits)
+    for floor, limit in zip((0, *plan.passes), plan.passes, strict=False):
+        bench.measure(plan.pieces, rows, tick, (floor, limit), between)
+        bench.measure(plan.networks, networks, tick, (floor, limit))
+        refuse_noise(samples.visits)
 
 
 def refuse_noise(visits: Mapping[str, Sequence[Visit]]) -> None:

@@ -1,0 +1,117 @@
+"""Which rows of a table are not to be trusted: noisy ones, and ones that their neighbours or whole networks contradict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.table import LatencyTable, Row
+from supernet.arch import WIDTH_STEP, Layer, Spec
+
+NOISY_SPREAD = 0.3  # (p90 - p10) / ms
+NOISY_INTERVAL = 0.05  # half-width / ms; narrower than this, a row's own interval is no reason for doubt
+FEWEST_WIDTHS = 5  # of a series of rows, for its neighbours to say what a row should be
+NEIGHBOURS = 4
+ODD = 0.06  # a row this far from its neighbours' line is named, if that is also ...
+DEVIATIONS = 3.0  # ... so many times what is usual in its series, or what networks leave open
+CONTRADICTED = 0.08  # whole networks say that a row is off by so much
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A row that is not to be trusted, what it should be where something says so, and why, in a few words."""
+
+    layer: Layer
+    ms: float
+    expected_ms: float | None
+    why: str
+
+
+def flagged(rows: Mapping[Layer, Row], floor_ms: float) -> dict[Layer, Row]:
+    """Return the rows with `noisy` in the flag of those whose interval or spread is wide; nothing below `floor_ms` matters."""
+    return {
+        layer: replace(row, flag=row.flag or "noisy") if _noisy(row, floor_ms) else row  # a word from the device stays
+        for layer, row in rows.items()
+    }
+
+
+def _noisy(row: Row, floor_ms: float) -> bool:
+    half = (row.high_ms - row.low_ms) / 2
+    spread = row.p90_ms - row.p10_ms if row.p90_ms is not None and row.p10_ms is not None else 0.0
+    return half > max(NOISY_INTERVAL * abs(row.ms), floor_ms) or spread > max(NOISY_SPREAD * abs(row.ms), 6 * floor_ms)
+
+
+def doubts(table: LatencyTable) -> list[Doubt]:
+    """Return the rows that are flagged, those that lie off the line of their neighbouring widths, and those that the whole
+    networks of the calibrations contradict."""
+    found = [Doubt(layer, row.ms, None, row.flag) for layer, row in table.rows.items() if row.flag]
+    return [*found, *odd_rows(table), *contradicted_rows(table)]
+
+
+def odd_rows(table: LatencyTable) -> list[Doubt]:
+    """Return the blocks' rows that lie off the line through their four nearest widths (log ms over log width)."""
+    series: dict[tuple[Spec, int], list[tuple[int, float]]] = {}
+    for (spec, side), row in table.rows.items():
+        if row.method == "slope" and row.ms > 0:
+            series.setdefault((replace(spec, dim=WIDTH_STEP), side), []).append((spec.dim, row.ms))
+    found = []
+    for (spec, side), points in series.items():
+        if len(points) < FEWEST_WIDTHS:
+            continue
+        x, y = np.log(np.array(sorted(points), dtype=float)).T
+        expected = np.array([_from_neighbours(x, y, i) for i in range(len(x))])
+        off = y - expected
+        usual = 1.4826 * float(np.median(np.abs(off)))
+        for i in np.flatnonzero(np.abs(off) > max(ODD, DEVIATIONS * usual)):
+            # A wrong row also pulls the lines of its neighbours: only the worst of them is named.
+            if abs(off[i]) == np.abs(off[max(0, i - 2) : i + 3]).max():
+                layer = Layer(replace(spec, dim=round(math.exp(x[i]))), side)
+                why = f"{100 * math.expm1(off[i]):+.0f} % off the line of the widths beside it"
+                found.append(Doubt(layer, math.exp(y[i]), math.exp(expected[i]), why))
+    return found
+
+
+def _from_neighbours(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], i: int) -> float:
+    """Return what the nearest points but the i-th say of it: a line, or a parabola between them where the ends allow."""
+    near = np.argsort(np.abs(x - x[i]), kind="stable")[1 : NEIGHBOURS + 1]
+    inside = x[near].min() < x[i] < x[near].max()
+    return float(np.polyval(np.polyfit(x[near], y[near], 2 if inside else 1), x[i]))
+
+
+def contradicted_rows(table: LatencyTable) -> list[Doubt]:
+    """Return the rows that the errors of a calibration's whole networks contradict.
+
+    If one row is off by a fraction d and everything else is right, a network's prediction is off by d times the row's share
+    in it. The least-squares d of every row is compared with what the networks' other errors leave open.
+    """
+    found: dict[Layer, Doubt] = {}
+    for calibration in table.calibrations:
+        errors, shares = [], []
+        for network in calibration.networks:
+            layers = network.layers()
+            if not layers or table.missing(layers):
+                continue
+            total = sum(table.layer_ms(layer) for layer in layers)
+            share: dict[Layer, float] = {}
+            for layer in layers:
+                share[layer] = share.get(layer, 0.0) + table.layer_ms(layer) / total
+            errors.append(network.predicted_ms / network.ms - 1)
+            shares.append(share)
+        e = np.array(errors)
+        for layer in {layer for share in shares for layer in share}:
+            s = np.array([share.get(layer, 0.0) for share in shares])
+            weight = float(s @ s)
+            if (s > 0).sum() < 2 or weight == 0:
+                continue
+            off = float(s @ e) / weight
+            rest = e - off * s
+            open_ = math.sqrt(float(rest @ rest) / max(1, len(e) - 1) / weight)
+            if abs(off) > max(CONTRADICTED, DEVIATIONS * open_):
+                ms = table.rows[layer].ms if layer in table.rows else table.layer_ms(layer)
+                why = f"whole networks say that it is {100 * off:+.0f} % off"
+                found[layer] = Doubt(layer, ms, ms / (1 + off), why)
+    return list(found.values())
