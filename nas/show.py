@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -12,9 +13,13 @@ from rich.table import Table
 
 from nas.progress import say
 from nas.table import LatencyTable, find_tables
-from supernet.arch import ArchConfig
+from supernet.arch import ArchConfig, Layer
 from supernet.errors import InputError, unknown
-from supernet.zoo import load_arch
+
+if TYPE_CHECKING:
+    from nas.operators import Breakdown
+
+MOSTLY = 3  # kinds of operator that are named beside a layer
 
 
 def print_tables() -> None:
@@ -36,9 +41,13 @@ def print_tables() -> None:
         print(f"  {path}")
 
 
-def print_profile(network: str, device: str | None, *, layers: bool, as_json: bool) -> None:
-    """Print the predicted and the measured milliseconds of a network, by layer if asked."""
-    from nas.profilers.ort_cpu import OrtModel, device_id
+def print_profile(network: str, device: str | None, *, layers: bool, as_json: bool, plot: Path | None = None) -> None:
+    """Print the predicted and the measured milliseconds of a network.
+
+    With `layers`, where they go too, by layer and by kind of operator, with a picture in `plot` (default:
+    `<network>-layers.png`). On another device than this one there is only what its table says of each layer.
+    """
+    from nas.profilers.ort_cpu import device_id
 
     here = device_id()
     wanted = here if device in (None, "cpu") else str(device)
@@ -46,23 +55,30 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
     if wanted != here and wanted not in found:
         raise unknown("device", device, ["cpu", here, *found])
     table = LatencyTable.load(found[wanted]) if wanted in found else None
-    predicted_ms: float | None = None
-    arch: ArchConfig | None = None
-    if network.endswith(".onnx"):
-        if layers:
-            raise InputError("--layers takes a network whose layers are known: give its YAML file instead of an ONNX model")
-        run = _onnx_session(Path(network))
-    else:
-        arch = load_arch(network)
-        predicted_ms = _predict(table, arch, wanted, network)
-        run = None
-    measured = None
-    if wanted == here:
-        from nas.measure import measure_session, network_session, table_reference
 
+    from nas.networks import find_arch, load_model
+
+    arch = find_arch(network)
+    if arch is None and wanted != here:
+        raise InputError(
+            f"{network} cannot be predicted for {wanted}: a table knows the layers of networks given as YAML or by a zoo "
+            "name only; leave --device out to measure it here"
+        )
+    if layers and wanted == here:
+        from nas.layer_plot import check_plot_file
+
+        plot = check_plot_file(plot or Path(f"{_short_name(network)}-layers.png"))
+    predicted_ms = None if arch is None else _predict(table, arch, wanted, network)
+    measured = breakdown = None
+    if wanted == here:
+        from nas.measure import measure_session, table_reference
+        from nas.operators import BoundModel, profile_operators
+
+        model = load_model(network, arch)
         reference = table_reference(table) if table is not None else None
-        session: OrtModel = run if run is not None else network_session(arch)  # type: ignore[arg-type]
-        measured = measure_session(session, reference)
+        measured = measure_session(BoundModel(model.onnx, network), reference)  # type: ignore[arg-type]  # it calls it only
+        if layers:
+            breakdown = profile_operators(model.onnx, network, measured.ms, model.layers)
     record: dict[str, Any] = {
         "network": network,
         "predicted_ms": predicted_ms,
@@ -73,22 +89,30 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
         "device": wanted,
         "table": str(found[wanted]) if table is not None else None,
     }
-    rows = []
-    if layers and arch is not None and table is not None and not table.missing(arch.layers()):
-        rows = [{"layer": name, "what": str(layer), "ms": table.layer_ms(layer)} for name, layer in arch.named_layers()]
+    rows = _layer_rows(arch, table, breakdown) if layers else []
+    if layers:
         record["layers"] = rows
+    if breakdown is not None and plot is not None:
+        from nas.layer_plot import plot_layers
+
+        plot_layers(breakdown, f"{_short_name(network)}: {breakdown.ms:.3g} ms on {wanted}, batch 1, one thread", plot)
+        record["operators"] = [asdict(kind) for kind in breakdown.operators]
+        record["memory_bound_share"] = breakdown.memory_bound_share
+        record["without_multiply_adds_share"] = breakdown.without_macs_share
+        record["traced_ms"] = breakdown.traced_ms
+        record["plot"] = str(plot)
     if as_json:
         print(json.dumps(record, indent=2))
         return
     if rows:
-        shown = Table(box=box.SIMPLE)
-        for column in ("layer", "what", "ms"):
-            shown.add_column(column, justify="right" if column == "ms" else "left")
-        for row in rows:
-            shown.add_row(str(row["layer"]), str(row["what"]), f"{row['ms']:.4f}")
-        Console().print(shown)
+        _print_layers(rows, measured=breakdown is not None)
+    if breakdown is not None:
+        _print_operators(breakdown)
     print(f"{network} on {wanted}, batch 1, one thread")
-    print(f"  predicted  {'no table' if predicted_ms is None else f'{predicted_ms:.4g} ms'}")
+    if arch is None:
+        print("  predicted  not: tables know the layers of networks given as a YAML file or by a zoo name")
+    else:
+        print(f"  predicted  {'no table' if predicted_ms is None else f'{predicted_ms:.4g} ms'}")
     if measured is not None:
         print(
             f"  measured   {measured.ms:.4g} ms (95 %: {measured.low_ms:.4g} to {measured.high_ms:.4g}; "
@@ -96,6 +120,70 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
         )
     else:
         print("  measured   not here: this machine is another device")
+    if breakdown is not None:
+        print(
+            f"  memory     {100 * breakdown.memory_bound_share:.0f} % of the time in memory-bound operators "
+            f"({100 * breakdown.without_macs_share:.0f} % in those without multiply-adds)"
+        )
+        print(f"  picture    {plot}")
+
+
+def _short_name(network: str) -> str:
+    """Return what a network is called in titles and file names."""
+    name = network.removeprefix("timm:")
+    return Path(name).stem if name.endswith((".yaml", ".yml", ".onnx")) else name.replace("/", "_")
+
+
+def _layer_rows(arch: ArchConfig | None, table: LatencyTable | None, breakdown: Breakdown | None) -> list[dict[str, Any]]:
+    """Return a row for each layer: `ms` is what the table says (None without a row of it), `measured_ms` what was measured."""
+    specs: dict[str, Layer] = dict(arch.named_layers()) if arch is not None else {}
+    times = {layer.name: layer for layer in breakdown.layers} if breakdown is not None else {}
+    rows: list[dict[str, Any]] = []
+    for name in times or specs:
+        spec = specs.get(name)
+        known = table is not None and spec is not None and not table.missing([spec])
+        row: dict[str, Any] = {"layer": name, "what": str(spec or ""), "ms": table.layer_ms(spec) if known else None}  # type: ignore
+        if name in times:
+            time = times[name]
+            row |= {"measured_ms": time.ms, "share": time.share, "operators": time.operators}
+        rows.append(row)
+    return rows if times or any(row["ms"] is not None for row in rows) else []
+
+
+def _print_layers(rows: list[dict[str, Any]], *, measured: bool) -> None:
+    predicted = any(row["ms"] is not None for row in rows)
+    described = any(row["what"] for row in rows)
+    shown = Table(box=box.SIMPLE)
+    shown.add_column("layer", no_wrap=True)
+    if described:
+        shown.add_column("what")
+    if predicted:
+        shown.add_column("table ms", justify="right")
+    if measured:
+        shown.add_column("measured ms", justify="right")
+        shown.add_column("share", justify="right")
+        shown.add_column("mostly")
+    for row in rows:
+        cells = [row["layer"]]
+        if described:
+            cells.append(row["what"])
+        if predicted:
+            cells.append("" if row["ms"] is None else f"{row['ms']:.4f}")
+        if measured:
+            largest = [f"{kind} {ms:.3f}" for kind, ms in list(row["operators"].items())[:MOSTLY]]
+            cells += [f"{row['measured_ms']:.4f}", f"{100 * row['share']:.1f} %", ", ".join(largest)]
+        shown.add_row(*cells)
+    Console().print(shown)
+
+
+def _print_operators(breakdown: Breakdown) -> None:
+    shown = Table(box=box.SIMPLE)
+    shown.add_column("operator")
+    for column in ("measured ms", "share", "count"):
+        shown.add_column(column, justify="right")
+    for kind in breakdown.operators:
+        shown.add_row(kind.operator, f"{kind.ms:.4f}", f"{100 * kind.share:.1f} %", str(kind.count))
+    Console().print(shown)
 
 
 def _predict(table: LatencyTable | None, arch: ArchConfig, device: str, network: str) -> float | None:
@@ -109,14 +197,3 @@ def _predict(table: LatencyTable | None, arch: ArchConfig, device: str, network:
         why = f"has no row for {missing} layers of it" if missing else f"is not calibrated for {arch.image_size} px"
         say(f"the table of {device} {why}: measure with `nas-build-lut --device cpu --missing --arch {network}`")
         return None
-
-
-def _onnx_session(path: Path) -> Any:
-    from nas.profilers.ort_cpu import OrtModel
-
-    if not path.is_file():
-        raise InputError(f"the model {path} does not exist: give an ONNX file")
-    try:
-        return OrtModel(path.read_bytes())
-    except Exception as error:  # ONNX Runtime has no common base for what invalid models raise
-        raise InputError(f"ONNX Runtime cannot load {path} ({str(error).splitlines()[0][:120]}): give a valid model") from error
