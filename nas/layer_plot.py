@@ -55,16 +55,10 @@ def plot_layers(breakdown: Breakdown, title: str, path: Path) -> None:
         colour = OTHER_COLOUR if kind == "other" else COLOURS[number]
         axes.barh(positions, parts, left=left, height=0.8, color=colour, label=kind)
         left = [a + b for a, b in zip(left, parts, strict=True)]
+    decimals = 3 if max(totals) < 10 else 2
     for position, total in zip(positions, totals, strict=True):
-        axes.annotate(
-            f"{total:.3g}",
-            (total, position),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color="#444444",
-        )
+        label = f"  {total:.{decimals}f}"
+        axes.text(total, position, label, va="center_baseline", fontsize=8, color="#444444")
     axes.set_yticks(positions, names, fontsize=9)
     axes.set_ylim(len(names) - 0.4, -0.6)  # the first layer on top
     axes.set_xlim(0, 1.1 * max(totals))

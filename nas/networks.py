@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,15 @@ import torch
 
 from nas.export import onnx_bytes, with_ordinary_values
 from supernet.arch import ArchConfig
-from supernet.errors import InputError
+from supernet.errors import InputError, first_line
 from supernet.model import build_model
 from supernet.zoo import load_arch, zoo_names
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model in ONNX form (a path for a file, which may have weights beside it), its short name, and its architecture if it
-    is a network of ours."""
+    """A model in ONNX form (a path for a file, which may have weights beside it), and its architecture if it is ours."""
 
-    name: str
     onnx: bytes | Path
     arch: ArchConfig | None = None
 
@@ -54,12 +51,12 @@ def load_model(network: str, arch: ArchConfig | None) -> NamedModel:
     """
     if arch is not None:
         model = with_ordinary_values(build_model(arch), seed=0)
-        return NamedModel(Path(network).stem, onnx_bytes(model, _image((3, arch.image_size, arch.image_size))), arch)
+        return NamedModel(onnx_bytes(model, _image((3, arch.image_size, arch.image_size))), arch)
     if network.endswith(".onnx"):
         path = Path(network)
         if not path.is_file():
             raise InputError(f"the model {path} does not exist: give an ONNX file")
-        return NamedModel(path.stem, path)
+        return NamedModel(path)
     return _timm_model(network)
 
 
@@ -88,11 +85,10 @@ def _timm_model(network: str) -> NamedModel:
             model = timm.create_model(name, pretrained=False).eval()
             data = onnx_bytes(with_ordinary_values(model, seed=0), _image(tuple(model.pretrained_cfg["input_size"])))
     except Exception as error:  # each model fails in its own way
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise InputError(
-            f"the timm model {name} cannot be exported to ONNX ({why}): export it yourself and give the file"
+            f"the timm model {name} cannot be exported to ONNX ({first_line(error)}): export it yourself and give the file"
         ) from error
-    return NamedModel(re.sub(r"[^\w.-]", "_", name), data)
+    return NamedModel(data)
 
 
 def _import_timm() -> tuple[Any, str]:
@@ -102,7 +98,7 @@ def _import_timm() -> tuple[Any, str]:
             warnings.simplefilter("ignore")
             import timm
     except Exception as error:
-        return None, (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        return None, first_line(error)
     return timm, ""
 
 

@@ -27,7 +27,7 @@ import onnx
 import onnxruntime
 
 from nas.profilers.ort_cpu import pinned
-from supernet.errors import InputError
+from supernet.errors import InputError, first_line
 
 Model = bytes | Path  # ONNX; a path where weights may lie in files beside it
 
@@ -50,7 +50,8 @@ OTHER_MULTIPLY_ADDS = (
 """Operators with multiply-adds that their shapes in a trace do not tell; they count as not memory-bound."""
 
 SCOPE_DEPTHS = (1, 2, 3, 4)
-FEW_LAYERS = 4  # a foreign model whose scopes make fewer layers than this is looked into one scope deeper
+FEW_LAYERS = 8  # a foreign model whose scopes make fewer layers than this is looked into one scope deeper
+SCOPED = 0.25  # of the nodes must have scopes for them to mean layers; the runtime adds up to two nodes for each one
 ELSEWHERE = "(no scope)"
 
 
@@ -133,7 +134,7 @@ class BoundModel:
         try:
             self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has no common base for what invalid models raise
-            raise InputError(f"ONNX Runtime cannot load {name} ({_first_line(error)}): give a valid model") from error
+            raise InputError(f"ONNX Runtime cannot load {name} ({first_line(error)}): give a valid model") from error
         self._options = onnxruntime.RunOptions()
         self._options.log_severity_level = 4
         self._binding = self.session.io_binding()
@@ -154,14 +155,10 @@ class BoundModel:
         try:
             self()
         except Exception as error:
-            raise InputError(f"ONNX Runtime cannot run {name} ({_first_line(error)}): give a model that runs") from error
+            raise InputError(f"ONNX Runtime cannot run {name} ({first_line(error)}): give a model that runs") from error
 
     def __call__(self) -> None:
         self.session.run_with_iobinding(self._binding, self._options)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _filled(port: str, kind: str, shape: Sequence[object], model: str, rng: np.random.Generator) -> Any:
@@ -313,13 +310,13 @@ def own_layers(nodes: Sequence[Node], layers: Collection[str]) -> list[str]:
 
 
 def foreign_layers(nodes: Sequence[Node]) -> list[str]:
-    """Return the layer of every node of a model that is not ours, by as many scopes of the nodes' names as make four layers.
+    """Return the layer of every node of a model that is not ours, by as many scopes of the nodes' names as make eight layers.
 
     `/stages/stages.0/stages.0.1/conv/Conv` has the scopes `stages.0.1`, `conv`. Nodes without a scope belong to the layer that
-    runs next. Empty where fewer than half of the nodes have scopes.
+    runs next. Empty where few nodes have scopes.
     """
     scopes = [_scopes(node.name) for node in nodes]
-    if 2 * sum(bool(s) for s in scopes) < len(nodes):
+    if sum(bool(s) for s in scopes) < SCOPED * len(nodes):
         return []
     found: list[str] = []
     for depth in SCOPE_DEPTHS:
@@ -330,8 +327,11 @@ def foreign_layers(nodes: Sequence[Node]) -> list[str]:
 
 
 def _scopes(name: str) -> list[str]:
-    """Return the modules that a node's name goes through; of `stages`, `stages.0` only the inner one says anything."""
-    parts = [part for part in name.split("/") if part]
+    """Return the modules that a node's name goes through, without what ONNX Runtime appends to a fused node's name.
+
+    Of `stages`, `stages.0` only the inner one says anything.
+    """
+    parts = [part for part in name.split("/") if part and not part.endswith("Fusion")]
     return [part for part, inner in itertools.pairwise(parts) if not inner.startswith(f"{part}.")]
 
 
