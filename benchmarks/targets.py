@@ -35,7 +35,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for r in results:
         measured = f"{r['measured_ms']:.3f} ({r['measured_high_ms']:.3f})" if r["measured_ms"] is not None else "not here"
-        print(f"| {r['target_ms']:g} | {r['predicted_ms']:.3f} | {measured} | {r['measured_networks']} | {100 * r['accuracy']:.1f} % |")
+        predicted, times = f"{r['predicted_ms']:.3f}", r["measured_networks"]
+        print(f"| {r['target_ms']:g} | {predicted} | {measured} | {times} | {100 * r['accuracy']:.1f} % |")
 
 
 if __name__ == "__main__":

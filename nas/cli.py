@@ -221,19 +221,29 @@ def profile(arguments: Sequence[str] | None = None) -> None:
     """Run `nas-profile`."""
     parser = _parser(
         "nas-profile",
-        "Print the predicted and the measured latency of one network on this machine.",
-        "  nas-profile efficientformer_l1\n  nas-profile searched.yaml --layers\n  nas-profile model.onnx --json",
+        "Print the predicted and the measured latency of one network on this machine, and with --layers where it goes: the\n"
+        "milliseconds of every layer and kind of operator of the network as it runs, and a picture of them. Batch 1, one\n"
+        "thread. Weights do not matter: a network given by its name or as YAML is timed with random ones.",
+        "  nas-profile efficientformer_l1\n"
+        "  nas-profile searched.yaml --layers\n"
+        "  nas-profile model.onnx --layers --plot model.png\n"
+        "  nas-profile timm:mobilevit_xs --layers     (where timm is installed: pip install timm)\n"
+        "  nas-profile model.onnx --json",
     )
-    parser.add_argument("network", metavar="ARCH|MODEL.onnx", help=f"{ARCH_HELP}; or any ONNX model")
+    parser.add_argument("network", metavar="ARCH|MODEL.onnx|TIMM", help=f"{ARCH_HELP}; any ONNX model; or a timm model's name")
     parser.add_argument("--device", metavar="D", help="cpu (default), or the id of a table to predict with")
-    parser.add_argument("--layers", action="store_true", help="the table's milliseconds of every layer, too")
+    parser.add_argument("--layers", action="store_true", help="the milliseconds of every layer and operator, and a picture")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="--layers, with the picture in FILE (default: <network>-layers.png)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
 
     def work() -> None:
-        from nas.show import print_profile
+        from nas.profile import print_profile
 
-        print_profile(given.network, given.device, layers=given.layers, as_json=given.json)
+        layers = given.layers or given.plot is not None
+        print_profile(given.network, given.device, layers=layers, as_json=given.json, plot=given.plot)
 
     _run(parser.prog, work)
 

@@ -17,3 +17,9 @@ def unknown(what: str, given: object, allowed: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(str(given).lower(), options, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return InputError(f"unknown {what} {given!r}: {hint}allowed: {', '.join(options)}")
+
+
+def first_line(error: BaseException, longest: int = 160) -> str:
+    """Return what another library's exception says, as part of one line: its first line, cut where it is too long."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from tables import plain_calibration
 
 from nas import cli
 from nas.profilers.ort_session import cpu_id
-from nas.table import Calibration, LatencyTable, Row, measured_layers, space_sha256
+from nas.table import LatencyTable, Row, measured_layers
 from supernet.arch import ArchConfig, Head, Identity, Layer
 from supernet.space import SearchSpace
 from supernet.zoo import zoo
@@ -49,25 +50,9 @@ def additive_table(space: SearchSpace, device: str, scale: float = 1.0) -> Laten
         layer: Row(scale * cost(layer), 0.9 * scale * cost(layer), 1.1 * scale * cost(layer), "slope")
         for layer in measured_layers(space.layers())
     }
-    calibration = Calibration(
-        space=space.name,
-        space_sha256=space_sha256(space),
-        image_size=space.image_size,
-        strides=space.strides,
-        offset_ms=0.0,
-        scale=1.0,
-        scale_per_mparam=0.0,
-        sum_low_ms=0.0,
-        sum_high_ms=9.0,
-        n_fit=16,
-        n_check=12,
-        mean_error_percent=1.0,
-        max_error_percent=2.0,
-        within_5_percent=100.0,
-        within_10_percent=100.0,
-        kendall_tau=1.0,
+    return LatencyTable(
+        device, rows, (plain_calibration(space),), "imported", {"reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}}
     )
-    return LatencyTable(device, rows, (calibration,), "imported", {"reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}})
 
 
 @pytest.fixture

@@ -1,0 +1,107 @@
+"""From what a person names to a model that can be timed: a YAML file, a published network, an ONNX file, a timm model."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nas.export import onnx_bytes, with_ordinary_values
+from supernet.arch import ArchConfig
+from supernet.errors import InputError, first_line
+from supernet.model import build_model
+from supernet.zoo import load_arch, zoo_names
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model in ONNX form (a path for a file, which may have weights beside it), and its architecture if it is ours."""
+
+    onnx: bytes | Path
+    arch: ArchConfig | None = None
+
+    @property
+    def layers(self) -> list[str] | None:
+        """The names of the network's layers, which are the first scopes of its nodes; None for a foreign model."""
+        return None if self.arch is None else [name for name, _ in self.arch.named_layers()]
+
+
+def find_arch(network: str) -> ArchConfig | None:
+    """Return the network of a YAML file or of the zoo; None for an ONNX file, or a name that is not in the zoo.
+
+    Raises:
+        InputError: the YAML file is missing or cannot be used.
+    """
+    if network.endswith((".yaml", ".yml")) or network in zoo_names():
+        return load_arch(network)
+    if network.endswith(".onnx") or ":" in network or "/" not in network:
+        return None
+    return load_arch(network)
+
+
+def load_model(network: str, arch: ArchConfig | None) -> NamedModel:
+    """Return the model of `network`, whose architecture is `arch` (None: a foreign model). Weights are ordinary values.
+
+    Raises:
+        InputError: there is no such file, or no zoo network or timm model of this name.
+    """
+    if arch is not None:
+        model = with_ordinary_values(build_model(arch), seed=0)
+        return NamedModel(onnx_bytes(model, _image((3, arch.image_size, arch.image_size))), arch)
+    if network.endswith(".onnx"):
+        path = Path(network)
+        if not path.is_file():
+            raise InputError(f"the model {path} does not exist: give an ONNX file")
+        return NamedModel(path)
+    return _timm_model(network)
+
+
+def _image(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _timm_model(network: str) -> NamedModel:
+    """Export a timm model, `timm:NAME` or a bare name, at its own input size, with ordinary weights: nothing is downloaded."""
+    name = network.removeprefix("timm:")
+    timm, why_not = _import_timm()
+    if timm is None:
+        near = "" if network.startswith("timm:") else f"{_nearest(name, zoo_names())}the zoo has {', '.join(zoo_names())}; "
+        raise InputError(
+            f"unknown network {network!r}: {near}timm models need timm, which is not usable here ({why_not}): pip install timm"
+        )
+    if ":" in name or not timm.is_model(name):
+        names = [*zoo_names(), *timm.list_models()]
+        raise InputError(
+            f"unknown network {network!r}: {_nearest(name, names)}give a YAML file, an ONNX file, {', '.join(zoo_names())}, "
+            "or a model that timm.list_models() names"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = timm.create_model(name, pretrained=False).eval()
+            data = onnx_bytes(with_ordinary_values(model, seed=0), _image(tuple(model.pretrained_cfg["input_size"])))
+    except Exception as error:  # each model fails in its own way
+        raise InputError(
+            f"the timm model {name} cannot be exported to ONNX ({first_line(error)}): export it yourself and give the file"
+        ) from error
+    return NamedModel(data)
+
+
+def _import_timm() -> tuple[Any, str]:
+    """Return timm, or None and why it cannot be imported. A torchvision that does not fit torch raises RuntimeError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import timm
+    except Exception as error:
+        return None, first_line(error)
+    return timm, ""
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}? " if near else ""
