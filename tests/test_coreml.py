@@ -13,15 +13,19 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from test_lut import cost, device_ms, small_space
 from torch import Tensor, nn
 
-from nas.measure import CACHED, EMPTY, Model, build_module, name_of
+from nas import cli
+from nas.measure import CACHED, EMPTY, STREAMING, Model, build_module, name_of
+from nas.plan import work_for
 from nas.profilers import coreml, iphone
 from nas.profilers.bench import Disturbed
 from nas.profilers.coreml import (
@@ -34,8 +38,10 @@ from nas.profilers.coreml import (
     package_bytes,
     save_package,
 )
-from nas.profilers.iphone import check, iphone_id, measure_on_iphone
+from nas.profilers.coreml_check import check
+from nas.profilers.iphone import iphone_id, measure_on_iphone
 from nas.profilers.timing import Stopwatch
+from nas.table import LatencyTable
 from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Flat, Head, Layer, Stage, Stem, Unflat
 from supernet.errors import InputError
 
@@ -56,7 +62,6 @@ TEAM = "ABCDE12345"
     ("model", "expected"),
     [
         (EMPTY, ["identity"]),
-        ((Layer(MB4D(16), 8),), POOL_BLOCK),
         ((Layer(MB4D(48, mlp_ratio=3), 5),) * 2, POOL_BLOCK * 2),
         ((Layer(SMALL, 4),) * 2, None),
         ((Layer(Stem(24), 32), Layer(MB4D(24), 8)), ["conv", "relu", "conv", "relu", *POOL_BLOCK]),
@@ -106,15 +111,15 @@ def test_forms_that_no_network_has_are_refused(module: nn.Module, said: str) -> 
 
 
 def test_a_chain_keeps_every_blocks_weights(tmp_path: Path) -> None:
-    def weight_bytes(module: nn.Module, example: Tensor, name: str) -> int:
+    def weight_bytes(module: nn.Module, name: str) -> int:
         save_package(module, example, tmp_path / f"{name}.mlpackage")
         return next((tmp_path / f"{name}.mlpackage").rglob("weight.bin")).stat().st_size
 
-    block = Layer(MB4D(32), 4)
-    one, example = build_module((block,))
-    alone = weight_bytes(one, example, "one")
-    assert weight_bytes(*build_module((block,) * 3), "three") > 2.9 * alone
-    assert weight_bytes(nn.Sequential(*one, *one, *one), example, "same") < 1.1 * alone, "equal constants are merged"
+    chain, example = build_module((Layer(MB4D(32), 4),) * 3)
+    assert isinstance(chain, nn.Sequential)
+    alone = 2 * sum(weight.numel() for weight in chain[0].parameters() if weight.ndim == 4)
+    assert weight_bytes(chain, "three") > 3 * alone
+    assert weight_bytes(nn.Sequential(*[chain[0]] * 3), "same") < 1.5 * alone, "equal constants are merged"
 
 
 def test_a_package_is_reproducible_and_says_what_it_is(tmp_path: Path) -> None:
@@ -233,6 +238,31 @@ def test_a_model_is_warmed_up_for_fifty_calls_and_300_ms() -> None:
         assert fake.calls == calls
 
 
+def test_a_mac_is_timed_as_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, guarded = [], []
+
+    def load(package: str, compute_units: str) -> FakeModel:
+        assert Path(package).exists()
+        opened.append(compute_units)
+        return FakeModel([250_000])
+
+    be_mac(monkeypatch)
+    units = {"CPU_AND_NE": "both", "CPU_ONLY": "cpu"}
+    monkeypatch.setattr(coreml, "coremltools", lambda: SimpleNamespace(models=SimpleNamespace(MLModel=load), ComputeUnit=units))
+    monkeypatch.setattr(coreml, "save_package", lambda module, example, path, key: path.mkdir())
+    monkeypatch.setattr(coreml, "off_npu", lambda package: ["softmax"] if len(opened) == 2 else [])
+    guard = SimpleNamespace(check=lambda package, units, name: guarded.append((units, name)))
+    mac = replace(open_mac("mac-npu"), guard=guard)  # type: ignore[arg-type]
+    watch = mac.stopwatch()
+    run, size = mac.open((Layer(SMALL, 4),))
+    visit = watch.visit(run)
+    assert (visit.raw_ms, *visit.reference) == (0.25, 0.25, 0.25)
+    assert size == 0
+    assert opened == ["both"] * 3
+    assert guarded[0] == ("CPU_AND_NE", "2 x mb4d(dim=64) at 16 px"), "every load is tried in another process first"
+    assert mac.flags == {name_of((Layer(SMALL, 4),)): "off-npu"}
+
+
 def hang_or_fail(package: str, units: str) -> None:
     if "hangs" in package:
         time.sleep(60)
@@ -286,6 +316,15 @@ def test_operations_off_the_neural_engine_are_named() -> None:
 
 def swift() -> str:
     return "\n".join(path.read_text() for path in sorted(iphone.HARNESS.glob("*.swift")))
+
+
+def needs(struct: str) -> set[str]:
+    """The fields without which the app does not read this part of a manifest."""
+    body = re.search(
+        rf"struct {struct}: Decodable \{{(.*?)\n *(?:\}}|struct)", (iphone.HARNESS / "Job.swift").read_text(), re.S
+    )
+    assert body is not None
+    return set(re.findall(r"let (\w+):", body.group(1)))
 
 
 def test_the_app_knows_the_fields_of_manifest_and_results(tmp_path: Path) -> None:
@@ -370,7 +409,8 @@ def play(job_sha256):
         return
     state = "failed" if mode == "fails" else "done"
     (home / "next").write_text(json.dumps({{**progress, "state": state, "done": 8, "beat": 2}}))
-    visits = {{name: [[0.1 * name.count("mb") + 0.2, 0.5, 0.8]] * 20 for name in manifest["models"]}}
+    known = json.loads((home / "ms.json").read_text())
+    visits = {{name: [known.get(name, [0.3, 0.5, 0.8])] * 20 for name in manifest["models"]}}
     environment = {{"model": "iPhone16,1", "os": "iOS 18.1", "low_power_mode": True, "thermal_states": {{"nominal": 40}}}}
     results = {{
         "schema": 1, "unit": "ms", "job_sha256": job_sha256, "device": manifest["device"], "environment": environment,
@@ -430,6 +470,11 @@ class FakeXcode:
         self.home = home
         (home / "phone" / "Documents").mkdir(parents=True)
         self.be("well")
+        self.takes({})
+
+    def takes(self, ms: dict[str, list[float]]) -> None:
+        """Set what the phone's visits of models say: raw, cached and streaming reference."""
+        (self.home / "ms.json").write_text(json.dumps(ms))
 
     def be(self, mode: str) -> None:
         (self.home / "mode").write_text(mode)
@@ -524,7 +569,7 @@ def test_a_job_goes_to_the_phone_and_its_results_come_back(xcode: FakeXcode, tmp
     assert results["device"] == iphone_id(UDID, "npu") == "iphone15pro-npu"
     assert results["environment"]["marketing_name"] == "iPhone 15 Pro"
     assert any("low power mode" in line for line in results["environment"]["warnings"])
-    assert results["visits"]["2 x mb3d"] == [[0.1 * 1 + 0.2, 0.5, 0.8]] * 20
+    assert results["visits"]["2 x mb3d"] == [[0.3, 0.5, 0.8]] * 20
     assert results["flags"] == {"2 x mb3d": "off-npu"}
     assert any("low power mode" in line for line in said)
     assert any("1 models have operations off the Neural Engine" in line for line in said)
@@ -540,6 +585,33 @@ def test_a_job_goes_to_the_phone_and_its_results_come_back(xcode: FakeXcode, tmp
     before = len(xcode.commands)
     assert measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=said.append) == path
     assert len(xcode.commands) == before, "results that are there are not measured again"
+
+
+def test_the_command_makes_a_table_of_what_the_phone_says(
+    xcode: FakeXcode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = small_space()
+    work = work_for(space)
+    xcode.takes({name: [device_ms(m) for m in (model, CACHED, STREAMING)] for name, model in work.models.items()})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.profilers.job._cache", lambda: tmp_path / "cache")
+
+    def stub(module: nn.Module, example: Tensor, path: Path, key: str = "") -> None:
+        path.mkdir(parents=True)
+        (path / "Manifest.json").write_text(repr(example.shape))
+
+    monkeypatch.setattr(coreml, "save_package", stub)
+    space.save("space.yaml")
+    cli.build_lut(["--device", "iphone-npu", "--team-id", TEAM, "--space", "space.yaml", "--out", "out"])
+    table = LatencyTable.load(tmp_path / "out" / "iphone15pro-npu.csv")
+    assert (table.device, table.provenance, table.meta["compute_units"]) == ("iphone15pro-npu", "imported", "CPU_AND_NE")
+    for layer, row in table.rows.items():
+        assert row.ms == pytest.approx(cost(layer), rel=1e-3, abs=1e-6), layer
+    manifest = json.loads(next((tmp_path / "cache").rglob("manifest.json")).read_text())
+    entry = manifest["models"][manifest["references"][0]]
+    groups = {"Settings": manifest["settings"], "Timing": manifest["timing"], "Plan": manifest["plan"], "Entry": entry}
+    for struct, group in {"Manifest": manifest, **groups, "Input": entry["input"]}.items():
+        assert needs(struct) <= set(group), "the app reads no field that is not there"
 
 
 def test_a_killed_command_finds_the_phones_results(xcode: FakeXcode, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import uuid
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from nas.measure import CACHED, STREAMING, Model, build_module, name_of
 from nas.profilers.bench import now
 from nas.profilers.iphone import COMPUTE_UNITS, run
-from nas.profilers.ort_session import cpu_id, cpu_name, environment
+from nas.profilers.ort_session import cpu_id, cpu_name, environment, touch
 from nas.profilers.timing import DISCARDED, DISCARDED_MS, MAX_CALLS, MIN_CALLS, VISIT_MS, Stopwatch, Workload
 from supernet.errors import InputError
 
@@ -43,7 +44,6 @@ WARM_UP_CALLS = 50  # and a fast model so many calls
 LOAD_TIMEOUT_S = 60.0  # compiling for the Neural Engine takes seconds, or never ends
 OLDEST_MACOS = (13, 0)  # has CPU_AND_NE
 OLDEST_MACOS_WITH_PLANS = (14, 4)  # says where each operation runs
-CACHE_LINE = 64  # bytes
 _CONVERSION_DATE = "com.github.apple.coremltools.conversion_date"
 _LEFT_OVER = ("batch_norm", "instance_norm")  # of operations that a deployed network does not have
 
@@ -320,9 +320,10 @@ class CoreMlModel:
     """One loaded model and a random input. Calling it is one prediction; returns the framework's own nanoseconds of it,
     which the conversion of NumPy's arrays is not in."""
 
-    def __init__(self, model: Any, shape: Sequence[int], name: str = "x", keep: object = None) -> None:
+    def __init__(self, model: Any, shape: Sequence[int], name: str = "x", folder: str | None = None) -> None:
         self.model = model
-        self._keep = keep  # the folder that the package is in lives as long
+        if folder is not None:  # what the package is in goes when the model goes
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.inputs = {name: np.random.default_rng(0).standard_normal(shape).astype(np.float16)}
 
     def __call__(self) -> int:
@@ -404,15 +405,15 @@ class CoreMlMac:
         ct = coremltools()
         module, example = build_module(model, self.batch)
         name = name_of(model)
-        folder = tempfile.TemporaryDirectory()
-        package = Path(folder.name) / "model.mlpackage"
+        folder = tempfile.mkdtemp()
+        package = Path(folder) / "model.mlpackage"
         save_package(module, example, package, name)
         self.guard.check(package, self.compute_units, name)
         has_plans = self.unit == "npu" and (macos_version() or (0, 0)) >= OLDEST_MACOS_WITH_PLANS
         if has_plans and off_npu(package):
             self.flags[name] = "off-npu"
         loaded = ct.models.MLModel(str(package), compute_units=ct.ComputeUnit[self.compute_units])
-        return CoreMlModel(loaded, tuple(example.shape), keep=folder), package_bytes(package)
+        return CoreMlModel(loaded, tuple(example.shape), folder=folder), package_bytes(package)
 
     def stopwatch(self) -> Stopwatch:
         cached, streaming = self.open(CACHED)[0], self.open(STREAMING)[0]
@@ -420,7 +421,7 @@ class CoreMlMac:
 
     def between(self, size: int) -> Workload | None:
         """Touch other memory on the CPU; what the Neural Engine keeps of weights between two calls is not ours to clear."""
-        return np.ones(size // 4, dtype=np.float32)[:: CACHE_LINE // 4].sum if self.unit == "cpu" else None
+        return touch(size) if self.unit == "cpu" else None
 
     def exclusive(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -25,7 +25,6 @@ from supernet.errors import InputError, unknown
 from supernet.files import write_atomically
 
 Say = Callable[[str], object]
-Line = tuple[str, bool, str]  # what is needed, whether it is there, what to do if not
 
 COMPUTE_UNITS = {"npu": "CPU_AND_NE", "cpu": "CPU_ONLY"}  # of the devices whose ids end so
 HARNESS = Path(__file__).parent / "harness"
@@ -33,7 +32,6 @@ OLDEST_IOS = 17
 POLL_S = 20.0  # asking a phone how far it is wakes it: seldom
 STALLED_POLLS = 30  # so many answers without a change, and the app is started again,
 RESTARTS = 3  # so often
-FIRST = "the lines above come first"
 TEAM_HELP = "Xcode > Settings > Accounts names it, ten letters and digits"
 
 FIXES = (  # what a tool's message speaks of -> what to do
@@ -166,7 +164,7 @@ def measure_on_iphone(job_folder: Path, *, unit: str, team_id: str, udid: str | 
     which goes on where it was. `unit` is npu or cpu; `say` takes one line for people.
 
     Raises:
-        InputError: something that is needed is missing (`check` lists it all), or the job is for another phone or unit.
+        InputError: something that is needed is missing (`coreml_check` lists it all), or the job is for another phone or unit.
         Disturbed: the app on the phone ended, or stopped answering.
     """
     manifest, job = _read_job(Path(job_folder), unit)
@@ -371,126 +369,3 @@ def _need_mac() -> None:
             f"an iPhone is measured from a Mac with Xcode, and this is {platform.system()}: write a job folder here "
             "(nas-build-lut --device iphone-npu --export-job DIR --format coreml) and give it to somebody who has one"
         )
-
-
-def check(device_kind: str, team_id: str | None = None, udid: str | None = None) -> list[Line]:
-    """Return what `device_kind` (iphone-npu, iphone-cpu, mac-npu or mac-cpu) needs: what, whether it is there, and the fix.
-
-    Works anywhere; a line whose question cannot be asked yet says what comes first. On an iPhone whose other lines are ok, the
-    last one builds coremltools' model runner, which takes minutes.
-    """
-    kinds = ("iphone-npu", "iphone-cpu", "mac-npu", "mac-cpu")
-    if device_kind not in kinds:
-        raise unknown("device for --check", device_kind, kinds)
-    lines = [_check_macos(), _check_coremltools()]
-    if device_kind.startswith("mac-"):
-        lines += [_check_chip()] if device_kind == "mac-npu" else []
-        phone = None
-    else:
-        lines += [*_check_xcode_and_phone(udid), _check_signing(team_id)]
-        phone = find_phone(udid) if all(ok for _, ok, _ in lines) else None
-    if device_kind.endswith("-npu"):
-        lines.append(_check_neural_engine(all(ok for _, ok, _ in lines), phone, team_id or ""))
-    return lines
-
-
-def _check_macos() -> Line:
-    from nas.profilers.coreml import OLDEST_MACOS, macos_version
-
-    found = macos_version()
-    oldest = ".".join(map(str, OLDEST_MACOS))
-    if found is None:
-        return "a Mac", False, f"this is {platform.system()}: write a job folder with --export-job and use somebody's Mac"
-    return f"macOS {found[0]}.{found[1]}", found >= OLDEST_MACOS, f"update to macOS {oldest} or later"
-
-
-def _check_coremltools() -> Line:
-    from nas.profilers.coreml import coremltools
-
-    try:
-        version = coremltools().__version__
-    except InputError as error:
-        return "coremltools", False, str(error)
-    return f"coremltools {version}", True, ""
-
-
-def _check_chip() -> Line:
-    return "Apple silicon", platform.machine() == "arm64", "this processor has no Neural Engine: choose --device mac-cpu"
-
-
-def _check_xcode_and_phone(udid: str | None) -> list[Line]:
-    lines: list[Line] = []
-
-    def ask(what: str, question: Callable[[], Line]) -> None:
-        """Add the answer to a question, unless an earlier one failed."""
-        if platform.system() != "Darwin" or (lines and not lines[-1][1]):
-            lines.append((what, False, FIRST))
-            return
-        try:
-            lines.append(question())
-        except InputError as error:
-            lines.append((what, False, str(error)))
-
-    def xcode() -> Line:
-        said = run(["xcodebuild", "-version"]).split("\n")[0].strip()
-        version = re.search(r"\d+", said)
-        return said, version is not None and int(version.group()) >= 15, "update Xcode to 15 or later, for its devicectl"
-
-    def tool() -> Line:
-        run(["xcrun", "--find", "devicectl"])
-        return "devicectl", True, ""
-
-    def connected() -> Line:
-        phone = find_phone(udid)
-        return f"{phone.marketing_name} connected", True, ""
-
-    def system() -> Line:
-        ios = find_phone(udid).ios
-        text = ".".join(map(str, ios))
-        return f"iOS {text}", ios[:1] >= (OLDEST_IOS,), f"update to iOS {OLDEST_IOS} or later: devicectl knows no older phones"
-
-    def developer_mode() -> Line:
-        fix = "on the phone, switch on Settings > Privacy & Security > Developer Mode, then restart it"
-        return "developer mode", find_phone(udid).developer_mode, fix
-
-    def unlocked() -> Line:
-        state = devicectl("device", "info", "lockState", "--device", find_phone(udid).udid)
-        is_open = not state.get("passcodeRequired", False) and state.get("unlockedSinceBoot", True)
-        return "phone unlocked", bool(is_open), "unlock the phone, and keep it unlocked: no app starts on a locked one"
-
-    ask("Xcode", xcode)
-    ask("devicectl", tool)
-    ask("an iPhone connected", connected)
-    ask("iOS", system)
-    ask("developer mode", developer_mode)
-    ask("phone unlocked", unlocked)
-    return lines
-
-
-def _check_signing(team_id: str | None) -> Line:
-    if platform.system() != "Darwin":
-        return "signing team", False, FIRST
-    try:
-        check_team(team_id)
-        found = run(["security", "find-identity", "-v", "-p", "codesigning"])
-    except InputError as error:
-        return "signing team", False, str(error)
-    has = re.search(r"Apple Development|iPhone Developer", found) is not None
-    return f"signing team {team_id}", has, "make a certificate: Xcode > Settings > Accounts > Manage Certificates > +"
-
-
-def _check_neural_engine(possible: bool, phone: Phone | None, team_id: str) -> Line:
-    what = "one model on the Neural Engine"
-    if not possible:
-        return what, False, FIRST
-    from nas.measure import CACHED, build_module
-    from nas.profilers.coreml import off_npu, phone_with_runner, save_package
-
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            package = Path(folder) / "model.mlpackage"
-            save_package(*build_module(CACHED), package)
-            off = off_npu(package, None if phone is None else phone_with_runner(phone.udid, team_id))
-    except Exception as error:  # coremltools' remote interface is experimental and raises what it likes
-        return what, False, f"the compute plan cannot be read ({' '.join(str(error).split())[:200]})"
-    return what, not off, f"{', '.join(sorted(set(off)))} do not run there: the table would not be the Neural Engine's"

@@ -128,9 +128,9 @@ final class Bench {
         log = try Log(job.out.appendingPathComponent("visits.jsonl"))
         random = Random(state: job.manifest.timing.seed)
         let onCpu = job.manifest.settings.compute_units == "CPU_ONLY"
-        configuration.computeUnits = onCpu ? .cpuOnly : .cpuAndNeuralEngine
         // What the Neural Engine keeps of weights between two calls is not ours to clear.
         other = onCpu ? [Float](repeating: 1, count: job.manifest.plan.between_bytes / 4) : []
+        configuration.computeUnits = onCpu ? .cpuOnly : .cpuAndNeuralEngine
     }
 
     /// Measures what is not measured yet, twice through with half of the visits each time, and writes results.json.
