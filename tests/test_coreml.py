@@ -66,8 +66,6 @@ TEAM = "ABCDE12345"
         ((Layer(SMALL, 4),) * 2, None),
         ((Layer(Stem(24), 32), Layer(MB4D(24), 8)), ["conv", "relu", "conv", "relu", *POOL_BLOCK]),
         ((Layer(MB4D(16), 8), Layer(Embedding(24, 16), 8), Layer(MB4D(24), 4)), [*POOL_BLOCK, "conv", *POOL_BLOCK]),
-        ((Layer(MB4D(32), 4), Layer(Flat(32), 4), Layer(SMALL, 4)), None),
-        ((Layer(SMALL, 4), Layer(Unflat(32), 4), Layer(MB4D(32), 4)), None),
         ((Layer(MB4D(16), 4), Layer(Head(16, 10, tokens=False), 4)), None),
         (tuple(NETWORK.layers()), None),
     ],
@@ -83,6 +81,11 @@ def test_blocks_convert_to_fp16_without_casts_or_norms(model: Model, expected: l
     found = operations(converted)
     assert not {"cast", "batch_norm"} & set(found)
     assert expected is None or found == expected
+
+
+def test_the_network_that_is_converted_has_every_kind_of_layer() -> None:
+    kinds = {type(layer.spec) for layer in NETWORK.layers()}
+    assert kinds == {Stem, MB4D, Embedding, Flat, Unflat, MB3D, Head}
 
 
 class Casting(nn.Module):
@@ -572,7 +575,7 @@ def test_a_job_goes_to_the_phone_and_its_results_come_back(xcode: FakeXcode, tmp
     assert results["visits"]["2 x mb3d"] == [[0.3, 0.5, 0.8]] * 20
     assert results["flags"] == {"2 x mb3d": "off-npu"}
     assert any("low power mode" in line for line in said)
-    assert any("1 models have operations off the Neural Engine" in line for line in said)
+    assert any("models with operations off the Neural Engine: 1;" in line for line in said)
     (build,) = xcode.did("xcodebuild")
     for word in (f"platform=iOS,id={UDID}", "DEVELOPMENT_TEAM=ABCDE12345", "-allowProvisioningUpdates", "build"):
         assert word in build
@@ -671,6 +674,18 @@ def test_what_stands_in_the_way_is_one_line(
 def test_a_job_of_another_phone_is_refused(xcode: FakeXcode, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="for iphone12-npu, and the connected phone is iphone15pro-npu"):
         measure_on_iphone(write_job(tmp_path, device="iphone12-npu"), unit="npu", team_id=TEAM, udid=None, say=print)
+
+
+def test_what_speaks_against_a_phones_results_is_said() -> None:
+    place = {"low_power_mode": False, "battery_state": "full", "dropped_visits": 0}
+    assert iphone.warnings_about({"environment": place, "flags": {}}) == []
+    place = {"low_power_mode": True, "battery_state": "charging", "dropped_visits": 7}
+    flags = {"a": "off-npu", "b": "timeout", "c": "load-error", "d": "off-npu"}
+    found = iphone.warnings_about({"environment": place, "flags": flags})
+    for line, words in zip(
+        found, ("low power", "charging", "7 visits", "Neural Engine: 2", "in time: 1", "run: 1"), strict=True
+    ):
+        assert words in line
 
 
 def test_half_a_job_is_refused(tmp_path: Path) -> None:

@@ -214,11 +214,13 @@ def warnings_about(results: Mapping[str, Any]) -> list[str]:
         found.append("the phone was charging, which warms it: charge it fully first")
     if place.get("dropped_visits"):
         found.append(f"{place['dropped_visits']} visits were dropped and repeated: the phone was hot, or the app not in front")
-    for flag, what in (("off-npu", "have operations off the Neural Engine"), ("timeout", "did not load in time")):
+    for flag, what, then in (
+        ("off-npu", "with operations off the Neural Engine", "rows are flagged"),
+        ("timeout", "that did not load in time", "rows are missing"),
+        ("load-error", "that did not load or run", "rows are missing"),
+    ):
         if count := sum(value == flag for value in flags.values()):
-            found.append(f"{count} models {what}: their rows are flagged")
-    if count := sum(value == "load-error" for value in flags.values()):
-        found.append(f"{count} models did not load or run: their rows are missing")
+            found.append(f"models {what}: {count}; their {then}")
     return found
 
 
