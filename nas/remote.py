@@ -80,7 +80,7 @@ def build_on_iphone(device: str, space: SearchSpace, folder: Path, team_id: str 
 
 def print_check(device: str, team_id: str | None, udid: str | None) -> None:
     """Print what Core ML measurements need, each line ok or the fix; exit code 1 if something is missing."""
-    from nas.profilers.coreml import check
+    from nas.profilers.coreml_check import check
 
     if device not in ("mac-npu", "mac-cpu", "iphone-npu", "iphone-cpu"):
         raise InputError(f"--check is for mac-npu, mac-cpu, iphone-npu and iphone-cpu, not for {device}: leave it out")

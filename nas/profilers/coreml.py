@@ -1,0 +1,444 @@
+"""Core ML: packages in the form that is timed, which of their operations leave the Neural Engine, and this Mac as a device.
+
+Packages are made on any system that coremltools has wheels for; only loading one needs macOS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import shutil
+import tempfile
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nas.measure import CACHED, STREAMING, Model, build_module, name_of
+from nas.profilers.bench import now
+from nas.profilers.iphone import COMPUTE_UNITS, run
+from nas.profilers.ort_session import cpu_id, cpu_name, environment, touch
+from nas.profilers.timing import DISCARDED, DISCARDED_MS, MAX_CALLS, MIN_CALLS, VISIT_MS, Stopwatch, Workload
+from supernet.errors import InputError
+
+EXPORT = "mlprogram, iOS 16, fp16 in and out"
+WARM_UP_MS = 300.0  # the Neural Engine's clock takes so long to rise,
+WARM_UP_CALLS = 50  # and a fast model so many calls
+LOAD_TIMEOUT_S = 60.0  # compiling for the Neural Engine takes seconds, or never ends
+OLDEST_MACOS = (13, 0)  # has CPU_AND_NE
+OLDEST_MACOS_WITH_PLANS = (14, 4)  # says where each operation runs
+_CONVERSION_DATE = "com.github.apple.coremltools.conversion_date"
+_LEFT_OVER = ("batch_norm", "instance_norm")  # of operations that a deployed network does not have
+
+
+def coremltools() -> Any:
+    """Import coremltools, which takes seconds, without its remarks on other packages' versions.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import coremltools as ct
+    except ImportError as error:
+        raise InputError(
+            "Core ML packages need coremltools, which has wheels for macOS and for Linux on x86-64: pip install coremltools"
+        ) from error
+    return ct
+
+
+def convert(module: nn.Module, example: Tensor, input_name: str = "x", output_name: str = "y") -> Any:
+    """Return `module` in eval mode as a Core ML program (an unloaded `MLModel`) for inputs of the example's shape: fp16
+    throughout, inputs and outputs too, for iOS 16 or macOS 13 and later.
+
+    Raises:
+        InputError: coremltools cannot convert it, or what it made pays for casts or norms that the network does not have.
+    """
+    ct = coremltools()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(module.eval(), (example,)).run_decompositions({})
+        try:
+            model = ct.convert(
+                exported,
+                convert_to="mlprogram",
+                skip_model_load=True,
+                minimum_deployment_target=ct.target.iOS16,
+                compute_precision=ct.precision.FLOAT16,
+                inputs=[ct.TensorType(name=input_name, shape=tuple(example.shape), dtype=np.float16)],
+                outputs=[ct.TensorType(name=output_name, dtype=np.float16)],
+            )
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"coremltools {ct.__version__} cannot convert this module to Core ML: {reason}; write its forward with "
+                "operations that coremltools knows"
+            ) from error
+    refuse_strays(model)
+    return model
+
+
+def operations(model: Any) -> list[str]:
+    """Return the types of a program's operations in order, constants left out."""
+    return [operation.type for operation in _block(model).operations if operation.type != "const"]
+
+
+def refuse_strays(model: Any) -> None:
+    """Refuse a program with inputs or outputs that are not fp16, a cast at one of its ends, or a batch norm.
+
+    Raises:
+        InputError: it has one; timing it would charge a layer for what no deployed network does.
+    """
+    description = model.get_spec().description
+    half = coremltools().proto.FeatureTypes_pb2.ArrayFeatureType.FLOAT16
+    ports = [*description.input, *description.output]
+    names = {port.name for port in ports}
+    found = [f"{port.name} is not fp16" for port in ports if port.type.multiArrayType.dataType != half]
+    for operation in _block(model).operations:
+        touches = {binding.name for argument in operation.inputs.values() for binding in argument.arguments}
+        touches |= {output.name for output in operation.outputs}
+        if operation.type.endswith(_LEFT_OVER) or (operation.type == "cast" and touches & names):
+            found.append(f"it has a {operation.type}")
+    if found:
+        raise InputError(f"the Core ML form is not what is deployed ({', '.join(found)}): its time would say nothing")
+
+
+def _block(model: Any) -> Any:
+    (block,) = model.get_spec().mlProgram.functions["main"].block_specializations.values()
+    return block
+
+
+def save_package(module: nn.Module, example: Tensor, path: str | Path, key: str = "") -> str:
+    """Convert `module` and write it to `path`, a new or replaced `.mlpackage`; return its SHA-256 (`package_sha256`).
+
+    The same module gives the same bytes in any process with the same versions. The package's metadata hold `key` and
+    the SHA-256 of the weights.
+    """
+    path = Path(path)
+    model = convert(module, example)
+    metadata = model.user_defined_metadata
+    metadata.pop(_CONVERSION_DATE, None)
+    metadata["metapath.key"] = key
+    metadata["metapath.weights_sha256"] = weights_sha256(module)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
+        package = Path(folder) / path.name
+        model.save(str(package))
+        _make_reproducible(package)
+        if path.exists():
+            shutil.rmtree(path)
+        package.replace(path)
+    return package_sha256(path)
+
+
+def _make_reproducible(package: Path) -> None:
+    """Give a package's manifest and program one spelling: they come with random names and in the order of a hash."""
+    (package / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+    program = package / "Data" / "com.apple.CoreML" / "model.mlmodel"
+    spec = coremltools().proto.Model_pb2.Model()
+    spec.ParseFromString(program.read_bytes())
+    program.unlink()  # it was readable by its owner alone
+    program.write_bytes(spec.SerializeToString(deterministic=True))
+    manifest = json.loads((package / "Manifest.json").read_text())
+    new = {name: str(uuid.uuid5(uuid.NAMESPACE_URL, item["path"])) for name, item in manifest["itemInfoEntries"].items()}
+    manifest["itemInfoEntries"] = {new[name]: item for name, item in manifest["itemInfoEntries"].items()}
+    manifest["rootModelIdentifier"] = new[manifest["rootModelIdentifier"]]
+    (package / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's weights and buffers, with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def package_sha256(path: str | Path) -> str:
+    """Return the SHA-256 over a package's files, sorted by path: of lines `<path> <SHA-256 of the file>`."""
+    root = Path(path)
+    files = sorted((file.relative_to(root).as_posix(), file) for file in root.rglob("*") if file.is_file())
+    lines = (f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for name, file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def package_bytes(path: str | Path) -> int:
+    """Return the size of a package's files."""
+    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+
+
+def operations_off_npu(plan: Any) -> list[str]:
+    """Return the types of the operations that a compute plan (coremltools' `MLComputePlan`) puts off the Neural Engine.
+
+    A program that does nothing is left out: there is nothing in it to put anywhere.
+    """
+    found, pending = [], [function.block for function in plan.model_structure.program.functions.values()]
+    while pending:
+        for operation in pending.pop().operations:
+            pending += operation.blocks
+            usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
+            kind = operation.operator_name.rpartition(".")[2]  # "ios16.conv"
+            if usage is None or kind in ("const", "identity"):
+                continue
+            if type(usage.preferred_compute_device).__name__ != "MLNeuralEngineComputeDevice":
+                found.append(kind)
+    return found
+
+
+def off_npu(package: str | Path, device: Any = None) -> list[str]:
+    """Return the types of a package's operations that do not run on the Neural Engine; empty: all of them do.
+
+    `device` is a phone that coremltools has prepared (`phone_with_runner`), None this Mac. Needs macOS 14.4 or iOS 17.4.
+
+    Raises:
+        InputError: this is not a Mac, or its system is older.
+    """
+    _need_mac(OLDEST_MACOS_WITH_PLANS, "a compute plan")
+    ct = coremltools()
+    from coremltools.models.compute_plan import MLComputePlan
+
+    compiled = ct.models.utils.compile_model(str(package))
+    try:
+        units = ct.ComputeUnit.CPU_AND_NE
+        if device is None:
+            return operations_off_npu(MLComputePlan.load_from_path(path=compiled, compute_units=units))
+        from coremltools.models.ml_program.experimental import compute_plan_utils
+
+        load = compute_plan_utils.load_compute_plan_from_path_on_device(path=compiled, compute_units=units, device=device)
+        return operations_off_npu(asyncio.run(load))
+    finally:
+        shutil.rmtree(compiled, ignore_errors=True)
+
+
+def phone_with_runner(udid: str, team_id: str) -> Any:
+    """Build, sign and launch coremltools' model runner on a connected iPhone; return its device for `off_npu`. Minutes.
+
+    Raises:
+        InputError: coremltools finds no connected phone with this UDID.
+    """
+    coremltools()
+    os.environ["PATH"] += f"{os.pathsep}{run(['xcode-select', '-p']).strip()}/usr/bin"  # it calls a bare `devicectl`
+    from coremltools.models.ml_program.experimental.remote_device import AppSigningCredentials, Device, DeviceType
+
+    phones = [device for device in Device.get_connected_devices(DeviceType.IPHONE) if device.udid == udid]
+    if not phones:
+        raise InputError(f"coremltools sees no connected iPhone {udid}: connect it by cable, unlock it and trust this Mac")
+    credentials = AppSigningCredentials(
+        development_team=team_id, bundle_identifier=f"org.metapath.modelrunner.{team_id.lower()}"
+    )
+    return asyncio.run(phones[0].prepare_for_model_debugging(credentials=credentials))
+
+
+def macos_version() -> tuple[int, int] | None:
+    """Return this Mac's system version, None elsewhere."""
+    if platform.system() != "Darwin":
+        return None
+    major, minor = [*platform.mac_ver()[0].split("."), "0"][:2]
+    return int(major), int(minor)
+
+
+def _need_mac(oldest: tuple[int, int], what: str) -> None:
+    found = macos_version()
+    if found is None:
+        raise InputError(
+            f"{what} needs a Mac, and this is {platform.system()}: write a job folder here (nas-build-lut --device iphone-npu "
+            "--export-job DIR --format coreml) and have it timed by somebody who has one, or choose another --device"
+        )
+    if found < oldest:
+        raise InputError(
+            f"{what} needs macOS {oldest[0]}.{oldest[1]} or later, and this is {found[0]}.{found[1]}: update the system"
+        )
+
+
+class LoadGuard:
+    """Loads each package in a child process first: one that never ends compiling for the Neural Engine ends there.
+
+    A thread would not do: Core ML's load does not let go of the interpreter.
+    """
+
+    def __init__(self, seconds: float = LOAD_TIMEOUT_S, load: Callable[[str, str], None] | None = None) -> None:
+        self.seconds = seconds
+        self.load = load or load_once
+        self._pool: Any = None
+
+    def check(self, package: Path, units: str, what: str) -> None:
+        """Raise InputError if the package does not load, or not in time; `what` names it."""
+        if self._pool is None:
+            self._pool = multiprocessing.get_context("spawn").Pool(1)
+            self._pool.apply(_be_ready)  # imports are not the package's time
+        try:
+            self._pool.apply_async(self.load, (str(package), units)).get(self.seconds)
+        except multiprocessing.TimeoutError:
+            self.close()
+            raise InputError(
+                f"{what} did not load within {self.seconds:g} s with {units}: leave it out, or choose --device mac-cpu"
+            ) from None
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{what} does not load with {units} ({' '.join(str(error).split())[:200]})") from error
+
+    def close(self) -> None:
+        """End the child process."""
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool = None
+
+
+def _be_ready() -> None:
+    if platform.system() == "Darwin":
+        coremltools()
+
+
+def load_once(package: str, units: str) -> None:
+    """Load a package, in the process that may hang."""
+    ct = coremltools()
+    ct.models.MLModel(package, compute_units=ct.ComputeUnit[units])
+
+
+class CoreMlModel:
+    """One loaded model and a random input. Calling it is one prediction; returns the framework's own nanoseconds of it,
+    which the conversion of NumPy's arrays is not in."""
+
+    def __init__(self, model: Any, shape: Sequence[int], name: str = "x", folder: str | None = None) -> None:
+        self.model = model
+        if folder is not None:  # what the package is in goes when the model goes
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.inputs = {name: np.random.default_rng(0).standard_normal(shape).astype(np.float16)}
+
+    def __call__(self) -> int:
+        self.model.predict(self.inputs)
+        return int(self.model.last_predict_duration_in_nano_seconds)
+
+
+def counted_calls(run: Workload, between: Workload | None = None) -> float:
+    """A burst (see `timing`) on the framework's counter: the median milliseconds, the first calls discarded."""
+
+    def nanoseconds() -> int:
+        found = run()
+        assert isinstance(found, int)  # a CoreMlModel's
+        return found
+
+    spent = 0
+    for call in range(DISCARDED):
+        if call >= 2 and spent >= DISCARDED_MS * 1e6:
+            break
+        spent += nanoseconds()
+    times: list[int] = []
+    while len(times) < MIN_CALLS or (sum(times) < VISIT_MS * 1e6 and len(times) < MAX_CALLS):
+        if between is not None:
+            between()
+        times.append(nanoseconds())
+    return median(times) / 1e6
+
+
+@dataclass(frozen=True)
+class CoreMlMac:
+    """Core ML on this Mac. `unit`: npu (the Neural Engine, and the CPU for what falls off it) or cpu.
+
+    `flags` fills as models are opened: the name of each that has operations off the Neural Engine -> "off-npu".
+    """
+
+    unit: str
+    batch: int = 1
+    flags: dict[str, str] = field(default_factory=dict)
+    guard: LoadGuard = field(default_factory=LoadGuard)
+    threads: int = 1
+    precision: str = "fp16"
+
+    @cached_property
+    def id(self) -> str:
+        """`<chip>-npu`, or `<chip>-coreml-cpu`, because `<chip>-cpu` is ONNX Runtime's; `-b8` for another batch."""
+        chip = cpu_id().removesuffix("-cpu")
+        kind = "npu" if self.unit == "npu" else "coreml-cpu"
+        return f"{chip}-{kind}" + (f"-b{self.batch}" if self.batch != 1 else "")
+
+    @property
+    def compute_units(self) -> str:
+        return COMPUTE_UNITS[self.unit]
+
+    def environment(self) -> dict[str, Any]:
+        place = environment(self.threads, self.precision, self.batch)
+        found = [
+            *(["it runs on battery, where clocks are lower: connect the charger"] if place["power"] == "battery" else []),
+            *(["Core ML chooses its own cores, so the intervals will be wider"] if self.unit == "cpu" else []),
+        ]
+        return {
+            **{name: place[name] for name in ("architecture", "cores", "core_kinds", "os", "python_version", "power")},
+            "chip": cpu_name(),
+            "load_average": place["load_average"],
+            "runtime": "coreml",
+            "runtime_version": f"coremltools {coremltools().__version__}, macOS {platform.mac_ver()[0]}",
+            "torch_version": torch.__version__,
+            "precision": self.precision,
+            "batch": self.batch,
+            "threads": self.threads,
+            "export": EXPORT,
+            "compute_units": self.compute_units,
+            "warm_up_ms": WARM_UP_MS,
+            "warm_up_calls": WARM_UP_CALLS,
+            "warnings": found,
+            "measured_at": now(),
+        }
+
+    def open(self, model: Model) -> tuple[Workload, int]:
+        ct = coremltools()
+        module, example = build_module(model, self.batch)
+        name = name_of(model)
+        folder = tempfile.mkdtemp()
+        package = Path(folder) / "model.mlpackage"
+        save_package(module, example, package, name)
+        self.guard.check(package, self.compute_units, name)
+        has_plans = self.unit == "npu" and (macos_version() or (0, 0)) >= OLDEST_MACOS_WITH_PLANS
+        if has_plans and off_npu(package):
+            self.flags[name] = "off-npu"
+        loaded = ct.models.MLModel(str(package), compute_units=ct.ComputeUnit[self.compute_units])
+        return CoreMlModel(loaded, tuple(example.shape), folder=folder), package_bytes(package)
+
+    def stopwatch(self) -> Stopwatch:
+        cached, streaming = self.open(CACHED)[0], self.open(STREAMING)[0]
+        return Stopwatch(cached, streaming, burst=counted_calls, warm_up_ms=WARM_UP_MS, warm_up_calls=WARM_UP_CALLS)
+
+    def between(self, size: int) -> Workload | None:
+        """Touch other memory on the CPU; what the Neural Engine keeps of weights between two calls is not ours to clear."""
+        return touch(size) if self.unit == "cpu" else None
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def open_mac(device: str, threads: int | None = None, precision: str | None = None, batch: int | None = None) -> CoreMlMac:
+    """Return the profiler of this Mac's Neural Engine (`mac-npu`) or CPU (`mac-cpu`) through Core ML.
+
+    Raises:
+        InputError: this is not a Mac, its system is too old, it has no Neural Engine, or there is no such setting.
+    """
+    if threads not in (None, 1):
+        raise InputError(f"{device} has no --threads ({threads} given): Core ML chooses its own; leave the flag out")
+    if precision not in (None, "fp16"):
+        raise InputError(f"{device} is measured in fp16 only, not {precision}: leave --precision out")
+    _need_mac(OLDEST_MACOS, f"--device {device}")
+    unit = device.removeprefix("mac-")
+    if unit == "npu" and platform.machine() != "arm64":
+        raise InputError(f"this Mac's processor ({cpu_name()}) has no Neural Engine: choose --device mac-cpu")
+    return CoreMlMac(unit, batch or 1)

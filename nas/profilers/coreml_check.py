@@ -1,0 +1,136 @@
+"""What a Mac or an iPhone needs to be measured: each line ok, or the fix."""
+
+from __future__ import annotations
+
+import platform
+import re
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from nas.measure import CACHED, build_module
+from nas.profilers import coreml
+from nas.profilers.iphone import OLDEST_IOS, Phone, check_team, devicectl, find_phone, run
+from supernet.errors import InputError, unknown
+
+Line = tuple[str, bool, str]  # what is needed, whether it is there, what to do if not
+
+KINDS = ("iphone-npu", "iphone-cpu", "mac-npu", "mac-cpu")
+FIRST = "the lines above come first"
+
+
+def check(device_kind: str, team_id: str | None = None, udid: str | None = None) -> list[Line]:
+    """Return what `device_kind` (iphone-npu, iphone-cpu, mac-npu or mac-cpu) needs: what, whether it is there, and the fix.
+
+    Works anywhere; a line whose question cannot be asked yet says what comes first. On an iPhone whose other lines are ok, the
+    last one builds coremltools' model runner, which takes minutes.
+    """
+    if device_kind not in KINDS:
+        raise unknown("device for --check", device_kind, KINDS)
+    lines = [_check_macos(), _check_coremltools()]
+    if device_kind.startswith("mac-"):
+        lines += [_check_chip()] if device_kind == "mac-npu" else []
+        phone = None
+    else:
+        lines += [*_check_xcode_and_phone(udid), _check_signing(team_id)]
+        phone = find_phone(udid) if all(ok for _, ok, _ in lines) else None
+    if device_kind.endswith("-npu"):
+        lines.append(_check_neural_engine(all(ok for _, ok, _ in lines), phone, team_id or ""))
+    return lines
+
+
+def _check_macos() -> Line:
+    found = coreml.macos_version()
+    oldest = ".".join(map(str, coreml.OLDEST_MACOS))
+    if found is None:
+        return "a Mac", False, f"this is {platform.system()}: write a job folder with --export-job and use somebody's Mac"
+    return f"macOS {found[0]}.{found[1]}", found >= coreml.OLDEST_MACOS, f"update to macOS {oldest} or later"
+
+
+def _check_coremltools() -> Line:
+    try:
+        version = coreml.coremltools().__version__
+    except InputError as error:
+        return "coremltools", False, str(error)
+    return f"coremltools {version}", True, ""
+
+
+def _check_chip() -> Line:
+    return "Apple silicon", platform.machine() == "arm64", "this processor has no Neural Engine: choose --device mac-cpu"
+
+
+def _check_xcode_and_phone(udid: str | None) -> list[Line]:
+    lines: list[Line] = []
+    the_phone = cache(lambda: find_phone(udid))
+
+    def ask(what: str, question: Callable[[], Line]) -> None:
+        """Add the answer to a question, unless an earlier one failed."""
+        if platform.system() != "Darwin" or (lines and not lines[-1][1]):
+            lines.append((what, False, FIRST))
+            return
+        try:
+            lines.append(question())
+        except InputError as error:
+            lines.append((what, False, str(error)))
+
+    def xcode() -> Line:
+        said = run(["xcodebuild", "-version"]).split("\n")[0].strip()
+        version = re.search(r"\d+", said)
+        return said, version is not None and int(version.group()) >= 15, "update Xcode to 15 or later, for its devicectl"
+
+    def tool() -> Line:
+        run(["xcrun", "--find", "devicectl"])
+        return "devicectl", True, ""
+
+    def connected() -> Line:
+        phone = the_phone()
+        return f"{phone.marketing_name} connected", True, ""
+
+    def system() -> Line:
+        ios = the_phone().ios
+        text = ".".join(map(str, ios))
+        return f"iOS {text}", ios[:1] >= (OLDEST_IOS,), f"update to iOS {OLDEST_IOS} or later: devicectl knows no older phones"
+
+    def developer_mode() -> Line:
+        fix = "on the phone, switch on Settings > Privacy & Security > Developer Mode, then restart it"
+        return "developer mode", the_phone().developer_mode, fix
+
+    def unlocked() -> Line:
+        state = devicectl("device", "info", "lockState", "--device", the_phone().udid)
+        is_open = not state.get("passcodeRequired", False) and state.get("unlockedSinceBoot", True)
+        return "phone unlocked", bool(is_open), "unlock the phone, and keep it unlocked: no app starts on a locked one"
+
+    ask("Xcode", xcode)
+    ask("devicectl", tool)
+    ask("an iPhone connected", connected)
+    ask("iOS", system)
+    ask("developer mode", developer_mode)
+    ask("phone unlocked", unlocked)
+    return lines
+
+
+def _check_signing(team_id: str | None) -> Line:
+    if platform.system() != "Darwin":
+        return "signing team", False, FIRST
+    try:
+        check_team(team_id)
+        found = run(["security", "find-identity", "-v", "-p", "codesigning"])
+    except InputError as error:
+        return "signing team", False, str(error)
+    has = re.search(r"Apple Development|iPhone Developer", found) is not None
+    return f"signing team {team_id}", has, "make a certificate: Xcode > Settings > Accounts > Manage Certificates > +"
+
+
+def _check_neural_engine(possible: bool, phone: Phone | None, team_id: str) -> Line:
+    what = "one model on the Neural Engine"
+    if not possible:
+        return what, False, FIRST
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            package = Path(folder) / "model.mlpackage"
+            coreml.save_package(*build_module(CACHED), package)
+            off = coreml.off_npu(package, None if phone is None else coreml.phone_with_runner(phone.udid, team_id))
+    except Exception as error:  # coremltools' remote interface is experimental and raises what it likes
+        return what, False, f"the compute plan cannot be read ({' '.join(str(error).split())[:200]})"
+    return what, not off, f"{', '.join(sorted(set(off)))} do not run there: the table would not be the Neural Engine's"
