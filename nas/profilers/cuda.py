@@ -233,8 +233,8 @@ class Bursts:
                 self.sleep(min(PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
             discarded = max(DISCARDED, math.ceil(RAMP_MS / ms))
         raise Disturbed(
-            f"the GPU was throttled ({', '.join(why)}) in {TRIES} bursts in a row, with pauses: nothing is written. Cool "
-            "it, end other work, or hold its clocks lower (`sudo nvidia-smi -lgc MHZ`), and start anew"
+            f"the GPU was throttled ({', '.join(why)}) in {TRIES} bursts in a row, with pauses: no table is written. Cool "
+            "it, end other work, or hold its clocks lower (`sudo nvidia-smi -lgc MHZ`); the same command goes on from here"
         )
 
     def _timed(self, run: Captured, discarded: int) -> tuple[float, list[str]]:
