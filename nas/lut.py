@@ -20,7 +20,7 @@ import yaml
 
 from nas.audit import doubts, flagged
 from nas.measure import Model, Profiler, name_of, table_reference
-from nas.plan import CHAINS, CHECK_NETWORKS, FIT_NETWORKS, Terms, Work, work_for
+from nas.plan import CHAINS, CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, Terms, Work, work_for
 from nas.profilers.bench import Bench, Samples, carry_out, now, reference_of
 from nas.profilers.timing import Measurement, Visit, summarise
 from nas.progress import progress, say
@@ -78,9 +78,9 @@ def build_table(
             carry_out(work.plan, bench, tick, profiler.between(work.plan.between_bytes))
     finally:
         samples.close()
-    place["finished_at"] = now()
-    place["load_average_at_end"] = profiler.environment().get("load_average")
-    return write_table(profiler.id, space, work, samples.visits, place, old, folder)
+    at_end = {name: value for name, value in profiler.environment().items() if value != place[name]}
+    place = {**place, "finished_at": now(), "at_end": at_end}
+    return write_table(profiler.id, space, work, samples.visits, place, old, folder, flags=profiler.flags)
 
 
 def write_table(
@@ -91,18 +91,39 @@ def write_table(
     place: Mapping[str, Any],
     old: LatencyTable | None,
     folder: Path,
+    *,
     provenance: str = "measured",
+    flags: Mapping[str, str],
 ) -> LatencyTable:
-    """Make the table of what was measured, write it to `folder`, say how true it is, and return it."""
+    """Make the table of what was measured, write it to `folder`, say how true it is, and return it.
+
+    `flags` are words about models (off-npu, timeout, load-error): the rows that they serve carry them, and rows of models
+    that could not be visited are left out.
+
+    Raises:
+        InputError: too few whole networks could be measured to calibrate.
+    """
     # One reference for all rows of a table: rows that were measured earlier stay as they are.
     reference = table_reference(old) if old is not None else reference_of(visits)
     rows = dict(old.rows) if old is not None else {}
     for layer, terms in work.rows.items():
-        rows[layer] = row_of(layer, terms, {model: summarise(visits[name_of(model)], reference) for model in terms})
+        names = [name_of(model) for model in terms]
+        words = sorted({flags[name] for name in names if name in flags})
+        if not all(name in visits for name in names):
+            say(f"warning: {layer} has no row, because a model of it could not be measured ({', '.join(words)})")
+            continue
+        found = {model: summarise(visits[name_of(model)], reference) for model in terms}
+        rows[layer] = replace(row_of(layer, terms, found), flag=" ".join(words))
     table = LatencyTable(device, rows, provenance=provenance, meta={**place, "reference_ms": reference._asdict()})
     table = replace(table, rows=flagged(rows, FLAG_FLOOR * table.sum_ms(space.smallest)))
-    measured = [summarise(visits[name_of(tuple(arch.layers()))], reference) for arch in work.networks]
-    calibration = calibrate(space, table, work.networks, measured)
+    networks = [arch for arch in work.networks if name_of(tuple(arch.layers())) in visits and not table.missing(arch.layers())]
+    if len(networks) < FEWEST_NETWORKS:
+        raise InputError(
+            f"only {len(networks)} of {len(work.networks)} networks could be measured, at least {FEWEST_NETWORKS} are needed "
+            "to calibrate the table: nothing is written"
+        )
+    measured = [summarise(visits[name_of(tuple(arch.layers()))], reference) for arch in networks]
+    calibration = calibrate(space, table, networks, measured)
     kept = [c for c in (old.calibrations if old is not None else ()) if c.space != space.name]
     table = replace(table, calibrations=(*kept, calibration))
     written = table.save(folder)
@@ -148,7 +169,9 @@ def import_results(path: Path, folder: Path, device: str | None = None) -> Laten
     layers = measured_layers(space.layers())
     named = {str(layer): layer for layer in layers}
     work = work_for(space, [named[name] for name in manifest["rows"]], manifest["seed"])
-    return write_table(found, space, work, visits_of(results), place, old, folder, provenance="imported")
+    return write_table(
+        found, space, work, visits_of(results), place, old, folder, provenance="imported", flags=results.get("flags", {})
+    )
 
 
 def table_to_extend(path: Path, place: Mapping[str, Any], only_missing: bool) -> LatencyTable | None:

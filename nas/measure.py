@@ -6,6 +6,7 @@ A *model* is a sequence of layers that runs as one session: a chain of blocks, a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from itertools import groupby
@@ -71,6 +72,11 @@ class Profiler(Protocol):
     @property
     def id(self) -> str:
         """The device id of the table that is measured with it."""
+        ...
+
+    @property
+    def flags(self) -> Mapping[str, str]:
+        """What speaks against a model that was opened, by its name: a word such as `off-npu`."""
         ...
 
     def environment(self) -> dict[str, Any]:

@@ -106,9 +106,8 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
     if arch is None:
         print("  predicted  not: tables know the layers of networks given as a YAML file or by a zoo name")
     else:
-        print(
-            f"  predicted  {'no table' if predicted_ms is None else f'{predicted_ms:.4g} ms{per_image(predicted_ms, batch)}'}"
-        )
+        said = "no table" if predicted_ms is None else f"{predicted_ms:.4g} ms{per_image(predicted_ms, batch)}"
+        print(f"  predicted  {said}")
     if measured is not None:
         print(
             f"  measured   {measured.ms:.4g} ms (95 %: {measured.low_ms:.4g} to {measured.high_ms:.4g}; "

@@ -551,7 +551,7 @@ def write_job(tmp_path: Path, device: str = "iphone15pro-npu", units: str = "CPU
             "floor": 0.002,
             "network_goal": 0.01,
             "min_visits": 12,
-            "max_visits": 32,
+            "passes": [6, 12, 32],
             "batch_models": 32,
             "batch_bytes": 1 << 30,
         },

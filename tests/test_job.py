@@ -21,7 +21,7 @@ from nas.profilers import job
 from nas.profilers.job import export_job, run_over_ssh, without_weights
 from nas.profilers.ort_cpu import OrtCpu
 from nas.table import LatencyTable
-from supernet.arch import MB4D, Layer
+from supernet.arch import MB3D, MB4D, Layer
 from supernet.errors import InputError
 from supernet.space import SearchSpace
 
@@ -89,6 +89,21 @@ def test_results_find_the_manifest_of_a_job_that_was_exported_here(folder: Path,
     (tmp_path / "elsewhere").mkdir()
     path = written(tmp_path / "elsewhere", pretended_results(folder, work))
     assert import_results(path, tmp_path / "out").device == "pretended-cpu"
+
+
+def test_rows_of_models_that_the_device_could_not_load_are_left_out(folder: Path, work: Work, tmp_path: Path) -> None:
+    results = pretended_results(folder, work)
+    del results["visits"]["4 x mb4d(dim=16) at 8 px"]
+    results["flags"] = {"4 x mb4d(dim=16) at 8 px": "timeout", "2 x mb3d(dim=48) at 4 px": "off-npu"}
+    table = import_results(written(folder, results), tmp_path / "out")
+    assert Layer(MB4D(16), 8) not in table.rows
+    assert table.rows[Layer(MB3D(48), 4)].flag == "off-npu"
+    assert not table.serves(SPACE)
+    results["visits"] = {name: made for name, made in results["visits"].items() if not name.startswith("network")}
+    results["flags"] |= dict.fromkeys(work.plan.networks, "load-error")
+    with pytest.raises(InputError, match="only 0 of 28 networks could be measured"):
+        import_results(written(folder, results), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def other_job(results: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import random
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,7 @@ class Device:
     """A pretended device: workloads that move a clock on."""
 
     id = "pretended-cpu"
+    flags: Mapping[str, str] = {}
 
     def __init__(self, noise: float = 0.0) -> None:
         self.now = 0.0
@@ -266,6 +268,15 @@ def test_calibration_networks_are_spread_over_the_space() -> None:
     low, high = (device_ms(tuple(arch.layers())) for arch in (space.smallest, space.largest))
     assert costs[0] - low < 0.25 * (high - low)
     assert costs[-1] > 0.5 * (low + high)
+
+
+def test_a_word_about_a_model_is_carried_by_the_rows_it_serves(device: Device, tmp_path: Path) -> None:
+    block = Layer(MB4D(16), 8)
+    device.flags = {name_of((block,) * 4): "off-npu"}
+    table = build_table(device, small_space(), tmp_path)
+    assert table.rows[block].flag == "off-npu"
+    assert LatencyTable.load(tmp_path / "pretended-cpu.csv").rows[block].flag == "off-npu"
+    assert not table.rows[Layer(MB4D(32), 8)].flag
 
 
 def test_the_plan_is_the_same_every_time() -> None:

@@ -158,7 +158,7 @@ def test_a_timm_that_cannot_be_imported_counts_as_not_installed(
         (["small.yaml", "--plot", "picture.gif"], "must end in .png, .svg or .pdf"),
         (["small.yaml", "--layers", "--plot", "nowhere/picture.png"], "cannot be written"),
         (["nowhere.onnx", "--layers"], "does not exist"),
-        (["small.onnx", "--device", "phone-npu"], "cannot be predicted for phone-npu"),
+        (["small.onnx", "--device", "phone-npu"], "cannot be timed on phone-npu"),
     ],
 )
 def test_refusals(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

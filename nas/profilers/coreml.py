@@ -361,7 +361,7 @@ class CoreMlMac:
 
     unit: str
     batch: int = 1
-    flags: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, str] = field(default_factory=dict, compare=False)
     guard: LoadGuard = field(default_factory=LoadGuard)
     threads: int = 1
     precision: str = "fp16"

@@ -257,6 +257,7 @@ class NvidiaGpu:
     batch: int = BATCH
     driver: Driver = field(default_factory=Driver)
     cuda: Cuda = field(default_factory=Cuda)
+    flags: dict[str, str] = field(default_factory=dict, compare=False)
     _kept: dict[Model, Captured] = field(default_factory=dict)
 
     @cached_property

@@ -174,7 +174,7 @@ def _write_models(
             path = folder / entry["file"]
             if not path.exists():
                 module, example = build_module(model, profiler.batch)
-                save_package(module, example, path)
+                save_package(module, example, path, key=name)
             shape = list(input_shape(model, profiler.batch))
             entry |= {"sha256": package_sha256(path), "input": {"name": "x", "shape": shape, "dtype": "float16"}}
         manifest["models"][name] = entry

@@ -120,7 +120,7 @@ final class Bench {
     private var before: [Double]?
     private(set) var sink: Float = 0  // keeps the touching of memory from being optimised away
 
-    private var rounds: Int { max(job.manifest.plan.min_visits, min(fullRounds, job.manifest.plan.max_visits)) }
+    private var rounds: Int { max(job.manifest.plan.min_visits, min(fullRounds, job.manifest.plan.passes.last ?? fullRounds)) }
 
     init(_ job: Job, _ status: Status) throws {
         self.job = job

@@ -33,7 +33,7 @@ struct Manifest: Decodable {
         let networks: [String]
         let between_bytes: Int
         let min_visits: Int
-        let max_visits: Int
+        let passes: [Int]
         let batch_models: Int
         let batch_bytes: Int
     }
