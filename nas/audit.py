@@ -12,12 +12,15 @@ import numpy.typing as npt
 from nas.table import LatencyTable, Row
 from supernet.arch import WIDTH_STEP, Layer, Spec
 
+Array = npt.NDArray[np.float64]
+
 NOISY_SPREAD = 0.3  # (p90 - p10) / ms
 NOISY_INTERVAL = 0.05  # half-width / ms; narrower than this, a row's own interval is no reason for doubt
-FEWEST_WIDTHS = 5  # of a series of rows, for its neighbours to say what a row should be
-NEIGHBOURS = 4
-ODD = 0.06  # a row this far from its neighbours' line is named, if that is also ...
+FEWEST_WIDTHS = 5  # of a series of rows, for the others to say what a row should be
+ODD = 0.06  # a row this far from the curve through the other widths is named, if that is also ...
 DEVIATIONS = 3.0  # ... so many times what is usual in its series, or what networks leave open
+FEWEST_NETWORKS = 3  # that have a row, for them to say anything of it ...
+SMALL_SHARE = 0.02  # ... which must be so much of their milliseconds
 CONTRADICTED = 0.08  # whole networks say that a row is off by so much
 
 
@@ -46,14 +49,14 @@ def _noisy(row: Row, floor_ms: float) -> bool:
 
 
 def doubts(table: LatencyTable) -> list[Doubt]:
-    """Return the rows that are flagged, those that lie off the line of their neighbouring widths, and those that the whole
+    """Return the rows that are flagged, those that lie off the curve of the other widths, and those that the whole
     networks of the calibrations contradict."""
     found = [Doubt(layer, row.ms, None, row.flag) for layer, row in table.rows.items() if row.flag]
     return [*found, *odd_rows(table), *contradicted_rows(table)]
 
 
 def odd_rows(table: LatencyTable) -> list[Doubt]:
-    """Return the blocks' rows that lie off the line through their four nearest widths (log ms over log width)."""
+    """Return the blocks' rows that lie off the smooth curve through the other widths of the same block."""
     series: dict[tuple[Spec, int], list[tuple[int, float]]] = {}
     for (spec, side), row in table.rows.items():
         if row.method == "slope" and row.ms > 0:
@@ -63,23 +66,26 @@ def odd_rows(table: LatencyTable) -> list[Doubt]:
         if len(points) < FEWEST_WIDTHS:
             continue
         x, y = np.log(np.array(sorted(points), dtype=float)).T
-        expected = np.array([_from_neighbours(x, y, i) for i in range(len(x))])
-        off = y - expected
-        usual = 1.4826 * float(np.median(np.abs(off)))
-        for i in np.flatnonzero(np.abs(off) > max(ODD, DEVIATIONS * usual)):
-            # A wrong row also pulls the lines of its neighbours: only the worst of them is named.
-            if abs(off[i]) == np.abs(off[max(0, i - 2) : i + 3]).max():
-                layer = Layer(replace(spec, dim=round(math.exp(x[i]))), side)
-                why = f"{100 * math.expm1(off[i]):+.0f} % off the line of the widths beside it"
-                found.append(Doubt(layer, math.exp(y[i]), math.exp(expected[i]), why))
+        off, usual = _off_the_curve(x, y)
+        i = int(np.abs(off / usual).argmax())  # a wrong row bends the curve for the others: the worst alone is named
+        if abs(off[i]) > max(ODD, DEVIATIONS * usual[i]):
+            layer = Layer(replace(spec, dim=round(math.exp(x[i]))), side)
+            why = f"{100 * math.expm1(off[i]):+.0f} % off the curve through the other widths"
+            found.append(Doubt(layer, math.exp(y[i]), math.exp(y[i] - off[i]), why))
     return found
 
 
-def _from_neighbours(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], i: int) -> float:
-    """Return what the nearest points but the i-th say of it: a line, or a parabola between them where the ends allow."""
-    near = np.argsort(np.abs(x - x[i]), kind="stable")[1 : NEIGHBOURS + 1]
-    inside = x[near].min() < x[i] < x[near].max()
-    return float(np.polyval(np.polyfit(x[near], y[near], 2 if inside else 1), x[i]))
+def _off_the_curve(x: Array, y: Array) -> tuple[Array, Array]:
+    """Return how far every point (n,) is off the curve through all others, and how far is usual for a point there.
+
+    The curve is a polynomial in x, of degree 2, or 3 for nine points or more; leaving a point out is done by its leverage.
+    """
+    design = np.vander((x - x.mean()) / x.std(), 4 if len(x) >= 9 else 3)
+    q, _ = np.linalg.qr(design)
+    leverage = (q * q).sum(axis=1)
+    residual = y - q @ (q.T @ y)
+    spread = 1.4826 * float(np.median(np.abs(residual) / np.sqrt(1 - leverage)))
+    return residual / (1 - leverage), np.maximum(spread, 1e-12) / np.sqrt(1 - leverage)
 
 
 def contradicted_rows(table: LatencyTable) -> list[Doubt]:
@@ -105,8 +111,8 @@ def contradicted_rows(table: LatencyTable) -> list[Doubt]:
         for layer in {layer for share in shares for layer in share}:
             s = np.array([share.get(layer, 0.0) for share in shares])
             weight = float(s @ s)
-            if (s > 0).sum() < 2 or weight == 0:
-                continue
+            if (s > 0).sum() < FEWEST_NETWORKS or s[s > 0].mean() < SMALL_SHARE:
+                continue  # too little of what was measured for the networks to say anything of it
             off = float(s @ e) / weight
             rest = e - off * s
             open_ = math.sqrt(float(rest @ rest) / max(1, len(e) - 1) / weight)

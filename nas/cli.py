@@ -111,7 +111,13 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
     jobs = parser.add_argument_group("a device that runs elsewhere")
     jobs.add_argument("--export-job", type=Path, metavar="DIR", help="write a folder that is run on the device, and end")
     jobs.add_argument("--format", default="onnx", metavar="F", help="of the folder's models: onnx (default) or coreml")
-    jobs.add_argument("--import-results", type=Path, metavar="FILE", help="make the table of what the device wrote, and end")
+    jobs.add_argument(
+        "--import-results",
+        type=Path,
+        metavar="FILE",
+        help="make the table of what the device wrote, and end; a CSV "
+        "file (network,ms) of medians from elsewhere calibrates the table of --device anew",
+    )
     phone = parser.add_argument_group("an iPhone that is connected to this Mac")
     phone.add_argument("--team-id", metavar="T", help="your Apple developer team, which signs the program on the phone")
     phone.add_argument("--udid", metavar="U", help="which phone, where several are connected")
@@ -131,10 +137,11 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
 
             show_table(given.show, given.out or Path())
         elif given.import_results is not None:
-            from nas.lut import import_results
+            from nas.lut import import_medians, import_results
             from nas.table import user_folder
 
-            import_results(given.import_results, given.out or user_folder(), given.device)
+            read = import_medians if given.import_results.suffix == ".csv" else import_results
+            read(given.import_results, given.out or user_folder(), given.device)
         elif given.device is None:
             raise InputError("say which device to measure: nas-build-lut --device cpu (or --list to see what there is)")
         else:
@@ -174,9 +181,11 @@ def search(arguments: Sequence[str] | None = None) -> None:
         "by accuracy drop per millisecond until the device's latency table says that the target is met, then measure the\n"
         "network that was found. Without --data it demonstrates itself on handwritten digits. A search that is killed\n"
         "goes on where it was when the same command is given again.",
-        "  nas-search --target-ms 1.6\n  nas-search --target-ms 8 --data ~/flowers --space efficientformer-s --out flowers-8ms",
+        "  nas-search --target-ms 1.6\n"
+        "  nas-search --target-ms 8 --data ~/flowers --space efficientformer-s --out flowers-8ms\n"
+        "  nas-search --from flowers-8ms --verify",
     )
-    parser.add_argument("--target-ms", type=_milliseconds, required=True, metavar="T", help="milliseconds a call may take")
+    parser.add_argument("--target-ms", type=_milliseconds, metavar="T", help="milliseconds a call may take")
     parser.add_argument("--device", metavar="D", help="cpu, or the id of a table (see nas-build-lut --list)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="the latency table to use, a CSV file")
     parser.add_argument(
@@ -191,9 +200,24 @@ def search(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, metavar="DIR", help="where the results go (default: runs/<space>-<target>ms-seed<seed>)"
     )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of everything random (default: 0)")
+    later = parser.add_argument_group("a device that is elsewhere")
+    later.add_argument("--from", dest="from_run", type=Path, metavar="RUN", help="the folder of a search that ended")
+    later.add_argument(
+        "--verify",
+        nargs="?",
+        const="",
+        metavar="RESULTS",
+        help="measure the network of --from on its device: at --device ssh://user@host, or by a job folder whose results are "
+        "given here afterwards; one that misses the target is searched again",
+    )
     given = parser.parse_args(arguments)
 
     def work() -> None:
+        if given.verify is not None or given.from_run is not None:
+            _verify(given)
+            return
+        if given.target_ms is None:
+            raise InputError("say which latency the network may have: --target-ms 1.6")
         if given.strategy not in STRATEGIES:
             raise unknown("strategy", given.strategy, STRATEGIES)
         from nas.search import Request, run_search
@@ -215,6 +239,16 @@ def search(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(1)
 
     _run(parser.prog, work)
+
+
+def _verify(given: argparse.Namespace) -> None:
+    if given.verify is None or given.from_run is None:
+        raise InputError("--from RUN and --verify go together: nas-search --from RUN --verify [results.json]")
+    from nas.verify import verify
+
+    result = verify(given.from_run, given.device, Path(given.verify) if given.verify else None)
+    if result is not None and not result["met"]:
+        raise SystemExit(1)
 
 
 def profile(arguments: Sequence[str] | None = None) -> None:

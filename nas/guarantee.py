@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nas.progress import say
-from nas.slimming import Trajectory
+from nas.slimming import LANDING, Trajectory
 from nas.table import Target
-from supernet.arch import ArchConfig
+from supernet.arch import ArchConfig, Stage
 
 MEASUREMENTS = 6  # of found networks, at most
 SLACK = 0.03  # of the target: more is given back, by a larger budget
+NEARER = 0.01  # of the budget: where a search that is repeated is to end
 AIM = 0.995  # of the target: where the upper end of the measured interval is to lie
 
 
@@ -36,29 +37,35 @@ class Outcome:
 
 def meet(
     target: Target,
-    slim_to: Callable[[float, Trajectory | None], Trajectory],
+    slim_to: Callable[[float, Trajectory | None, float], Trajectory],
     check: Callable[[ArchConfig], Check],
     smallest_ms: float,
 ) -> Outcome:
     """Search for a network whose measured upper end (97.5 % sure) is at most the target, and within 3 % of it.
 
-    `slim_to(budget_ms, start)` is the search under the table's word, from another trajectory on where one is given. A
-    network that misses tightens the budget by as much as the device disagrees; one that leaves more than 3 % loosens it.
-    Ends after six measurements, or where no network lies between; of the networks that meet the target the slowest is
-    chosen, of those that miss the fastest. A device that is not here is asked once, and the table's word stands.
+    `slim_to(budget_ms, start, landing)` is the search under the table's word, from another trajectory on where one is given,
+    to an end within the fraction `landing` under the budget. A network that misses tightens the budget by as much as the
+    device disagrees; one that leaves more than 3 % loosens it. Ends after six measurements, or where no network lies between;
+    of the networks that meet the target the slowest is chosen, of those that miss the fastest. A device that is not here is
+    asked once, and the table's word stands.
     """
     budget_ms = target.ms
     fits_ms, misses_ms = 0.0, float("inf")  # the table's milliseconds of networks that are known to fit, and to miss
     best: Outcome | None = None
     trajectory: Trajectory | None = None
+    measured: set[tuple[Stage, ...]] = set()
     for number in range(1, MEASUREMENTS + 1):
         tighter = trajectory if trajectory is not None and budget_ms < trajectory.ms else None
-        trajectory = slim_to(budget_ms, tighter)
+        trajectory = slim_to(budget_ms, tighter, LANDING if number == 1 else NEARER)
+        name = trajectory.arch.without_identity().stages
+        if name in measured:
+            break  # no other network lies between what fits and what misses
         found = check(trajectory.arch)
+        measured.add(name)
         if found.high_ms is None:
-            return Outcome(trajectory, found, number - 1, met=True)
+            return Outcome(trajectory, found, len(measured) - 1, met=True)
         met = found.high_ms <= target.ms
-        here = Outcome(trajectory, found, number, met)
+        here = Outcome(trajectory, found, len(measured), met)
         if best is None or _better(here, best):
             best = here
         if met:
@@ -78,7 +85,7 @@ def meet(
             f"{budget_ms:.4g} ms"
         )
     assert best is not None
-    return Outcome(best.trajectory, best.check, number, best.met)
+    return Outcome(best.trajectory, best.check, len(measured), best.met)
 
 
 def _better(one: Outcome, other: Outcome) -> bool:

@@ -5,6 +5,7 @@ Every visit is appended to `<device>.samples.csv`; a killed build goes on from t
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import random
@@ -18,10 +19,10 @@ import numpy.typing as npt
 import torch
 import yaml
 
-from nas.audit import doubts, flagged
+from nas.audit import Doubt, doubts, flagged
 from nas.measure import Model, Profiler, name_of, table_reference
-from nas.plan import CHAINS, CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, Terms, Work, work_for
-from nas.profilers.bench import Bench, Samples, carry_out, now, reference_of
+from nas.plan import CHAINS, CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, Terms, Work, terms_of, work_for
+from nas.profilers.bench import Bench, Samples, carry_out, now, read_samples, reference_of
 from nas.profilers.timing import Measurement, Visit, summarise
 from nas.progress import progress, say
 from nas.table import Calibration, CheckedNetwork, LatencyTable, Row, measured_layers, space_sha256
@@ -30,10 +31,13 @@ from supernet.blocks import build_layer
 from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.space import SearchSpace
+from supernet.zoo import load_arch
 
 Array = npt.NDArray[np.float64]
 
-FLAG_FLOOR = 0.005  # of the smallest network's milliseconds: wider intervals of smaller rows do not matter
+FEWEST_MEDIANS = 3  # typed from elsewhere, to calibrate on
+OFF_VISITS = 0.04  # a row farther from what its visits say was changed by hand
+FLAG_FLOOR = 0.005  # of the fastest network's milliseconds: wider intervals of smaller rows do not matter
 UNTRUE_PERCENT = 10.0  # a table with a larger error warns at every use
 SAME = ("runtime", "runtime_version", "threads", "precision", "batch", "export")  # in all rows of a table
 
@@ -78,7 +82,8 @@ def build_table(
             carry_out(work.plan, bench, tick, profiler.between(work.plan.between_bytes))
     finally:
         samples.close()
-    at_end = {name: value for name, value in profiler.environment().items() if value != place[name]}
+    place["started_at"] = old.meta.get("started_at", started) if old is not None else started
+    at_end = {name: value for name, value in profiler.environment().items() if value != place.get(name)}
     place = {**place, "finished_at": now(), "at_end": at_end}
     return write_table(profiler.id, space, work, samples.visits, place, old, folder, flags=profiler.flags)
 
@@ -115,7 +120,6 @@ def write_table(
         found = {model: summarise(visits[name_of(model)], reference) for model in terms}
         rows[layer] = replace(row_of(layer, terms, found), flag=" ".join(words))
     table = LatencyTable(device, rows, provenance=provenance, meta={**place, "reference_ms": reference._asdict()})
-    table = replace(table, rows=flagged(rows, FLAG_FLOOR * table.sum_ms(space.smallest)))
     networks = [arch for arch in work.networks if name_of(tuple(arch.layers())) in visits and not table.missing(arch.layers())]
     if len(networks) < FEWEST_NETWORKS:
         raise InputError(
@@ -123,6 +127,7 @@ def write_table(
             "to calibrate the table: nothing is written"
         )
     measured = [summarise(visits[name_of(tuple(arch.layers()))], reference) for arch in networks]
+    table = replace(table, rows=flagged(rows, FLAG_FLOOR * min(m.ms for m in measured)))
     calibration = calibrate(space, table, networks, measured)
     kept = [c for c in (old.calibrations if old is not None else ()) if c.space != space.name]
     table = replace(table, calibrations=(*kept, calibration))
@@ -174,6 +179,70 @@ def import_results(path: Path, folder: Path, device: str | None = None) -> Laten
     )
 
 
+def import_medians(path: Path, folder: Path, device: str | None) -> LatencyTable:
+    """Calibrate a table anew on whole networks that somebody timed otherwise, such as with Xcode's performance report.
+
+    `path` is a CSV file with the columns `network` (a YAML file or a name of the zoo) and `ms` (the median of a call). The rows
+    stay; offset and scale are fitted to these networks, and the error told is that of each one left out in turn.
+
+    Raises:
+        InputError: the file cannot be read, has under three networks, or the table lacks rows or a calibration for them.
+    """
+    if device is None:
+        raise InputError(f"say whose medians {path} holds: --device ID, of a table that is there (--list)")
+    table = LatencyTable.load(device)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = [(line["network"], float(line["ms"])) for line in csv.DictReader(file)]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give a CSV file with the columns network,ms") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is not a CSV file with the columns network,ms and numbers of milliseconds ({error})"
+        ) from error
+    archs = [load_arch(network) for network, _ in lines]
+    y = np.array([ms for _, ms in lines])
+    if len(archs) < FEWEST_MEDIANS or not (np.isfinite(y) & (y > 0)).all():
+        raise InputError(
+            f"{path} has {len(archs)} networks: give at least {FEWEST_MEDIANS}, each with its milliseconds above 0"
+        )
+    geometries = {(arch.image_size, arch.strides) for arch in archs}
+    calibrated = [c for c in table.calibrations if {(c.image_size, c.strides)} == geometries]
+    if not calibrated:
+        raise InputError(f"the table of {device} has no calibration for the image size and strides of the networks in {path}")
+    table.require(layer for arch in archs for layer in arch.layers())
+    x = np.array([table.sum_ms(arch) for arch in archs])
+    design = np.stack([np.ones(len(x)), x], axis=1)
+    others = [np.arange(len(x)) != i for i in range(len(x))]
+    left_out = np.array([design[i] @ least_absolute(design[m], y[m]) for i, m in enumerate(others)])
+    errors = 100 * np.abs(left_out - y) / y
+    offset_ms, scale = least_absolute(design, y)
+    fitted = {
+        "offset_ms": float(offset_ms),
+        "scale": float(scale),
+        "scale_per_mparam": 0.0,
+        "n_fit": len(x),
+        "n_check": len(x),
+        "sum_low_ms": float(x.min()),
+        "sum_high_ms": float(x.max()),
+        "kendall_tau": kendall_tau(left_out, y),
+        "mean_error_percent": float(errors.mean()),
+        "max_error_percent": float(errors.max()),
+        "within_5_percent": float(100 * (errors <= 5).mean()),
+        "within_10_percent": float(100 * (errors <= 10).mean()),
+        "error_by_stage_percent": (),
+        "error_by_kind_percent": {},
+        "networks": (),
+    }
+    kept = [replace(c, **fitted) if c in calibrated else c for c in table.calibrations]  # type: ignore[arg-type]
+    table = replace(
+        table, calibrations=tuple(kept), meta={**table.meta, "calibrated_on_medians": [network for network, _ in lines]}
+    )
+    written = table.save(folder)
+    say(f"{written}: calibrated on {len(x)} networks; each one left out in turn, the others say it to {errors.mean():.1f} %")
+    return table
+
+
 def table_to_extend(path: Path, place: Mapping[str, Any], only_missing: bool) -> LatencyTable | None:
     """Return the table that is to be extended, if it was measured in the same way. A damaged one is replaced, unless its
     rows are needed."""
@@ -207,6 +276,22 @@ def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> str:
     started = now()
     write_atomically(marker, json.dumps({**request, "started": started}, indent=2) + "\n")
     return started
+
+
+def rows_off_their_visits(table: LatencyTable, samples: Path) -> list[Doubt]:
+    """Return the rows that are not what the visits in a table's samples file make of them: somebody changed them."""
+    since = str(table.meta.get("started_at", "9999"))
+    visits, reference = read_samples(samples, since), table_reference(table)
+    found = []
+    for layer, row in table.rows.items():
+        terms = terms_of(layer)
+        if any(name_of(model) not in visits for model in terms):
+            continue
+        again = row_of(layer, terms, {model: summarise(visits[name_of(model)], reference) for model in terms})
+        # Another build that shares a model may have visited it since: a little is no sign of a hand.
+        if abs(again.ms - row.ms) > max(OFF_VISITS * abs(again.ms), again.high_ms - again.ms):
+            found.append(Doubt(layer, row.ms, again.ms, "its own visits say otherwise"))
+    return found
 
 
 def row_of(layer: Layer, terms: Terms, found: Mapping[Model, Measurement]) -> Row:

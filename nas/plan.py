@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import median
 
@@ -152,13 +152,18 @@ def networks_of(space: SearchSpace) -> int:
 
 
 def stratified(space: SearchSpace, number: int, rng: random.Random) -> list[ArchConfig]:
-    """Return `number` random networks of the space, one from each of as many equal bins of MACs where it has networks.
+    """Return `number` networks of the space: the smallest, the largest, and random ones, one from each of equal bins of MACs
+    where the space has networks.
 
     A space with fewer networks gives all of them.
     """
-    pool = {a.without_identity(): _macs(a) for a in (space.sample(rng) for _ in range(40 * number))}
-    if len(pool) <= number:
-        return list(pool)
+    ends = [replace(arch.without_identity(), name=space.name) for arch in (space.smallest, space.largest)]
+    pool = {arch: _macs(arch) for arch in (random_network(space, rng).without_identity() for _ in range(40 * number))}
+    if len({*pool, *ends}) <= number:
+        return list({**dict.fromkeys(ends), **pool})
+    for arch in ends:
+        pool.pop(arch, None)
+    number -= len(ends)
     low, high = min(pool.values()), max(pool.values())
     width = (high - low) / number or 1.0
     bins: dict[int, list[ArchConfig]] = {}
@@ -167,7 +172,19 @@ def stratified(space: SearchSpace, number: int, rng: random.Random) -> list[Arch
     chosen = [rng.choice(members) for members in bins.values()]
     taken = set(chosen)
     rest = [arch for arch in pool if arch not in taken]
-    return chosen + rng.sample(rest, number - len(chosen))
+    return ends + chosen + rng.sample(rest, number - len(chosen))
+
+
+def random_network(space: SearchSpace, rng: random.Random) -> ArchConfig:
+    """Return a random network of the space, of any depth: slots drawn alike would rarely leave a network shallow or full."""
+    arch = space.sample(rng)
+    emptied = rng.random()
+    kinds = [
+        ["identity" if "identity" in choices.kinds and rng.random() < emptied else rng.choice(filled) for _ in stage.blocks]
+        for stage, choices in zip(arch.stages, space.stages, strict=True)
+        for filled in [[kind for kind in choices.kinds if kind != "identity"] or ["identity"]]
+    ]
+    return space.arch(arch.widths, kinds)
 
 
 def _macs(arch: ArchConfig) -> int:

@@ -18,6 +18,7 @@ from safetensors.torch import save as save_safetensors
 from nas.data import ImageData, load_images, natural_size
 from nas.evaluation import Evaluator, accuracy_of, recalibrate
 from nas.guarantee import Check, meet
+from nas.profile import per_image
 from nas.profilers.bench import now
 from nas.profilers.timing import Measurement
 from nas.progress import progress, say
@@ -49,11 +50,21 @@ class Request:
     seed: int = 0
 
 
-def run_search(request: Request) -> dict[str, Any]:
-    """Search, write the results to the run's folder, print them, and return the content of `result.json`."""
+def run_search(
+    request: Request,
+    space: SearchSpace | None = None,
+    settings: SupernetSettings | None = None,
+    again: bool = False,
+) -> dict[str, Any]:
+    """Search, write the results to the run's folder, print them, and return the content of `result.json`.
+
+    `space` and `settings` stand in for what `request` names; `again`: also where the folder has a result, because more is
+    known of what networks take on the device.
+    """
     target = Target(request.target_ms)
-    settings = SupernetSettings.load(request.config)
-    space = SearchSpace.load(request.space or ("efficientformer-s" if request.data else "efficientformer-tiny"))
+    settings = settings or SupernetSettings.load(request.config)
+    default = "efficientformer-s" if request.data else "efficientformer-tiny"
+    space = space or SearchSpace.load(request.space or default)
     train_size = training_size(space, natural_size(request.data), settings.image_size)
     device, table_path = resolve_table(request.device, request.table)
     data = load_data(request.data, train_size, request.seed, settings.score_images)
@@ -82,7 +93,7 @@ def run_search(request: Request) -> dict[str, Any]:
         },
     )
     finished = folder / "result.json"
-    if not finished.exists():
+    if again or not finished.exists():
         _search(target, space, train_size, data, table, table_path, settings, request, folder)
     result: dict[str, Any] = json.loads(finished.read_text())
     _print_result(result, folder, data)
@@ -115,9 +126,9 @@ def _search(
     evaluate = Remembered(evaluator, folder / "evaluations.csv")
     report_signal(space, start_network(space, importance), evaluate, len(data.score))
 
-    def slim_to(budget_ms: float, start: Trajectory | None) -> Trajectory:
+    def slim_to(budget_ms: float, start: Trajectory | None, landing: float) -> Trajectory:
         slimmed = partial(slim, space, importance, evaluate, table, score=settings.score, on_step=_say_step)
-        found = slimmed(budget_ms, start=start)
+        found = slimmed(budget_ms, start=start, landing=landing)
         write_csv(folder / "trajectory.csv", found.records(), COLUMNS)
         return found
 
@@ -144,6 +155,7 @@ def _search(
         "accuracy": accuracy,
         "params": complexity.params,
         "macs": complexity.macs,
+        "batch": table.meta.get("batch", 1),
         "seed": request.seed,
         "strategy": request.strategy,
         "space": space.name,
@@ -375,11 +387,11 @@ def _say_step(step: Step) -> None:
 
 def _print_result(result: Mapping[str, Any], folder: Path, data: ImageData) -> None:
     if result["measured_ms"] is None:
-        measured = f"not measured: {result['device']} is not this machine"
+        measured = f"not measured: {result['device']} is elsewhere (nas-search --from {folder} --verify measures it there)"
     else:
         measured = (
             f"measured {result['measured_ms']:.4g} ms (95 %: {result['measured_low_ms']:.4g} to "
-            f"{result['measured_high_ms']:.4g})"
+            f"{result['measured_high_ms']:.4g}){per_image(result['measured_ms'], result['batch'])}"
         )
     print(f"{folder / 'searched.yaml'}")
     print(

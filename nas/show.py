@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nas.table import LatencyTable, Row, find_tables
+from nas.table import LatencyTable, Row, find_table, find_tables
 from supernet.errors import InputError
 
 
@@ -35,8 +35,12 @@ def print_tables() -> None:
 def show_table(device: str, folder: Path) -> None:
     """Print one table for people, and draw its blocks' milliseconds over their width into `folder`/<device>.png."""
     from nas.audit import doubts
+    from nas.lut import rows_off_their_visits
 
-    table = LatencyTable.load(device)
+    path = Path(device) if device.endswith(".csv") else find_table(device)
+    table = LatencyTable.load(path)
+    samples = path.with_suffix(".samples.csv")
+    wrong = rows_off_their_visits(table, samples) if samples.is_file() else []
     meta = table.meta
     threads = meta.get("threads")
     settings = (
@@ -70,12 +74,12 @@ def show_table(device: str, folder: Path) -> None:
         cells = [kind, side, len(rows), rows[0].method, ends, f"{half:.1f} %", sum(bool(r.flag) for r in rows) or ""]
         shown.add_row(*map(str, cells))
     Console().print(shown)
-    for doubt in doubts(table):
+    for doubt in (*doubts(table), *wrong):
         expected = f", not {doubt.expected_ms:.4g}" if doubt.expected_ms is not None else ""
         print(f"  {doubt.layer}: {doubt.ms:.4g} ms{expected}: {doubt.why}")
-    path = folder / f"{table.device}.png"
-    draw_table(table, path)
-    print(f"drawn: {path}")
+    picture = folder / f"{table.device}.png"
+    draw_table(table, picture)
+    print(f"drawn: {picture}")
 
 
 def draw_table(table: LatencyTable, path: Path) -> None:

@@ -138,6 +138,7 @@ def slim(
     *,
     score: Score = "loss",
     start: Trajectory | None = None,
+    landing: float = LANDING,
     on_step: Callable[[Step], None] | None = None,
 ) -> Trajectory:
     """Return the loop's way from the largest network to one of at most `budget` milliseconds.
@@ -149,6 +150,7 @@ def slim(
         budget: milliseconds.
         score: what a step is charged for: the rise in loss, or the drop in accuracy.
         start: a trajectory to go on from, for a tighter budget; its steps are kept, its landing is undone.
+        landing: how far under the budget the end may lie, as a fraction of it, where networks are nearer.
         on_step: called after each step.
 
     Raises:
@@ -160,7 +162,7 @@ def slim(
         raise unknown("score", score, get_args(Score))
     if len(importance) != len(space.slots):
         raise InputError(f"importance has {len(importance)} slots, but space {space.name} has {len(space.slots)}")
-    run = _Run(space, importance, evaluate, table, target, score)
+    run = _Run(space, importance, evaluate, table, target, score, landing)
     smallest_ms = table.predict_ms(space.smallest)
     if target.ms < smallest_ms:
         raise InputError(
@@ -183,13 +185,13 @@ def slim(
         if on_step is not None:
             on_step(steps[-1])
         arch, ms, evaluation = steps[-1].taken.arch, steps[-1].taken.ms, steps[-1].taken.evaluation
-    if steps and ms < (1 - LANDING) * target.ms:
-        landing = run.landing(begin, steps)
-        if landing:
-            steps.append(Step(ms, evaluation, tuple(landing)))
+    if steps and ms < (1 - landing) * target.ms:
+        landed = run.landing(begin, steps)
+        if landed:
+            steps.append(Step(ms, evaluation, tuple(landed)))
             if on_step is not None:
                 on_step(steps[-1])
-            arch, ms, evaluation = landing[0].arch, landing[0].ms, landing[0].evaluation
+            arch, ms, evaluation = landed[0].arch, landed[0].ms, landed[0].evaluation
     return Trajectory(begin, tuple(steps), arch, ms, evaluation)
 
 
@@ -226,6 +228,7 @@ class _Run:
         table: Predictor,
         target: Target,
         score: Score,
+        within: float,
     ) -> None:
         self.space = space
         self.log_odds = dict(zip(space.slots, importance, strict=True))
@@ -234,6 +237,7 @@ class _Run:
         self.table = table
         self.target = target
         self.score: Score = score
+        self.within = within
 
     def evaluate(self, arch: ArchConfig) -> Evaluation:
         if arch not in self._known:
@@ -306,7 +310,7 @@ class _Run:
         return None
 
     def landing(self, begin: ArchConfig, steps: Sequence[Step]) -> list[Option]:
-        """Return the ways that were tried from the loop's end to a network within 3 % under the target, the best first.
+        """Return the ways that were tried from the loop's end to a network near under the target, the best first.
 
         Where there is none, to the slowest one under the target, if it is better than the loop's end.
         """
@@ -320,7 +324,7 @@ class _Run:
             for widths in itertools.product(*(stage.widths for stage in self.space.stages)):
                 arch = _with_widths(blocks_of, widths)
                 ms = self.table.predict_ms(arch)
-                if (1 - LANDING) * self.target.ms <= ms <= self.target.ms:
+                if (1 - self.within) * self.target.ms <= ms <= self.target.ms:
                     change = sum(abs(w - n) / n for w, n in zip(widths, end.arch.widths, strict=True))
                     found.append((change, -ms, widths, arch))
                 elif slowest[0] < ms <= self.target.ms:

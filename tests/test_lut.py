@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nas.lut import build_table, fit
+from nas.lut import build_table, fit, rows_off_their_visits
 from nas.measure import CACHED, EMPTY, STREAMING, Model, name_of
 from nas.plan import requested_space, slope, stratified, terms_of, work_for
 from nas.profilers.bench import Disturbed, Samples
@@ -277,6 +277,19 @@ def test_a_word_about_a_model_is_carried_by_the_rows_it_serves(device: Device, t
     assert table.rows[block].flag == "off-npu"
     assert LatencyTable.load(tmp_path / "pretended-cpu.csv").rows[block].flag == "off-npu"
     assert not table.rows[Layer(MB4D(32), 8)].flag
+
+
+@pytest.mark.parametrize("factor", [1.1, 0.9])
+def test_a_row_that_was_changed_by_hand_is_found_out(device: Device, tmp_path: Path, factor: float) -> None:
+    table = build_table(device, small_space(), tmp_path)
+    samples = tmp_path / "pretended-cpu.samples.csv"
+    assert rows_off_their_visits(table, samples) == []
+    for layer in table.rows:
+        row = table.rows[layer]
+        changed = replace(table, rows={**table.rows, layer: replace(row, ms=factor * row.ms)})
+        (doubt,) = rows_off_their_visits(changed, samples)
+        assert doubt.layer == layer
+        assert doubt.expected_ms == pytest.approx(row.ms, rel=1e-4, abs=1e-9)
 
 
 def test_the_plan_is_the_same_every_time() -> None:

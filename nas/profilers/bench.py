@@ -90,10 +90,7 @@ class Samples:
             if whole != data:  # a kill cut the last line
                 with path.open("r+b") as file:
                     file.truncate(len(whole))
-            for line in csv.DictReader(whole.decode().splitlines()):
-                if line["measured_at"] >= since:
-                    reference = References(float(line[self.HEADER[3]]), float(line[self.HEADER[4]]))
-                    self.visits.setdefault(line["model"], []).append(Visit(float(line["raw_ms"]), reference))
+            self.visits = read_samples(path, since)
         fresh = not path.exists() or not path.stat().st_size
         self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
@@ -111,6 +108,17 @@ class Samples:
 
     def close(self) -> None:
         self._file.close()
+
+
+def read_samples(path: Path, since: str) -> dict[str, list[Visit]]:
+    """Return the visits of a samples file that were made at or after a time, by model."""
+    visits: dict[str, list[Visit]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            if line["measured_at"] >= since:
+                reference = References(float(line[Samples.HEADER[3]]), float(line[Samples.HEADER[4]]))
+                visits.setdefault(line["model"], []).append(Visit(float(line["raw_ms"]), reference))
+    return visits
 
 
 def reference_of(visits: Mapping[str, Sequence[Visit]]) -> References:

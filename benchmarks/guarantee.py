@@ -1,0 +1,168 @@
+"""Does the tool keep its word? Targets over the whole range of a space, searched and measured, and measured again later.
+
+    python benchmarks/guarantee.py --targets 30 --space efficientformer-tiny --out tiny.json
+    python benchmarks/guarantee.py --again tiny.json
+
+The search is the tool's own: slimming under the table's word, measuring on this machine, repairing, giving slack back. Only
+what a network is worth is made up (additive, random), so that nothing has to be trained. The second command times the
+networks that were found by code of its own: every network a few times a round, in shuffled rounds, between two timings of the
+references, in calls on the plain clock.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from statistics import geometric_mean, mean, median
+
+import yaml
+
+from nas.devices import open_profiler, profiler_of
+from nas.guarantee import Outcome, meet
+from nas.measure import CACHED, STREAMING, measure_alone, table_reference
+from nas.progress import progress
+from nas.search import Check
+from nas.slimming import Trajectory, slim
+from nas.table import LatencyTable, Target
+from supernet.arch import ArchConfig, Identity
+from supernet.space import SearchSpace
+
+ROUNDS, CALLS, DISCARDED = 15, 6, 4
+
+
+class Worth:
+    """A made-up loss: every block is worth something, a slot's kinds differ, and every doubling of a width helps."""
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        rng = random.Random(seed)
+        self.space = space
+        self.kinds = [{kind: rng.random() for kind in space.stages[i].kinds} for i, _ in space.slots]
+        self.widths = [rng.random() for _ in space.stages]
+
+    def __call__(self, arch: ArchConfig) -> float:
+        loss = 3.0
+        for (i, j), worth in zip(self.space.slots, self.kinds, strict=True):
+            block = arch.stages[i].blocks[j]
+            loss -= 0.0 if isinstance(block, Identity) else 0.1 * worth[block.kind]
+        return loss - sum(
+            0.2 * w * s.width / c.widths[-1] for w, s, c in zip(self.widths, arch.stages, self.space.stages, strict=True)
+        )
+
+    @property
+    def importance(self) -> list[dict[str, float]]:
+        return [{kind: 2 * value - 1 for kind, value in worth.items() if kind != "identity"} for worth in self.kinds]
+
+
+def search(space: SearchSpace, table: LatencyTable, target_ms: float, seed: int) -> Outcome:
+    """Return what the tool finds for one target."""
+    worth, profiler = Worth(space, seed), profiler_of(table)
+    assert profiler is not None, f"{table.device} is not this machine"
+
+    def slim_to(budget_ms: float, start: Trajectory | None, landing: float) -> Trajectory:
+        return slim(space, worth.importance, worth, table, budget_ms, start=start, landing=landing)
+
+    def check(arch: ArchConfig) -> Check:
+        found = measure_alone(profiler, arch, table_reference(table))
+        return Check(found.ms, found.low_ms, found.high_ms)
+
+    return meet(Target(target_ms), slim_to, check, table.predict_ms(space.smallest))
+
+
+def first(given: argparse.Namespace) -> None:
+    space = SearchSpace.load(given.space)
+    table = LatencyTable.load(given.table or open_profiler().id)
+    table = table.calibrated_for(space)
+    low, high = 1.02 * table.predict_ms(space.smallest), table.predict_ms(space.largest)
+    targets = [low + (high - low) * i / given.targets for i in range(given.targets)]
+    found = []
+    with progress("targets", len(targets)) as tick:
+        for number, target_ms in enumerate(targets):
+            outcome = search(space, table, target_ms, given.seed + number)
+            arch = outcome.trajectory.arch.without_identity()
+            predicted = table.predict_ms(arch)
+            found.append(
+                {
+                    "target_ms": target_ms,
+                    "predicted_ms": predicted,
+                    "measured_ms": outcome.check.ms,
+                    "high_ms": outcome.check.high_ms,
+                    "measured_networks": outcome.measured,
+                    "largest": not outcome.trajectory.steps,
+                    "arch": arch.to_yaml(),
+                }
+            )
+            tick(1)
+    record = {"table": str(given.table or table.device), "at": time.time(), "space": space.name, "found": found}
+    given.out.write_text(json.dumps(record, indent=1))
+    slack = [100 * (1 - f["high_ms"] / f["target_ms"]) for f in found]
+    error = [100 * abs(f["predicted_ms"] / f["measured_ms"] - 1) for f in found]
+    print(f"{table.device}, {space.name}: {len(found)} targets from {low:.3g} to {targets[-1]:.3g} ms")
+    print(
+        f"  upper end of the measured interval at or under the target: {sum(s >= 0 for s in slack)} of {len(found)}; "
+        f"slack {mean(slack):.2f} % on average, {max(slack):.1f} % at most"
+    )
+    print(
+        f"  networks measured a target: {mean(f['measured_networks'] for f in found):.2f}; the table's word was off by "
+        f"{mean(error):.1f} % on average, {max(error):.1f} % at most"
+    )
+
+
+def again(given: argparse.Namespace) -> None:
+    record = json.loads(given.again.read_text())
+    table = LatencyTable.load(record["table"])
+    profiler, reference = profiler_of(table), table_reference(table)
+    assert profiler is not None
+    archs = [ArchConfig.from_dict(yaml.safe_load(f["arch"]), "a network") for f in record["found"]]
+
+    def calls(run: object, discarded: int = DISCARDED) -> float:
+        times = []
+        for number in range(discarded + CALLS):
+            start = time.perf_counter_ns()
+            run()  # type: ignore[operator]
+            if number >= discarded:
+                times.append((time.perf_counter_ns() - start) / 1e6)
+        return median(times)
+
+    rng = random.Random(0)
+    samples: list[list[float]] = [[] for _ in archs]
+    raw: list[list[float]] = [[] for _ in archs]
+    with profiler.exclusive(), progress("again", ROUNDS * len(archs)) as tick:
+        cached, streaming = (profiler.open(model)[0] for model in (CACHED, STREAMING))
+        runs = [profiler.open(tuple(arch.layers()))[0] for arch in archs]
+        for _ in range(ROUNDS):
+            for number in rng.sample(range(len(runs)), len(runs)):
+                before = calls(cached), calls(streaming)
+                ms = calls(runs[number])
+                after = calls(cached), calls(streaming)
+                slowness = geometric_mean([(b + a) / 2 / r for b, a, r in zip(before, after, reference, strict=True)])
+                raw[number].append(ms)
+                samples[number].append(ms / slowness)
+                tick(1)
+    targets = [f["target_ms"] for f in record["found"]]
+    for name, found in (("normalised", samples), ("raw", raw)):
+        over = [100 * (median(s) / t - 1) for s, t in zip(found, targets, strict=True)]
+        print(
+            f"{table.device}, {record['space']}, {(time.time() - record['at']) / 60:.0f} min later, {name}: "
+            f"{sum(o <= 1 for o in over)} of {len(over)} at most 1 % over the target, {sum(o <= 0 for o in over)} at or under "
+            f"it; farthest over {max(over):+.1f} %, on average {mean(over):+.1f} %"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--space", default="efficientformer-tiny")
+    parser.add_argument("--targets", type=int, default=30)
+    parser.add_argument("--table", help="a CSV file or a device id (default: this machine's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("guarantee.json"))
+    parser.add_argument("--again", type=Path, metavar="FILE", help="time what the first command found")
+    given = parser.parse_args()
+    if given.again is not None:
+        again(given)
+    else:
+        first(given)
+
+
+if __name__ == "__main__":
+    main()

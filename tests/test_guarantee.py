@@ -1,0 +1,109 @@
+"""A target is met on the device or said to be missed, whatever the table believes."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from nas.guarantee import MEASUREMENTS, Check, Outcome, meet
+from nas.slimming import Evaluation, Option, Step, Trajectory
+from nas.table import Target
+from supernet.arch import ArchConfig, Stage
+
+NOTHING = Evaluation(1.0)
+
+
+def network(ms: float) -> ArchConfig:
+    """A network that is told by its width, and by whose name its milliseconds are known."""
+    return ArchConfig(f"{ms:.6f}", 32, 10, (Stage(round(1e6 * ms) * 8, 1, ()),))
+
+
+@dataclass
+class Search:
+    """Networks every `step` ms up to `largest`, of which the slowest within the budget is found."""
+
+    step: float = 0.01
+    largest: float = 3.0
+    asked: int = 0
+
+    def __call__(self, budget_ms: float, start: Trajectory | None, landing: float) -> Trajectory:
+        assert start is None or start.ms > budget_ms, "a trajectory is gone on from towards smaller networks only"
+        self.asked += 1
+        ms = min(self.largest, self.step * int(budget_ms / self.step + 1e-9))
+        arch = network(ms)
+        option = Option("shrink", 0, arch, ms, 1.0, NOTHING, 0.0)
+        steps = () if ms == self.largest else (Step(self.largest, NOTHING, (option,)),)
+        return Trajectory(network(self.largest), steps, arch, ms, NOTHING)
+
+
+def run(target: float, factor: float, noise: float = 0.0, search: Search | None = None, seed: int = 0) -> tuple[Outcome, int]:
+    rng = random.Random(seed)
+    measured: list[str] = []
+
+    def check(arch: ArchConfig) -> Check:
+        measured.append(arch.name)
+        ms = float(arch.name) * factor * (1 + noise * (rng.random() - 0.5))
+        return Check(ms, 0.99 * ms, 1.01 * ms)
+
+    return meet(Target(target), search or Search(), check, 0.1), len(measured)
+
+
+@pytest.mark.parametrize("factor", [0.7, 0.9, 0.97, 1.0, 1.03, 1.1, 1.4])
+@pytest.mark.parametrize("target", [0.5, 1.0, 2.0])
+def test_a_table_that_is_off_by_a_factor_costs_one_more_measurement_and_no_target(factor: float, target: float) -> None:
+    outcome, measured = run(target, factor)
+    assert outcome.met
+    assert outcome.check.high_ms is not None
+    assert 0.97 * target <= outcome.check.high_ms <= target
+    assert measured <= 3
+    assert outcome.measured == measured
+
+
+def test_noise_of_the_device_is_met_too() -> None:
+    for seed in range(40):
+        outcome, measured = run(1.0, 1.05, noise=0.06, seed=seed)
+        assert outcome.met
+        assert outcome.check.high_ms is not None
+        assert outcome.check.high_ms <= 1.0
+        assert measured <= MEASUREMENTS
+
+
+def test_what_is_over_three_percent_is_given_back() -> None:
+    outcome, measured = run(1.0, 0.8)
+    assert measured == 2
+    assert float(outcome.trajectory.arch.name) > 1.0, "slower by the table than the target, but not on the device"
+
+
+def test_a_largest_network_that_fits_is_the_end() -> None:
+    outcome, measured = run(50.0, 1.0)
+    assert (outcome.met, measured) == (True, 1)
+    assert not outcome.trajectory.steps
+
+
+def test_where_no_network_lies_between_the_fitting_one_stands() -> None:
+    outcome, measured = run(1.0, 1.0, search=Search(step=0.3))
+    assert outcome.met
+    assert float(outcome.trajectory.arch.name) == pytest.approx(0.9)
+    assert measured <= MEASUREMENTS
+
+
+def test_a_target_that_the_device_cannot_meet_is_said_to_be_missed_with_the_fastest_network_tried() -> None:
+    outcome, measured = run(0.2, 4.0)
+    assert not outcome.met
+    assert measured <= MEASUREMENTS
+    assert outcome.check.ms is not None
+    assert outcome.check.ms > 0.2
+
+
+def test_a_device_that_is_elsewhere_is_asked_once() -> None:
+    asked: list[str] = []
+
+    def check(arch: ArchConfig) -> Check:
+        asked.append(arch.name)
+        return Check()
+
+    outcome = meet(Target(1.0), Search(), check, 0.1)
+    assert len(asked) == 1
+    assert outcome.met
+    assert outcome.check.ms is None
+    assert outcome.measured == 0
