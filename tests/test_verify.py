@@ -1,0 +1,184 @@
+"""A search for a device that is elsewhere: its network goes there as a job, and what comes back repairs the search."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_cli import SETTINGS, SPACE, additive_table, refused
+
+from nas import cli
+from nas.measure import CACHED, STREAMING, name_of
+from nas.profilers.ort_cpu import OrtCpu
+from nas.table import LatencyTable
+from supernet.arch import ArchConfig
+from supernet.space import SearchSpace
+
+REFERENCES = (0.25, 0.3)  # what the made-up table says that they take
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatencyTable:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr("nas.search.user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr("nas.profilers.job._cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(OrtCpu, "onnx", lambda self, model: b"")
+    Path("micro.yaml").write_text(SPACE)
+    Path("settings.yaml").write_text(SETTINGS)
+    found = additive_table(SearchSpace.load("micro.yaml"), "board-cpu")
+    found.save(tmp_path / "tables")
+    return found
+
+
+@pytest.fixture
+def target(table: LatencyTable) -> float:
+    """A search that has ended, for a device that is not here."""
+    ms = 0.8 * table.predict_ms(SearchSpace.load("micro.yaml").largest)
+    where = ["--device", "board-cpu", "--space", "micro.yaml", "--config", "settings.yaml", "--out", "run"]
+    cli.search(["--target-ms", f"{ms:.6f}", *where])
+    return ms
+
+
+def board_says(ms: float, slowness: float = 1.0) -> Path:
+    """What run_job.py would write for the network of the run, on a board that is slower now than for its table."""
+    folder = Path("run/verify-job")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    visit = [slowness * ms, *(slowness * reference for reference in REFERENCES)]
+    results = {
+        "schema": 1,
+        "unit": "ms",
+        "job_sha256": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
+        "device": "board-cpu",
+        "environment": {"cpu": "Board"},
+        "visits": {name: [visit] * 60 for name in manifest["plan"]["networks"]},
+        "flags": {},
+    }
+    path = folder / "results.json"
+    path.write_text(json.dumps(results))
+    return path
+
+
+def result() -> dict[str, float]:
+    found: dict[str, float] = json.loads(Path("run/result.json").read_text())
+    return found
+
+
+def test_the_job_measures_the_found_network_and_nothing_else(target: float, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nas-search --from run --verify" in capsys.readouterr().out, "an unmeasured result says how to measure it"
+    cli.search(["--from", "run", "--verify"])
+    said = capsys.readouterr().out
+    assert "run_job.py" in said
+    manifest = json.loads(Path("run/verify-job/manifest.json").read_text())
+    network = name_of(tuple(ArchConfig.load("run/searched.yaml").layers()))
+    assert manifest["plan"]["networks"] == [network]
+    assert set(manifest["models"]) == {network, name_of(CACHED), name_of(STREAMING), "empty"}
+    assert manifest["device"] == "board-cpu"
+
+
+def test_a_network_that_meets_its_target_there_is_confirmed(target: float) -> None:
+    before = Path("run/searched.yaml").read_text()
+    cli.search(["--from", "run", "--verify"])
+    cli.search(["--from", "run", "--verify", str(board_says(0.985 * target, slowness=1.5))])
+    assert Path("run/searched.yaml").read_text() == before
+    assert result()["measured_ms"] == pytest.approx(0.985 * target, rel=1e-3), "normalised by the references"
+    assert result()["met"]
+
+
+def test_a_network_that_misses_there_is_searched_again_until_it_meets(target: float, table: LatencyTable) -> None:
+    """The board takes 1.3 times what the table says."""
+    rounds = 0
+    while result()["measured_ms"] is None:
+        cli.search(["--from", "run", "--verify"])
+        ms = 1.3 * table.predict_ms(ArchConfig.load("run/searched.yaml"))
+        cli.search(["--from", "run", "--verify", str(board_says(ms))])
+        rounds += 1
+        assert rounds < 6
+    assert rounds >= 2
+    assert result()["measured_high_ms"] <= target
+    assert result()["measured_ms"] == pytest.approx(1.3 * result()["predicted_ms"], rel=1e-3)
+
+
+def test_results_of_another_network_are_refused_and_nothing_is_lost(
+    target: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.search(["--from", "run", "--verify"])
+    results = board_says(target)
+    manifest = Path("run/verify-job/manifest.json")
+    content = json.loads(manifest.read_text())
+    content["verify"]["network"] = "network 0000"
+    manifest.write_text(json.dumps(content))
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    results.write_text(json.dumps({**json.loads(results.read_text()), "job_sha256": digest}))
+    before = Path("run/result.json").read_bytes()
+    capsys.readouterr()
+    assert "does not measure the network of run" in refused(cli.search, ["--from", "run", "--verify", str(results)], capsys)
+    assert Path("run/result.json").read_bytes() == before
+    assert "measures the network of a search" in refused(cli.build_lut, ["--import-results", str(results)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--from", "nowhere", "--verify"], "holds no finished search"),
+        (["--from", "run"], "go together"),
+        (["--verify"], "go together"),
+        ([], "--target-ms 1.6"),
+    ],
+)
+def test_nas_search_refuses_in_one_line(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(cli.search, arguments, capsys)
+
+
+@pytest.fixture
+def medians(table: LatencyTable) -> Callable[[float, int], Path]:
+    """Networks of the space in files, and a CSV file of milliseconds that are a factor of the table's, and 0.1 more."""
+    import random
+
+    space = SearchSpace.load("micro.yaml")
+
+    def write(factor: float, count: int) -> Path:
+        rng = random.Random(3)
+        lines = ["network,ms"]
+        for number in range(count):
+            arch = space.sample(rng).without_identity()
+            arch.save(f"net{number}.yaml")
+            lines.append(f"net{number}.yaml,{factor * table.sum_ms(arch) + 0.1}")
+        Path("medians.csv").write_text("\n".join(lines) + "\n")
+        return Path("medians.csv")
+
+    return write
+
+
+def test_medians_from_elsewhere_calibrate_a_table(medians: Callable[[float, int], Path], table: LatencyTable) -> None:
+    cli.build_lut(["--device", "board-cpu", "--import-results", str(medians(1.2, 6)), "--out", "tables"])
+    found = LatencyTable.load("tables/board-cpu.csv")
+    (calibration,) = found.calibrations
+    assert (calibration.offset_ms, calibration.scale) == pytest.approx((0.1, 1.2), rel=1e-3)
+    assert calibration.mean_error_percent < 0.1
+    assert found.serves(SearchSpace.load("micro.yaml")), "the space and its rows are what they were"
+    assert found.rows.keys() == table.rows.keys()
+
+
+def test_bad_medians_are_refused_in_one_line(
+    medians: Callable[[float, int], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    before = (tmp_path / "tables" / "board-cpu.csv").read_bytes()
+    path = str(medians(1.0, 2))
+    assert "at least 3" in refused(cli.build_lut, ["--device", "board-cpu", "--import-results", path], capsys)
+    assert "say whose medians" in refused(cli.build_lut, ["--import-results", path], capsys)
+    Path("words.csv").write_text("network,ms\nnet0.yaml,fast\n")
+    assert "columns network,ms" in refused(cli.build_lut, ["--device", "board-cpu", "--import-results", "words.csv"], capsys)
+    assert (tmp_path / "tables" / "board-cpu.csv").read_bytes() == before
+
+
+def test_a_table_is_shown_with_its_errors_and_drawn(table: LatencyTable, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.build_lut(["--show", "board-cpu", "--out", "pictures"])
+    said = capsys.readouterr().out
+    for words in ("board-cpu: imported", "micro, 16 px", "off by 1.0 % on average", "Kendall tau 1.00", "mb3d"):
+        assert words in said
+    assert Path("pictures/board-cpu.png").read_bytes().startswith(b"\x89PNG")
