@@ -237,7 +237,11 @@ def test_without_cuda_both_kinds_say_what_is_missing(kind: str, monkeypatch: pyt
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
     with pytest.raises(InputError, match=rf"--device {kind} needs CUDA: PyTorch \S+ is built without CUDA.*pip install"):
+        open_gpu(kind, driver=FakeDriver())
+    monkeypatch.setattr("nas.profilers.nvidia.Driver.smi", lambda self, *arguments: None)
+    with pytest.raises(InputError, match=rf"there is no NVIDIA GPU here for --device {kind}.*--device cpu") as caught:
         open_profiler(kind)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_machine_without_a_gpu_and_a_build_for_amd_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -379,6 +379,11 @@ def open_gpu(
         raise InputError(f"the batch must be a positive number of images, such as 64, but is {batch}")
     cuda, driver = cuda or Cuda(), driver or Driver()
     missing = cuda.missing()
+    if missing is not None and driver.smi("-L") is None:
+        raise InputError(
+            f"there is no NVIDIA GPU here for --device {kind} (nvidia-smi, which comes with its driver, is missing or fails): give "
+            "--device cpu, or use a machine that has one"
+        )
     if missing is not None:
         raise InputError(f"--device {kind} needs CUDA: {missing}")
     found = cuda.device()
