@@ -65,7 +65,7 @@ def result() -> dict[str, float]:
     return found
 
 
-def test_the_job_measures_the_found_network_and_nothing_else(target: float, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_job_measures_the_found_network_and_nothing_else(capsys: pytest.CaptureFixture[str], target: float) -> None:
     assert "nas-search --from run --verify" in capsys.readouterr().out, "an unmeasured result says how to measure it"
     cli.search(["--from", "run", "--verify"])
     said = capsys.readouterr().out
@@ -100,9 +100,7 @@ def test_a_network_that_misses_there_is_searched_again_until_it_meets(target: fl
     assert result()["measured_ms"] == pytest.approx(1.3 * result()["predicted_ms"], rel=1e-3)
 
 
-def test_results_of_another_network_are_refused_and_nothing_is_lost(
-    target: float, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_of_another_network_are_refused_and_nothing_is_lost(target: float, capsys: pytest.CaptureFixture[str]) -> None:
     cli.search(["--from", "run", "--verify"])
     results = board_says(target)
     manifest = Path("run/verify-job/manifest.json")

@@ -381,8 +381,8 @@ def open_gpu(
     missing = cuda.missing()
     if missing is not None and driver.smi("-L") is None:
         raise InputError(
-            f"there is no NVIDIA GPU here for --device {kind} (nvidia-smi, which comes with its driver, is missing or fails): give "
-            "--device cpu, or use a machine that has one"
+            f"there is no NVIDIA GPU here for --device {kind} (nvidia-smi, which comes with its driver, is missing or fails): "
+            "give --device cpu, or use a machine that has one"
         )
     if missing is not None:
         raise InputError(f"--device {kind} needs CUDA: {missing}")
