@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from nas.progress import say
 from nas.table import LatencyTable, Row
 from supernet.arch import WIDTH_STEP, Layer, Spec
 
@@ -21,6 +22,7 @@ ODD = 0.06  # a row this far from the curve through the other widths is named, i
 DEVIATIONS = 3.0  # ... so many times what is usual in its series, or what networks leave open
 FEWEST_NETWORKS = 3  # that have a row, for them to say anything of it ...
 SMALL_SHARE = 0.02  # ... which must be so much of their milliseconds
+UNTRUE_PERCENT = 10.0  # a table with a larger error warns at every use
 CONTRADICTED = 0.08  # whole networks say that a row is off by so much
 
 
@@ -121,3 +123,13 @@ def contradicted_rows(table: LatencyTable) -> list[Doubt]:
                 why = f"whole networks say that it is {100 * off:+.0f} % off"
                 found[layer] = Doubt(layer, ms, ms / (1 + off), why)
     return list(found.values())
+
+
+def say_if_untrue(table: LatencyTable) -> None:
+    """Warn of calibrations whose error on unseen networks is large."""
+    for c in table.calibrations:
+        if c.mean_error_percent > UNTRUE_PERCENT:
+            say(
+                f"warning: predictions of the table of {table.device} are off by {c.mean_error_percent:.0f} % on average for "
+                f"{c.space}: measure it anew on a quiet machine"
+            )

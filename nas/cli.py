@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from nas.profilers.bench import Disturbed
+from nas.profilers.bench import Failed
 from supernet.errors import InputError, unknown
 
 STRATEGIES = ("greedy",)
@@ -45,7 +45,7 @@ def _run(command: str, work: Callable[[], None]) -> None:
     except InputError as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (FloatingPointError, Disturbed) as error:  # training diverged; the device could not be measured
+    except (FloatingPointError, Failed) as error:  # training diverged; the device could not be measured
         print(f"{command}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
@@ -140,8 +140,18 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
             from nas.lut import import_medians, import_results
             from nas.table import user_folder
 
-            read = import_medians if given.import_results.suffix == ".csv" else import_results
-            read(given.import_results, given.out or user_folder(), given.device)
+            if given.import_results.suffix == ".csv":
+                import_medians(given.import_results, given.out, given.device)
+            elif given.import_results.is_dir():
+                from nas.remote import run_on_iphone
+
+                if given.device not in ("iphone-npu", "iphone-cpu"):
+                    raise InputError(
+                        f"{given.import_results} is a folder: give its results.json, or a phone: --device iphone-npu"
+                    )
+                run_on_iphone(given.device, given.import_results, given.out or user_folder(), given.team_id, given.udid)
+            else:
+                import_results(given.import_results, given.out or user_folder(), given.device)
         elif given.device is None:
             raise InputError("say which device to measure: nas-build-lut --device cpu (or --list to see what there is)")
         else:
@@ -163,11 +173,16 @@ def _measure(given: argparse.Namespace) -> None:
         remote.print_check(given.device, given.team_id, given.udid)
         return
     space = requested_space(given.space, given.arch)
+    elsewhere = given.export_job is not None or given.device.startswith("ssh://") or given.device in ELSEWHERE
+    if elsewhere and given.missing:
+        raise InputError("a device that is elsewhere measures all rows of a space at once: leave --missing out")
     if given.export_job is not None:
         remote.export(given.export_job, space, given.device, given.format, **settings)
     elif given.device.startswith("ssh://"):
         remote.build_over_ssh(given.device, space, folder, **settings)
     elif given.device in ELSEWHERE:
+        if any(value is not None for value in settings.values()):
+            raise InputError(f"{given.device} is measured in fp16 at batch 1: leave --threads, --precision and --batch out")
         remote.build_on_iphone(given.device, space, folder, given.team_id, given.udid)
     else:
         build_table(open_profiler(given.device, **settings), space, folder, only_missing=given.missing)
@@ -235,7 +250,7 @@ def search(arguments: Sequence[str] | None = None) -> None:
                 seed=given.seed,
             )
         )
-        if not result["met"]:
+        if result["met"] is False:
             raise SystemExit(1)
 
     _run(parser.prog, work)
@@ -247,7 +262,7 @@ def _verify(given: argparse.Namespace) -> None:
     from nas.verify import verify
 
     result = verify(given.from_run, given.device, Path(given.verify) if given.verify else None)
-    if result is not None and not result["met"]:
+    if result is not None and result["met"] is False:
         raise SystemExit(1)
 
 

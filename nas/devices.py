@@ -32,9 +32,13 @@ def open_profiler(
         return open_mac(device, threads, precision, batch)
     if device == "cpu":
         return _open_cpu(threads, precision, batch)
+    if device in ELSEWHERE:
+        raise InputError(f"{device} is a kind of device: say which one, such as iphone15pro-npu (nas-build-lut --list)")
     found = _of_id(device)
     if found is None:
         raise unknown("device", device, (*KINDS, _open_cpu(None, None, None).id))
+    if (threads, precision, batch) != (None, None, None):
+        raise InputError(f"the id {device} says its settings: leave --threads, --precision and --batch out, or give a kind")
     return found
 
 

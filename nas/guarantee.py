@@ -9,6 +9,7 @@ from nas.progress import say
 from nas.slimming import LANDING, Trajectory
 from nas.table import Target
 from supernet.arch import ArchConfig, Stage
+from supernet.errors import InputError
 
 MEASUREMENTS = 6  # of found networks, at most
 SLACK = 0.03  # of the target: more is given back, by a larger budget
@@ -27,12 +28,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The network that was chosen, its check, and how many measured networks it took. `met`: it is not known to miss."""
+    """The network that was chosen, its check, and how many measured networks it took.
+
+    `met` is None where it could not be measured. `candidate` is a network that might be better and could not be measured.
+    """
 
     trajectory: Trajectory
     check: Check
     measured: int
-    met: bool
+    met: bool | None
+    candidate: Trajectory | None = None
 
 
 def meet(
@@ -41,7 +46,7 @@ def meet(
     check: Callable[[ArchConfig], Check],
     smallest_ms: float,
 ) -> Outcome:
-    """Search for a network whose measured upper end (97.5 % sure) is at most the target, and within 3 % of it.
+    """Search for a network whose measured upper end (of its 95 % interval) is at most the target, and within 3 % of it.
 
     `slim_to(budget_ms, start, landing)` is the search under the table's word, from another trajectory on where one is given,
     to an end within the fraction `landing` under the budget. A network that misses tightens the budget by as much as the
@@ -56,14 +61,21 @@ def meet(
     measured: set[tuple[Stage, ...]] = set()
     for number in range(1, MEASUREMENTS + 1):
         tighter = trajectory if trajectory is not None and budget_ms < trajectory.ms else None
-        trajectory = slim_to(budget_ms, tighter, LANDING if number == 1 else NEARER)
+        try:
+            trajectory = slim_to(budget_ms, tighter, LANDING if number == 1 else NEARER)
+        except InputError:
+            if best is None:
+                raise
+            break  # no action leads to the tightened budget
         name = trajectory.arch.without_identity().stages
         if name in measured:
             break  # no other network lies between what fits and what misses
         found = check(trajectory.arch)
-        measured.add(name)
         if found.high_ms is None:
-            return Outcome(trajectory, found, len(measured) - 1, met=True)
+            if best is not None and best.met:  # slack is not given back on the table's word alone
+                return Outcome(best.trajectory, best.check, len(measured), True, candidate=trajectory)
+            return Outcome(trajectory, found, len(measured), None)
+        measured.add(name)
         met = found.high_ms <= target.ms
         here = Outcome(trajectory, found, len(measured), met)
         if best is None or _better(here, best):
@@ -77,6 +89,8 @@ def meet(
         budget_ms = AIM * trajectory.ms * target.ms / found.high_ms
         if budget_ms >= misses_ms or budget_ms <= fits_ms:  # the measurements contradict each other by some percent
             budget_ms = (fits_ms + misses_ms) / 2 if fits_ms else 0.98 * misses_ms
+        if not fits_ms and smallest_ms < misses_ms:
+            budget_ms = max(budget_ms, smallest_ms)
         if budget_ms < smallest_ms or misses_ms - fits_ms < 0.002 * target.ms or number == MEASUREMENTS:
             break
         off = f"{100 * abs(1 - found.high_ms / target.ms):.1f} % {'under' if met else 'over'} the target"
@@ -91,5 +105,5 @@ def meet(
 def _better(one: Outcome, other: Outcome) -> bool:
     assert one.check.high_ms is not None and other.check.high_ms is not None
     if one.met != other.met:
-        return one.met
+        return bool(one.met)
     return (one.check.high_ms > other.check.high_ms) == one.met

@@ -19,15 +19,14 @@ import numpy.typing as npt
 import torch
 import yaml
 
-from nas.audit import Doubt, doubts, flagged
+from nas.audit import Doubt, doubts, flagged, say_if_untrue
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import CHAINS, CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, Terms, Work, terms_of, work_for
-from nas.profilers.bench import Bench, Samples, carry_out, now, read_samples, reference_of
-from nas.profilers.timing import Measurement, Visit, summarise
+from nas.profilers.bench import Bench, Samples, TooNoisy, carry_out, now, read_samples, reference_of
+from nas.profilers.timing import Measurement, Visit, Workload, summarise
 from nas.progress import progress, say
-from nas.table import Calibration, CheckedNetwork, LatencyTable, Row, measured_layers, space_sha256
+from nas.table import Calibration, CheckedNetwork, LatencyTable, Row, find_table, measured_layers, space_sha256
 from supernet.arch import ArchConfig, Layer
-from supernet.blocks import build_layer
 from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.space import SearchSpace
@@ -36,9 +35,8 @@ from supernet.zoo import load_arch
 Array = npt.NDArray[np.float64]
 
 FEWEST_MEDIANS = 3  # typed from elsewhere, to calibrate on
-OFF_VISITS = 0.04  # a row farther from what its visits say was changed by hand
+SAME_MS = 0.005  # a row farther from what its visits say was changed by hand; samples have six digits
 FLAG_FLOOR = 0.005  # of the fastest network's milliseconds: wider intervals of smaller rows do not matter
-UNTRUE_PERCENT = 10.0  # a table with a larger error warns at every use
 SAME = ("runtime", "runtime_version", "threads", "precision", "batch", "export")  # in all rows of a table
 
 
@@ -51,7 +49,7 @@ def build_table(
 
     Raises:
         InputError: the space is too small, or the table there was measured otherwise and is only to be completed.
-        Disturbed: the device was too busy or too hot to be measured; nothing is written.
+        Failed: the device was too busy or too hot to be measured; nothing is written.
     """
     torch.manual_seed(seed)
     path = folder / f"{profiler.id}.csv"
@@ -64,7 +62,9 @@ def build_table(
             say(f"{path} already has every row of {space.name}")
             return old
     work = work_for(space, layers, seed)
-    started = _started(folder / f"{profiler.id}.building.json", space, place)
+    marker = folder / f"{profiler.id}.building.json"
+    started = _started(marker, space, place)
+    flags = _Flags(folder / f"{profiler.id}.flags.json", started)
     samples = Samples(folder / f"{profiler.id}.samples.csv", started)
     for warning in place["warnings"]:
         say(f"warning: {warning}")
@@ -76,16 +76,23 @@ def build_table(
     models = work.models
     try:
         with profiler.exclusive(), progress(profiler.id, work.plan.visits) as tick:
-            bench = Bench(
-                samples, lambda name: profiler.open(models[name]), profiler.stopwatch(), random.Random(seed), work.plan
-            )
+
+            def opened(name: str) -> tuple[Workload, int]:
+                found = profiler.open(models[name])
+                flags.update(profiler.flags)
+                return found
+
+            bench = Bench(samples, opened, profiler.stopwatch(), random.Random(seed), work.plan)
             carry_out(work.plan, bench, tick, profiler.between(work.plan.between_bytes))
+    except TooNoisy:
+        marker.unlink()  # the next build begins anew
+        raise
     finally:
         samples.close()
-    place["started_at"] = old.meta.get("started_at", started) if old is not None else started
+    place["builds"] = [*(old.meta.get("builds", ()) if old is not None else ()), {"started": started, "finished": now()}]
     at_end = {name: value for name, value in profiler.environment().items() if value != place.get(name)}
-    place = {**place, "finished_at": now(), "at_end": at_end}
-    return write_table(profiler.id, space, work, samples.visits, place, old, folder, flags=profiler.flags)
+    place = {**place, "at_end": at_end}
+    return write_table(profiler.id, space, work, samples.visits, place, old, folder, flags=flags.words)
 
 
 def write_table(
@@ -116,6 +123,7 @@ def write_table(
         words = sorted({flags[name] for name in names if name in flags})
         if not all(name in visits for name in names):
             say(f"warning: {layer} has no row, because a model of it could not be measured ({', '.join(words)})")
+            rows.pop(layer, None)
             continue
         found = {model: summarise(visits[name_of(model)], reference) for model in terms}
         rows[layer] = replace(row_of(layer, terms, found), flag=" ".join(words))
@@ -132,7 +140,8 @@ def write_table(
     kept = [c for c in (old.calibrations if old is not None else ()) if c.space != space.name]
     table = replace(table, calibrations=(*kept, calibration))
     written = table.save(folder)
-    (folder / f"{device}.building.json").unlink(missing_ok=True)
+    for left_over in ("building", "flags"):
+        (folder / f"{device}.{left_over}.json").unlink(missing_ok=True)
     say(
         f"{written}: {len(table.rows)} rows; over {calibration.n_check} networks that took no part in the fit the prediction "
         f"is off by {calibration.mean_error_percent:.1f} % on average, {calibration.max_error_percent:.1f} % at most"
@@ -144,23 +153,13 @@ def write_table(
     return table
 
 
-def say_if_untrue(table: LatencyTable) -> None:
-    """Warn of calibrations whose error on unseen networks is large."""
-    for c in table.calibrations:
-        if c.mean_error_percent > UNTRUE_PERCENT:
-            say(
-                f"warning: predictions of the table of {table.device} are off by {c.mean_error_percent:.0f} % on average for "
-                f"{c.space}: measure it anew on a quiet machine"
-            )
-
-
 def import_results(path: Path, folder: Path, device: str | None = None) -> LatencyTable:
     """Make the table of a job's results, write it to `folder` and return it. `device`: the results must be of this one.
 
     Raises:
         InputError: the results are not whole, not of their job, or not in milliseconds.
     """
-    from nas.profilers.job import device_of, place_of, read_results, visits_of
+    from nas.job import device_of, place_of, read_results, visits_of
 
     results, manifest = read_results(path)
     if manifest["verify"] is not None:
@@ -170,16 +169,20 @@ def import_results(path: Path, folder: Path, device: str | None = None) -> Laten
         raise InputError(f"{path} is of {found}, not of {device}: leave --device out, or bring the results of {device}")
     space = SearchSpace.from_dict(yaml.safe_load(manifest["space"]), "the job's space")
     place = place_of(results, manifest)
-    old = table_to_extend(folder / f"{found}.csv", place, only_missing=False)
+    old = table_to_extend(folder / f"{found}.csv", place, only_missing=False, provenance="imported")
     layers = measured_layers(space.layers())
     named = {str(layer): layer for layer in layers}
+    if not set(manifest["rows"]) <= set(named):
+        raise InputError(f"{path} is of a job that another version of this package exported: export and run it anew")
     work = work_for(space, [named[name] for name in manifest["rows"]], manifest["seed"])
+    if list(work.plan.networks) != manifest["plan"]["networks"]:
+        raise InputError(f"{path} is of a job that another version of this package exported: export and run it anew")
     return write_table(
         found, space, work, visits_of(results), place, old, folder, provenance="imported", flags=results.get("flags", {})
     )
 
 
-def import_medians(path: Path, folder: Path, device: str | None) -> LatencyTable:
+def import_medians(path: Path, folder: Path | None, device: str | None) -> LatencyTable:
     """Calibrate a table anew on whole networks that somebody timed otherwise, such as with Xcode's performance report.
 
     `path` is a CSV file with the columns `network` (a YAML file or a name of the zoo) and `ms` (the median of a call). The rows
@@ -190,9 +193,10 @@ def import_medians(path: Path, folder: Path, device: str | None) -> LatencyTable
     """
     if device is None:
         raise InputError(f"say whose medians {path} holds: --device ID, of a table that is there (--list)")
-    table = LatencyTable.load(device)
+    beside = find_table(device)
+    table = LatencyTable.load(beside)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
             lines = [(line["network"], float(line["ms"])) for line in csv.DictReader(file)]
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): give a CSV file with the columns network,ms") from error
@@ -220,7 +224,7 @@ def import_medians(path: Path, folder: Path, device: str | None) -> LatencyTable
     fitted = {
         "offset_ms": float(offset_ms),
         "scale": float(scale),
-        "scale_per_mparam": 0.0,
+        "scale_between": 0.0,
         "n_fit": len(x),
         "n_check": len(x),
         "sum_low_ms": float(x.min()),
@@ -238,12 +242,14 @@ def import_medians(path: Path, folder: Path, device: str | None) -> LatencyTable
     table = replace(
         table, calibrations=tuple(kept), meta={**table.meta, "calibrated_on_medians": [network for network, _ in lines]}
     )
-    written = table.save(folder)
+    written = table.save(folder or beside.parent)
     say(f"{written}: calibrated on {len(x)} networks; each one left out in turn, the others say it to {errors.mean():.1f} %")
     return table
 
 
-def table_to_extend(path: Path, place: Mapping[str, Any], only_missing: bool) -> LatencyTable | None:
+def table_to_extend(
+    path: Path, place: Mapping[str, Any], only_missing: bool, provenance: str = "measured"
+) -> LatencyTable | None:
     """Return the table that is to be extended, if it was measured in the same way. A damaged one is replaced, unless its
     rows are needed."""
     if not path.exists():
@@ -255,10 +261,14 @@ def table_to_extend(path: Path, place: Mapping[str, Any], only_missing: bool) ->
             raise
         say(f"{error}: this build replaces it")
         return None
-    changed = [k for k in SAME if old.meta.get(k) != place[k]]
+    was = {**old.meta, "origin": old.provenance}
+    changed = [k for k in (*SAME, "origin") if was.get(k) != {**place, "origin": provenance}[k]]
+    given = ", ".join(f"{k} {was.get(k)}" for k in changed)
     if changed and only_missing:
-        given = ", ".join(f"{k} {old.meta.get(k)}" for k in changed)
         raise InputError(f"the table {path} was measured with {given}: build it anew without --missing")
+    if changed:
+        spaces = ", ".join(c.space for c in old.calibrations)
+        say(f"{path} was measured with {given}: this build replaces it, with its rows of {spaces}")
     return None if changed else old
 
 
@@ -279,19 +289,40 @@ def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> str:
 
 
 def rows_off_their_visits(table: LatencyTable, samples: Path) -> list[Doubt]:
-    """Return the rows that are not what the visits in a table's samples file make of them: somebody changed them."""
-    since = str(table.meta.get("started_at", "9999"))
-    visits, reference = read_samples(samples, since), table_reference(table)
+    """Return the rows that are not what the visits of any of a table's builds, in its samples file, make of them: somebody
+    changed them. Rows whose models that file lacks are not looked at."""
+    reference = table_reference(table)
+    builds = [read_samples(samples, b["started"], b["finished"]) for b in table.meta.get("builds", ())]
     found = []
     for layer, row in table.rows.items():
         terms = terms_of(layer)
-        if any(name_of(model) not in visits for model in terms):
-            continue
-        again = row_of(layer, terms, {model: summarise(visits[name_of(model)], reference) for model in terms})
-        # Another build that shares a model may have visited it since: a little is no sign of a hand.
-        if abs(again.ms - row.ms) > max(OFF_VISITS * abs(again.ms), again.high_ms - again.ms):
-            found.append(Doubt(layer, row.ms, again.ms, "its own visits say otherwise"))
+        said = [
+            row_of(layer, terms, {model: summarise(visits[name_of(model)], reference) for model in terms})
+            for visits in builds
+            if all(name_of(model) in visits for model in terms)
+        ]
+        if said and all(abs(again.ms - row.ms) > SAME_MS * abs(again.ms) + 1e-6 for again in said):
+            found.append(Doubt(layer, row.ms, said[-1].ms, "its own visits say otherwise"))
     return found
+
+
+class _Flags:
+    """Words about models, kept in a file for a build that is killed and goes on."""
+
+    def __init__(self, path: Path, started: str) -> None:
+        self.path, self.started = path, started
+        self.words: dict[str, str] = {}
+        try:
+            before = json.loads(path.read_text())
+            if before["started"] == started:
+                self.words = before["words"]
+        except (OSError, ValueError, KeyError):
+            pass
+
+    def update(self, words: Mapping[str, str]) -> None:
+        if not words.items() <= self.words.items():
+            self.words |= words
+            write_atomically(self.path, json.dumps({"started": self.started, "words": self.words}))
 
 
 def row_of(layer: Layer, terms: Terms, found: Mapping[Model, Measurement]) -> Row:
@@ -305,8 +336,6 @@ def row_of(layer: Layer, terms: Terms, found: Mapping[Model, Measurement]) -> Ro
     chain = (layer,) * CHAINS[-1]
     largest = chain if chain in terms else next(iter(terms))
     whole, share = found[largest], terms[largest]
-    with torch.device("meta"):
-        params = sum(p.numel() for p in build_layer(layer).parameters())
     return Row(
         ms=ms,
         low_ms=ms - half,
@@ -317,7 +346,6 @@ def row_of(layer: Layer, terms: Terms, found: Mapping[Model, Measurement]) -> Ro
         p90_ms=ms + share * (whole.p90_ms - whole.ms),
         visits=min(m.visits for m in found.values()),
         isolated_ms=alone.ms if alone else None,
-        params=params,
     )
 
 
@@ -328,15 +356,15 @@ def calibrate(
 
     The fit minimises the sum of absolute relative errors, which a network that was disturbed cannot pull.
     """
-    totals = [table.totals(arch) for arch in networks]
+    totals = [table.sums_ms(arch) for arch in networks]
     order = sorted(range(len(networks)), key=lambda i: totals[i][0])
-    x, params = np.array([totals[i] for i in order]).T
+    x, between = np.array([totals[i] for i in order]).T
     y = np.array([measured[i].ms for i in order])
     check = np.zeros(len(x), dtype=bool)
     held_out = len(x) * CHECK_NETWORKS // (FIT_NETWORKS + CHECK_NETWORKS)
     check[np.linspace(1, len(x) - 2, held_out).round().astype(int)] = True  # the ends belong to the fit
-    fitted = fit(x[~check], params[~check], y[~check])
-    predicted = _design(x, params) @ fitted
+    fitted = fit(x[~check], between[~check], y[~check])
+    predicted = _design(x, between) @ fitted
     signed = 100 * (predicted - y)[check] / y[check]
     error = np.abs(signed)
     by_stage, by_kind = _shares(table, [networks[i] for i, told in zip(order, check, strict=True) if told])
@@ -347,7 +375,7 @@ def calibrate(
         strides=space.strides,
         offset_ms=float(fitted[0]),
         scale=float(fitted[1]),
-        scale_per_mparam=float(fitted[2]),
+        scale_between=float(fitted[2]),
         sum_low_ms=float(x[0]),
         sum_high_ms=float(x[-1]),
         n_fit=int((~check).sum()),
@@ -372,13 +400,14 @@ def calibrate(
     )
 
 
-def fit(sums: Array, params: Array, measured: Array) -> Array:
-    """Return offset_ms, scale and scale_per_mparam, from sums of rows (ms), parameters and milliseconds of networks (n,)."""
-    return least_absolute(_design(sums, params), measured)
+def fit(sums: Array, between: Array, measured: Array) -> Array:
+    """Return offset_ms, scale and scale_between, from networks' sums of rows, of stems and embeddings among them, and
+    milliseconds, each (n,)."""
+    return least_absolute(_design(sums, between), measured)
 
 
-def _design(sums: Array, params: Array) -> Array:
-    return np.stack([np.ones(len(sums)), sums, sums * params / 1e6], axis=1)
+def _design(sums: Array, between: Array) -> Array:
+    return np.stack([np.ones(len(sums)), sums, between], axis=1)
 
 
 def kendall_tau(predicted: Array, measured: Array) -> float:

@@ -152,8 +152,8 @@ def networks_of(space: SearchSpace) -> int:
 
 
 def stratified(space: SearchSpace, number: int, rng: random.Random) -> list[ArchConfig]:
-    """Return `number` networks of the space: the smallest, the largest, and random ones, one from each of equal bins of MACs
-    where the space has networks.
+    """Return `number` networks of the space: the smallest, the largest, and random ones, from bins of
+    MACs, as far as the space has networks there.
 
     A space with fewer networks gives all of them.
     """
@@ -164,15 +164,17 @@ def stratified(space: SearchSpace, number: int, rng: random.Random) -> list[Arch
     for arch in ends:
         pool.pop(arch, None)
     number -= len(ends)
-    low, high = min(pool.values()), max(pool.values())
-    width = (high - low) / number or 1.0
-    bins: dict[int, list[ArchConfig]] = {}
-    for arch, macs in pool.items():
-        bins.setdefault(min(number - 1, int((macs - low) / width)), []).append(arch)
-    chosen = [rng.choice(members) for members in bins.values()]
-    taken = set(chosen)
-    rest = [arch for arch in pool if arch not in taken]
-    return ends + chosen + rng.sample(rest, number - len(chosen))
+    chosen: dict[ArchConfig, None] = {}
+    # Half of them from bins of equal width, half from bins of equal ratio: small networks are as many as large ones.
+    for scale, count in ((float, number - number // 2), (math.log, number // 2)):
+        left = {arch: scale(macs) for arch, macs in pool.items() if arch not in chosen}
+        low, width = min(left.values()), (max(left.values()) - min(left.values())) / count or 1.0
+        bins: dict[int, list[ArchConfig]] = {}
+        for arch, size in left.items():
+            bins.setdefault(min(count - 1, int((size - low) / width)), []).append(arch)
+        chosen |= dict.fromkeys(rng.choice(members) for members in bins.values())
+    rest = [arch for arch in pool if arch not in chosen]
+    return [*ends, *chosen, *rng.sample(rest, number - len(chosen))]
 
 
 def random_network(space: SearchSpace, rng: random.Random) -> ArchConfig:

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from nas.audit import say_if_untrue
 from nas.progress import say
 from nas.table import LatencyTable, find_tables
 from supernet.arch import ArchConfig, Layer
@@ -188,12 +189,13 @@ def _print_operators(breakdown: Breakdown) -> None:
 
 def _predict(table: LatencyTable | None, arch: ArchConfig, device: str, network: str) -> float | None:
     if table is None:
-        say(f"no latency table of {device}: make one with `nas-build-lut --device cpu --arch {network}`")
+        say(f"no latency table of {device}: make one with `nas-build-lut --device {device} --arch {network}`")
         return None
+    say_if_untrue(table)
     try:
         return table.predict_ms(arch)
     except InputError:
         missing = len(table.missing(arch.layers()))
         why = f"has no row for {missing} layers of it" if missing else f"is not calibrated for {arch.image_size} px"
-        say(f"the table of {device} {why}: measure with `nas-build-lut --device cpu --missing --arch {network}`")
+        say(f"the table of {device} {why}: measure with `nas-build-lut --device {device} --missing --arch {network}`")
         return None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nas.job import FORMATS, Address, check_device_id, export_job, job_folder, run_over_ssh
 from nas.lut import import_results
 from nas.plan import work_for
-from nas.profilers.job import FORMATS, check_device_id, export_job, job_folder, run_over_ssh
 from nas.profilers.ort_cpu import suffix
 from nas.progress import say
 from nas.table import LatencyTable
 from supernet.errors import InputError, unknown
+from supernet.files import write_atomically
 from supernet.space import SearchSpace
 
 
@@ -24,18 +25,27 @@ def export(
     precision: str | None = None,
     batch: int | None = None,
 ) -> None:
-    """Write a job folder and say what to do with it. The device `cpu` names itself when the job runs there."""
+    """Write a job folder and say what to do with it. The device `cpu` names itself when the job runs there; the id of another
+    one is lengthened by what is not usual about the settings.
+
+    Raises:
+        InputError: the format, the device id or a setting is not allowed, or the folder holds something else.
+    """
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
-    if form == "onnx" and (device.endswith("-npu") or device in ("cuda", "a100", "iphone-cpu", "mac-cpu")):
-        raise InputError(f"a job of ONNX models is timed on a CPU, not on {device}: give --format coreml, or a CPU's name")
+    named = device
+    if form == "onnx":
+        if device.endswith("-npu") or device in ("cuda", "a100", "iphone-cpu", "mac-cpu"):
+            raise InputError(f"a job of ONNX models is timed on a CPU, not on {device}: give --format coreml, or a CPU's name")
+        end = suffix(threads or 1, precision or "fp32", batch or 1)
+        named = device if device.endswith(end) else device + end
     if device != "cpu":
-        check_device_id(device)
+        check_device_id(named)
     path = export_job(
         folder,
         space,
         work_for(space),
-        device=None if device == "cpu" else device,
+        device=None if device == "cpu" else named,
         form=form,
         threads=threads or 1,
         precision=precision,
@@ -44,7 +54,7 @@ def export(
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     way = "copy it to the device and run `python3 run_job.py` there, which needs onnxruntime and numpy"
     if form == "coreml":
-        way = "docs/coreml.md says how a Mac runs it on the phone"
+        way = "on a Mac with the phone connected, `nas-build-lut --device iphone-npu --team-id T --import-results DIR` runs it"
     print(f"{path.parent}, {size:.0f} MB: {way};")
     print("bring results.json back, and give it to `nas-build-lut --import-results results.json`")
 
@@ -59,23 +69,54 @@ def build_over_ssh(
     batch: int | None = None,
 ) -> LatencyTable:
     """Hand the job to another machine, run it there, and make the table of what comes back."""
+    address = Address.parse(url)
     threads, precision, batch = threads or 1, precision or "fp32", batch or 1
-    job = job_folder(space, suffix(threads, precision, batch))
-    export_job(job, space, work_for(space), device=None, threads=threads, precision=precision, batch=batch)
-    return import_results(run_over_ssh(url, job), folder)
+    job = job_folder(space, f"-{address.host}{suffix(threads, precision, batch)}")
+    export_job(job, space, work_for(space), device=None, threads=threads, precision=precision, batch=batch, run=_run(job))
+    table = import_results(run_over_ssh(address, job), folder)
+    _count(job)
+    return table
 
 
 def build_on_iphone(device: str, space: SearchSpace, folder: Path, team_id: str | None, udid: str | None) -> LatencyTable:
     """Hand the job to a connected iPhone, run it there, and make the table of what comes back."""
-    from nas.profilers.iphone import iphone_id, measure_on_iphone
+    from nas.profilers.iphone import iphone_id
 
+    _need_team(device, team_id)
+    found = iphone_id(udid, device.removeprefix("iphone-"))
+    job = job_folder(space, f"-{found}")
+    export_job(job, space, work_for(space), device=found, form="coreml", run=_run(job))
+    table = run_on_iphone(device, job, folder, team_id, udid)
+    _count(job)
+    return table
+
+
+def run_on_iphone(device: str, job: Path, folder: Path, team_id: str | None, udid: str | None) -> LatencyTable:
+    """Run a job folder, which somebody may have brought, on a connected iPhone, and make the table of what comes back."""
+    from nas.profilers.iphone import measure_on_iphone
+
+    team = _need_team(device, team_id)
+    results = measure_on_iphone(job, unit=device.removeprefix("iphone-"), team_id=team, udid=udid, say=say)
+    return import_results(results, folder)
+
+
+def _need_team(device: str, team_id: str | None) -> str:
     if team_id is None:
         raise InputError(f"say who signs the program on the phone: --device {device} --team-id ABCDE12345 (--check lists all)")
-    unit = device.removeprefix("iphone-")
-    found = iphone_id(udid, unit)
-    job = job_folder(space, f"-{found}")
-    export_job(job, space, work_for(space), device=found, form="coreml")
-    return import_results(measure_on_iphone(job, unit=unit, team_id=team_id, udid=udid, say=say), folder)
+    return team_id
+
+
+def _run(job: Path) -> int:
+    """Return how many tables were made of this job: the next one is measured anew, not taken from what the device kept."""
+    try:
+        return int((job / "imported").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _count(job: Path) -> None:
+    write_atomically(job / "imported", f"{_run(job) + 1}\n")
+    (job / "results.json").unlink(missing_ok=True)
 
 
 def print_check(device: str, team_id: str | None, udid: str | None) -> None:

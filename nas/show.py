@@ -48,17 +48,22 @@ def show_table(device: str, folder: Path) -> None:
         f"{threads} thread{'s' if threads != 1 else ''}"
     )
     print(f"{table.device}: {table.provenance} {str(meta.get('measured_at', 'at an unknown time'))[:16]}")
-    print(f"  {meta.get('cpu') or meta.get('gpu') or meta.get('device_name', '')}, {meta.get('os', '')}")
+    gpu = meta["gpu"]["name"] if isinstance(meta.get("gpu"), dict) else None
+    hardware = meta.get("cpu") or gpu or meta.get("chip") or meta.get("marketing_name") or "hardware unknown"
+    print(f"  {hardware}, {meta.get('os', 'system unknown')}")
     print(f"  {settings}")
     for warning in meta.get("warnings", ()):
         print(f"  warning: {warning}")
     for c in table.calibrations:
-        print(f"{c.space}, {c.image_size} px: predictions of {c.n_check} networks that took no part in the fit ({c.n_fit} did)")
+        how = f"{c.n_check} networks that took no part in the fit to {c.n_fit} others"
+        if meta.get("calibrated_on_medians") and not c.networks:
+            how = f"{c.n_check} networks timed elsewhere, each left out of the fit in turn"
+        print(f"{c.space}, {c.image_size} px: predictions of {how}")
         print(
             f"  off by {c.mean_error_percent:.1f} % on average, {c.max_error_percent:.1f} % at most; within 5 %: "
             f"{c.within_5_percent:.0f} %, within 10 %: {c.within_10_percent:.0f} %; Kendall tau {c.kendall_tau:.2f}"
         )
-        print(f"  ms = {c.offset_ms:.4g} + ({c.scale:.4g} + {c.scale_per_mparam:.4g} x million parameters) x sum of rows")
+        print(f"  ms = {c.offset_ms:.4g} + {c.scale:.4g} x sum of rows {c.scale_between:+.4g} x those of stem and embeddings")
         signed = [f"stage {i} {e:+.1f} %" for i, e in enumerate(c.error_by_stage_percent, 1)]
         signed += [f"{kind} {e:+.1f} %" for kind, e in c.error_by_kind_percent.items()]
         print(f"  signed error, weighted by share: {', '.join(signed)}")
@@ -105,5 +110,8 @@ def draw_table(table: LatencyTable, path: Path) -> None:
         axis.legend(fontsize="small")
     axes[0].set_ylabel(f"ms of one call, batch {table.meta.get('batch', 1)}")
     figure.suptitle(f"{table.device}: {table.meta.get('runtime')} {table.meta.get('precision')}", fontsize="medium")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise InputError(f"the picture {path} cannot be written ({error.strerror}): give another folder with --out") from error

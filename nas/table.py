@@ -15,7 +15,7 @@ import pandas as pd
 import platformdirs
 import yaml
 
-from supernet.arch import SPECS, ArchConfig, Head, Layer, Spec
+from supernet.arch import SPECS, ArchConfig, Embedding, Head, Layer, Spec, Stem
 from supernet.errors import InputError, unknown
 from supernet.files import write_atomically
 from supernet.space import SearchSpace
@@ -42,7 +42,7 @@ class Row:
 
     `p10_ms`, `p25_ms` and `p90_ms` are percentiles over single visits, `visits` the fewest visits of a model that the row
     is made of. `isolated_ms` is the time of the layer alone in a session, where it was measured: what a naive table would
-    hold. `params` is the layer's number of parameters, for the calibration. `flag` says what speaks against the row.
+    hold. `flag` says what speaks against the row.
     """
 
     ms: float
@@ -54,7 +54,6 @@ class Row:
     p90_ms: float | None = None
     visits: int = 0
     isolated_ms: float | None = None
-    params: int = 0
     flag: str = ""
 
 
@@ -74,14 +73,13 @@ class CheckedNetwork:
 
 @dataclass(frozen=True)
 class Calibration:
-    """From the sum of a network's rows to its milliseconds, fitted on random networks of a space:
-    `offset_ms + (scale + scale_per_mparam * mparams) * sum`.
+    """From a network's rows to its milliseconds, fitted on networks of a space:
+    `offset_ms + scale * sum + scale_between * sum_between`.
 
-    The rows were measured with the caches as a typical network leaves them; the more weights a network has (`mparams`,
-    in millions), the slower each of its layers gets them. The errors are those of predictions of *other* random networks
-    of the space, in percent of the measurement. `error_by_stage_percent` and `error_by_kind_percent` are the signed errors,
-    weighted with each network's share of its milliseconds in that stage or kind of layer. `networks` are all that were
-    measured.
+    `sum_between` is the part of the sum that stem and embeddings have: their rows were measured between blocks, and where a
+    stage is empty they follow each other, which is quicker. The errors are those of predictions of *other* networks of the
+    space, in percent of the measurement. `error_by_stage_percent` and `error_by_kind_percent` are the signed errors, weighted
+    with each network's share of its milliseconds in that stage or kind of layer. `networks` are all that were measured.
     """
 
     space: str
@@ -90,7 +88,7 @@ class Calibration:
     strides: tuple[int, ...]
     offset_ms: float
     scale: float
-    scale_per_mparam: float
+    scale_between: float
     sum_low_ms: float
     sum_high_ms: float
     n_fit: int
@@ -104,8 +102,8 @@ class Calibration:
     error_by_kind_percent: Mapping[str, float] = field(default_factory=dict)
     networks: tuple[CheckedNetwork, ...] = ()
 
-    def predict_ms(self, sum_ms: float, params: float) -> float:
-        return self.offset_ms + (self.scale + self.scale_per_mparam * params / 1e6) * sum_ms
+    def predict_ms(self, sum_ms: float, between_ms: float) -> float:
+        return self.offset_ms + self.scale * sum_ms + self.scale_between * between_ms
 
 
 @dataclass(frozen=True)
@@ -127,28 +125,24 @@ class LatencyTable:
         Raises:
             InputError: the table has no row for it.
         """
-        return self._row(layer)[0]
-
-    def sum_ms(self, arch: ArchConfig) -> float:
-        """Return the sum of the rows of a network's layers."""
-        return self.totals(arch)[0]
-
-    def totals(self, arch: ArchConfig) -> tuple[float, float]:
-        """Return the sums of milliseconds and of parameters over the rows of a network's layers."""
-        found = [self._row(layer) for layer in arch.layers()]
-        return sum(ms for ms, _ in found), sum(params for _, params in found)
-
-    def _row(self, layer: Layer) -> tuple[float, float]:
-        """Return milliseconds and parameters of a layer."""
         row = self.rows.get(layer)
         if row is not None:
-            return row.ms, row.params
+            return row.ms
         if isinstance(layer.spec, Head):
             few, many = (self.rows.get(end) for end in head_ends(layer))
             if few is not None and many is not None and layer.spec.num_classes <= MANY_CLASSES:
                 share = (layer.spec.num_classes - FEW_CLASSES) / (MANY_CLASSES - FEW_CLASSES)
-                return few.ms + share * (many.ms - few.ms), few.params + share * (many.params - few.params)
+                return few.ms + share * (many.ms - few.ms)
         raise InputError(self._missing_message([layer]))
+
+    def sum_ms(self, arch: ArchConfig) -> float:
+        """Return the sum of the rows of a network's layers."""
+        return self.sums_ms(arch)[0]
+
+    def sums_ms(self, arch: ArchConfig) -> tuple[float, float]:
+        """Return the sum of the rows of a network's layers, and that of its stem and embeddings."""
+        found = [(layer.spec, self.layer_ms(layer)) for layer in arch.layers()]
+        return sum(ms for _, ms in found), sum(ms for spec, ms in found if isinstance(spec, Stem | Embedding))
 
     def predict_ms(self, arch: ArchConfig) -> float:
         """Return the milliseconds of one call of the network on this device.
@@ -168,9 +162,9 @@ class LatencyTable:
                 f"the table of {self.device} is not calibrated for {arch.image_size} px with strides {arch.strides}, "
                 f"only for {known}: measure it with nas-build-lut --device {self.device} and --space or --arch"
             )
-        sum_ms, params = self.totals(arch)
+        sum_ms, between_ms = self.sums_ms(arch)
         nearest = min(matching, key=lambda c: max(c.sum_low_ms - sum_ms, sum_ms - c.sum_high_ms, 0.0))
-        return nearest.predict_ms(sum_ms, params)
+        return nearest.predict_ms(sum_ms, between_ms)
 
     def serves(self, space: SearchSpace) -> bool:
         """Say whether every network of the space has its rows and a calibration."""
@@ -208,12 +202,12 @@ class LatencyTable:
         csv = _to_csv(self.rows)
         path = Path(folder) / f"{self.device}.csv"
         sidecar = {
+            **self.meta,  # first: what somebody's device said of itself replaces nothing below
             "schema": SCHEMA,
             "device": self.device,
             "provenance": self.provenance,
             "csv_sha256": hashlib.sha256(csv.encode()).hexdigest(),
             "calibrations": [asdict(c) for c in self.calibrations],
-            **self.meta,
         }
         write_atomically(path, csv)
         write_atomically(path.with_suffix(".meta.json"), json.dumps(sidecar, indent=2) + "\n")

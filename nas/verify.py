@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 
+from nas.job import Address, export_job, read_results, run_over_ssh, visits_of
 from nas.measure import measure_alone, name_of, table_reference
 from nas.plan import Work
 from nas.profilers.bench import Plan
-from nas.profilers.job import export_job, read_results, run_over_ssh, visits_of
 from nas.profilers.timing import summarise
-from nas.search import Checks, Request, run_search
+from nas.progress import say
+from nas.search import CANDIDATE, Checks, Request, run_search
 from nas.supernet_training import SupernetSettings
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
@@ -35,15 +36,17 @@ def verify(run: Path, device: str | None = None, results: Path | None = None) ->
     """
     request, text = _finished(run)
     table = LatencyTable.load(Path(request["table"]))
-    arch = ArchConfig.load(run / "searched.yaml")
+    candidate = run / CANDIDATE
+    arch = ArchConfig.load(candidate if candidate.exists() else run / "searched.yaml")
     checks = Checks(run / "measurements.csv", table)
     which = {"request_sha256": hashlib.sha256(text.encode()).hexdigest(), "network": name_of(tuple(arch.layers()))}
     if results is None and checks.profiler is not None:
         checks.add(arch, measure_alone(checks.profiler, arch, table_reference(table)))
     else:
         if results is None:
+            address = Address.parse(device) if device is not None else None
             job = _export(run / "verify-job", arch, table, request, which)
-            if device is None or not device.startswith("ssh://"):
+            if address is None:
                 how = (
                     "run the job on the phone (docs/coreml.md)"
                     if table.meta.get("runtime") == "coreml"
@@ -51,11 +54,14 @@ def verify(run: Path, device: str | None = None, results: Path | None = None) ->
                 )
                 print(f"{job}: {how}, bring results.json back, and give it to `nas-search --from {run} --verify results.json`")
                 return None
-            results = run_over_ssh(device, job)
+            results = run_over_ssh(address, job)
         measured, manifest = read_results(results)
         if manifest["verify"] != which:
             raise InputError(f"{results} does not measure the network of {run}: export its job with --from {run} --verify")
-        visits = visits_of(measured)[which["network"]]
+        _refuse_another_device(results, measured, table)
+        visits = visits_of(measured).get(which["network"])
+        if visits is None:
+            raise InputError(f"{results}: the device could not run the network ({measured['flags'][which['network']]})")
         checks.add(arch, summarise(visits, table_reference(table)))
     return run_search(
         Request(
@@ -85,8 +91,23 @@ def _finished(run: Path) -> tuple[dict[str, Any], str]:
     return request, text
 
 
+def _refuse_another_device(path: Path, results: dict[str, Any], table: LatencyTable) -> None:
+    place = results["environment"]
+    for name in ("cpu", "marketing_name"):
+        was, now = table.meta.get(name), place.get(name)
+        if was and now and was != now:
+            raise InputError(f"{path} was measured on {now}, but the table of {table.device} on {was}: run the job there")
+    if place.get("runtime_version") not in (None, table.meta.get("runtime_version")):
+        say(
+            f"warning: measured with {place.get('runtime')} {place['runtime_version']}, the table with "
+            f"{table.meta.get('runtime_version')}: they may differ"
+        )
+
+
 def _export(folder: Path, arch: ArchConfig, table: LatencyTable, request: dict[str, Any], which: dict[str, str]) -> Path:
     name = which["network"]
+    if "-cpu" not in table.device and "-npu" not in table.device:
+        raise InputError(f"networks for {table.device} are measured by nas-search on the machine with it, not by a job")
     plan = Plan(pieces=(), networks=(name,), rows=(), smallest=name, between_bytes=0, passes=VISITS)
     export_job(
         folder,

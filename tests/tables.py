@@ -13,7 +13,7 @@ def plain_calibration(space: SearchSpace) -> Calibration:
         strides=space.strides,
         offset_ms=0.0,
         scale=1.0,
-        scale_per_mparam=0.0,
+        scale_between=0.0,
         sum_low_ms=0.0,
         sum_high_ms=9.0,
         n_fit=16,

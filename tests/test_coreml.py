@@ -597,7 +597,7 @@ def test_the_command_makes_a_table_of_what_the_phone_says(
     work = work_for(space)
     xcode.takes({name: [device_ms(m) for m in (model, CACHED, STREAMING)] for name, model in work.models.items()})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nas.profilers.job._cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("nas.job._cache", lambda: tmp_path / "cache")
 
     def stub(module: nn.Module, example: Tensor, path: Path, key: str = "") -> None:
         path.mkdir(parents=True)
@@ -618,7 +618,7 @@ def test_the_command_makes_a_table_of_what_the_phone_says(
 
 
 def test_a_killed_command_finds_the_phones_results(xcode: FakeXcode, tmp_path: Path) -> None:
-    folder = write_job(tmp_path, device="iphone-npu")
+    folder = write_job(tmp_path)
     measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print).unlink()
     results = json.loads(measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print).read_text())
     assert results["device"] == "iphone-npu", "as the job says"

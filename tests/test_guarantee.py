@@ -104,6 +104,51 @@ def test_a_device_that_is_elsewhere_is_asked_once() -> None:
 
     outcome = meet(Target(1.0), Search(), check, 0.1)
     assert len(asked) == 1
-    assert outcome.met
+    assert outcome.met is None, "nobody knows"
     assert outcome.check.ms is None
     assert outcome.measured == 0
+
+
+def test_a_verified_network_stands_until_a_looser_one_is_measured_too() -> None:
+    """Elsewhere, the first network was measured and leaves ten percent; the second one is unknown."""
+    first: list[str] = []
+
+    def check(arch: ArchConfig) -> Check:
+        first.append(arch.name)
+        return Check(0.88, 0.87, 0.9) if arch.name == first[0] else Check()
+
+    outcome = meet(Target(1.0), Search(), check, 0.1)
+    assert outcome.met
+    assert outcome.check.high_ms == 0.9
+    assert outcome.candidate is not None
+    assert float(outcome.candidate.arch.name) > float(outcome.trajectory.arch.name)
+
+
+def test_a_tightened_budget_that_no_action_reaches_ends_the_search_with_what_was_found() -> None:
+    from supernet.errors import InputError
+
+    search = Search()
+
+    def stuck(budget_ms: float, start: Trajectory | None, landing: float) -> Trajectory:
+        if budget_ms < 0.99:
+            raise InputError("no action saves anything")
+        return search(budget_ms, start, landing)
+
+    outcome = meet(Target(1.0), stuck, lambda arch: Check(1.2, 1.19, 1.21), 0.1)
+    assert outcome.met is False
+    assert outcome.measured == 1
+
+
+def test_the_smallest_network_is_tried_before_giving_up() -> None:
+    outcome, _ = run(0.5, 1.1, search=Search(step=0.001))
+    assert outcome.met
+    tried: list[float] = []
+
+    def check(arch: ArchConfig) -> Check:
+        tried.append(float(arch.name))
+        ms = float(arch.name) * (1.0 if len(tried) > 1 else 1.2)
+        return Check(ms, ms, ms)
+
+    outcome = meet(Target(0.5), Search(step=0.001), check, smallest_ms=0.45)
+    assert tried[1] == pytest.approx(0.45), "0.415 was asked for"
+    assert outcome.met

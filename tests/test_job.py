@@ -13,12 +13,12 @@ import onnx
 import pytest
 from test_lut import cost, device_ms, small_space
 
-from nas import cli
+from nas import cli, job
+from nas.job import Address, export_job, run_over_ssh, without_weights
 from nas.lut import import_results
 from nas.measure import CACHED, STREAMING, Model
 from nas.plan import Work, work_for
-from nas.profilers import job
-from nas.profilers.job import export_job, run_over_ssh, without_weights
+from nas.profilers.bench import Failed
 from nas.profilers.ort_cpu import OrtCpu
 from nas.table import LatencyTable
 from supernet.arch import MB3D, MB4D, Layer
@@ -32,7 +32,7 @@ SPACE = small_space()
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No caches of the person who runs the tests."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nas.profilers.job._cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("nas.job._cache", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,20 @@ def other_job(results: dict[str, Any]) -> None:
     results["job_sha256"] = "0" * 64
 
 
+def no_mapping(results: dict[str, Any]) -> None:
+    results["visits"] = [1, 2]
+
+
+def somewhere_else(results: dict[str, Any]) -> None:
+    """A manifest that somebody sends along, to be written outside the folder of tables."""
+    import hashlib
+
+    path = Path("job/manifest.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "device": "../evil-cpu"}))
+    results["job_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    results["device"] = "../evil-cpu"
+
+
 def lacks_a_model(results: dict[str, Any]) -> None:
     del results["visits"]["4 x mb4d(dim=16) at 8 px"]
 
@@ -145,6 +159,8 @@ def no_unit(results: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (no_mapping, "no whole results file"),
+        (somewhere_else, "cannot be a device id"),
         (other_job, "belongs to a job whose manifest"),
         (lacks_a_model, r"lacks 1 of \d+ models, '4 x mb4d\(dim=16\) at 8 px' first"),
         (stopped_early, "lacks 1 of"),
@@ -182,6 +198,42 @@ def test_the_same_request_gives_the_same_job_and_is_not_written_twice(folder: Pa
     assert (tmp_path / "again" / "manifest.json").read_bytes() == (folder / "manifest.json").read_bytes()
 
 
+def test_a_job_that_is_to_be_measured_anew_is_another_job_with_the_same_models(folder: Path, work: Work) -> None:
+    before = json.loads((folder / "manifest.json").read_text())
+    stamps = {p.name: p.stat().st_mtime_ns for p in (folder / "models").iterdir()}
+    export_job(folder, SPACE, work, device="pretended-cpu", run=1)
+    after = json.loads((folder / "manifest.json").read_text())
+    assert after["models"] == before["models"]
+    assert stamps == {p.name: p.stat().st_mtime_ns for p in (folder / "models").iterdir()}
+    assert after["run"] == 1
+
+
+def test_another_space_leaves_no_model_of_the_first_behind(folder: Path, work: Work) -> None:
+    other = small_space((16,))
+    export_job(folder, other, work_for(other), device="pretended-cpu")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {p.name for p in (folder / "models").iterdir()} == {Path(m["file"]).name for m in manifest["models"].values()}
+
+
+def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path, work: Work) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="is no job folder"):
+        export_job(tmp_path / "mine", SPACE, work, device="pretended-cpu")
+    with pytest.raises(InputError, match="is no job folder"):
+        export_job(tmp_path / "mine" / "thesis.tex", SPACE, work, device="pretended-cpu")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_results_cannot_say_of_themselves_that_they_were_measured_here(folder: Path, work: Work, tmp_path: Path) -> None:
+    results = pretended_results(folder, work)
+    results["environment"] |= {"provenance": "measured", "device": "other-cpu", "csv_sha256": "0", "calibrations": []}
+    import_results(written(folder, results), tmp_path / "out")
+    table = LatencyTable.load(tmp_path / "out" / "pretended-cpu.csv")
+    assert table.provenance == "imported"
+    assert table.calibrations
+
+
 def test_models_travel_without_their_weights_and_compute_the_same_with_them() -> None:
     import onnxruntime
 
@@ -208,7 +260,7 @@ def real_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stages = tuple(s for s in small_space((16,)).stages)
     SearchSpace("micro", 16, 10, stages).save(folder / "micro.yaml")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nas.profilers.job._cache", lambda: folder / "cache")
+        patch.setattr("nas.job._cache", lambda: folder / "cache")
         cli.build_lut(["--device", "cpu", "--space", str(folder / "micro.yaml"), "--export-job", str(folder / "job")])
     return folder / "job"
 
@@ -237,7 +289,7 @@ def test_a_job_whose_model_was_changed_is_refused_on_the_device(real_job: Path, 
 
     copy = tmp_path / "copy"
     shutil.copytree(real_job, copy)
-    model = copy / "models" / "m0003.onnx"
+    model = sorted((copy / "models").iterdir())[3]
     model.write_bytes(model.read_bytes() + b"x")
     done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 1
@@ -284,7 +336,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_over_ssh_the_job_goes_there_runs_and_its_results_come_back(machine: Path, folder: Path, work: Work) -> None:
     results = pretended_results(folder, work)
     (folder / "run_job.py").write_text(f"open('results.json', 'w').write({json.dumps(results)!r})\n")
-    found = run_over_ssh(f"ssh://me@pi:2222{sys.executable}", folder)
+    found = run_over_ssh(Address.parse(f"ssh://me@pi:2222{sys.executable}"), folder)
     assert json.loads(found.read_text()) == results
     asked = (machine / "asked").read_text().splitlines()
     assert [line.split()[0] for line in asked] == ["ssh", "scp", "ssh", "scp"]
@@ -295,14 +347,21 @@ def test_over_ssh_the_job_goes_there_runs_and_its_results_come_back(machine: Pat
 
 def test_a_step_that_fails_over_ssh_is_told_in_one_line(machine: Path, folder: Path) -> None:
     (folder / "run_job.py").write_text("raise SystemExit('run_job.py needs onnxruntime')\n")
-    with pytest.raises(InputError, match=r"cannot run the job on me@pi: run_job\.py needs onnxruntime"):
-        run_over_ssh(f"ssh://me@pi{sys.executable}", folder)
+    with pytest.raises(Failed, match=r"cannot run the job on me@pi: run_job\.py needs onnxruntime"):
+        run_over_ssh(Address.parse(f"ssh://me@pi{sys.executable}"), folder)
 
 
-@pytest.mark.parametrize("url", ["ssh://", "ssh:host", "ssh://-oProxyCommand=evil"])
-def test_an_address_that_is_none_is_refused(url: str, folder: Path) -> None:
+@pytest.mark.parametrize(
+    "url", ["ssh://", "ssh:host", "ssh://-oProxyCommand=evil", "ssh://pi:abc", "ssh://pi:99999", "ssh://a b"]
+)
+def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(InputError, match="is no address"):
-        run_over_ssh(url, folder)
+        Address.parse(url)
+
+
+def test_an_address_keeps_the_names_that_ssh_knows() -> None:
+    assert Address.parse("ssh://MyPi") == Address("MyPi", None, "python3")
+    assert Address.parse("ssh://pi@10.0.0.7:22/opt/venv/bin/python") == Address("pi@10.0.0.7", 22, "/opt/venv/bin/python")
 
 
 @pytest.mark.parametrize(
@@ -312,6 +371,10 @@ def test_an_address_that_is_none_is_refused(url: str, folder: Path) -> None:
         (["--device", "pi-cpu", "--export-job", "x", "--format", "tflite"], "unknown format 'tflite'"),
         (["--device", "pi-cpu", "--export-job", "x", "--precision", "fp16"], "cannot have the precision 'fp16'"),
         (["--device", "iphone15-npu", "--export-job", "x"], "give --format coreml"),
+        (["--device", "iphone-npu", "--export-job", "x", "--format", "coreml"], "name the very one"),
+        (["--device", "pi-cpu", "--export-job", "x", "--missing"], "leave --missing out"),
+        (["--device", "ssh://pi:x"], "is no address"),
+        (["--device", "iphone-npu", "--batch", "8"], "at batch 1"),
         (["--import-results", "none.json"], "cannot be read"),
     ],
 )

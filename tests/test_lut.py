@@ -14,7 +14,7 @@ import pytest
 from nas.lut import build_table, fit, rows_off_their_visits
 from nas.measure import CACHED, EMPTY, STREAMING, Model, name_of
 from nas.plan import requested_space, slope, stratified, terms_of, work_for
-from nas.profilers.bench import Disturbed, Samples
+from nas.profilers.bench import Samples, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.timing import Stopwatch, Visit, Workload
 from nas.table import LatencyTable, measured_layers
@@ -202,13 +202,29 @@ def test_missing_measures_only_what_is_not_there_and_keeps_the_rest(device: Devi
     assert not both.missing(small_space((16, 32)).layers())
 
 
-def test_a_table_of_another_runtime_is_not_extended(device: Device, tmp_path: Path) -> None:
-    table = build_table(device, small_space((16,)), tmp_path)
-    LatencyTable(table.device, table.rows, table.calibrations, "measured", {**table.meta, "runtime_version": "0.1"}).save(
-        tmp_path
-    )
-    with pytest.raises(InputError, match=r"runtime_version 0\.1.*without --missing"):
+def test_a_table_of_another_runtime_is_not_extended(device: Device, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_table(device, small_space((16,)), tmp_path)
+    device.runtime_version = "2.0"
+    with pytest.raises(InputError, match=r"runtime_version 1\.0.*without --missing"):
         build_table(device, small_space((16, 32)), tmp_path, only_missing=True)
+    capsys.readouterr()
+    build_table(device, small_space((16, 32)), tmp_path)
+    assert "this build replaces it, with its rows of small" in capsys.readouterr().err
+
+
+def test_an_imported_table_is_not_completed_with_rows_measured_here(device: Device, tmp_path: Path) -> None:
+    table = build_table(device, small_space((16,)), tmp_path)
+    replace(table, provenance="imported").save(tmp_path)
+    with pytest.raises(InputError, match="origin imported"):
+        build_table(device, small_space((16, 32)), tmp_path, only_missing=True)
+
+
+def test_two_builds_of_one_table_are_each_held_to_their_own_visits(device: Device, tmp_path: Path) -> None:
+    build_table(device, small_space((16,)), tmp_path)
+    device.slowness = 1.07
+    table = build_table(device, small_space((16, 32)), tmp_path)
+    assert len(table.meta["builds"]) == 2
+    assert rows_off_their_visits(table, tmp_path / "pretended-cpu.samples.csv") == []
 
 
 def test_a_damaged_table_is_built_anew_but_not_extended(device: Device, tmp_path: Path) -> None:
@@ -224,12 +240,12 @@ def test_a_disturbed_network_does_not_pull_the_calibration() -> None:
     sums = np.linspace(0.1, 2.8, 16)
     measured = 0.02 + 1.1 * sums
     measured[11] *= 2
-    assert fit(sums, 1e6 * (7 * np.arange(16) % 5), measured) == pytest.approx([0.02, 1.1, 0], abs=0.003)
+    assert fit(sums, 0.1 * (7 * np.arange(16) % 5), measured) == pytest.approx([0.02, 1.1, 0], abs=0.003)
 
 
-def test_a_calibration_knows_that_many_weights_slow_every_layer() -> None:
-    sums, params = np.linspace(0.1, 2.8, 16), 1e6 * (7 * np.arange(16) % 5)
-    assert fit(sums, params, 0.02 + (1.1 + 0.03 * params / 1e6) * sums) == pytest.approx([0.02, 1.1, 0.03], rel=1e-3)
+def test_a_calibration_knows_that_stem_and_embeddings_are_quicker_beside_each_other() -> None:
+    sums, between = np.linspace(0.1, 2.8, 16), 0.1 * (7 * np.arange(16) % 5)
+    assert fit(sums, between, 0.02 + 1.1 * sums - 0.3 * between) == pytest.approx([0.02, 1.1, -0.3], rel=1e-3)
 
 
 def test_a_table_tells_its_error_by_stage_and_kind_of_layer(device: Device, tmp_path: Path) -> None:
@@ -255,9 +271,11 @@ def test_a_machine_that_comes_and_goes_is_told_instead_of_measured(device: Devic
         return run_at_some_pace, size
 
     device.open = swinging  # type: ignore[method-assign]
-    with pytest.raises(Disturbed, match="too busy or too hot"):
+    with pytest.raises(TooNoisy, match="too busy or too hot"):
         build_table(device, small_space(), tmp_path)
     assert not (tmp_path / "pretended-cpu.csv").exists(), "nothing is written"
+    device.open, device.slowness = plain, 1.0  # type: ignore[method-assign]
+    assert build_table(device, small_space(), tmp_path).serves(small_space()), "the next build begins anew"
 
 
 def test_calibration_networks_are_spread_over_the_space() -> None:

@@ -23,7 +23,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatencyTable:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
     monkeypatch.setattr("nas.search.user_folder", lambda: tmp_path / "tables")
-    monkeypatch.setattr("nas.profilers.job._cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("nas.job._cache", lambda: tmp_path / "cache")
     monkeypatch.setattr(OrtCpu, "onnx", lambda self, model: b"")
     Path("micro.yaml").write_text(SPACE)
     Path("settings.yaml").write_text(SETTINGS)
@@ -98,6 +98,41 @@ def test_a_network_that_misses_there_is_searched_again_until_it_meets(target: fl
     assert rounds >= 2
     assert result()["measured_high_ms"] <= target
     assert result()["measured_ms"] == pytest.approx(1.3 * result()["predicted_ms"], rel=1e-3)
+
+
+def test_results_of_another_machine_are_refused(
+    capsys: pytest.CaptureFixture[str], target: float, table: LatencyTable, tmp_path: Path
+) -> None:
+    known = LatencyTable(table.device, table.rows, table.calibrations, "imported", {**table.meta, "cpu": "Board"})
+    known.save(tmp_path / "tables")
+    cli.search(["--from", "run", "--verify"])
+    path = board_says(0.985 * target)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "environment": {"cpu": "Laptop"}}))
+    capsys.readouterr()
+    line = refused(cli.search, ["--from", "run", "--verify", str(path)], capsys)
+    assert "measured on Laptop, but the table of board-cpu on Board" in line
+
+
+def test_a_device_that_could_not_run_the_network_is_told(capsys: pytest.CaptureFixture[str], target: float) -> None:
+    cli.search(["--from", "run", "--verify"])
+    path = board_says(target)
+    results = json.loads(path.read_text())
+    path.write_text(json.dumps({**results, "flags": dict.fromkeys(results["visits"], "load-error")}))
+    capsys.readouterr()
+    line = refused(cli.search, ["--from", "run", "--verify", str(path)], capsys)
+    assert "could not run the network (load-error)" in line
+
+
+def test_slack_is_given_back_only_to_a_network_that_was_verified(target: float) -> None:
+    cli.search(["--from", "run", "--verify"])
+    before = ArchConfig.load("run/searched.yaml")
+    cli.search(["--from", "run", "--verify", str(board_says(0.8 * target))])
+    if Path("run/candidate.yaml").exists():  # the small space has a network between
+        assert ArchConfig.load("run/searched.yaml") == before
+        cli.search(["--from", "run", "--verify"])
+        cli.search(["--from", "run", "--verify", str(board_says(0.98 * target))])
+        assert ArchConfig.load("run/searched.yaml") != before
+    assert result()["met"]
 
 
 def test_results_of_another_network_are_refused_and_nothing_is_lost(target: float, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,8 +34,16 @@ MIN_MS_OF_A_CALL = 5e-4  # no runtime answers sooner: shorter times are in anoth
 TOO_NOISY = 2.5  # p90 over p10 of a reference's milliseconds
 
 
-class Disturbed(Exception):
-    """The device cannot be measured now: it is throttled, or too busy with other work."""
+class Failed(Exception):
+    """Something outside the user's input failed: a connection, a device."""
+
+
+class Disturbed(Failed):
+    """The device cannot be measured now; what was measured is kept, and the same command goes on."""
+
+
+class TooNoisy(Failed):
+    """What was measured cannot be trusted, because the device was too busy or too hot; it is not to be gone on with."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class Samples:
 
     def __init__(self, path: Path, since: str) -> None:
         self.visits: dict[str, list[Visit]] = {}
+        self.since = now()  # of the first visit
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             data = path.read_bytes()
@@ -91,6 +100,9 @@ class Samples:
                 with path.open("r+b") as file:
                     file.truncate(len(whole))
             self.visits = read_samples(path, since)
+            with path.open(newline="", encoding="utf-8") as lines:
+                times = [line["measured_at"] for line in csv.DictReader(lines) if line["measured_at"] >= since]
+            self.since = min(times, default=self.since)
         fresh = not path.exists() or not path.stat().st_size
         self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
@@ -110,12 +122,12 @@ class Samples:
         self._file.close()
 
 
-def read_samples(path: Path, since: str) -> dict[str, list[Visit]]:
-    """Return the visits of a samples file that were made at or after a time, by model."""
+def read_samples(path: Path, since: str = "", until: str = "9999") -> dict[str, list[Visit]]:
+    """Return the visits of a samples file that were made between two times, by model. A line that was cut is left out."""
     visits: dict[str, list[Visit]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
-            if line["measured_at"] >= since:
+            if line[Samples.HEADER[-1]] and since <= line["measured_at"] <= until:
                 reference = References(float(line[Samples.HEADER[3]]), float(line[Samples.HEADER[4]]))
                 visits.setdefault(line["model"], []).append(Visit(float(line["raw_ms"]), reference))
     return visits
@@ -205,10 +217,10 @@ def carry_out(plan: Plan, bench: Bench, tick: Tick, between: Workload | None) ->
     session's memory happens to lie, which moves its times by some percent, is drawn anew each time.
 
     Raises:
-        Disturbed: the references varied so much that nothing measured beside them can be trusted.
+        TooNoisy: the references varied so much that nothing measured beside them can be trusted.
     """
     alone = [Goal({plan.smallest: 1.0}, plan.network_goal)]
-    bench.measure([plan.smallest], alone, lambda _: None, (0, plan.passes[-1]))
+    bench.measure([plan.smallest], alone, lambda _: None, (0, plan.passes[0]))
     samples = bench.samples
     floor_ms = plan.floor * summarise(samples.visits[plan.smallest], reference_of(samples.visits)).ms
     rows = [Goal(terms, plan.row_goal, floor_ms) for terms in plan.rows]
@@ -225,10 +237,10 @@ def refuse_noise(visits: Mapping[str, Sequence[Visit]]) -> None:
         times = sorted(visit.reference[place] for of_model in visits.values() for visit in of_model)
         low, high = times[len(times) // 10], times[9 * len(times) // 10]
         if high > TOO_NOISY * low:
-            raise Disturbed(
+            raise TooNoisy(
                 f"the device is too busy or too hot to be measured: its reference workload took {low:.3g} to {high:.3g} ms "
                 f"({name}, 10th to 90th percentile, of {median(times):.3g}); nothing is written. End other work, wait, and "
-                "start anew"
+                "give the same command again"
             )
 
 

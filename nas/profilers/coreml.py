@@ -261,8 +261,9 @@ def _need_mac(oldest: tuple[int, int], what: str) -> None:
     found = macos_version()
     if found is None:
         raise InputError(
-            f"{what} needs a Mac, and this is {platform.system()}: write a job folder here (nas-build-lut --device iphone-npu "
-            "--export-job DIR --format coreml) and have it timed by somebody who has one, or choose another --device"
+            f"{what} needs a Mac, and this is {platform.system()}: write a job folder here (nas-build-lut --device "
+            "iphone15pro-npu --export-job DIR --format coreml) and have it timed by somebody who has one, or choose another "
+            "--device"
         )
     if found < oldest:
         raise InputError(

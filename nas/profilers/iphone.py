@@ -176,7 +176,7 @@ def measure_on_iphone(job_folder: Path, *, unit: str, team_id: str, udid: str | 
     check_team(team_id)
     phone = find_phone(udid)
     device = phone.id(unit)
-    if manifest["device"] not in (device, f"iphone-{unit}"):
+    if manifest["device"] != device:
         raise InputError(f"the job is for {manifest['device']}, and the connected phone is {device}: connect that phone")
     if not phone.developer_mode:
         raise InputError("developer mode is off: on the phone, switch on Settings > Privacy & Security > Developer Mode")
@@ -369,5 +369,5 @@ def _need_mac() -> None:
     if platform.system() != "Darwin":
         raise InputError(
             f"an iPhone is measured from a Mac with Xcode, and this is {platform.system()}: write a job folder here "
-            "(nas-build-lut --device iphone-npu --export-job DIR --format coreml) and give it to somebody who has one"
+            "(nas-build-lut --device iphone15pro-npu --export-job DIR --format coreml) and give it to somebody who has one"
         )

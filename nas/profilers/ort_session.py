@@ -181,10 +181,11 @@ def _power() -> str | None:
     if platform.system() == "Darwin":
         text = _output("pmset", "-g", "batt") or ""
         return "battery" if "Battery Power" in text else "mains" if "AC Power" in text else None
-    states = [_read(str(path)) for path in Path("/sys/class/power_supply").glob("*/online")]
-    if not states:
+    supplies = list(Path("/sys/class/power_supply").glob("*"))
+    mains = [_read(f"{supply}/online") for supply in supplies if _read(f"{supply}/type") == "Mains"]
+    if not mains or not any(_read(f"{supply}/type") == "Battery" for supply in supplies):
         return None
-    return "mains" if "1" in states else "battery"
+    return "mains" if "1" in mains else "battery"
 
 
 def _read(path: str) -> str | None:

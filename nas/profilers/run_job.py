@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): python3 -m pip install onnxruntime numpy")
 
-from nas.profilers.bench import Bench, Disturbed, Plan, Samples, carry_out, now
+from nas.profilers.bench import Bench, Plan, Samples, TooNoisy, carry_out, now
 from nas.profilers.ort_session import OrtModel, environment, pinned, throttle_state, touch, warnings_about
 from nas.profilers.timing import Stopwatch, Workload
 
@@ -62,12 +62,14 @@ def open_model(folder: Path, manifest: dict[str, Any], name: str) -> tuple[OrtMo
 
 def probe(folder: Path) -> None:
     """Run one model in a child process, so that a runtime that this processor cannot execute is told, not crashed on."""
-    child = subprocess.run(  # noqa: S603
-        [sys.executable, str(folder / "run_job.py"), "--probe"], capture_output=True, text=True, timeout=600
-    )
+    version = onnxruntime.__version__
+    command = [sys.executable, str(folder / "run_job.py"), "--probe"]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=600)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"onnxruntime {version} has not run one small model in 10 minutes here: try another version") from None
     if child.returncode == 0:
         return
-    version = onnxruntime.__version__
     if child.returncode < 0:
         raise SystemExit(
             f"onnxruntime {version} is killed by signal {-child.returncode} here: its build needs instructions that this "
@@ -96,6 +98,7 @@ class Progress:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--probe", action="store_true", help="run one model once, and end")
+    parser.add_argument("--again", action="store_true", help="begin anew, instead of going on from what was measured before")
     given = parser.parse_args()
     folder = Path(__file__).resolve().parent
     manifest = read_manifest(folder)
@@ -118,7 +121,12 @@ def main() -> None:
             throttled.add(throttle_state())
 
     job = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
-    samples = Samples(folder / f"samples-{job[:8]}.csv", "")
+    kept = folder / f"samples-{job[:8]}-{onnxruntime.__version__}.csv"
+    if given.again:
+        kept.unlink(missing_ok=True)
+    samples = Samples(kept, "")
+    if samples.visits:
+        print(f"going on from {kept.name}; --again begins anew", flush=True)
     with pinned(settings["threads"]):
 
         def opened(name: str) -> tuple[Workload, int]:
@@ -129,11 +137,17 @@ def main() -> None:
         bench = Bench(samples, opened, stopwatch, random.Random(manifest["seed"]), plan)
         try:
             carry_out(plan, bench, watched, touch(plan.between_bytes))
-        except Disturbed as error:
-            raise SystemExit(f"run_job.py: {error} (remove {folder / f'samples-{job[:8]}.csv'} first)") from None
+        except TooNoisy as error:
+            kept.rename(kept.with_suffix(".noisy"))
+            raise SystemExit(f"run_job.py: {error}") from None
+        except KeyboardInterrupt:
+            raise SystemExit("run_job.py: stopped; the same command goes on from here") from None
         finally:
             samples.close()
-    place["throttled"] = sorted(state for state in throttled if state)
+    states = sorted(state for state in throttled if state)
+    if states:
+        place["warnings"].append(f"the processor was throttled meanwhile ({', '.join(states)}): mend cooling or power supply")
+        print(f"warning: {place['warnings'][-1]}", flush=True)
     place["finished_at"] = now()
     results = {
         "schema": SCHEMA,
@@ -141,7 +155,7 @@ def main() -> None:
         "job_sha256": job,
         "device": manifest["device"],
         "environment": place,
-        "started_at": place["measured_at"],
+        "started_at": samples.since,
         "finished_at": place["finished_at"],
         "visits": {name: [[v.raw_ms, *v.reference] for v in visits] for name, visits in samples.visits.items()},
         "flags": {},

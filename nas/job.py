@@ -15,22 +15,23 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import onnx
 import platformdirs
 import torch
 from onnx import TensorProto, external_data_helper, numpy_helper
 
-from nas.measure import CACHED, STREAMING, build_module, input_shape, name_of
+from nas.measure import CACHED, STREAMING, Model, build_module, input_shape, name_of
 from nas.plan import Work
-from nas.profilers.bench import MIN_MS_OF_A_CALL
-from nas.profilers.ort_cpu import EXPORT_FORMS, OrtCpu
-from nas.profilers.timing import References, Visit
+from nas.profilers.bench import MIN_MS_OF_A_CALL, Failed
+from nas.profilers.ort_cpu import EXPORT_FORMS, OrtCpu, suffix
+from nas.profilers.ort_session import cpu_id
+from nas.profilers.timing import DISCARDED, MAX_CALLS, MIN_CALLS, VISIT_MS, References, Visit
 from nas.progress import Tick, progress, say
 from nas.table import space_sha256
 from supernet.errors import InputError
@@ -39,8 +40,10 @@ from supernet.space import SearchSpace
 
 SCHEMA = 1
 FORMATS = ("onnx", "coreml")
+PROFILERS = Path(__file__).parent / "profilers"
+OURS = {"models", "nas", "run_job.py", "results.json", "imported"}  # in a job folder, beside its manifest
 LARGE = 256  # elements; a weight of more is made on the device
-TRAVELLING = ("__init__", "timing", "bench", "ort_session")  # modules of nas.profilers that run_job.py needs
+TRAVELLING = ("__init__", "timing", "bench", "ort_session", "run_job")  # modules of nas.profilers
 DEVICE_BATCH_BYTES = 256 << 20  # of models that are open at once on a device of unknown memory
 
 
@@ -55,12 +58,17 @@ def export_job(
     precision: str | None = None,
     batch: int = 1,
     seed: int = 0,
+    run: int = 0,
     verify: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a job folder and return its manifest's path. It is whole or has no manifest.
 
-    `device` is the id that the table will have; None: the device names itself. `verify` names the run of a search whose
-    found network is to be measured, instead of a table.
+    `device` is the id that the table will have; None: the device names itself. The same request again is the same job, which a
+    device goes on with; `run` counts those that are to be measured anew. `verify` names the run of a search whose found network
+    is to be measured, instead of a table.
+
+    Raises:
+        InputError: the device id, the format or a setting is not allowed, or the folder holds something else.
     """
     if device is not None:
         check_device_id(device)
@@ -71,17 +79,8 @@ def export_job(
         "format": form,
         "space": space.to_yaml(),
         "seed": seed,
+        "run": run,
         "settings": settings,
-        "timing": {
-            "warm_up_ms": 300,
-            "warm_up_calls": 50,
-            "discarded": 5,
-            "min_calls": 3,
-            "max_calls": 9,
-            "visit_ms": 1.0,
-            "load_timeout_s": 60,
-            "seed": seed,
-        },
         "plan": {
             **asdict(work.plan),
             "batch_models": 32,
@@ -90,37 +89,68 @@ def export_job(
         "rows": [str(layer) for layer in work.rows],
         "references": [name_of(CACHED), name_of(STREAMING)],
         "verify": verify,
-        "made_with": {"torch": torch.__version__, "onnx": onnx.__version__},
+        "made_with": {"torch": torch.__version__, "onnx": onnx.__version__, "code_sha256": _code_sha256()},
         "models": {},
     }
-    if _is_there(folder / "manifest.json", manifest):
+    if form == "coreml":
+        from nas.profilers.coreml import LOAD_TIMEOUT_S, WARM_UP_CALLS, WARM_UP_MS
+
+        manifest["timing"] = {
+            "warm_up_ms": int(WARM_UP_MS),
+            "warm_up_calls": WARM_UP_CALLS,
+            "discarded": DISCARDED,
+            "min_calls": MIN_CALLS,
+            "max_calls": MAX_CALLS,
+            "visit_ms": VISIT_MS,
+            "load_timeout_s": int(LOAD_TIMEOUT_S),
+            "seed": seed,
+        }
+    before = _manifest_there(folder)
+    if before is not None and {**before, "models": {}} == json.loads(json.dumps(manifest)):
         say(f"{folder} already holds this job")
         return folder / "manifest.json"
-    (folder / "models").mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)
+    known = before["models"] if before is not None and before["made_with"] == manifest["made_with"] else {}
+    try:
+        (folder / "models").mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be written ({error.strerror}): give another --export-job") from error
     models = work.models
     with progress(f"writing {len(models)} models", len(models)) as tick:
-        _write_models(folder, models, manifest, OrtCpu(threads, settings["precision"], batch), form, tick)
+        _write_models(folder, models, manifest, known, OrtCpu(threads, settings["precision"], batch), form, tick)
+    kept = {Path(entry["file"]).name for entry in manifest["models"].values()}
+    for left_over in [path for path in (folder / "models").iterdir() if path.name not in kept]:
+        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
     if form == "onnx":
-        here = Path(__file__).parent
-        (folder / "nas" / "profilers").mkdir(parents=True, exist_ok=True)
+        package = folder / "nas" / "profilers"
+        package.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "nas" / "__init__.py", "")
         for name in TRAVELLING:
-            shutil.copyfile(here / f"{name}.py", folder / "nas" / "profilers" / f"{name}.py")
-        shutil.copyfile(here / "run_job.py", folder / "run_job.py")
+            to = folder / "run_job.py" if name == "run_job" else package / f"{name}.py"
+            shutil.copyfile(PROFILERS / f"{name}.py", to)
     text = json.dumps(manifest, indent=1) + "\n"
     write_atomically(_kept_manifest(hashlib.sha256(text.encode()).hexdigest()), text)
     write_atomically(folder / "manifest.json", text)
     return folder / "manifest.json"
 
 
-def _is_there(path: Path, request: Mapping[str, Any]) -> bool:
-    """Say whether the manifest is there and differs from the request by its models alone."""
+def _code_sha256() -> str:
+    """Return what identifies the code that travels."""
+    return hashlib.sha256(b"".join((PROFILERS / f"{name}.py").read_bytes() for name in TRAVELLING)).hexdigest()
+
+
+def _manifest_there(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a job folder, None where there is no such folder or an empty one."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not folder.is_dir() or ({path.name for path in folder.iterdir()} - OURS and not (folder / "manifest.json").exists()):
+        raise InputError(f"{folder} is there and is no job folder: give --export-job a folder that is new or empty")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return {**found, "models": {}} == json.loads(json.dumps(request))
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        whole = all((folder / entry["file"]).exists() for entry in found["models"].values())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a kill came while it was written
+    return found if whole and "made_with" in found else None
 
 
 def job_folder(space: SearchSpace, settings: str) -> Path:
@@ -133,8 +163,13 @@ def _cache() -> Path:
 
 
 def check_device_id(device: str) -> None:
-    """Refuse what cannot be a device id."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*-(cpu|npu|gpu)(-[a-z0-9.-]+)?", device):
+    """Refuse what cannot be the id of a device that runs elsewhere."""
+    if device in ("iphone-npu", "iphone-cpu", "mac-npu", "mac-cpu"):
+        unit = device.rpartition("-")[2]
+        raise InputError(
+            f"{device} is a kind of device: name the very one, such as {'iphone15pro' if 'i' in device[:1] else 'm2'}-{unit}"
+        )
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*-(cpu|npu)(-[a-z0-9.-]+)?", device):
         raise InputError(
             f"{device!r} cannot be a device id: give <model>-<unit>, small letters, digits, dots and dashes, such as "
             "raspberrypi5-cpu or iphone15pro-npu"
@@ -159,18 +194,28 @@ def _settings(form: str, device: str | None, threads: int, precision: str | None
 
 
 def _write_models(
-    folder: Path, models: Mapping[str, Any], manifest: dict[str, Any], profiler: OrtCpu, form: str, tick: Tick
+    folder: Path,
+    models: Mapping[str, Model],
+    manifest: dict[str, Any],
+    known: Mapping[str, Any],
+    profiler: OrtCpu,
+    form: str,
+    tick: Tick,
 ) -> None:
-    for number, (name, model) in enumerate(models.items()):
-        entry: dict[str, Any]
-        if form == "onnx":
+    """Write the models and say them in the manifest; `known` are entries of models that are there."""
+    for name, model in models.items():
+        # A model's file is named after all that it is made of, so what a kill left behind can be gone on with.
+        key = hashlib.sha256(f"{name} {json.dumps(manifest['settings'])} {manifest['made_with']}".encode()).hexdigest()[:16]
+        entry: dict[str, Any] = {"file": f"models/{key}.{'onnx' if form == 'onnx' else 'mlpackage'}"}
+        if known.get(name, {}).get("file") == entry["file"]:
+            entry = known[name]
+        elif form == "onnx":
             data, weights = without_weights(profiler.onnx(model))
-            entry = {"file": f"models/m{number:04d}.onnx", "sha256": hashlib.sha256(data).hexdigest(), "weights": weights}
+            entry |= {"sha256": hashlib.sha256(data).hexdigest(), "weights": weights}
             write_atomically(folder / entry["file"], data)
         else:
             from nas.profilers.coreml import package_sha256, save_package
 
-            entry = {"file": f"models/m{number:04d}.mlpackage"}
             path = folder / entry["file"]
             if not path.exists():
                 module, example = build_module(model, profiler.batch)
@@ -207,16 +252,24 @@ def _kept_manifest(sha256: str) -> Path:
 def read_results(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the results of a job and the manifest that they belong to, which lies beside them or was exported here.
 
+    Visits of models that the device could not go on with (flagged, but not as off the Neural Engine) are left out.
+
     Raises:
         InputError: it is no results file, its job is unknown, a model lacks visits, or the numbers are not milliseconds.
     """
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        job = results["job_sha256"]
-        schema, unit, visits, place = (results[k] for k in ("schema", "unit", "visits", "environment"))
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        job, schema, unit, place = (results[k] for k in ("job_sha256", "schema", "unit", "environment"))
+        flags = {str(name): str(word) for name, word in (results.get("flags") or {}).items()}
+        failed = {name for name, word in flags.items() if word != "off-npu"}
+        visits = {
+            str(name): [list(map(float, v)) for v in made] for name, made in results["visits"].items() if name not in failed
+        }
+        if not isinstance(place, dict):
+            raise ValueError("it does not say where it was measured")
     except OSError as error:
         raise InputError(f"the results file {path} cannot be read ({error.strerror}): give what run_job.py wrote") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no whole results file ({error}): bring results.json from the device again") from error
     if schema != SCHEMA:
         raise InputError(f"{path} has schema {schema!r}, this version reads {SCHEMA}: export the job anew and run it")
@@ -224,9 +277,8 @@ def read_results(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputError(f"the times in {path} are in {unit!r}; only milliseconds ('ms') are taken: run the job's own program")
     manifest = _manifest_of(path, str(job))
     plan = manifest["plan"]
-    needed = {*plan["pieces"], *plan["networks"]}
+    needed = {*plan["pieces"], *plan["networks"]} - failed
     missing = [name for name in sorted(needed) if len(visits.get(name, ())) < plan["min_visits"]]
-    missing = [name for name in missing if name not in results.get("flags", {})]
     if missing:
         raise InputError(
             f"{path} lacks {len(missing)} of {len(needed)} models, {missing[0]!r} first: start run_job.py on the device again, "
@@ -234,7 +286,7 @@ def read_results(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     for name, made in visits.items():
         for visit in made:
-            if not (len(visit) == 3 and all(isinstance(ms, int | float) and 0 < ms < math.inf for ms in visit)):
+            if not (len(visit) == 3 and all(0 < ms < math.inf for ms in visit)):
                 raise InputError(f"{path} has a visit of {name!r} that is not three positive times: {visit}")
     quickest = min((ms for made in visits.values() for visit in made for ms in visit), default=math.inf)
     if quickest < MIN_MS_OF_A_CALL:
@@ -242,9 +294,7 @@ def read_results(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"the shortest time in {path} is {quickest:.2g} ms, which no call of a runtime takes: the times look like "
             "seconds; run the job's own program"
         )
-    if not isinstance(place, dict):
-        raise InputError(f"{path} does not say where it was measured: run the job's own program")
-    return results, manifest
+    return {**results, "visits": visits, "flags": flags}, manifest
 
 
 def _manifest_of(path: Path, job: str) -> dict[str, Any]:
@@ -276,14 +326,12 @@ def place_of(results: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[st
 
 def device_of(results: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """Return the device id of results: the manifest's, or from what the device says of its processor."""
-    from nas.profilers.ort_cpu import suffix
-    from nas.profilers.ort_session import cpu_id
-
     if results.get("device") != manifest["device"]:
         raise InputError(
             f"the results are of {results.get('device')}, their job is for {manifest['device']}: run the job on its own device"
         )
     if manifest["device"] is not None:
+        check_device_id(str(manifest["device"]))
         return str(manifest["device"])
     settings = manifest["settings"]
     return cpu_id(str(results["environment"].get("cpu", ""))) + suffix(
@@ -291,41 +339,54 @@ def device_of(results: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     )
 
 
-def run_over_ssh(url: str, folder: Path) -> Path:
-    """Copy a job folder to `ssh://user@host[:port][/path/to/python]`, run it there, and bring its results back.
+@dataclass(frozen=True)
+class Address:
+    """Another machine, as ssh knows it, and the Python to use there."""
+
+    host: str
+    port: int | None
+    python: str
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Return the address of `ssh://user@host[:port][/path/to/python]`."""
+        match = re.fullmatch(r"ssh://((?:[\w.-]+@)?\w[\w.-]*)(?::(\d{1,5}))?(/[^?#\s]*)?", url)
+        if not match or int(match[2] or 22) > 65535:
+            raise InputError(f"{url!r} is no address: give ssh://user@host, or ssh://user@host:port/path/to/python")
+        return cls(match[1], int(match[2]) if match[2] else None, match[3] or "python3")
+
+
+def run_over_ssh(address: Address, folder: Path) -> Path:
+    """Copy a job folder to another machine, run it there, and bring its results back.
 
     The system's ssh and scp do it, with their configuration and keys; the folder stays there, so that a run that is
     stopped goes on.
 
     Raises:
-        InputError: the address cannot be read, or one of the steps failed.
+        InputError: there is no ssh here.
+        Failed: one of the steps failed.
     """
-    parts = urlsplit(url)
-    if parts.scheme != "ssh" or not parts.hostname or parts.query:
-        raise InputError(f"{url!r} is no address: give ssh://user@host, or ssh://user@host:port/path/to/python")
-    host = f"{parts.username}@{parts.hostname}" if parts.username else parts.hostname
-    if host.startswith("-"):
-        raise InputError(f"{url!r} is no address: a host cannot begin with a dash")
-    python = parts.path or "python3"
+    host, port = address.host, address.port
     job = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     there = f"metapath-nas-job-{job[:12]}"
-    ssh = ["ssh", *(["-p", str(parts.port)] if parts.port else [])]
-    scp = ["scp", "-q", *(["-P", str(parts.port)] if parts.port else [])]
+    ssh = ["ssh", *(["-p", str(port)] if port else [])]
+    scp = ["scp", "-q", *(["-P", str(port)] if port else [])]
     say(f"copying {folder} to {host}:{there}")
     _step(f"make a folder on {host}", [*ssh, host, f"mkdir -p {there}"])
     sent = [str(path) for path in sorted(folder.iterdir()) if path.name in ("manifest.json", "models", "nas", "run_job.py")]
     _step(f"copy the job to {host}", [*scp, "-r", *sent, f"{host}:{there}/"])
     say(f"running it on {host}")
-    _step(f"run the job on {host}", [*ssh, host, f"cd {there} && {shlex.quote(python)} run_job.py"], shown=True)
+    _step(f"run the job on {host}", [*ssh, host, f"cd {there} && {shlex.quote(address.python)} run_job.py"], shown=True)
     _step(f"bring the results from {host}", [*scp, f"{host}:{there}/results.json", str(folder / "results.json")])
     return folder / "results.json"
 
 
 def _step(what: str, command: Sequence[str], shown: bool = False) -> None:
+    out = sys.stderr if shown else subprocess.DEVNULL
     try:
-        done = subprocess.run(command, stdout=None if shown else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # noqa: S603
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)  # noqa: S603
     except OSError as error:
         raise InputError(f"cannot {what}: {command[0]} is not there ({error.strerror}); install an OpenSSH client") from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise InputError(f"cannot {what}: {last}")
+        raise Failed(f"cannot {what}: {last}")
