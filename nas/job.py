@@ -143,7 +143,8 @@ def _manifest_there(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a job folder, None where there is no such folder or an empty one."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    if not folder.is_dir() or ({path.name for path in folder.iterdir()} - OURS and not (folder / "manifest.json").exists()):
+    strangers = {path.name for path in folder.iterdir()} - OURS if folder.is_dir() else {folder.name}
+    if not (folder / "manifest.json").exists() and any(not name.startswith("samples-") for name in strangers):
         raise InputError(f"{folder} is there and is no job folder: give --export-job a folder that is new or empty")
     try:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -165,10 +166,8 @@ def _cache() -> Path:
 def check_device_id(device: str) -> None:
     """Refuse what cannot be the id of a device that runs elsewhere."""
     if device in ("iphone-npu", "iphone-cpu", "mac-npu", "mac-cpu"):
-        unit = device.rpartition("-")[2]
-        raise InputError(
-            f"{device} is a kind of device: name the very one, such as {'iphone15pro' if 'i' in device[:1] else 'm2'}-{unit}"
-        )
+        example = ("iphone15pro" if device.startswith("iphone") else "apple-m2") + device[device.index("-") :]
+        raise InputError(f"{device} is a kind of device: name the very one, such as {example}")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*-(cpu|npu)(-[a-z0-9.-]+)?", device):
         raise InputError(
             f"{device!r} cannot be a device id: give <model>-<unit>, small letters, digits, dots and dashes, such as "

@@ -3,7 +3,7 @@
 ONNX Runtime fuses, reorders and renames what was exported. Its own trace of a run says which operators are left and how long
 each takes. A trace explains a latency; the latency itself is measured without it, because tracing costs time:
 
-- inside each operator's own figure, about two microseconds whatever the operator does. A chain of operators that do nothing
+- inside each operator's own figure, one to two microseconds whatever the operator does. A chain of operators that do nothing
   tells how much on this machine, and that is taken off every operator;
 - between operators, and by whatever else the traced runs were slower. So the rest is scaled to the latency measured without
   tracing: the parts sum to that.
