@@ -12,12 +12,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import geometric_mean
 
 import numpy as np
 
 from nas.audit import contradicted_rows, odd_rows
 from nas.devices import open_profiler
 from nas.lut import rows_off_their_visits
+from nas.measure import table_reference
 from nas.table import LatencyTable
 
 BUSY = "x = 1\nwhile True:\n    x = (x * 1103515245 + 12345) % 2147483648\n"
@@ -56,15 +58,24 @@ def main() -> None:
                 other.kill()
         second = LatencyTable.load(path)
         both = [layer for layer in first.rows if layer in second.rows]
-        floor_ms = 0.002 * min(c.sum_low_ms for c in first.calibrations)
+        # A table's milliseconds are those of a machine on which the references take what its sidecar says.
+        slowness = geometric_mean(b / a for a, b in zip(table_reference(first), table_reference(second), strict=True))
+        print(
+            f"the second build's references took {slowness:.3f} times as long as the first one's; its rows are compared at the same"
+        )
+        typical_ms = float(np.median([n.ms for c in second.calibrations for n in c.networks]))
         for what, chosen in (
-            ("all rows", both),
             ("rows of blocks", [layer for layer in both if first.rows[layer].method == "slope"]),
-            ("rows above 0.2 % of a network", [layer for layer in both if abs(first.rows[layer].ms) > floor_ms]),
+            ("rows above 1 % of a typical network", [k for k in both if first.rows[k].ms > 0.01 * typical_ms]),
+            ("all rows", both),
         ):
-            differ = [100 * abs(second.rows[k].ms - first.rows[k].ms) / abs(first.rows[k].ms) for k in chosen]
-            median, p95 = np.percentile(differ, [50, 95])
-            print(f"{what} ({len(chosen)}): the builds differ by a median of {median:.1f} %, a 95th percentile of {p95:.1f} %")
+            pairs = [(first.rows[k].ms, second.rows[k].ms / slowness) for k in chosen]
+            median, p95 = np.percentile([100 * abs(b - a) / abs(a) for a, b in pairs], [50, 95])
+            of_network = np.percentile([100 * abs(b - a) / typical_ms for a, b in pairs], 95)
+            print(
+                f"{what} ({len(chosen)}): the builds differ by a median of {median:.1f} %, a 95th percentile of {p95:.1f} % "
+                f"({of_network:.2f} % of a typical network)"
+            )
         for c in second.calibrations:
             print(f"second build, {c.space}: {c.mean_error_percent:.1f} % off on average, {c.max_error_percent:.1f} % at most")
     samples = given.first / f"{device}.samples.csv"

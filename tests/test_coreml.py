@@ -621,7 +621,7 @@ def test_a_killed_command_finds_the_phones_results(xcode: FakeXcode, tmp_path: P
     folder = write_job(tmp_path)
     measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print).unlink()
     results = json.loads(measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print).read_text())
-    assert results["device"] == "iphone-npu", "as the job says"
+    assert results["device"] == "iphone15pro-npu", "as the job says"
     assert results["environment"]["device_id"] == "iphone15pro-npu", "which one did it is recorded"
     assert len(xcode.did("copy", "to")) == len(xcode.did("launch")) == len(xcode.did("xcodebuild")) == 1
 
