@@ -60,9 +60,7 @@ def main() -> None:
         both = [layer for layer in first.rows if layer in second.rows]
         # A table's milliseconds are those of a machine on which the references take what its sidecar says.
         slowness = geometric_mean(b / a for a, b in zip(table_reference(first), table_reference(second), strict=True))
-        print(
-            f"the second build's references took {slowness:.3f} times as long as the first one's; its rows are compared at the same"
-        )
+        print(f"the second build's references took {slowness:.3f} times as long; rows are compared at the first one's pace")
         typical_ms = float(np.median([n.ms for c in second.calibrations for n in c.networks]))
         for what, chosen in (
             ("rows of blocks", [layer for layer in both if first.rows[layer].method == "slope"]),

@@ -37,8 +37,8 @@ def open_profiler(
     found = _of_id(device)
     if found is None and re.fullmatch(r"[a-z0-9.-]+-(cpu|npu)(-[a-z0-9.-]+)?", device):
         raise InputError(
-            f"{device} is not this machine's ({_open_cpu(None, None, None).id} is): write a job for it with --export-job DIR, or "
-            "reach it by --device ssh://user@host"
+            f"{device} is not this machine's ({_open_cpu(None, None, None).id} is): write a job for it with --export-job DIR, "
+            "or reach it by --device ssh://user@host"
         )
     if found is None:
         raise unknown("device", device, (*KINDS, _open_cpu(None, None, None).id))
