@@ -15,6 +15,7 @@ from supernet.arch import WIDTH_STEP, Layer, Spec
 
 Array = npt.NDArray[np.float64]
 
+NOISY = "noisy"  # the flag
 NOISY_SPREAD = 0.3  # (p90 - p10) / ms
 NOISY_INTERVAL = 0.05  # half-width / ms; narrower than this, a row's own interval is no reason for doubt
 FEWEST_WIDTHS = 5  # of a series of rows, for the others to say what a row should be
@@ -37,9 +38,9 @@ class Doubt:
 
 
 def flagged(rows: Mapping[Layer, Row], floor_ms: float) -> dict[Layer, Row]:
-    """Return the rows with `noisy` in the flag of those whose interval or spread is wide; nothing below `floor_ms` matters."""
+    """Return the rows with NOISY in the flag of those whose interval or spread is wide; nothing below `floor_ms` matters."""
     return {
-        layer: replace(row, flag=row.flag or "noisy") if _noisy(row, floor_ms) else row  # a word from the device stays
+        layer: replace(row, flag=row.flag or NOISY) if _noisy(row, floor_ms) else row  # a word from the device stays
         for layer, row in rows.items()
     }
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 import yaml
 
-from nas.audit import Doubt, doubts, flagged, say_if_untrue
+from nas.audit import NOISY, Doubt, doubts, flagged, say_if_untrue
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import CHAINS, CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, Terms, Work, terms_of, work_for
 from nas.profilers.bench import Bench, Samples, TooNoisy, carry_out, now, read_samples, reference_of
@@ -147,7 +147,7 @@ def write_table(
         f"is off by {calibration.mean_error_percent:.1f} % on average, {calibration.max_error_percent:.1f} % at most"
     )
     for doubt in doubts(table):
-        if not doubt.why.startswith("noisy"):
+        if doubt.why != NOISY:
             say(f"warning: the row of {doubt.layer}, {doubt.ms:.4g} ms, is doubtful: {doubt.why}")
     say_if_untrue(table)
     return table

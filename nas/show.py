@@ -34,7 +34,7 @@ def print_tables() -> None:
 
 def show_table(device: str, folder: Path) -> None:
     """Print one table for people, and draw its blocks' milliseconds over their width into `folder`/<device>.png."""
-    from nas.audit import doubts
+    from nas.audit import NOISY, doubts
     from nas.lut import rows_off_their_visits
 
     path = Path(device) if device.endswith(".csv") else find_table(device)
@@ -79,7 +79,7 @@ def show_table(device: str, folder: Path) -> None:
         cells = [kind, side, len(rows), rows[0].method, ends, f"{half:.1f} %", sum(bool(r.flag) for r in rows) or ""]
         shown.add_row(*map(str, cells))
     Console().print(shown)
-    for doubt in (*doubts(table), *wrong):
+    for doubt in (*(d for d in doubts(table) if d.why != NOISY), *wrong):  # noisy rows are counted above
         expected = f", not {doubt.expected_ms:.4g}" if doubt.expected_ms is not None else ""
         print(f"  {doubt.layer}: {doubt.ms:.4g} ms{expected}: {doubt.why}")
     picture = folder / f"{table.device}.png"
