@@ -4,8 +4,9 @@ Every row is a linear combination of the times of models (see `measure`):
 
 - a block: the least-squares slope over chains of 1, 2 and 4 of it with distinct weights. What a session pays once (the
   call, a change of layout at its ends) has no part in a slope;
-- stem, embedding, flat, unflat, head: a model in which blocks stand on the sides that they have in a network, minus
-  those blocks' slopes, minus half of each one's chain intercept (its end of the session), minus the empty call.
+- stem, embedding, flat, unflat, head: a model in which blocks stand on the sides that they have in a network, minus half of
+  a chain of two of each of these blocks: one block, its end of the session, and half of the call. These blocks are as cheap
+  as their kind can be, because their own time only adds noise.
 """
 
 from __future__ import annotations
@@ -53,22 +54,15 @@ def slope(block: Layer) -> Terms:
     return {(block,) * k: (k - centre) / spread for k in CHAINS}
 
 
-def _boundary(block: Layer) -> Terms:
-    """What one end of a session costs beside this block, without the empty call: half of the chain's intercept."""
-    mean: Terms = {(block,) * k: 1 / len(CHAINS) for k in CHAINS}
-    intercept = _combine((1.0, mean), (-sum(CHAINS) / len(CHAINS), slope(block)))
-    return _combine((0.5, intercept), (-0.5, {EMPTY: 1.0}))
-
-
 def terms_of(layer: Layer) -> Terms:
     """Return the models whose times make a layer's row, each with its weight."""
     spec, side = layer
 
     def on_map(dim: int, at: int) -> Layer:
-        return Layer(MB4D(dim), at)
+        return Layer(MB4D(dim, mlp_ratio=1), at)
 
     def on_tokens(dim: int) -> Layer:
-        return Layer(MB3D(dim), side)
+        return Layer(MB3D(dim, mlp_ratio=1, num_heads=1, key_dim=8, attn_ratio=1), side)
 
     match spec:
         case Stem():
@@ -83,9 +77,9 @@ def terms_of(layer: Layer) -> Terms:
             before, after = [on_tokens(spec.dim) if spec.tokens else on_map(spec.dim, side)], []
         case _:
             return slope(layer)
-    context = before + after
-    paid = [(-1.0, slope(block)) for block in context] + [(-1.0, _boundary(block)) for block in context]
-    return _combine((1.0, {(*before, layer, *after): 1.0}), (-1.0, {EMPTY: 1.0}), *paid)
+    context = [(block, block) for block in before + after]
+    ends = [(-0.5, {model: 1.0}) for model in (*context, *[EMPTY] * (2 - len(context)))]
+    return _combine((1.0, {(*before, layer, *after): 1.0}), *ends)
 
 
 @dataclass(frozen=True)

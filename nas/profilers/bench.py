@@ -202,11 +202,10 @@ class Bench:
             for model in goal.terms:
                 if model not in found:
                     found[model] = summarise(visits[model], reference)
-            value = abs(sum(weight * found[model].ms for model, weight in goal.terms.items()))
+            allowed_ms = max(goal.fraction * abs(sum(w * found[model].ms for model, w in goal.terms.items())), goal.floor_ms)
             half = {model: abs(goal.terms[model]) * found[model].half_width_ms for model in mine}
-            if math.hypot(*half.values()) > max(goal.fraction * value, goal.floor_ms):
-                worst = max(half.values())
-                open_models.update(model for model, width in half.items() if width >= 0.5 * worst)
+            if math.hypot(*half.values()) > allowed_ms:
+                open_models.update(model for model, width in half.items() if width > allowed_ms / math.sqrt(len(half)))
         return {model for model in open_models if self.samples.count(model) < limit}
 
 
