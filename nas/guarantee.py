@@ -14,7 +14,7 @@ from supernet.errors import InputError
 MEASUREMENTS = 6  # of found networks, at most
 SLACK = 0.03  # of the target: more is given back, by a larger budget
 NEARER = 0.01  # of the budget: where a search that is repeated is to end
-AIM = 0.995  # of the target: where the upper end of the measured interval is to lie
+AIM = 0.99  # of the target: where the upper end of the measured interval is to lie
 
 
 @dataclass(frozen=True)
