@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from nas.progress import say
 from nas.table import LatencyTable, Row
-from supernet.arch import WIDTH_STEP, Layer, Spec
+from supernet.arch import Layer, label
 
 Array = npt.NDArray[np.float64]
 
@@ -60,21 +60,21 @@ def doubts(table: LatencyTable) -> list[Doubt]:
 
 def odd_rows(table: LatencyTable) -> list[Doubt]:
     """Return the blocks' rows that lie off the smooth curve through the other widths of the same block."""
-    series: dict[tuple[Spec, int], list[tuple[int, float]]] = {}
-    for (spec, side), row in table.rows.items():
+    series: dict[tuple[str, int], list[Layer]] = {}
+    for layer, row in table.rows.items():
         if row.method == "slope" and row.ms > 0:
-            series.setdefault((replace(spec, dim=WIDTH_STEP), side), []).append((spec.dim, row.ms))
+            series.setdefault((label(layer.spec), layer.resolution), []).append(layer)
     found = []
-    for (spec, side), points in series.items():
-        if len(points) < FEWEST_WIDTHS:
+    for layers in series.values():
+        if len(layers) < FEWEST_WIDTHS:
             continue
-        x, y = np.log(np.array(sorted(points), dtype=float)).T
+        layers.sort(key=lambda layer: layer.spec.dim)
+        x, y = np.log(np.array([(layer.spec.dim, table.rows[layer].ms) for layer in layers])).T
         off, usual = _off_the_curve(x, y)
         i = int(np.abs(off / usual).argmax())  # a wrong row bends the curve for the others: the worst alone is named
         if abs(off[i]) > max(ODD, DEVIATIONS * usual[i]):
-            layer = Layer(replace(spec, dim=round(math.exp(x[i]))), side)
             why = f"{100 * math.expm1(off[i]):+.0f} % off the curve through the other widths"
-            found.append(Doubt(layer, math.exp(y[i]), math.exp(y[i] - off[i]), why))
+            found.append(Doubt(layers[i], math.exp(y[i]), math.exp(y[i] - off[i]), why))
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nas.export import with_ordinary_values
 from nas.profilers.timing import Measurement, References, Stopwatch, Visit, Workload, summarise
 from nas.table import LatencyTable
-from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Head, Layer, Stem, Unflat
+from supernet.arch import MB3D, MB4D, ArchConfig, Head, Layer, is_stem
 from supernet.blocks import build_layer
 from supernet.errors import InputError
 
@@ -42,7 +42,7 @@ def name_of(model: Model) -> str:
     """Return the name of a model in the samples file."""
     if not model:
         return "empty"
-    if isinstance(model[0].spec, Stem) and isinstance(model[-1].spec, Head):
+    if is_stem(model[0].spec) and isinstance(model[-1].spec, Head):
         return "network " + hashlib.sha256(repr(model).encode()).hexdigest()[:16]
     runs = [(str(layer), len(list(same))) for layer, same in groupby(model)]
     return " + ".join(f"{count} x {layer}" if count > 1 else layer for layer, count in runs)
@@ -52,12 +52,8 @@ def input_shape(model: Model, batch: int = 1) -> tuple[int, ...]:
     """Return the shape of a model's input: (N, 3, S, S) images, (N, C, H, W) maps or (N, tokens, C)."""
     if not model:
         return batch, 3, 4, 4
-    spec, side = model[0]
-    if isinstance(spec, Stem):
-        return batch, 3, side, side
-    if getattr(spec, "tokens", False) or isinstance(spec, Unflat):
-        return batch, side * side, spec.dim
-    return batch, spec.dim_in if isinstance(spec, Embedding) else spec.dim, side, side
+    form, dim, side = model[0].entering
+    return (batch, side * side, dim) if form == "tokens" else (batch, dim, side, side)
 
 
 def build_module(model: Model, batch: int = 1) -> tuple[nn.Module, Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import median
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nas.measure import CACHED, EMPTY, STREAMING, Model, input_shape, name_of
 from nas.profilers.bench import Plan
 from nas.table import measured_layers
-from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Flat, Head, Layer, Stem, Unflat
+from supernet.arch import MB3D, MB4D, ArchConfig, Layer, Port, Spec, is_block
 from supernet.blocks import build_layer
 from supernet.errors import InputError
 from supernet.model import build_model
@@ -54,29 +54,21 @@ def slope(block: Layer) -> Terms:
     return {(block,) * k: (k - centre) / spread for k in CHAINS}
 
 
+_CHEAP: dict[str, Callable[[int], Spec]] = {
+    "map": lambda dim: MB4D(dim, mlp_ratio=1),
+    "tokens": lambda dim: MB3D(dim, mlp_ratio=1, num_heads=1, key_dim=8, attn_ratio=1),
+}
+
+
+def _cheap(port: Port) -> Layer:
+    return Layer(_CHEAP[port.form](port.dim), port.side)
+
+
 def terms_of(layer: Layer) -> Terms:
     """Return the models whose times make a layer's row, each with its weight."""
-    spec, side = layer
-
-    def on_map(dim: int, at: int) -> Layer:
-        return Layer(MB4D(dim, mlp_ratio=1), at)
-
-    def on_tokens(dim: int) -> Layer:
-        return Layer(MB3D(dim, mlp_ratio=1, num_heads=1, key_dim=8, attn_ratio=1), side)
-
-    match spec:
-        case Stem():
-            before, after = [], [on_map(spec.dim, -(-side // spec.stride))]
-        case Embedding():
-            before, after = [on_map(spec.dim_in, side)], [on_map(spec.dim, -(-side // spec.stride))]
-        case Flat():
-            before, after = [on_map(spec.dim, side)], [on_tokens(spec.dim)]
-        case Unflat():
-            before, after = [on_tokens(spec.dim)], [on_map(spec.dim, side)]
-        case Head():
-            before, after = [on_tokens(spec.dim) if spec.tokens else on_map(spec.dim, side)], []
-        case _:
-            return slope(layer)
+    if is_block(layer.spec):
+        return slope(layer)
+    before, after = ([_cheap(port)] if port.form in _CHEAP else [] for port in (layer.entering, layer.leaving))
     context = [(block, block) for block in before + after]
     ends = [(-0.5, {model: 1.0}) for model in (*context, *[EMPTY] * (2 - len(context)))]
     return _combine((1.0, {(*before, layer, *after): 1.0}), *ends)

@@ -26,7 +26,7 @@ from nas.request import claim
 from nas.slimming import COLUMNS, Evaluation, Step, Trajectory, rounded_up, slim, start_network
 from nas.supernet_training import SupernetSettings, train_supernet, training_size
 from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, table_folders, user_folder
-from supernet.arch import ArchConfig
+from supernet.arch import ArchConfig, label
 from supernet.errors import InputError, unknown
 from supernet.files import write_atomically
 from supernet.metapath import Supernet
@@ -352,7 +352,7 @@ class Checks:
 
 def described(arch: ArchConfig) -> str:
     """Return a network of a space as one line: a stage's width and its blocks' kinds, stage by stage."""
-    return " | ".join(f"{s.width}: {' '.join(b.kind for b in s.blocks)}" for s in arch.stages)
+    return " | ".join(f"{s.width}: {' '.join(label(b) for b in s.blocks)}" for s in arch.stages)
 
 
 def found_network(supernet: Supernet, arch: ArchConfig, images: torch.Tensor) -> torch.nn.Sequential:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nas.table import LatencyTable, Row, find_table, find_tables
+from supernet.arch import label
 from supernet.errors import InputError
 
 
@@ -95,7 +96,7 @@ def draw_table(table: LatencyTable, path: Path) -> None:
     lines: dict[str, dict[int, list[tuple[int, Row]]]] = {}
     for (spec, side), row in table.rows.items():
         if row.method == "slope":
-            lines.setdefault(spec.kind, {}).setdefault(side, []).append((spec.dim, row))
+            lines.setdefault(label(spec), {}).setdefault(side, []).append((spec.dim, row))
     figure = Figure(figsize=(5.2 * max(1, len(lines)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, max(1, len(lines)), squeeze=False, sharey=True)[0]

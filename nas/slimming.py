@@ -10,7 +10,8 @@ settled here:
   blocks are moved behind the others.
 - *Action 1* empties the least important filled slot. *Action 2* turns the earliest token block of the network into the
   stage's best-scoring candidate that works on maps. *Action 3* narrows the least important stage by the smallest number
-  of steps of its widths that saves enough.
+  of steps of its widths that saves enough. *Action 4*, where a stage has several candidates on maps, or several on
+  tokens (other activations, expansions, mixers): one of them instead of another, where the log-odds lose least by it.
 - An action that saves under 0.1 % of the target is not offered; the next slot or stage in the order of importance
   takes its place. Where no action saves as much, those that save anything are offered.
 - *Score.* The rise in loss that `evaluate` sees (or the drop in accuracy), not below zero, for each millisecond saved.
@@ -30,7 +31,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, get_args
 
 from nas.table import Target
-from supernet.arch import ArchConfig, Block, Identity, Stage
+from supernet.arch import ArchConfig, Block, Identity, Stage, at_width, label
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace
 
@@ -256,7 +257,12 @@ class _Run:
             saved = ms - self.table.predict_ms(after)
             return saved > 0 and saved >= least_ms
 
-        offered = (self._empty_slot(arch, saves), self._untoken(arch, saves), self._narrow(arch, saves))
+        offered = (
+            self._empty_slot(arch, saves),
+            self._untoken(arch, saves),
+            self._narrow(arch, saves),
+            self._swap(arch, saves),
+        )
         options = [self._option(*offer, ms, before) for offer in offered if offer is not None]
         return sorted(options, key=lambda option: (option.score, -option.saved_ms, option.stage))
 
@@ -285,12 +291,12 @@ class _Run:
             if not stage.blocks[j].tokens:
                 continue
             choices = self.space.stages[i]
-            maps = [c.kind for c in choices.candidates if not c.tokens and c.kind != "identity"]
+            maps = [choices.kind_of(c) for c in choices.candidates if not c.tokens and not isinstance(c, Identity)]
             if not maps:
                 return None
             kind = max(maps, key=lambda kind: self.log_odds[i, j][kind])
             after = _with_block(arch, i, j, choices.candidate(kind, stage.width))
-            action = f"{stage.blocks[j].kind} to {kind} in slot {j + 1} of stage {i + 1}"
+            action = f"{choices.kind_of(stage.blocks[j])} to {kind} in slot {j + 1} of stage {i + 1}"
             return (action, i, after) if saves(after) else None
         return None
 
@@ -307,6 +313,22 @@ class _Run:
                 after = _with_width(arch, i, narrower)
                 if saves(after):
                     return f"narrow stage {i + 1} from {width} to {narrower}", i, after
+        return None
+
+    def _swap(self, arch: ArchConfig, saves: _Saves) -> tuple[str, int, ArchConfig] | None:
+        """Action 4: another candidate of the same form in the slot where the odds lose least by it."""
+        ways = []
+        for i, j in self.space.slots:
+            block, choices = arch.stages[i].blocks[j], self.space.stages[i]
+            if isinstance(block, Identity):
+                continue
+            odds, now = self.log_odds[i, j], choices.kind_of(block)
+            others = [c for c in choices.candidates if c.tokens == block.tokens and not isinstance(c, Identity)]
+            ways += [(odds[now] - odds[kind], i, j, now, kind) for kind in map(choices.kind_of, others) if kind != now]
+        for _, i, j, now, kind in sorted(ways):
+            after = _with_block(arch, i, j, self.space.stages[i].candidate(kind, arch.stages[i].width))
+            if saves(after):
+                return f"{now} to {kind} in slot {j + 1} of stage {i + 1}", i, after
         return None
 
     def landing(self, begin: ArchConfig, steps: Sequence[Step]) -> list[Option]:
@@ -352,7 +374,7 @@ class _Run:
 
 
 def _kinds(arch: ArchConfig) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(block.kind for block in stage.blocks) for stage in arch.stages)
+    return tuple(tuple(label(block) for block in stage.blocks) for stage in arch.stages)
 
 
 def _with_stage(arch: ArchConfig, i: int, stage: Stage) -> ArchConfig:
@@ -365,7 +387,7 @@ def _with_block(arch: ArchConfig, i: int, j: int, block: Block) -> ArchConfig:
 
 
 def _with_width(arch: ArchConfig, i: int, width: int) -> ArchConfig:
-    blocks = tuple(replace(block, dim=width) for block in arch.stages[i].blocks)
+    blocks = tuple(at_width(block, width) for block in arch.stages[i].blocks)
     return _with_stage(arch, i, replace(arch.stages[i], width=width, blocks=blocks))
 
 

@@ -6,16 +6,28 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import pandas as pd
 import platformdirs
 import yaml
 
-from supernet.arch import SPECS, ArchConfig, Embedding, Head, Layer, Spec, Stem
+from supernet.arch import (
+    SPECS,
+    ArchConfig,
+    Head,
+    Layer,
+    Spec,
+    is_embedding,
+    is_foreign,
+    is_stem,
+    knobs_of,
+    loaded_blocks,
+    spec_type_of,
+)
 from supernet.errors import InputError, unknown
 from supernet.files import write_atomically
 from supernet.space import SearchSpace
@@ -110,7 +122,8 @@ class Calibration:
 class LatencyTable:
     """The rows of one device. Nothing is ever guessed: a layer without a row is an error.
 
-    `meta` says where the numbers come from: hardware, software, settings, reference, dates.
+    `meta` says where the numbers come from: hardware, software, settings, reference, dates. `foreign` are the lines of the CSV
+    file whose blocks are a user's own, from a file that has not been asked for: they are kept as they are, and nothing is run.
     """
 
     device: str
@@ -118,6 +131,7 @@ class LatencyTable:
     calibrations: tuple[Calibration, ...] = ()
     provenance: str = "measured"
     meta: Mapping[str, Any] = field(default_factory=dict)
+    foreign: tuple[Mapping[str, str], ...] = ()
 
     def layer_ms(self, layer: Layer) -> float:
         """Return the milliseconds of a layer. A head's classes are interpolated between 10 and 1000.
@@ -142,7 +156,7 @@ class LatencyTable:
     def sums_ms(self, arch: ArchConfig) -> tuple[float, float]:
         """Return the sum of the rows of a network's layers, and that of its stem and embeddings."""
         found = [(layer.spec, self.layer_ms(layer)) for layer in arch.layers()]
-        return sum(ms for _, ms in found), sum(ms for spec, ms in found if isinstance(spec, Stem | Embedding))
+        return sum(ms for _, ms in found), sum(ms for spec, ms in found if is_stem(spec) or is_embedding(spec))
 
     def predict_ms(self, arch: ArchConfig) -> float:
         """Return the milliseconds of one call of the network on this device.
@@ -199,7 +213,7 @@ class LatencyTable:
 
     def save(self, folder: str | Path) -> Path:
         """Write `<device>.csv` and, last, `<device>.meta.json`, which holds the CSV's hash; return the CSV's path."""
-        csv = _to_csv(self.rows)
+        csv = _to_csv(self.rows, self.foreign)
         path = Path(folder) / f"{self.device}.csv"
         sidecar = {
             **self.meta,  # first: what somebody's device said of itself replaces nothing below
@@ -281,20 +295,22 @@ def find_table(device: str) -> Path:
 
 
 _SPEC_FIELDS = list(dict.fromkeys(f.name for spec in SPECS.values() for f in fields(spec)))
-_COLUMNS = ["kind", "resolution", *_SPEC_FIELDS, *(f.name for f in fields(Row))]
+_ROW_FIELDS = [f.name for f in fields(Row)]
+_COLUMNS = ["kind", "resolution", *_SPEC_FIELDS, *_ROW_FIELDS]
 
 
-def _to_csv(rows: Mapping[Layer, Row]) -> str:
-    lines = []
+def _to_csv(rows: Mapping[Layer, Row], foreign: Sequence[Mapping[str, str]] = ()) -> str:
+    lines: list[dict[str, str]] = [dict(line) for line in foreign]
     for (spec, resolution), row in rows.items():
         line: dict[str, object] = {"kind": spec.kind, "resolution": resolution}
-        for knob in fields(spec):
-            value = getattr(spec, knob.name)
-            line[knob.name] = "" if knob.default is not MISSING and value == knob.default else value
+        line.update(knobs_of(spec))
         line.update({f.name: getattr(row, f.name) for f in fields(Row)})
-        lines.append({name: _cell(line.get(name)) for name in _COLUMNS})
+        lines.append({name: _cell(value) for name, value in line.items()})
+    used = {name for line in lines for name in line}
+    users = sorted(used - set(_COLUMNS))  # knobs of blocks that are not the package's
+    columns = ["kind", "resolution", *_SPEC_FIELDS, *users, *_ROW_FIELDS]
     file = io.StringIO()
-    frame = pd.DataFrame(lines, columns=_COLUMNS)
+    frame = pd.DataFrame([{name: line.get(name, "") for name in columns} for line in lines], columns=columns)
     frame = frame.sort_values(["kind", "resolution", "dim"], key=_as_number, kind="stable")
     frame.to_csv(file, index=False, lineterminator="\n")
     return file.getvalue()
@@ -308,6 +324,8 @@ def _as_number(column: pd.Series) -> pd.Series:
 def _cell(value: object) -> str:
     if value is None:
         return ""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -330,11 +348,12 @@ def _load(path: Path) -> LatencyTable:
         )
     try:
         frame = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
-        unknown_columns = sorted(set(frame.columns) - set(_COLUMNS))
-        if unknown_columns:
+        everything: list[dict[str, str]] = [{str(k): str(v) for k, v in line.items()} for line in frame.to_dict("records")]
+        foreign = [line for line in everything if is_foreign(line["kind"])]
+        unknown_columns = sorted(set(frame.columns) - set(_COLUMNS) - {f.name for t in loaded_blocks() for f in fields(t)})
+        if unknown_columns and not foreign:
             raise ValueError(f"unknown columns {unknown_columns}")
-        lines: list[dict[str, str]] = [{str(k): str(v) for k, v in line.items()} for line in frame.to_dict("records")]
-        rows = {_parse_layer(line): _parse_row(line) for line in lines}
+        rows = {_parse_layer(line): _parse_row(line) for line in everything if line not in foreign}
         device = sidecar.pop("device")
         calibrations = tuple(_parse_calibration(c) for c in sidecar.pop("calibrations"))
         provenance = sidecar.pop("provenance")
@@ -344,19 +363,25 @@ def _load(path: Path) -> LatencyTable:
         raise InputError(f"{path} is a table of {device}: give the file its own name back, {device}.csv")
     for name in ("schema", "csv_sha256"):
         sidecar.pop(name)
-    return LatencyTable(device, rows, calibrations, provenance, sidecar)
+    return LatencyTable(device, rows, calibrations, provenance, sidecar, tuple(foreign))
 
 
 def _parse_layer(line: Mapping[str, str]) -> Layer:
-    spec_type = SPECS[line["kind"]]
+    spec_type = spec_type_of(line["kind"])
     types = get_type_hints(spec_type)
     knobs: dict[str, Any] = {}
     for knob in fields(spec_type):
         text = line.get(knob.name, "")
         if text:
-            knobs[knob.name] = text == "True" if types[knob.name] is bool else types[knob.name](text)
+            knobs[knob.name] = _parse_knob(text, types[knob.name])
     spec: Spec = spec_type(**knobs)
     return Layer(spec, int(line["resolution"]))
+
+
+def _parse_knob(text: str, kind: Any) -> Any:
+    if kind is bool:
+        return text == "True"
+    return tuple(int(part) for part in text.split()) if get_origin(kind) is tuple else kind(text)
 
 
 def _parse_row(line: Mapping[str, str]) -> Row:

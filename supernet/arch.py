@@ -1,17 +1,22 @@
-"""What a network is: block specs, Stage, ArchConfig, and their YAML form. No torch.
+"""What a network is: specs, Stage, ArchConfig, and their YAML form. No torch.
 
 A spec is three things at once: an entry of an ArchConfig, the argument (with the resolution) of the module that
 realises it, and, with the resolution, the key of its row in a latency table.
 
 Resolutions are the side in pixels of the square map that *enters* a layer.
+
+A block of a user's own is a frozen dataclass with `dim` and its knobs, and a method `module(resolution)` that returns its
+torch module. In YAML its kind is the file and the class: `my_blocks.py:GhostBlock`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard
 
 import yaml
 
@@ -19,6 +24,18 @@ from supernet.errors import InputError, unknown
 from supernet.files import checked_fields, read_yaml, write_atomically
 
 WIDTH_STEP = 8  # the finest grid of the published networks (EfficientFormerV2: 40, 120)
+ACTIVATIONS = ("relu", "gelu", "hardswish")
+
+Form = Literal["image", "map", "tokens", "logits"]
+"""What passes between layers: images (N, 3, S, S), maps (N, C, S, S), tokens (N, S * S, C), logits (N, classes)."""
+
+
+class Port(NamedTuple):
+    """What enters or leaves a layer: its form, its channels, and the side of its map."""
+
+    form: Form
+    dim: int
+    side: int
 
 
 def _positive(spec: object, *names: str) -> None:
@@ -26,6 +43,11 @@ def _positive(spec: object, *names: str) -> None:
         value = getattr(spec, name)
         if type(value) is not int or value < 1:
             raise InputError(f"{type(spec).__name__}: {name} must be a whole number of at least 1, but is {value!r}")
+
+
+def _known_activation(spec: Any) -> None:
+    if spec.act not in ACTIVATIONS:
+        raise unknown(f"{type(spec).__name__} activation", str(spec.act), ACTIVATIONS)
 
 
 @dataclass(frozen=True)
@@ -37,8 +59,10 @@ class MB4D:
     dim: int
     mlp_ratio: int = 4
     pool_size: int = 3
+    act: str = "gelu"
 
     def __post_init__(self) -> None:
+        _known_activation(self)
         _positive(self, "dim", "mlp_ratio", "pool_size")
         if self.pool_size % 2 == 0:
             raise InputError(f"MB4D: pool_size must be odd, but is {self.pool_size}")
@@ -55,8 +79,10 @@ class MB3D:
     num_heads: int = 8
     key_dim: int = 32
     attn_ratio: int = 4
+    act: str = "gelu"
 
     def __post_init__(self) -> None:
+        _known_activation(self)
         _positive(self, "dim", "mlp_ratio", "num_heads", "key_dim", "attn_ratio")
 
 
@@ -79,9 +105,11 @@ class Stem:
     kind: ClassVar[str] = "stem"
     dim: int
     stride: int = 4
+    act: str = "relu"
 
     def __post_init__(self) -> None:
         _positive(self, "dim")
+        _known_activation(self)
         if self.stride not in (1, 2, 4):
             raise InputError(f"the first stage's stride must be 1, 2 or 4, but is {self.stride!r}")
 
@@ -119,29 +147,89 @@ class Unflat:
 
 @dataclass(frozen=True)
 class Head:
-    """Layer norm, mean over positions, one linear classifier. `tokens` says what enters: tokens or a map."""
+    """From what enters (a map, or tokens) to logits, by one linear classifier. `form` says what stands before it:
+
+    - `layer_norm`: layer norm, mean over positions (EfficientFormer)
+    """
 
     kind: ClassVar[str] = "head"
     dim: int
     num_classes: int = 1000
     tokens: bool = False
+    form: str = "layer_norm"
 
     def __post_init__(self) -> None:
         _positive(self, "dim", "num_classes")
+        if self.form not in HEADS:
+            raise unknown("head", str(self.form), HEADS)
 
 
-Block = MB4D | MB3D | Identity
-Spec = Block | Stem | Embedding | Flat | Unflat | Head
+HEADS = ("layer_norm",)
 
-BLOCKS: dict[str, type[Block]] = {"mb4d": MB4D, "mb3d": MB3D, "identity": Identity}
-SPECS: dict[str, type[Spec]] = {
-    **BLOCKS,
-    "stem": Stem,
-    "embedding": Embedding,
-    "flat": Flat,
-    "unflat": Unflat,
-    "head": Head,
-}
+
+class UserBlock(Protocol):
+    """A block of a user's own: a frozen dataclass with `dim` and its knobs."""
+
+    kind: ClassVar[str]
+    tokens: ClassVar[bool]
+
+    @property
+    def dim(self) -> int: ...
+
+    def module(self, resolution: int) -> Any:
+        """Return the torch module for maps (N, dim, resolution, resolution), or tokens, to the same shape."""
+        ...
+
+
+Block = MB4D | MB3D | Identity | UserBlock
+StageStem = Stem
+"""What takes an image to the first stage's map."""
+StageEmbedding = Embedding
+"""What takes a stage's map to the next stage's."""
+Entry = StageStem | StageEmbedding
+Spec = Block | Entry | Flat | Unflat | Head
+
+BLOCKS: dict[str, type[Any]] = {"mb4d": MB4D, "mb3d": MB3D, "identity": Identity}
+STEMS: dict[str, type[Any]] = {"stem": Stem}
+EMBEDDINGS: dict[str, type[Any]] = {"embedding": Embedding}
+SPECS: dict[str, type[Any]] = {**BLOCKS, **STEMS, **EMBEDDINGS, "flat": Flat, "unflat": Unflat, "head": Head}
+
+
+def is_block(spec: object) -> bool:
+    return not (is_stem(spec) or is_embedding(spec) or isinstance(spec, Flat | Unflat | Head))
+
+
+def is_stem(spec: object) -> TypeGuard[StageStem]:
+    return type(spec) in STEMS.values()
+
+
+def is_embedding(spec: object) -> TypeGuard[StageEmbedding]:
+    return type(spec) in EMBEDDINGS.values()
+
+
+def knobs_of(spec: Any) -> dict[str, Any]:
+    """Return a spec's fields that have no default or are not at it."""
+    values = {f.name: (getattr(spec, f.name), f.default) for f in fields(spec)}
+    return {name: value for name, (value, default) in values.items() if default is MISSING or value != default}
+
+
+def at_width(block: Block, width: int) -> Block:
+    """Return the same block of another width.
+
+    Raises:
+        InputError: it cannot have this width.
+    """
+    return replace(block, dim=width)  # type: ignore[type-var]
+
+
+def label(block: Spec) -> str:
+    """Return a spec's kind with the knobs that are not at their default, without its width: `mb4d(act=relu)`."""
+    knobs = ", ".join(f"{name}={_text(value)}" for name, value in knobs_of(block).items() if name != "dim")
+    return f"{block.kind}({knobs})" if knobs else block.kind
+
+
+def _text(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 class Layer(NamedTuple):
@@ -151,21 +239,47 @@ class Layer(NamedTuple):
     resolution: int
 
     def __str__(self) -> str:
-        knobs = ", ".join(
-            f"{f.name}={getattr(self.spec, f.name)}"
-            for f in fields(self.spec)
-            if f.default is MISSING or getattr(self.spec, f.name) != f.default
-        )
+        knobs = ", ".join(f"{name}={_text(value)}" for name, value in knobs_of(self.spec).items())
         return f"{self.spec.kind}({knobs}) at {self.resolution} px"
+
+    @property
+    def entering(self) -> Port:
+        spec, side = self
+        match spec:
+            case Unflat():
+                return Port("tokens", spec.dim, side)
+            case Flat():
+                return Port("map", spec.dim, side)
+        if is_stem(spec):
+            return Port("image", 3, side)
+        if is_embedding(spec):
+            return Port("map", spec.dim_in, side)
+        return Port("tokens" if spec.tokens else "map", spec.dim, side)  # type: ignore[union-attr]
+
+    @property
+    def leaving(self) -> Port:
+        spec, side = self
+        match spec:
+            case Unflat():
+                return Port("map", spec.dim, side)
+            case Flat():
+                return Port("tokens", spec.dim, side)
+            case Head():
+                return Port("logits", spec.num_classes, 1)
+        if is_stem(spec) or is_embedding(spec):
+            return Port("map", spec.dim, -(-side // spec.stride))
+        return self.entering
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of one width. `stride` is the reduction on entering, by the stem or an embedding."""
+    """Blocks of one width. `stride` is the reduction on entering, by `entry`: a stem for the first stage, an embedding for
+    the others (None: `Stem`, `Embedding`). What an entry says of its widths and stride is set by where it stands."""
 
     width: int
     stride: int
     blocks: tuple[Block, ...]
+    entry: Entry | None = None
 
     def __post_init__(self) -> None:
         check_width(self.width)
@@ -186,14 +300,15 @@ class ArchConfig:
     image_size: int
     num_classes: int
     stages: tuple[Stage, ...]
+    head: str = "layer_norm"
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "num_classes")
         if not self.stages:
             raise InputError(f"network {self.name!r} has no stages")
-        Stem(self.stages[0].width, self.stages[0].stride)
-        for before, stage in zip(self.stages, self.stages[1:], strict=False):
-            Embedding(stage.width, before.width, stage.stride)
+        for number, stage in enumerate(self.stages):
+            placed_entry(stage.entry, stage.width, self.stages[number - 1].width if number else None, stage.stride)
+        Head(self.stages[-1].width, self.num_classes, form=self.head)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -228,13 +343,10 @@ class ArchConfig:
         layers: list[tuple[str, Layer]] = []
         entering, width, in_tokens = self.image_size, 0, False
         for number, (stage, resolution) in enumerate(zip(self.stages, self.resolutions, strict=True), 1):
-            if number == 1:
-                layers.append(("stem", Layer(Stem(stage.width, stage.stride), entering)))
-            else:
-                if in_tokens:
-                    layers.append((f"stage{number - 1}_unflat", Layer(Unflat(width), entering)))
-                embedding = Embedding(stage.width, width, stage.stride)
-                layers.append((f"stage{number}_embedding", Layer(embedding, entering)))
+            if in_tokens:
+                layers.append((f"stage{number - 1}_unflat", Layer(Unflat(width), entering)))
+            entry = placed_entry(stage.entry, stage.width, width or None, stage.stride)
+            layers.append(("stem" if number == 1 else f"stage{number}_embedding", Layer(entry, entering)))
             in_tokens = False
             for slot, block in enumerate(stage.blocks, 1):
                 if isinstance(block, Identity):
@@ -244,7 +356,7 @@ class ArchConfig:
                     in_tokens = True
                 layers.append((f"stage{number}_block{slot}", Layer(block, resolution)))
             entering, width = resolution, stage.width
-        layers.append(("head", Layer(Head(width, self.num_classes, in_tokens), entering)))
+        layers.append(("head", Layer(Head(width, self.num_classes, in_tokens, self.head), entering)))
         return layers
 
     def layers(self) -> list[Layer]:
@@ -256,8 +368,15 @@ class ArchConfig:
             "name": self.name,
             "image_size": self.image_size,
             "num_classes": self.num_classes,
+            **({"head": self.head} if self.head != "layer_norm" else {}),
             "stages": [
-                {"width": s.width, "stride": s.stride, "blocks": [block_entry(b) for b in s.blocks]} for s in self.stages
+                {
+                    "width": s.width,
+                    "stride": s.stride,
+                    **({"entry": entry_entry(s.entry)} if s.entry else {}),
+                    "blocks": [block_entry(b) for b in s.blocks],
+                }
+                for s in self.stages
             ],
         }
         return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=120)
@@ -284,6 +403,8 @@ class ArchConfig:
                 with placed(f"stage {number}"):
                     stage = checked_fields(Stage, entry, f"stage {number}")
                     check_width(stage["width"])
+                    if "entry" in stage:
+                        stage["entry"] = entry_from_entry(stage["entry"], first=number == 1)
                     blocks = checked_list(stage["blocks"], "blocks", empty=True)
                     stage["blocks"] = tuple(block_from_entry(block, stage["width"]) for block in blocks)
                     stages.append(Stage(**stage))
@@ -325,22 +446,115 @@ def checked_list(value: object, where: str, *, empty: bool = False) -> list[Any]
     return value
 
 
+def placed_entry(entry: Entry | None, width: int, width_in: int | None, stride: int) -> Entry:
+    """Return a stage's entry with the widths and the stride of where it stands. `width_in`: None for the first stage."""
+    if width_in is None:
+        if entry is not None and not is_stem(entry):
+            raise InputError(f"the first stage is entered by one of {', '.join(STEMS)}, but its entry is {entry.kind}")
+        return replace(entry or Stem(width), dim=width, stride=stride)
+    if entry is not None and not is_embedding(entry):
+        raise InputError(f"a stage after the first is entered by one of {', '.join(EMBEDDINGS)}, but its entry is {entry.kind}")
+    return replace(entry or Embedding(width, width_in), dim=width, dim_in=width_in, stride=stride)
+
+
 def block_entry(block: Block) -> str | dict[str, Any]:
     """Return a block as it stands in a YAML file: its kind, with the knobs that are not at their default."""
-    knobs = {f.name: getattr(block, f.name) for f in fields(block) if f.name != "dim" and getattr(block, f.name) != f.default}
-    return {"kind": block.kind, **knobs} if knobs else block.kind
+    return _entry(block, ("dim",))
+
+
+def entry_entry(entry: Entry) -> str | dict[str, Any]:
+    """Return a stage's entry as it stands in a YAML file: its kind, with its own knobs that are not at their default."""
+    return _entry(entry, _OF_PLACE)
 
 
 def block_from_entry(entry: object, dim: int) -> Block:
     """Return the block of width `dim` that a YAML entry stands for: a kind, or a mapping of `kind` and knobs."""
+    block: Block = _from_entry(entry, {"dim": dim}, BLOCKS, "block")
+    return block
+
+
+def entry_from_entry(entry: object, *, first: bool) -> Entry:
+    """Return the stage's entry that a YAML entry stands for; its widths and stride are those of any place."""
+    at: dict[str, int] = {"dim": WIDTH_STEP} if first else {"dim": WIDTH_STEP, "dim_in": WIDTH_STEP}
+    found: Entry = _from_entry(entry, at, STEMS if first else EMBEDDINGS, "entry")
+    return found
+
+
+_OF_PLACE = ("dim", "dim_in", "stride")  # what follows from where a spec stands
+
+
+def _entry(spec: Any, left_out: Sequence[str]) -> str | dict[str, Any]:
+    knobs = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in knobs_of(spec).items()
+        if name not in left_out
+    }
+    return {"kind": spec.kind, **knobs} if knobs else str(spec.kind)
+
+
+def _from_entry(entry: object, at: dict[str, int], kinds: dict[str, type[Any]], what: str) -> Any:
     if isinstance(entry, str):
         entry = {"kind": entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
-        raise InputError(f"a block must be a kind ({', '.join(BLOCKS)}) or a mapping with one, but is {entry!r}")
-    if entry["kind"] not in BLOCKS:
-        raise unknown("block kind", entry["kind"], BLOCKS)
-    if "dim" in entry:
-        raise InputError(f"a block's dim is its stage's width: leave it out of {entry!r}")
-    knobs = {name: value for name, value in entry.items() if name != "kind"}
-    block_type = BLOCKS[entry["kind"]]
-    return block_type(**checked_fields(block_type, {"dim": dim, **knobs}, f"block {entry['kind']}"))
+        raise InputError(f"a {what} must be a kind ({', '.join(kinds)}) or a mapping with one, but is {entry!r}")
+    kind = entry["kind"]
+    if kind not in kinds and not (what == "block" and ".py:" in kind):
+        raise unknown(f"{what} kind", kind, kinds)
+    spec_type = kinds[kind] if kind in kinds else user_block(kind)
+    for name in _OF_PLACE:
+        if name in entry and (name in at or what == "entry"):
+            raise InputError(
+                f"a {what}'s {name} is its stage's {'width' if name == 'dim' else name}: leave it out of {entry!r}"
+            )
+    knobs = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items() if name != "kind"}
+    return spec_type(**checked_fields(spec_type, {**at, **knobs}, f"{what} {kind}"))
+
+
+def spec_type_of(kind: str) -> type[Any]:
+    """Return the spec type of a kind, the package's or a user's own whose file was run."""
+    return SPECS[kind] if kind in SPECS else _users[kind]
+
+
+_users: dict[str, type[Any]] = {}  # blocks from users' files that were run
+
+
+def is_foreign(kind: str) -> bool:
+    """Whether a kind is of a user's file that has not been run."""
+    return ".py:" in kind and kind not in _users
+
+
+def loaded_blocks() -> list[type[Any]]:
+    """Return the users' own blocks whose files were run."""
+    return list(_users.values())
+
+
+def user_block(kind: str) -> type[Any]:
+    """Return the class of a user's own block: `FILE.py:CLASS`, the file relative to the working folder. The file is run, once.
+
+    Raises:
+        InputError: there is no such file or class, or it is not a block.
+    """
+    if kind in _users:
+        return _users[kind]
+    path, _, name = kind.rpartition(":")
+    if not Path(path).is_file():
+        raise InputError(f"the block {kind!r} is to come from {path}, which is not there: give FILE.py:CLASS, from this folder")
+    module_spec = spec_from_file_location(f"metapath_user_{Path(path).stem}", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = module_from_spec(module_spec)
+    # dataclasses look their own module up by name
+    sys.modules[module_spec.name] = module
+    module_spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and is_dataclass(found) and callable(getattr(found, "module", None))):
+        raise InputError(
+            f"{name} of {path} is not a block: it must be a frozen dataclass with `dim`, and a method `module(resolution)`"
+        )
+    if "dim" not in {f.name for f in fields(found)}:
+        raise InputError(f"the block {kind!r} lacks the field `dim`, its width")
+    block_type: Any = found
+    block_type.kind = kind
+    if not hasattr(found, "tokens"):
+        block_type.tokens = False
+    _users[kind] = found
+    return found

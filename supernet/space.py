@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,18 @@ from supernet.arch import (
     MB4D,
     ArchConfig,
     Block,
+    Entry,
     Identity,
     Layer,
     Stage,
+    at_width,
     block_entry,
     block_from_entry,
     check_width,
     checked_list,
+    entry_entry,
+    entry_from_entry,
+    label,
     placed,
     stage_resolutions,
 )
@@ -36,13 +42,15 @@ MIN_MAP = 4  # below 4x4 a pool mixer is zero and a softmax is over one token: n
 class StageSpace:
     """The choices of one stage: its widths, ascending, and for each of its `depth` slots the same candidates.
 
-    The candidates are held at the largest width. They differ in kind; `identity` is among them.
+    The candidates are held at the largest width. They differ in kind or knobs; `identity` is among them. `entry` is how the
+    stage is entered, as in `Stage`.
     """
 
     widths: tuple[int, ...]
     stride: int
     depth: int
     candidates: tuple[Block, ...]
+    entry: Entry | None = None
 
     def __post_init__(self) -> None:
         if not self.widths:
@@ -53,24 +61,34 @@ class StageSpace:
             raise InputError(f"widths must ascend without repeats, but are {list(self.widths)}")
         if type(self.depth) is not int or self.depth < 1:
             raise InputError(f"depth must be a whole number of at least 1, but is {self.depth!r}")
-        kinds = [candidate.kind for candidate in self.candidates]
+        kinds = self.kinds
         if len(set(kinds)) != len(kinds) or "identity" not in kinds or len(kinds) < 2:
-            raise InputError(f"candidates must be identity and at least one other kind, each once, but are {kinds}")
+            raise InputError(f"candidates must be identity and at least one other kind, each once, but are {list(kinds)}")
+        for width in self.widths:
+            for candidate in self.candidates:
+                at_width(candidate, width)  # a spec refuses a width that it cannot have
 
-    @property
+    @cached_property
     def kinds(self) -> tuple[str, ...]:
-        return tuple(candidate.kind for candidate in self.candidates)
+        """What each candidate is called: its kind; where several share it, with the knobs that are not at their default."""
+        kinds = [candidate.kind for candidate in self.candidates]
+        return tuple(c.kind if kinds.count(c.kind) == 1 else label(c) for c in self.candidates)
+
+    def kind_of(self, block: Block) -> str:
+        """Return what the candidate that a block is of is called here."""
+        return block.kind if block.kind in self.kinds else label(block)
 
     def candidate(self, kind: str, width: int) -> Block:
         """Return the candidate of this kind at this width."""
-        return replace(self.candidates[self.kinds.index(kind)], dim=width)
+        return at_width(self.candidates[self.kinds.index(kind)], width)
 
     def stage(self, width: int, kinds: Sequence[str]) -> Stage:
         """Return the stage with these kinds in its slots, its token blocks moved behind its other blocks."""
-        return Stage(width, self.stride, tuple(self.candidate(kind, width) for kind in self._tokens_last(kinds)))
+        blocks = tuple(self.candidate(kind, width) for kind in self._tokens_last(kinds))
+        return Stage(width, self.stride, blocks, self.entry)
 
     def _tokens_last(self, kinds: Sequence[str]) -> list[str]:
-        is_token = {candidate.kind: candidate.tokens for candidate in self.candidates}
+        is_token = {kind: candidate.tokens for kind, candidate in zip(self.kinds, self.candidates, strict=True)}
         filled = iter(sorted((k for k in kinds if k != "identity"), key=lambda kind: is_token[kind]))
         return [kind if kind == "identity" else next(filled) for kind in kinds]
 
@@ -83,6 +101,7 @@ class SearchSpace:
     image_size: int
     num_classes: int
     stages: tuple[StageSpace, ...]
+    head: str = "layer_norm"
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -127,7 +146,7 @@ class SearchSpace:
     def arch(self, widths: Sequence[int], kinds: Sequence[Sequence[str]], name: str | None = None) -> ArchConfig:
         """Return the network with these widths and, stage by stage, these kinds in its slots."""
         stages = tuple(s.stage(w, k) for s, w, k in zip(self.stages, widths, kinds, strict=True))
-        return ArchConfig(name or self.name, self.image_size, self.num_classes, stages)
+        return ArchConfig(name or self.name, self.image_size, self.num_classes, stages, self.head)
 
     @property
     def largest(self) -> ArchConfig:
@@ -157,11 +176,15 @@ class SearchSpace:
         """
         if arch.strides != self.strides:
             raise InputError(f"{arch.name} has strides {arch.strides}, space {self.name} has {self.strides}")
+        if arch.head != self.head:
+            raise InputError(f"{arch.name} has the head {arch.head}, space {self.name} has {self.head}")
         stages = []
         for number, (stage, choices) in enumerate(zip(arch.stages, self.stages, strict=True), 1):
+            if stage.entry != choices.entry:
+                raise InputError(f"stage {number} of {arch.name} is entered by {stage.entry}, not by {choices.entry}")
             if stage.width not in choices.widths:
                 raise InputError(f"stage {number} of {arch.name} has width {stage.width}, not one of {choices.widths}")
-            allowed = {replace(candidate, dim=stage.width) for candidate in choices.candidates}
+            allowed = {choices.candidate(kind, stage.width) for kind in choices.kinds}
             for block in stage.blocks:
                 if block not in allowed:
                     raise InputError(f"stage {number} of {arch.name} has {block}, not a candidate of {self.name}")
@@ -185,7 +208,7 @@ class SearchSpace:
         """Return, for every slot, the index of the candidate that `arch` has there."""
         member = self.fit(arch)
         return tuple(
-            choices.kinds.index(block.kind)
+            choices.kinds.index(choices.kind_of(block))
             for stage, choices in zip(member.stages, self.stages, strict=True)
             for block in stage.blocks
         )
@@ -219,9 +242,11 @@ class SearchSpace:
             "name": self.name,
             "image_size": self.image_size,
             "num_classes": self.num_classes,
+            **({"head": self.head} if self.head != "layer_norm" else {}),
             "stages": [
                 {
                     "stride": s.stride,
+                    **({"entry": entry_entry(s.entry)} if s.entry else {}),
                     "widths": list(s.widths),
                     "depth": s.depth,
                     "candidates": [block_entry(candidate) for candidate in s.candidates],
@@ -258,10 +283,14 @@ class SearchSpace:
             stages = []
             for number, entry in enumerate(checked_list(given["stages"], "stages"), 1):
                 with placed(f"stage {number}"):
+                    activations = entry.pop("activations", None) if isinstance(entry, dict) else None
                     stage = checked_fields(StageSpace, entry, f"stage {number}")
                     stage["widths"] = _widths(stage["widths"])
+                    if "entry" in stage:
+                        stage["entry"] = entry_from_entry(stage["entry"], first=number == 1)
                     candidates = checked_list(stage["candidates"], "candidates")
-                    stage["candidates"] = tuple(block_from_entry(c, stage["widths"][-1]) for c in candidates)
+                    blocks = [block_from_entry(c, stage["widths"][-1]) for c in candidates]
+                    stage["candidates"] = tuple(_with_activations(blocks, activations))
                     stages.append(StageSpace(**stage))
             given["stages"] = tuple(stages)
             return cls(**given)
@@ -276,13 +305,27 @@ class SearchSpace:
         for stage in arch.without_identity().stages:
             blocks = stage.blocks or (MB4D(stage.width),)
             candidates = tuple(dict.fromkeys((*blocks, Identity(stage.width))))
-            stages.append(StageSpace((stage.width,), stage.stride, len(blocks), candidates))
-        return cls(arch.name, arch.image_size, arch.num_classes, tuple(stages))
+            stages.append(StageSpace((stage.width,), stage.stride, len(blocks), candidates, stage.entry))
+        return cls(arch.name, arch.image_size, arch.num_classes, tuple(stages), arch.head)
 
 
 def space_names() -> list[str]:
     """The spaces that ship."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def _with_activations(candidates: Sequence[Block], activations: object) -> list[Block]:
+    """Return the candidates, those that have an activation once for each of `activations` (a YAML list, or None)."""
+    if activations is None:
+        return list(candidates)
+    names = checked_list(activations, "activations")
+    found: dict[Block, None] = {}
+    for candidate in candidates:
+        if hasattr(candidate, "act"):
+            found.update(dict.fromkeys(replace(candidate, act=act) for act in names))  # type: ignore[type-var]
+        else:
+            found[candidate] = None
+    return list(found)
 
 
 def _widths(given: object) -> tuple[int, ...]:

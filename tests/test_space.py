@@ -242,8 +242,8 @@ BAD: dict[str, tuple[Change, str]] = {
         "stage 2: candidates must be identity and at least one other",
     ),
     "identity alone": (put2("candidates", ["identity"]), "stage 2: candidates must be identity and at least one other"),
-    "a kind twice": (
-        put2("candidates", ["mb4d", {"kind": "mb4d", "mlp_ratio": 3}, "identity"]),
+    "a candidate twice": (
+        put2("candidates", ["mb4d", {"kind": "mb4d", "mlp_ratio": 4}, "identity"]),
         "stage 2: candidates must be identity and at least one other kind, each once",
     ),
     "no candidates": (put2("candidates", None), "stage 2: candidates must be a list with at least one entry"),

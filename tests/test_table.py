@@ -115,7 +115,7 @@ def test_a_file_holds_the_table_exactly_to_six_digits(tmp_path: Path) -> None:
     assert (back.device, back.provenance, back.meta["origin"]) == ("toy-cpu", "measured", "toy")
     for layer, row in rows.items():
         assert back.rows[layer].ms == pytest.approx(row.ms, rel=1e-5)
-    assert ",".join(["mb3d", "8", "64", "", "", "4"]) in path.read_text(), "knobs at their default are left blank"
+    assert ",".join(["mb3d", "8", "64", "", "", "", "4"]) in path.read_text(), "knobs at their default are left blank"
 
 
 def truncate(path: Path) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 from supernet import arch
 from supernet.blocks import efficientformer, layers
 
-MODULES: dict[type[arch.Spec], Any] = {
+MODULES: dict[type[Any], Any] = {
     arch.MB4D: efficientformer.MB4DModule,
     arch.MB3D: efficientformer.MB3DModule,
     arch.Identity: layers.IdentityModule,
@@ -20,6 +20,12 @@ MODULES: dict[type[arch.Spec], Any] = {
 
 
 def build_layer(layer: arch.Layer) -> nn.Module:
-    """Return the module of one layer, for inputs of the layer's resolution."""
-    module: nn.Module = MODULES[type(layer.spec)](layer.spec, layer.resolution)
+    """Return the module of one layer, for inputs of the layer's resolution.
+
+    Raises:
+        InputError: the block cannot work at this resolution.
+    """
+    spec, resolution = layer
+    found = MODULES.get(type(spec))
+    module: nn.Module = found(spec, resolution) if found else spec.module(resolution)  # type: ignore[union-attr]
     return module

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from supernet.arch import MB3D, MB4D
-from supernet.blocks.layers import offset_index
+from supernet.blocks.layers import activation, offset_index
 
 LAYER_SCALE = 1e-5  # the published initial value; a recipe may set another
 
@@ -36,13 +36,13 @@ class LayerScale(nn.Module):
 
 
 class ConvMlp(nn.Module):
-    """1x1 convolution to `mlp_ratio * dim` and back, batch norm after both, GELU between: (N, C, H, W) to the same."""
+    """1x1 convolution to `mlp_ratio * dim` and back, batch norm after both, activation between: (N, C, H, W) to the same."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, act: str) -> None:
         super().__init__()
         self.fc1 = nn.Conv2d(dim, hidden, 1)
         self.norm1 = nn.BatchNorm2d(hidden)
-        self.act = nn.GELU()
+        self.act = activation(act)
         self.fc2 = nn.Conv2d(hidden, dim, 1)
         self.norm2 = nn.BatchNorm2d(dim)
         for conv in (self.fc1, self.fc2):
@@ -60,7 +60,7 @@ class MB4DModule(nn.Module):
         super().__init__()
         self.token_mixer = PoolMixer(spec.pool_size)
         self.ls1 = LayerScale(spec.dim, tokens=False)
-        self.mlp = ConvMlp(spec.dim, spec.mlp_ratio * spec.dim)
+        self.mlp = ConvMlp(spec.dim, spec.mlp_ratio * spec.dim, spec.act)
         self.ls2 = LayerScale(spec.dim, tokens=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,12 +98,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear to `mlp_ratio * dim`, GELU, linear back: (N, L, C) to the same."""
+    """Linear to `mlp_ratio * dim`, activation, linear back: (N, L, C) to the same."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, act: str) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
+        self.act = activation(act)
         self.fc2 = nn.Linear(hidden, dim)
         _init_linear(self.fc1, self.fc2)
 
@@ -120,7 +120,7 @@ class MB3DModule(nn.Module):
         self.token_mixer = Attention(spec, resolution)
         self.ls1 = LayerScale(spec.dim, tokens=True)
         self.norm2 = nn.LayerNorm(spec.dim)
-        self.mlp = Mlp(spec.dim, spec.mlp_ratio * spec.dim)
+        self.mlp = Mlp(spec.dim, spec.mlp_ratio * spec.dim, spec.act)
         self.ls2 = LayerScale(spec.dim, tokens=True)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,9 +8,16 @@ from torch import Tensor, nn
 
 from supernet.arch import Embedding, Flat, Head, Identity, Stem, Unflat
 
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "hardswish": nn.Hardswish}
+
+
+def activation(name: str) -> nn.Module:
+    """Return the module of an activation of `supernet.arch.ACTIVATIONS`; GELU is the exact one."""
+    return _ACTIVATIONS[name]()
+
 
 class StemModule(nn.Sequential):
-    """Two 3x3 convolutions with batch norm and ReLU: (N, 3, S, S) to (N, dim, S/stride, S/stride)."""
+    """Two 3x3 convolutions, each with batch norm and activation: (N, 3, S, S) to (N, dim, S/stride, S/stride)."""
 
     def __init__(self, spec: Stem, resolution: int) -> None:
         middle = spec.dim // 2
@@ -18,10 +25,10 @@ class StemModule(nn.Sequential):
         super().__init__()
         self.conv1 = nn.Conv2d(3, middle, 3, first, 1)
         self.norm1 = nn.BatchNorm2d(middle)
-        self.act1 = nn.ReLU()
+        self.act1 = activation(spec.act)
         self.conv2 = nn.Conv2d(middle, spec.dim, 3, second, 1)
         self.norm2 = nn.BatchNorm2d(spec.dim)
-        self.act2 = nn.ReLU()
+        self.act2 = activation(spec.act)
 
 
 class EmbeddingModule(nn.Sequential):
