@@ -404,5 +404,7 @@ def test_int8_jobs_travel_light_too(tmp_path: Path) -> None:
     open_model(tmp_path, manifest, "block")[0]()
 
 
-def test_a_job_is_of_a_schema(folder: Path) -> None:
-    assert json.loads((folder / "manifest.json").read_text())["schema"] == job.SCHEMA
+def test_a_job_is_of_the_schema_that_its_runner_takes(folder: Path) -> None:
+    from nas.profilers import run_job
+
+    assert json.loads((folder / "manifest.json").read_text())["schema"] == job.SCHEMA == run_job.SCHEMA

@@ -60,7 +60,6 @@ class Measurement:
     low_ms: float
     high_ms: float
     raw_ms: float
-    min_ms: float
     p10_ms: float
     p25_ms: float
     p90_ms: float
@@ -83,7 +82,6 @@ def summarise(visits: Sequence[Visit], reference: References | None = None) -> M
         low_ms=low,
         high_ms=high,
         raw_ms=median(v.raw_ms for v in visits),
-        min_ms=samples[0],
         p10_ms=_at(samples, 0.1 * (len(samples) - 1)),
         p25_ms=_at(samples, 0.25 * (len(samples) - 1)),
         p90_ms=_at(samples, 0.9 * (len(samples) - 1)),

@@ -1,0 +1,173 @@
+"""A block of a user's own, a spec and a module in their own file, works wherever the package's blocks do."""
+
+import random
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from test_lut import Device, device_ms
+
+import nas
+from nas.export import onnx_bytes
+from nas.lut import build_table
+from nas.measure import Model
+from nas.profilers.timing import Workload
+from supernet.arch import ArchConfig, Layer
+from supernet.blocks import build_layer
+from supernet.errors import InputError
+from supernet.metapath import Supernet
+from supernet.space import SearchSpace
+from supernet.weights import subnetwork
+
+BLOCK = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Gated:
+    dim: int
+    kernel: int = 3
+    scales: tuple[int, ...] = (1, 2)
+
+    def module(self, resolution):
+        return GatedModule(self)
+
+
+class GatedModule(nn.Module):
+    def __init__(self, spec):
+        super().__init__()
+        self.conv = nn.Conv2d(spec.dim, spec.dim, spec.kernel, padding=spec.kernel // 2, groups=spec.dim)
+        self.norm = nn.BatchNorm2d(spec.dim)
+
+    def forward(self, x):
+        return x + x * torch.sigmoid(self.norm(self.conv(x)))
+"""
+
+SPACE = """
+name: gated
+image_size: 16
+num_classes: 10
+stages:
+- {stride: 2, widths: [16, 32], depth: 2, candidates: [{kind: "my_blocks.py:Gated", kernel: 5}, mb4d, identity]}
+- {stride: 2, widths: [32, 48], depth: 2, candidates: ["my_blocks.py:Gated", mb4d, mb3d, identity]}
+"""
+
+
+class GatedDevice(Device):
+    """The pretended device; a user's block takes 0.02 ms on it."""
+
+    def open(self, model: Model) -> tuple[Workload, int]:
+        users = [layer for layer in model if ".py:" in layer.spec.kind]
+        ms = device_ms(tuple(layer for layer in model if layer not in users)) + 0.02 * len(users)
+
+        def run() -> None:
+            self.now += ms * 1e6
+
+        return run, 1000
+
+
+@pytest.fixture
+def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SearchSpace:
+    (tmp_path / "my_blocks.py").write_text(BLOCK)
+    (tmp_path / "space.yaml").write_text(SPACE)
+    monkeypatch.chdir(tmp_path)
+    return SearchSpace.load("space.yaml")
+
+
+def test_it_is_a_candidate_of_a_space_and_goes_through_yaml(space: SearchSpace, tmp_path: Path) -> None:
+    assert space.stages[0].kinds == ("my_blocks.py:Gated", "mb4d", "identity")
+    arch = space.largest
+    arch.save(tmp_path / "largest.yaml")
+    back = nas.ArchConfig.load(tmp_path / "largest.yaml")
+    assert back.stages == arch.stages and back in space
+    space.save(tmp_path / "again.yaml")
+    assert SearchSpace.load(tmp_path / "again.yaml") == space
+
+
+def test_its_weights_are_inherited_from_a_supernet(space: SearchSpace) -> None:
+    torch.manual_seed(0)
+    net = Supernet(space).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        for arch in (space.largest, space.sample(random.Random(1))):
+            wide = space.arch([s.widths[-1] for s in space.stages], [[b.kind for b in s.blocks] for s in arch.stages])
+            torch.testing.assert_close(subnetwork(net, wide).eval()(x), net(x, space.path(wide)))
+            assert subnetwork(net, arch).eval()(x).shape == (2, 10)
+
+
+def test_it_has_rows_and_is_searched(space: SearchSpace, tmp_path: Path) -> None:
+    table = build_table(GatedDevice(), space, tmp_path / "tables")
+    users = {layer: row for layer, row in table.rows.items() if ".py:" in layer.spec.kind}
+    assert {(layer.spec.dim, layer.resolution) for layer in users} == {(16, 8), (32, 8), (32, 4), (48, 4)}
+    assert all(row.ms == pytest.approx(0.02, abs=1e-4) for row in users.values())
+    assert nas.LatencyTable.load(tmp_path / "tables" / "pretended-cpu.csv").rows.keys() == table.rows.keys()
+
+    importance = [{kind: float(".py:" in kind) for kind in space.stages[i].kinds if kind != "identity"} for i, _ in space.slots]
+    budget = 0.7 * table.predict_ms(space.largest)
+    found = nas.slim(space, importance, lambda arch: -float(sum(arch.widths)), table, budget)
+    assert found.ms <= budget
+    assert any(".py:" in block.kind for stage in found.arch.stages for block in stage.blocks)
+
+
+def test_a_table_keeps_its_rows_where_its_file_was_not_asked_for(
+    space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = build_table(GatedDevice(), space, tmp_path / "tables")
+    csv = tmp_path / "tables" / "pretended-cpu.csv"
+    monkeypatch.setattr("supernet.arch._users", {})
+    (tmp_path / "my_blocks.py").write_text("raise RuntimeError('this file must not be run')")
+    later = nas.LatencyTable.load(csv)
+    assert len(later.rows) + len(later.foreign) == len(table.rows)
+    assert len(later.foreign) == 4
+    before = csv.read_text()
+    assert sorted(later.save(tmp_path / "other").read_text().split()) == sorted(before.split())
+
+
+def test_it_is_exported(space: SearchSpace) -> None:
+    model = nas.build_model(space.largest).eval()
+    x = torch.randn(1, 3, 16, 16)
+    session = onnxruntime.InferenceSession(onnx_bytes(model, x), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(session.run(None, {"image": x.numpy()})[0]), model(x), atol=1e-4)
+
+
+def test_it_may_be_handed_to_a_space_in_python() -> None:
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from supernet.arch import Identity
+    from supernet.space import StageSpace
+
+    @dataclass(frozen=True)
+    class Scaled:
+        kind: ClassVar[str] = "scaled"
+        tokens: ClassVar[bool] = False
+        dim: int
+
+        def module(self, resolution: int) -> torch.nn.Module:
+            return torch.nn.Conv2d(self.dim, self.dim, 1)
+
+    space = SearchSpace("scaled", 16, 10, (StageSpace((16,), 2, 1, (Scaled(16), Identity(16))),))
+    assert isinstance(build_layer(Layer(Scaled(16), 8)), torch.nn.Conv2d)
+    assert nas.build_model(space.largest)(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing.py:Gated", "missing.py, which is not there"),
+        ("my_blocks.py:Other", "Other of my_blocks.py is not a block"),
+        ("my_blocks.py:GatedModule", "GatedModule of my_blocks.py is not a block"),
+        ("gated", "unknown block kind 'gated'"),
+    ],
+)
+@pytest.mark.usefixtures("space")
+def test_what_is_no_block_is_refused(kind: str, words: str) -> None:
+    document = {"name": "x", "image_size": 16, "num_classes": 10, "stages": [{"width": 16, "stride": 2, "blocks": [kind]}]}
+    with pytest.raises(InputError) as refused:
+        ArchConfig.from_dict(document, "the network file x.yaml")
+    assert words in str(refused.value) and "\n" not in str(refused.value)
