@@ -1,0 +1,472 @@
+"""The way to an iPhone: the app as text, a fake Xcode, a fake phone."""
+
+import fnmatch
+import hashlib
+import json
+import os
+import plistlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hosts import be_linux, be_mac
+from test_lut import cost, device_ms, small_space
+from torch import Tensor, nn
+
+from nas import cli
+from nas.measure import CACHED, STREAMING
+from nas.plan import work_for
+from nas.profilers import coreml, iphone
+from nas.profilers.bench import Disturbed
+from nas.profilers.coreml_check import check
+from nas.profilers.iphone import iphone_id, measure_on_iphone
+from nas.table import LatencyTable
+from supernet.errors import InputError
+
+UDID = "00008130-000A1B2C3D4E001E"
+TEAM = "ABCDE12345"
+
+
+# --- the app, as text -----------------------------------------------------------------------------------------------------
+
+
+def swift() -> str:
+    return "\n".join(path.read_text() for path in sorted(iphone.HARNESS.glob("*.swift")))
+
+
+def needs(struct: str) -> set[str]:
+    """The fields without which the app does not read this part of a manifest."""
+    body = re.search(
+        rf"struct {struct}: Decodable \{{(.*?)\n *(?:\}}|struct)", (iphone.HARNESS / "Job.swift").read_text(), re.S
+    )
+    assert body is not None
+    return set(re.findall(r"let (\w+):", body.group(1)))
+
+
+def test_the_app_knows_the_fields_of_manifest_and_results(tmp_path: Path) -> None:
+    declared = set(re.findall(r"let (\w+):", (iphone.HARNESS / "Job.swift").read_text()))
+    manifest = json.loads((write_job(tmp_path) / "manifest.json").read_text())
+    entry = next(iter(manifest["models"].values()))
+    fits_only_python = {"rows", "smallest", "row_goal", "floor", "network_goal", "created_at", "space"}
+    told_by_python = {"runtime", "precision", "batch", "threads", "export", "sha256"}
+    for group in (manifest, manifest["settings"], manifest["timing"], manifest["plan"], entry, entry["input"]):
+        assert set(group) - declared <= fits_only_python | told_by_python
+    for name in ("schema", "unit", "job_sha256", "device", "environment", "started_at", "finished_at", "visits", "flags"):
+        assert f'"{name}": ' in swift()
+    for flag in ("off-npu", "timeout", "load-error"):
+        assert f'"flag": "{flag}"' in swift()
+    for what in ("isIdleTimerDisabled", "thermalState", "isLowPowerModeEnabled", "options: .atomic", "load_timeout_s"):
+        assert what in swift()
+
+
+def test_the_project_builds_every_file_of_the_app() -> None:
+    project = (iphone.HARNESS / "Harness.xcodeproj" / "project.pbxproj").read_text()
+    defined = re.findall(r"^\t\t([0-9A-F]{24})\b.* = \{$", project, re.M)
+    assert len(defined) == len(set(defined))
+    assert set(re.findall(r"[0-9A-F]{24}", project)) == set(defined), "every object is defined once"
+    for path in iphone.HARNESS.glob("*.swift"):
+        assert f"{path.name} in Sources" in project
+    scheme = next(iphone.HARNESS.rglob("*.xcscheme")).read_text()
+    assert set(re.findall(r'BlueprintIdentifier = "(\w+)"', scheme)) <= set(defined)
+    info = plistlib.loads((iphone.HARNESS / "Info.plist").read_bytes())
+    assert info["UIFileSharingEnabled"] is True, "a job can be put there by hand, with Finder"
+    for opening, closing in ("{}", "()", "[]"):
+        for text in (project, re.sub(r'//.*|"(\\.|[^"\\])*"', "", swift())):
+            assert text.count(opening) == text.count(closing)
+
+
+def test_the_app_ships() -> None:
+    patterns = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["nas.profilers"]
+    for path in iphone.HARNESS.rglob("*"):
+        name = path.relative_to(iphone.HARNESS.parent).as_posix()
+        assert path.is_dir() or any(fnmatch.fnmatch(name, pattern.replace("**/", "*")) for pattern in patterns), name
+
+
+@pytest.mark.skipif(shutil.which("swiftc") is None, reason="no Swift compiler here: the app is only read as text")
+def test_the_app_parses() -> None:
+    subprocess.run(["swiftc", "-parse", *sorted(map(str, iphone.HARNESS.glob("*.swift")))], check=True)
+
+
+# --- a phone --------------------------------------------------------------------------------------------------------------
+
+FAKE = r"""#!{python} -IS
+import hashlib, json, os, shutil, sys
+from pathlib import Path
+
+home = Path({home!r})
+mode = (home / "mode").read_text()
+command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+with (home / "commands").open("a") as file:
+    file.write(json.dumps(command) + "\n")
+given = dict(zip(command, command[1:]))
+
+
+def fail(text):
+    print(text, file=sys.stderr)
+    raise SystemExit(1)
+
+
+def answer(result):
+    Path(given["--json-output"]).write_text(json.dumps({{"info": {{"outcome": "success"}}, "result": result}}))
+    raise SystemExit(0)
+
+
+def play(job_sha256):
+    (manifest_path,) = (home / "phone").rglob("manifest.json")
+    manifest = json.loads(manifest_path.read_text())
+    assert job_sha256 == hashlib.sha256(manifest_path.read_bytes()).hexdigest()
+    out = home / "phone" / "Documents" / f"out-{{job_sha256[:12]}}"
+    out.mkdir(exist_ok=True)
+    progress = {{"schema": 1, "job_sha256": job_sha256, "done": 4, "total": 8, "about": "mb4d", "beat": 1}}
+    progress["state"] = "measuring"
+    (out / "progress.json").write_text(json.dumps(progress))
+    if mode == "dies once":
+        (home / "mode").write_text("well")
+        return
+    state = "failed" if mode == "fails" else "done"
+    (home / "next").write_text(json.dumps({{**progress, "state": state, "done": 8, "beat": 2}}))
+    known = json.loads((home / "ms.json").read_text())
+    visits = {{name: [known.get(name, [0.3, 0.5, 0.8])] * 20 for name in manifest["models"]}}
+    environment = {{"model": "iPhone16,1", "os": "iOS 18.1", "low_power_mode": True, "thermal_states": {{"nominal": 40}}}}
+    results = {{
+        "schema": 1, "unit": "ms", "job_sha256": job_sha256, "device": manifest["device"], "environment": environment,
+        "started_at": "2026-11-21T05:00:00Z", "finished_at": "2026-11-21T05:10:00Z", "visits": visits,
+        "flags": {{"2 x mb3d": "off-npu"}},
+    }}
+    (out / "results.json").write_text(json.dumps(results))
+
+
+if command[0] == "xcodebuild":
+    if "-version" in command:
+        print("Xcode 16.2\nBuild version 16C5032a")
+    elif mode == "no account":
+        fail("** BUILD FAILED **\nerror: No Account for Team \"ABCDE12345\". Add a new account in Accounts settings.")
+    else:
+        (Path(given["-derivedDataPath"]) / "Build/Products/Release-iphoneos/Harness.app").mkdir(parents=True)
+elif command[0] == "security":
+    print('  1) 0123456789ABCDEF "Apple Development: Someone (XYZ9876543)"\n     1 valid identities found')
+elif command[:2] == ["xcrun", "--find"]:
+    print("/Applications/Xcode.app/Contents/Developer/usr/bin/" + command[2])
+elif command[1:4] == ["devicectl", "list", "devices"]:
+    phones = {{"none": [], "two": ["{udid}", "00008110-000000000000002E"]}}.get(mode, ["{udid}"])
+    ios = "16.7" if mode == "old" else "18.1"
+    answer({{"devices": [
+        {{
+            "identifier": "ID", "connectionProperties": {{"pairingState": "paired", "tunnelState": "connected"}},
+            "deviceProperties": {{"name": "Mine", "osVersionNumber": ios, "developerModeStatus": "enabled"}},
+            "hardwareProperties": {{"udid": udid, "deviceType": "iPhone", "marketingName": "iPhone 15 Pro"}},
+        }}
+        for udid in phones
+    ] + [{{"hardwareProperties": {{"deviceType": "appleWatch", "udid": "W"}}}}]}})
+elif command[2:5] == ["device", "info", "lockState"]:
+    answer({{"passcodeRequired": mode == "locked", "unlockedSinceBoot": True}})
+elif command[2:5] == ["device", "copy", "to"]:
+    shutil.copytree(given["--source"], home / "phone" / given["--destination"], dirs_exist_ok=True)
+    answer({{}})
+elif command[2:5] == ["device", "copy", "from"]:
+    source = home / "phone" / given["--source"]
+    if not source.exists():
+        fail("ERROR: The file doesn't exist.")
+    shutil.copy(source, given["--destination"])
+    if (home / "next").exists():  # time passes between two questions
+        (home / "next").replace(source)
+    answer({{}})
+elif command[2:5] == ["device", "process", "launch"]:
+    if mode == "locked":
+        fail("ERROR: The application failed to launch. (com.apple.dt.CoreDeviceError error 10002)\nReason: Locked")
+    play(command[command.index("--terminate-existing") + 2])
+    answer({{"process": {{"processIdentifier": 7}}}})
+else:
+    answer({{}})
+"""
+
+
+class FakeXcode:
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        (home / "phone" / "Documents").mkdir(parents=True)
+        self.be("well")
+        self.takes({})
+
+    def takes(self, ms: dict[str, list[float]]) -> None:
+        """Set what the phone's visits of models say: raw, cached and streaming reference."""
+        (self.home / "ms.json").write_text(json.dumps(ms))
+
+    def be(self, mode: str) -> None:
+        (self.home / "mode").write_text(mode)
+
+    @property
+    def commands(self) -> list[list[str]]:
+        return [json.loads(line) for line in (self.home / "commands").read_text().splitlines()]
+
+    def did(self, *words: str) -> list[list[str]]:
+        return [command for command in self.commands if set(words) <= set(command)]
+
+
+@pytest.fixture
+def xcode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeXcode:
+    be_mac(monkeypatch)
+    monkeypatch.setattr(iphone, "POLL_S", 0.0)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("xcrun", "xcodebuild", "security"):
+        (tools / name).write_text(FAKE.format(python=sys.executable, home=str(tmp_path / "fake"), udid=UDID))
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    return FakeXcode(tmp_path / "fake")
+
+
+def write_job(tmp_path: Path, device: str = "iphone15pro-npu", units: str = "CPU_AND_NE") -> Path:
+    folder = tmp_path / "job"
+    names = ["empty", "1 x mb4d", "2 x mb3d", "network 1", "cached", "streaming"]
+    models = {}
+    for number, name in enumerate(names):
+        package = folder / "models" / f"m{number:04}.mlpackage"
+        package.mkdir(parents=True)
+        (package / "Manifest.json").write_text("{}")
+        shape = [1, 48, 56, 56]
+        models[name] = {
+            "file": f"models/{package.name}",
+            "sha256": coreml.package_sha256(package),
+            "input": {"name": "x", "shape": shape, "dtype": "float16"},
+        }
+    manifest = {
+        "schema": 1,
+        "device": device,
+        "format": "coreml",
+        "created_at": "2026-11-21T05:00:00+00:00",
+        "space": "name: small\n",
+        "settings": {
+            "runtime": "coreml",
+            "precision": "fp16",
+            "batch": 1,
+            "threads": 1,
+            "export": coreml.EXPORT,
+            "compute_units": units,
+        },
+        "timing": {
+            "warm_up_ms": 300,
+            "warm_up_calls": 50,
+            "discarded": 5,
+            "min_calls": 3,
+            "max_calls": 9,
+            "visit_ms": 1.0,
+            "load_timeout_s": 60,
+            "seed": 0,
+        },
+        "plan": {
+            "pieces": names[:3],
+            "networks": names[3:4],
+            "rows": [{"1 x mb4d": 1.0}],
+            "smallest": "network 1",
+            "between_bytes": 1 << 20,
+            "row_goal": 0.02,
+            "floor": 0.002,
+            "network_goal": 0.01,
+            "min_visits": 12,
+            "passes": [6, 12, 32],
+            "batch_models": 32,
+            "batch_bytes": 1 << 30,
+        },
+        "references": ["cached", "streaming"],
+        "models": models,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    return folder
+
+
+def test_a_job_goes_to_the_phone_and_its_results_come_back(xcode: FakeXcode, tmp_path: Path) -> None:
+    folder, said = write_job(tmp_path), []  # type: ignore[var-annotated]
+    path = measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=None, say=said.append)
+    assert path == folder / "results.json"
+    results = json.loads(path.read_text())
+    manifest = (folder / "manifest.json").read_bytes()
+    assert results["job_sha256"] == hashlib.sha256(manifest).hexdigest()
+    assert results["device"] == iphone_id(UDID, "npu") == "iphone15pro-npu"
+    assert results["environment"]["marketing_name"] == "iPhone 15 Pro"
+    assert any("low power mode" in line for line in results["environment"]["warnings"])
+    assert results["visits"]["2 x mb3d"] == [[0.3, 0.5, 0.8]] * 20
+    assert results["flags"] == {"2 x mb3d": "off-npu"}
+    assert any("low power mode" in line for line in said)
+    assert any("models with operations off the Neural Engine: 1;" in line for line in said)
+    (build,) = xcode.did("xcodebuild")
+    for word in (f"platform=iOS,id={UDID}", "DEVELOPMENT_TEAM=ABCDE12345", "-allowProvisioningUpdates", "build"):
+        assert word in build
+    assert "PRODUCT_BUNDLE_IDENTIFIER=org.metapath.harness.abcde12345" in build
+    assert xcode.did("install", "app", UDID)[0][-3].endswith("Harness.app")
+    (copied,) = xcode.did("copy", "to")
+    assert copied[copied.index("--domain-type") + 1] == "appDataContainer"
+    assert all("--json-output" in command for command in xcode.commands if "devicectl" in command)
+    assert not xcode.did("--remove-existing-content"), "it empties the app's whole container"
+    before = len(xcode.commands)
+    assert measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=said.append) == path
+    assert len(xcode.commands) == before, "results that are there are not measured again"
+
+
+def test_the_command_makes_a_table_of_what_the_phone_says(
+    xcode: FakeXcode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = small_space()
+    work = work_for(space)
+    xcode.takes({name: [device_ms(m) for m in (model, CACHED, STREAMING)] for name, model in work.models.items()})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.job._cache", lambda: tmp_path / "cache")
+
+    def stub(module: nn.Module, example: Tensor, path: Path, key: str = "") -> None:
+        path.mkdir(parents=True)
+        (path / "Manifest.json").write_text(repr(example.shape))
+
+    monkeypatch.setattr(coreml, "save_package", stub)
+    space.save("space.yaml")
+    cli.build_lut(["--device", "iphone-npu", "--team-id", TEAM, "--space", "space.yaml", "--out", "out"])
+    table = LatencyTable.load(tmp_path / "out" / "iphone15pro-npu.csv")
+    assert (table.device, table.provenance, table.meta["compute_units"]) == ("iphone15pro-npu", "imported", "CPU_AND_NE")
+    for layer, row in table.rows.items():
+        assert row.ms == pytest.approx(cost(layer), rel=1e-3, abs=1e-6), layer
+    manifest = json.loads(next((tmp_path / "cache").rglob("manifest.json")).read_text())
+    entry = manifest["models"][manifest["references"][0]]
+    groups = {"Settings": manifest["settings"], "Timing": manifest["timing"], "Plan": manifest["plan"], "Entry": entry}
+    for struct, group in {"Manifest": manifest, **groups, "Input": entry["input"]}.items():
+        assert needs(struct) <= set(group), "the app reads no field that is not there"
+
+
+def test_a_killed_command_finds_the_phones_results(xcode: FakeXcode, tmp_path: Path) -> None:
+    folder = write_job(tmp_path)
+    measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print).unlink()
+    results = json.loads(measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print).read_text())
+    assert results["device"] == "iphone15pro-npu", "as the job says"
+    assert results["environment"]["device_id"] == "iphone15pro-npu", "which one did it is recorded"
+    assert len(xcode.did("copy", "to")) == len(xcode.did("launch")) == len(xcode.did("xcodebuild")) == 1
+
+
+def test_an_app_that_stops_is_started_again(xcode: FakeXcode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iphone, "STALLED_POLLS", 2)
+    xcode.be("dies once")
+    said: list[str] = []
+    measure_on_iphone(write_job(tmp_path), unit="npu", team_id=TEAM, udid=UDID, say=said.append)
+    assert len(xcode.did("launch")) == 2
+    assert "measuring: 4 of 8 visits" in said
+
+
+def test_an_app_that_fails_or_never_answers_ends_the_command(
+    xcode: FakeXcode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(iphone, "STALLED_POLLS", 1)
+    monkeypatch.setattr(iphone, "RESTARTS", 1)
+    folder = write_job(tmp_path)
+    xcode.be("fails")
+    with pytest.raises(Disturbed, match="the app on the phone ended: mb4d"):
+        measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print)
+    assert not (folder / "results.json").exists()
+    monkeypatch.setattr(iphone, "_fetch", lambda *_: None)
+    with pytest.raises(Disturbed, match="does not answer"):
+        measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print)
+
+
+@pytest.mark.parametrize(
+    ("mode", "unit", "team", "udid", "said"),
+    [
+        ("well", "cpu", TEAM, None, "the job .* is for CPU_AND_NE, and --device iphone-cpu wants CPU_ONLY"),
+        ("well", "npu", "me", None, "'me' is not a developer team's id"),
+        ("well", "npu", TEAM, "00008130-WRONG", f"unknown --udid .*{UDID}"),
+        ("none", "npu", TEAM, None, "no iPhone with iOS 17 or later is connected"),
+        ("two", "npu", TEAM, None, f"several iPhones .* --udid: {UDID}"),
+        ("no account", "npu", TEAM, None, "No Account for Team .*: sign in to Xcode"),
+        ("locked", "npu", TEAM, None, "xcrun devicectl device failed .*: unlock the phone"),
+    ],
+)
+def test_what_stands_in_the_way_is_one_line(
+    xcode: FakeXcode, tmp_path: Path, mode: str, unit: str, team: str, udid: str | None, said: str
+) -> None:
+    xcode.be(mode)
+    with pytest.raises(InputError, match=said) as refusal:
+        measure_on_iphone(write_job(tmp_path), unit=unit, team_id=team, udid=udid, say=print)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_job_of_another_phone_is_refused(xcode: FakeXcode, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="for iphone12-npu, and the connected phone is iphone15pro-npu"):
+        measure_on_iphone(write_job(tmp_path, device="iphone12-npu"), unit="npu", team_id=TEAM, udid=None, say=print)
+
+
+def test_what_speaks_against_a_phones_results_is_said() -> None:
+    place = {"low_power_mode": False, "battery_state": "full", "dropped_visits": 0}
+    assert iphone.warnings_about({"environment": place, "flags": {}}) == []
+    place = {"low_power_mode": True, "battery_state": "charging", "dropped_visits": 7}
+    flags = {"a": "off-npu", "b": "timeout", "c": "load-error", "d": "off-npu"}
+    found = iphone.warnings_about({"environment": place, "flags": flags})
+    for line, words in zip(
+        found, ("low power", "charging", "7 visits", "Neural Engine: 2", "in time: 1", "run: 1"), strict=True
+    ):
+        assert words in line
+
+
+def test_half_a_job_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a job folder"):
+        measure_on_iphone(tmp_path / "none", unit="npu", team_id=TEAM, udid=None, say=print)
+    folder = write_job(tmp_path)
+    shutil.rmtree(folder / "models" / "m0002.mlpackage")
+    with pytest.raises(InputError, match="lacks 1 of its models, such as 2 x mb3d"):
+        measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=None, say=print)
+    (folder / "manifest.json").write_text("[]")
+    with pytest.raises(InputError, match="not the manifest of a Core ML job"):
+        measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=None, say=print)
+
+
+def test_a_tool_that_takes_too_long_is_left() -> None:
+    with pytest.raises(InputError, match=r"took longer than 0.01 s"):
+        iphone.run([sys.executable, "-c", "import time; time.sleep(9)"], timeout_s=0.01)
+
+
+# --- check ----------------------------------------------------------------------------------------------------------------
+
+
+def test_check_off_a_mac_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_linux(monkeypatch)
+    lines = check("iphone-npu", None, None)
+    what = [line[0] for line in lines]
+    assert what[0] == "a Mac"
+    assert re.match(r"coremltools \d", what[1])
+    assert what[2:] == [
+        *("Xcode", "devicectl", "an iPhone connected", "iOS", "developer mode", "phone unlocked", "signing team"),
+        "one model on the Neural Engine",
+    ]
+    assert [ok for _, ok, _ in lines] == [False, True, *[False] * 8]
+    assert all(fix for _, ok, fix in lines if not ok)
+
+
+def test_check_with_everything_there(xcode: FakeXcode, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(coreml, "phone_with_runner", lambda udid, team: (udid, team))
+    monkeypatch.setattr(coreml, "off_npu", lambda package, device: asked.append((package.name, device)) or [])
+    lines = check("iphone-npu", TEAM, UDID)
+    assert all(ok for _, ok, _ in lines), lines
+    assert [line[0] for line in lines][2:6] == ["Xcode 16.2", "devicectl", "iPhone 15 Pro connected", "iOS 18.1"]
+    assert asked == [("model.mlpackage", (UDID, TEAM))]
+    monkeypatch.setattr(coreml, "off_npu", lambda package, device: ["gather", "gather"])
+    assert check("mac-npu", None, None)[-1] == (
+        "one model on the Neural Engine",
+        False,
+        "gather do not run there: the table would not be the Neural Engine's",
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "team", "bad", "fix"),
+    [
+        ("none", TEAM, "an iPhone connected", "connect it by cable"),
+        ("old", TEAM, "iOS 16.7", "devicectl knows no older phones"),
+        ("locked", TEAM, "phone unlocked", "unlock the phone"),
+        ("well", None, "signing team", "give --team-id"),
+    ],
+)
+def test_check_names_the_fix(xcode: FakeXcode, mode: str, team: str | None, bad: str, fix: str) -> None:
+    xcode.be(mode)
+    lines = check("iphone-cpu", team, None)
+    what, _, how = next(line for line in lines if not line[1])
+    assert what == bad
+    assert fix in how
