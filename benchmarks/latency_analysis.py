@@ -29,7 +29,7 @@ from nas.profilers.timing import Visit, median_interval, summarise, visit_in_rou
 from nas.progress import progress, say
 from supernet.arch import MB3D, MB4D, Flat, Layer, Stem, Unflat
 from supernet.blocks import build_layer
-from supernet.blocks.efficientformer import ConvMlp, MB4DModule, Mlp
+from supernet.blocks.efficientformer import ConvMlp, Mlp
 from supernet.errors import InputError
 
 STAGES = ((48, 56), (96, 28), (224, 14), (448, 7))  # width and side of EfficientFormer-L1's stages at 224 px
@@ -77,12 +77,6 @@ def conv_stem(*widths: int) -> nn.Module:
     for entering, width in zip((3, *widths[:-1]), widths, strict=True):
         parts += [nn.Conv2d(entering, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
     return nn.Sequential(*parts)
-
-
-def pool_block(dim: int, activation: type[nn.Module]) -> nn.Module:
-    block = MB4DModule(MB4D(dim), 1)
-    block.mlp.act = activation()  # type: ignore[assignment]
-    return block
 
 
 def layers(*chain: Layer) -> nn.Module:
@@ -296,9 +290,9 @@ def main() -> None:
     by_stage(
         "Activation of a pool block (MB4D)",
         {
-            "ReLU": (lambda dim: pool_block(dim, nn.ReLU), False),
-            "GELU": (lambda dim: pool_block(dim, nn.GELU), False),
-            "HardSwish": (lambda dim: pool_block(dim, nn.Hardswish), False),
+            "ReLU": (lambda dim: build_layer(Layer(MB4D(dim, act="relu"), 1)), False),
+            "GELU": (lambda dim: build_layer(Layer(MB4D(dim, act="gelu"), 1)), False),
+            "HardSwish": (lambda dim: build_layer(Layer(MB4D(dim, act="hardswish"), 1)), False),
         },
         given.rounds,
         ("activation",),
