@@ -516,3 +516,39 @@ def test_every_budget_from_the_smallest_network_on_is_met(share: float) -> None:
 def test_importing_what_decides_leaves_torch_alone(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# -- Action 4 ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ByActivation:
+    """4 ms for a block with GELU, 3 with HardSwish, 2 with ReLU."""
+
+    def predict_ms(self, arch: ArchConfig) -> float:
+        ms = {"gelu": 4.0, "hardswish": 3.0, "relu": 2.0}
+        return 1 + sum(ms[b.act] for stage in arch.stages for b in stage.blocks if isinstance(b, MB4D | MB3D))
+
+
+def test_a_cheaper_candidate_of_the_same_form_is_offered_where_the_odds_lose_least() -> None:
+    blocks = (MB4D(16), MB4D(16, act="hardswish"), MB4D(16, act="relu"), MB3D(16), Identity(16))
+    space = SearchSpace("acts", 16, 10, (StageSpace((16,), 2, 2, blocks),))
+    assert space.stages[0].kinds == ("mb4d", "mb4d(act=hardswish)", "mb4d(act=relu)", "mb3d", "identity")
+    importance = [
+        {"mb4d": 3.0, "mb4d(act=hardswish)": 2.0, "mb4d(act=relu)": 1.5, "mb3d": 0.0},
+        {"mb4d": 3.0, "mb4d(act=hardswish)": 2.5, "mb4d(act=relu)": 0.0, "mb3d": 2.9},
+    ]
+    found = slim(space, importance, lambda arch: 0.0, ByActivation(), 7.0, landing=1.0)
+    assert found.ms <= 7.0
+    by_hand = slim(space, importance, _gelu_is_dear, ByActivation(), 8.0, landing=1.0)
+    # 3.0 to 2.5 loses least, and saves 1 ms; the attention block is of another form, and does not come instead.
+    assert [o.action for o in by_hand.steps[0].options if "(act" in o.action] == [
+        "mb4d to mb4d(act=hardswish) in slot 2 of stage 1"
+    ]
+    assert by_hand.steps[0].taken.action == "mb4d to mb4d(act=hardswish) in slot 2 of stage 1"
+    assert by_hand.arch in space
+
+
+def _gelu_is_dear(arch: ArchConfig) -> float:
+    """Empty slots cost a lot, activations next to nothing."""
+    return sum(1.0 if isinstance(block, Identity) else 0.0 for stage in arch.stages for block in stage.blocks)
