@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from nas.export import onnx_bytes, with_ordinary_values
 from nas.networks import find_arch, load_model
-from nas.operators import BoundModel, Breakdown, profile_operators
+from nas.operators import Breakdown, bound_model, profile_operators
 from nas.profilers.ort_cpu import OrtCpu
-from nas.profilers.ort_session import cpu_name, pinned
+from nas.profilers.ort_session import OrtModel, cpu_name, pinned
 from nas.profilers.timing import Visit, median_interval, summarise, visit_in_rounds
 from nas.progress import progress, say
 from supernet.arch import MB3D, MB4D, Flat, Layer, Stem, Unflat
@@ -83,13 +83,13 @@ def layers(*chain: Layer) -> nn.Module:
     return nn.Sequential(*(build_layer(layer) for layer in chain))
 
 
-def session(module: nn.Module, *shape: int) -> BoundModel:
+def session(module: nn.Module, *shape: int) -> OrtModel:
     """Return the session of a module with ordinary weights, for one input of this shape."""
     example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-    return BoundModel(onnx_bytes(with_ordinary_values(module, seed=0), example), type(module).__name__)
+    return bound_model(onnx_bytes(with_ordinary_values(module, seed=0), example), type(module).__name__)
 
 
-def side_by_side(what: str, entries: Mapping[str, BoundModel], rounds: int) -> dict[str, list[Visit]]:
+def side_by_side(what: str, entries: Mapping[str, OrtModel], rounds: int) -> dict[str, list[Visit]]:
     """Visit every entry once a round, in shuffled order."""
     visits: dict[str, list[Visit]] = {name: [] for name in entries}
     with pinned(), progress(what, rounds * len(entries)) as tick:
@@ -179,7 +179,7 @@ def by_stage(
 
 def dimensions(rounds: int) -> None:
     print("\n## Feature dimension: maps (4D) and tokens (3D) in turn, or each once")
-    entries: dict[str, BoundModel] = {}
+    entries: dict[str, OrtModel] = {}
     for dim, side in STAGES[2:]:
         pool, attention = Layer(MB4D(dim), side), Layer(MB3D(dim), side)
         flat, unflat = Layer(Flat(dim), side), Layer(Unflat(dim), side)
@@ -209,7 +209,7 @@ def whole_networks(rounds: int, repeats: int) -> None:
             models[network.removeprefix("timm:")] = load_model(network, find_arch(network))
         except InputError as refusal:
             say(f"left out: {refusal}")
-    visits = side_by_side("networks", {name: BoundModel(model.onnx, name) for name, model in models.items()}, rounds)
+    visits = side_by_side("networks", {name: bound_model(model.onnx, name) for name, model in models.items()}, rounds)
     base = next(iter(models))
     traces: dict[str, list[Breakdown]] = {name: [] for name in models}
     with progress("tracing", repeats * len(models)) as tick:

@@ -22,11 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime
 
-from nas.profilers.ort_session import pinned
+from nas.profilers.ort_session import OrtModel, pinned
 from supernet.errors import InputError, first_line
 
 Model = bytes | Path  # ONNX; a path where weights may lie in files beside it
@@ -111,79 +109,23 @@ class Breakdown:
     without_macs_share: float
 
 
-class BoundModel:
-    """Any ONNX model in a session with one thread, its inputs filled and bound. Calling it is one inference.
-
-    Floats are normal noise, uint8 uniform noise, other integers and booleans ones, which are valid tokens and masks.
+def bound_model(model: Model, name: str, trace_prefix: str | None = None) -> OrtModel:
+    """Return any ONNX model as a workload with one thread, tried once.
 
     Raises:
-        InputError: ONNX Runtime cannot load or run the model, or an input has an open size other than the batch, or a type
-            that cannot be filled; `name` says in the message which model.
+        InputError: ONNX Runtime cannot load or run the model, or one of its inputs cannot be filled; `name` says which model.
     """
-
-    def __init__(self, model: Model, name: str, trace_prefix: str | None = None) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 4  # errors are raised; they need not be printed as well
-        if trace_prefix is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = trace_prefix
-        source = str(model) if isinstance(model, Path) else model
-        try:
-            self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime has no common base for what invalid models raise
-            raise InputError(f"ONNX Runtime cannot load {name} ({first_line(error)}): give a valid model") from error
-        self._options = onnxruntime.RunOptions()
-        self._options.log_severity_level = 4
-        self._binding = self.session.io_binding()
-        rng = np.random.default_rng(0)
-        self._values = []  # bound by address: they must outlive the binding
-        for port in self.session.get_inputs():
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(_filled(port.name, port.type, port.shape, name, rng))
-            self._values.append(value)
-            self._binding.bind_ortvalue_input(port.name, value)
-        # Memory for an output whose shape is known is allocated once; other outputs are allocated by each run.
-        for port in self.session.get_outputs():
-            if port.type == "tensor(float)" and all(isinstance(side, int) and side > 0 for side in port.shape):
-                value = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty(port.shape, np.float32))
-                self._values.append(value)
-                self._binding.bind_ortvalue_output(port.name, value)
-            else:
-                self._binding.bind_output(port.name)
-        try:
-            self()
-        except Exception as error:
-            raise InputError(f"ONNX Runtime cannot run {name} ({first_line(error)}): give a model that runs") from error
-
-    def __call__(self) -> None:
-        self.session.run_with_iobinding(self._binding, self._options)
-
-
-def _filled(port: str, kind: str, shape: Sequence[object], model: str, rng: np.random.Generator) -> Any:
-    """Return an array for an input of a model; an open batch is 1."""
-    sides = [side if isinstance(side, int) and side >= 0 else None for side in shape]
-    if sides and sides[0] is None:
-        sides[0] = 1
-    if None in sides:
-        given = [side if isinstance(side, int) else str(side or "?") for side in shape]
-        raise InputError(f"input {port!r} of {model} is {given}: only the batch may be left open; export it at fixed sizes")
-    size = [side for side in sides if side is not None]
-    match kind:
-        case "tensor(float)":
-            return rng.standard_normal(size, dtype=np.float32)
-        case "tensor(float16)":
-            return rng.standard_normal(size, dtype=np.float32).astype(np.float16)
-        case "tensor(double)":
-            return rng.standard_normal(size)
-        case "tensor(uint8)":
-            return rng.integers(0, 256, size, np.uint8)
-        case "tensor(int64)" | "tensor(int32)" | "tensor(bool)":
-            return np.ones(size, {"tensor(int64)": np.int64, "tensor(int32)": np.int32}.get(kind, np.bool_))
-    raise InputError(
-        f"input {port!r} of {model} is a {kind}: inputs may be float, float16, double, uint8, int32, int64 or bool tensors"
-    )
+    try:
+        found = OrtModel(model, trace_prefix=trace_prefix)
+    except ValueError as error:
+        raise InputError(f"{name} cannot be timed: {error}") from error
+    except Exception as error:  # ONNX Runtime has no common base for what invalid models raise
+        raise InputError(f"ONNX Runtime cannot load {name} ({first_line(error)}): give a valid model") from error
+    try:
+        found()
+    except Exception as error:
+        raise InputError(f"ONNX Runtime cannot run {name} ({first_line(error)}): give a model that runs") from error
+    return found
 
 
 def trace_model(model: Model, name: str) -> list[Node]:
@@ -193,7 +135,7 @@ def trace_model(model: Model, name: str) -> list[Node]:
         InputError: the model cannot be loaded or run.
     """
     with tempfile.TemporaryDirectory() as folder, pinned():
-        run = BoundModel(model, name, str(Path(folder) / "trace"))
+        run = bound_model(model, name, str(Path(folder) / "trace"))
         started, runs = time.perf_counter(), 0
         while runs < WARM_UP_RUNS + MIN_RUNS or (time.perf_counter() - started < TRACE_S and runs < MAX_RUNS):
             run()

@@ -62,10 +62,10 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
 
         reference = table_reference(table) if table is not None else None
         if plain:
-            from nas.operators import BoundModel, profile_operators
+            from nas.operators import bound_model, profile_operators
 
             model = load_model(network, arch)
-            measured = measure_alone(profiler, BoundModel(model.onnx, network), reference)
+            measured = measure_alone(profiler, bound_model(model.onnx, network), reference)
             if layers:
                 breakdown = profile_operators(model.onnx, network, measured.ms, model.layers)
         else:

@@ -305,7 +305,7 @@ def test_a_network_that_misses_on_the_device_is_repaired(
     def measure(profiler: object, arch: ArchConfig, reference: object) -> Measurement:
         ms = 1.2 * table.predict_ms(arch)
         asked.append(ms)
-        return Measurement(ms, 0.99 * ms, 1.01 * ms, ms, ms, ms, ms, ms, 20)
+        return Measurement(ms, 0.99 * ms, 1.01 * ms, ms, ms, ms, ms, 20)
 
     monkeypatch.setattr("nas.measure.measure_alone", measure)
     target = 0.8 * largest_ms

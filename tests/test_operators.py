@@ -14,8 +14,8 @@ from torch import nn
 from nas.export import onnx_bytes, with_ordinary_values
 from nas.layer_plot import check_plot_file, plot_layers
 from nas.operators import (
-    BoundModel,
     Node,
+    bound_model,
     break_down,
     foreign_layers,
     grouped,
@@ -232,13 +232,13 @@ def graph(
 @pytest.mark.parametrize("kind", ["FLOAT", "FLOAT16", "DOUBLE", "UINT8", "INT32", "INT64", "BOOL"])
 def test_inputs_of_many_types_are_filled_and_an_open_batch_is_one(kind: str) -> None:
     model = graph("Cast", {"x": (getattr(TensorProto, kind), ["batch", 4])}, {"to": TensorProto.FLOAT})
-    run = BoundModel(model, "cast.onnx")
+    run = bound_model(model, "cast.onnx")
     run()
     assert run.session.get_inputs()[0].shape == ["batch", 4]
 
 
 def test_several_inputs_are_filled() -> None:
-    BoundModel(graph("Add", {"a": (TensorProto.FLOAT, [2, 3]), "b": (TensorProto.FLOAT, [1, 3])}), "add.onnx")()
+    bound_model(graph("Add", {"a": (TensorProto.FLOAT, [2, 3]), "b": (TensorProto.FLOAT, [1, 3])}), "add.onnx")()
 
 
 @pytest.mark.parametrize(
@@ -254,6 +254,6 @@ def test_models_that_cannot_be_timed_are_refused_in_one_line(
     model: bytes, said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(InputError, match=said) as refusal:
-        BoundModel(model, "m.onnx")
+        bound_model(model, "m.onnx")
     assert "\n" not in str(refusal.value)
     assert capfd.readouterr().err == "", "ONNX Runtime itself says nothing"

@@ -29,7 +29,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
     monkeypatch.setattr("nas.profilers.ort_cpu.cpu_id", lambda: "this-cpu")
-    measured = Measurement(2.0, 1.9, 2.1, 2.2, 1.8, 1.85, 1.9, 2.3, 30)
+    measured = Measurement(2.0, 1.9, 2.1, 2.2, 1.85, 1.9, 2.3, 30)
     monkeypatch.setattr("nas.measure.measure_alone", lambda profiler, what, reference: measured)
     ARCH.save("small.yaml")
 

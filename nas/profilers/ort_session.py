@@ -19,50 +19,89 @@ import onnxruntime
 
 from nas.profilers.bench import now
 
+Array = np.ndarray[Any, Any]
+
 PRECISIONS = ("fp32", "int8")
 CACHE_LINE = 64  # bytes
 CAN_PIN = hasattr(os, "sched_setaffinity")  # Linux can; macOS and Windows cannot
 
 
 class OrtModel:
-    """One ONNX model, its inputs filled and its outputs allocated once. Calling it is one inference.
+    """One ONNX model in a session, its inputs filled and bound. Calling it is one inference.
 
-    `weights` are the initializers that the model leaves out (as external data), by name.
+    Floats are normal noise, uint8 uniform noise, other integers and booleans ones, which are valid tokens and masks. An open
+    batch is 1. `weights` are the initializers that the model leaves out (as external data), by name. With `trace_prefix`
+    ONNX Runtime's profiler writes a trace there.
+
+    Raises:
+        ValueError: an input has an open size other than the batch, or a type that cannot be filled.
     """
 
-    def __init__(self, model: bytes, threads: int = 1, weights: Mapping[str, np.ndarray[Any, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        model: bytes | Path,
+        threads: int = 1,
+        weights: Mapping[str, Array] | None = None,
+        trace_prefix: str | None = None,
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised; they need not be printed as well
         if threads > 1:
             # Idle pools of other live sessions would keep spinning on the cores that this one needs.
             options.add_session_config_entry("session.force_spinning_stop", "1")
+        if trace_prefix is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = trace_prefix
         self._weights = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in (weights or {}).items()}
         if self._weights:
             options.add_external_initializers(list(self._weights), list(self._weights.values()))
-        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        source = str(model) if isinstance(model, Path) else model
+        self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self._options = onnxruntime.RunOptions()
+        self._options.log_severity_level = 4
         self._binding = self.session.io_binding()
         rng = np.random.default_rng(0)
-        self._arrays = []  # bound by address: they must outlive the binding
-        for bind, ports in (
-            (self._binding.bind_ortvalue_input, self.session.get_inputs()),
-            (self._binding.bind_ortvalue_output, self.session.get_outputs()),
-        ):
-            for port in ports:
-                if port.type != "tensor(float)":
-                    raise TypeError(f"{port.name} is a {port.type}; only float32 inputs and outputs are timed")
-                shape = [side if isinstance(side, int) else 1 for side in port.shape[:1]] + list(port.shape[1:])
-                if not all(isinstance(side, int) for side in shape):
-                    raise TypeError(f"{port.name} has the shape {port.shape}; only the batch may be left open")
-                value = onnxruntime.OrtValue.ortvalue_from_numpy(rng.standard_normal(shape, dtype=np.float32))
-                self._arrays.append(value)
-                bind(port.name, value)
+        self._values = []  # bound by address: they must outlive the binding
+        for port in self.session.get_inputs():
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(_filled(port, rng))
+            self._values.append(value)
+            self._binding.bind_ortvalue_input(port.name, value)
+        # Memory for an output whose shape is known is allocated once; other outputs are allocated by each run.
+        for port in self.session.get_outputs():
+            if port.type == "tensor(float)" and all(isinstance(side, int) and side > 0 for side in port.shape):
+                value = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty(port.shape, np.float32))
+                self._values.append(value)
+                self._binding.bind_ortvalue_output(port.name, value)
+            else:
+                self._binding.bind_output(port.name)
 
     def __call__(self) -> None:
-        self.session.run_with_iobinding(self._binding)
+        self.session.run_with_iobinding(self._binding, self._options)
+
+
+def _filled(port: Any, rng: np.random.Generator) -> Array:
+    """Return an array for an input of a model; an open batch is 1."""
+    sides = [side if isinstance(side, int) and side >= 0 else None for side in port.shape]
+    if sides and sides[0] is None:
+        sides[0] = 1
+    if None in sides:
+        given = [side if isinstance(side, int) else str(side or "?") for side in port.shape]
+        raise ValueError(f"its input {port.name!r} is {given}: only the batch may be left open; export it at fixed sizes")
+    size = [side for side in sides if side is not None]
+    kind = port.type.removeprefix("tensor(").removesuffix(")")
+    if kind in ("float", "float16", "double"):
+        return rng.standard_normal(size, dtype=np.float32).astype({"float": "f4", "float16": "f2", "double": "f8"}[kind])
+    if kind == "uint8":
+        return rng.integers(0, 256, size, np.uint8)
+    if kind in ("int32", "int64", "bool"):
+        return np.ones(size, np.dtype(kind))
+    raise ValueError(
+        f"its input {port.name!r} is a {port.type}: inputs may be float, float16, double, uint8, int32, int64 or bool tensors"
+    )
 
 
 def touch(size: int) -> Callable[[], object]:
