@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from refusals import refusal
 
 from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Flat, Head, Identity, Layer, Stage, Stem, Unflat
 from supernet.errors import InputError
@@ -22,15 +23,6 @@ ZOO = sorted((ROOT / "supernet" / "zoo").glob("*.yaml"))
 
 def zoo(name: str) -> ArchConfig:
     return ArchConfig.load(ROOT / "supernet" / "zoo" / f"efficientformer_{name}.yaml")
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The one line with which a call refuses its input."""
-    with pytest.raises(InputError) as refused:
-        call()
-    message = str(refused.value)
-    assert message and "\n" not in message
-    return message
 
 
 def network(*stages: tuple[int, list[str]]) -> ArchConfig:

@@ -1,6 +1,5 @@
 """What every block, stem and embedding owes to the rest of the house; a new spec is under it as soon as `arch` lists it."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -56,12 +55,7 @@ LAYERS = _layers()
 BLOCK_NAMES = [name for name in LAYERS if name.split()[0] in BLOCKS]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

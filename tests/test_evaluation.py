@@ -1,42 +1,26 @@
 """A sub-network's loss is that of its inherited weights with fresh batch-norm statistics, however it is computed."""
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_spaces import stage_space
 from torch import Tensor, nn
 
 from nas.data import ImageData, Images, normalise
 from nas.evaluation import Evaluator, accuracy_of, recalibrate, recalibrated
 from nas.slimming import Evaluation
-from supernet.arch import MB3D, MB4D, ArchConfig, Block, Identity
+from supernet.arch import ArchConfig
 from supernet.metapath import Supernet
 from supernet.model import build_model
-from supernet.space import SearchSpace, StageSpace
+from supernet.space import SearchSpace
 from supernet.weights import subnetwork
 
 CLOSE = 1e-6  # of losses in float32, where the images go through in other chunks
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two threads on a busy machine wait for each other at every one of these tiny operations."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def stage_space(widths: tuple[int, ...], stride: int, depth: int, *kinds: str) -> StageSpace:
-    top = widths[-1]
-    blocks: dict[str, Block] = {
-        "mb4d": MB4D(top, mlp_ratio=2),
-        "mb3d": MB3D(top, mlp_ratio=2, num_heads=2, key_dim=4, attn_ratio=2),
-        "identity": Identity(top),
-    }
-    return StageSpace(widths, stride, depth, tuple(blocks[kind] for kind in kinds))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SPACE = SearchSpace(

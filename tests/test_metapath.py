@@ -2,37 +2,21 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
+from small_spaces import stage_space
 from torch import Tensor, nn
 
-from supernet.arch import MB3D, MB4D, Block, Identity
 from supernet.metapath import MetaPath, Noise, Supernet, sample_path
-from supernet.space import SearchSpace, StageSpace
+from supernet.space import SearchSpace
 from supernet.weights import subnetwork
 
 EULER = 0.5772  # the mean of Gumbel noise
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two threads on a busy machine wait for each other at every one of these tiny operations."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def stage_space(widths: tuple[int, ...], stride: int, depth: int, *kinds: str) -> StageSpace:
-    top = widths[-1]
-    blocks: dict[str, Block] = {
-        "mb4d": MB4D(top, mlp_ratio=2),
-        "mb3d": MB3D(top, mlp_ratio=2, num_heads=2, key_dim=4, attn_ratio=2),
-        "identity": Identity(top),
-    }
-    return StageSpace(widths, stride, depth, tuple(blocks[kind] for kind in kinds))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Tokens in stages 3 and 4, so that the network goes back to maps before the last embedding; identity's place varies.

@@ -5,15 +5,15 @@ import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from refusals import refusal
 
 from nas.slimming import LANDING, MIN_SAVING, Evaluation, Step, Trajectory, slim, slot_score, start_network
 from supernet.arch import MB3D, MB4D, ArchConfig, Block, Embedding, Identity
-from supernet.errors import InputError
 from supernet.space import SearchSpace, StageSpace
 
 ROOT = Path(__file__).parent.parent
@@ -26,15 +26,6 @@ def stage_space(widths: tuple[int, ...], stride: int, depth: int, *kinds: str) -
 
 def kinds_of(arch: ArchConfig) -> list[list[str]]:
     return [[block.kind for block in stage.blocks] for stage in arch.stages]
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The one line with which a call refuses its input."""
-    with pytest.raises(InputError) as refused:
-        call()
-    message = str(refused.value)
-    assert message and "\n" not in message
-    return message
 
 
 @dataclass(frozen=True)

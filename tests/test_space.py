@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from refusals import refusal
 
 from supernet.arch import MB3D, MB4D, ArchConfig, Block, Identity, Layer, Stage
-from supernet.errors import InputError
 from supernet.space import SearchSpace, StageSpace, space_names
 
 ROOT = Path(__file__).parent.parent
@@ -20,15 +20,6 @@ SPACES = space_names()
 
 def zoo(name: str) -> ArchConfig:
     return ArchConfig.load(ROOT / "supernet" / "zoo" / f"efficientformer_{name}.yaml")
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The one line with which a call refuses its input."""
-    with pytest.raises(InputError) as refused:
-        call()
-    message = str(refused.value)
-    assert message and "\n" not in message
-    return message
 
 
 def samples(space: SearchSpace, number: int) -> list[ArchConfig]:

@@ -1,11 +1,11 @@
 """A seed decides a supernet, a kill does not change it, and what the images need becomes important."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_spaces import stage_space
 from torch import Tensor, nn
 
 from nas import supernet_training
@@ -13,31 +13,14 @@ from nas.data import ImageData, Images
 from nas.evaluation import Evaluator
 from nas.supernet_training import SupernetSettings, single_path, temperature, train_supernet, training_size
 from nas.training import save_checkpoint
-from supernet.arch import MB3D, MB4D, Block, Identity
 from supernet.errors import InputError
 from supernet.metapath import Supernet, sample_path
-from supernet.space import SearchSpace, StageSpace
+from supernet.space import SearchSpace
 
 State = dict[str, Tensor]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two threads on a busy machine wait for each other at every one of these tiny operations."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def stage_space(widths: tuple[int, ...], stride: int, depth: int, *kinds: str) -> StageSpace:
-    top = widths[-1]
-    blocks: dict[str, Block] = {
-        "mb4d": MB4D(top, mlp_ratio=2),
-        "mb3d": MB3D(top, mlp_ratio=2, num_heads=2, key_dim=4, attn_ratio=2),
-        "identity": Identity(top),
-    }
-    return StageSpace(widths, stride, depth, tuple(blocks[kind] for kind in kinds))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SPACE = SearchSpace(
