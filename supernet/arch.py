@@ -87,6 +87,45 @@ class MB3D:
 
 
 @dataclass(frozen=True)
+class FFN:
+    """Feed-forward block on maps (EfficientFormerV2): `x + ls2 * mlp(x)`; the MLP has a 3x3 depthwise convolution inside."""
+
+    kind: ClassVar[str] = "ffn"
+    tokens: ClassVar[bool] = False
+    dim: int
+    mlp_ratio: int = 4
+    act: str = "gelu"
+
+    def __post_init__(self) -> None:
+        _known_activation(self)
+        _positive(self, "dim", "mlp_ratio")
+
+
+@dataclass(frozen=True)
+class AttnFFN:
+    """Attention block on maps (EfficientFormerV2): attention with talking heads and local values, then the MLP of FFN.
+
+    With `stride` 2 the attention is computed on a map of half the side, which must be even, and brought back to the whole.
+    """
+
+    kind: ClassVar[str] = "attn_ffn"
+    tokens: ClassVar[bool] = False
+    dim: int
+    mlp_ratio: int = 4
+    num_heads: int = 8
+    key_dim: int = 32
+    attn_ratio: int = 4
+    stride: int = 1
+    act: str = "gelu"
+
+    def __post_init__(self) -> None:
+        _known_activation(self)
+        _positive(self, "dim", "mlp_ratio", "num_heads", "key_dim", "attn_ratio")
+        if self.stride not in (1, 2):
+            raise InputError(f"AttnFFN: the attention's stride must be 1 or 2, but is {self.stride!r}")
+
+
+@dataclass(frozen=True)
 class Identity:
     """An empty slot: its input is its output; it costs nothing and is left out of a built network."""
 
@@ -130,6 +169,26 @@ class Embedding:
 
 
 @dataclass(frozen=True)
+class AttnEmbedding:
+    """Attention that halves the map, plus a 3x3 convolution with batch norm, between two stages (EfficientFormerV2)."""
+
+    kind: ClassVar[str] = "attn_embedding"
+    dim: int
+    dim_in: int
+    stride: int = 2
+    num_heads: int = 8
+    key_dim: int = 16
+    attn_ratio: int = 4
+    act: str = "gelu"
+
+    def __post_init__(self) -> None:
+        _known_activation(self)
+        _positive(self, "dim", "dim_in", "num_heads", "key_dim", "attn_ratio")
+        if self.stride != 2:
+            raise InputError(f"a stage that attn_embedding enters has stride 2, but its stride is {self.stride!r}")
+
+
+@dataclass(frozen=True)
 class Flat:
     """(N, C, H, W) to (N, H*W, C), once, before the first token block of a stage."""
 
@@ -150,6 +209,7 @@ class Head:
     """From what enters (a map, or tokens) to logits, by one linear classifier. `form` says what stands before it:
 
     - `layer_norm`: layer norm, mean over positions (EfficientFormer)
+    - `batch_norm`: batch norm, mean over positions (EfficientFormerV2)
     """
 
     kind: ClassVar[str] = "head"
@@ -164,7 +224,7 @@ class Head:
             raise unknown("head", str(self.form), HEADS)
 
 
-HEADS = ("layer_norm",)
+HEADS = ("layer_norm", "batch_norm")
 
 
 class UserBlock(Protocol):
@@ -181,17 +241,17 @@ class UserBlock(Protocol):
         ...
 
 
-Block = MB4D | MB3D | Identity | UserBlock
+Block = MB4D | MB3D | FFN | AttnFFN | Identity | UserBlock
 StageStem = Stem
 """What takes an image to the first stage's map."""
-StageEmbedding = Embedding
+StageEmbedding = Embedding | AttnEmbedding
 """What takes a stage's map to the next stage's."""
 Entry = StageStem | StageEmbedding
 Spec = Block | Entry | Flat | Unflat | Head
 
-BLOCKS: dict[str, type[Any]] = {"mb4d": MB4D, "mb3d": MB3D, "identity": Identity}
+BLOCKS: dict[str, type[Any]] = {"mb4d": MB4D, "mb3d": MB3D, "ffn": FFN, "attn_ffn": AttnFFN, "identity": Identity}
 STEMS: dict[str, type[Any]] = {"stem": Stem}
-EMBEDDINGS: dict[str, type[Any]] = {"embedding": Embedding}
+EMBEDDINGS: dict[str, type[Any]] = {"embedding": Embedding, "attn_embedding": AttnEmbedding}
 SPECS: dict[str, type[Any]] = {**BLOCKS, **STEMS, **EMBEDDINGS, "flat": Flat, "unflat": Unflat, "head": Head}
 
 

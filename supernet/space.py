@@ -76,6 +76,7 @@ class StageSpace:
 
     def kind_of(self, block: Block) -> str:
         """Return what the candidate that a block is of is called here."""
+        # The label first: a candidate with all its knobs at their defaults is called by its kind alone.
         return label(block) if label(block) in self.kinds else block.kind
 
     def candidate(self, kind: str, width: int) -> Block:

@@ -8,16 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supernet.arch import ArchConfig
+from supernet.blocks.efficientformer_v2 import AttnFFNModule, FFNModule
+from supernet.blocks.layers import EmbeddingModule, StemModule
 from supernet.errors import InputError
 from supernet.metapath import Supernet
 from supernet.model import build_model
 
-_REMEDY = "give timm.create_model(name).state_dict() of the same EfficientFormer V1 (timm 1.0.31)"
+_REMEDY = "give timm.create_model(name).state_dict() of the same network (timm 1.0.31)"
 _CLASSIFIERS = ("head.", "head_dist.")
 
 
 def load_timm_weights(model: nn.Module, timm_state_dict: Mapping[str, Tensor]) -> None:
-    """Load a timm 1.0.31 EfficientFormer V1 state dict into a network of `build_model`, whatever its image size.
+    """Load a timm 1.0.31 state dict of EfficientFormer or EfficientFormerV2 into a network of `build_model`, whatever its
+    image size.
 
     timm averages the logits of two classifiers; here their weights are averaged, which comes to the same. A table of
     attention biases for a map of another size is resized. With another number of classes than the state dict's, the
@@ -68,6 +71,7 @@ def _is_bias_table(table: Tensor) -> bool:
 
 def _sources(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
     """Yield every key of our state dict with its names in timm's: two for the classifier, else one."""
+    v2 = any(isinstance(module, FFNModule | AttnFFNModule) for module in model.children())
     blocks: dict[int, int] = {}  # how many of timm's blocks stand before this one in each stage
     for layer, module in model.named_children():
         part = re.fullmatch(r"stage(\d+)_(embedding|flat|unflat|block\d+)", layer)
@@ -83,10 +87,21 @@ def _sources(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
                 blocks[stage] += 1
         for key in module.state_dict():
             classifier = layer == "head" and key.startswith("fc.")
-            names = [head + key.removeprefix("fc.") for head in _CLASSIFIERS] if classifier else [prefix + key]
+            theirs = _v2_name(module, key) if v2 else key
+            names = [head + key.removeprefix("fc.") for head in _CLASSIFIERS] if classifier else [prefix + theirs]
             yield f"{layer}.{key}", names
     if not blocks:
         raise _not_ours(model, "has no stages")
+
+
+def _v2_name(module: nn.Module, key: str) -> str:
+    """A tensor's name inside timm's module of EfficientFormerV2: there a convolution and its norm stand in one module."""
+    match module:
+        case StemModule():  # conv1.weight, norm1.weight to conv1.conv.weight, conv1.bn.weight
+            return re.sub(r"^norm(\d)", r"conv\1.bn", re.sub(r"^conv(\d)", r"conv\1.conv", key))
+        case EmbeddingModule():
+            return re.sub(r"^norm", "conv.bn", re.sub(r"^conv", "conv.conv", key))
+    return key
 
 
 def _not_ours(model: nn.Module, why: str) -> InputError:
@@ -99,7 +114,7 @@ def _check_names(given: Mapping[str, object], expected: set[str]) -> None:
     missing, unexpected = sorted(expected - given.keys()), sorted(given.keys() - expected)
     if no_tensors or len(missing) == len(expected):
         found = _first(no_tensors or unexpected)
-        raise InputError(f"this is not the state dict of a timm EfficientFormer V1: it has {found}: {_REMEDY}")
+        raise InputError(f"this is not the state dict of a timm network of this family: it has {found}: {_REMEDY}")
     faults = [f"lacks {_first(missing)}"] if missing else []
     faults += [f"has an unexpected {_first(unexpected)}"] if unexpected else []
     if faults:

@@ -72,20 +72,33 @@ class IdentityModule(nn.Module):
 
 
 class HeadModule(nn.Module):
-    """Layer norm over channels, mean over positions, linear: (N, L, C) or a map (N, C, H, W) to (N, num_classes)."""
+    """Layer or batch norm, mean over positions, linear: (N, L, C) or a map (N, C, H, W) to (N, num_classes)."""
 
     def __init__(self, spec: Head, resolution: int) -> None:
         super().__init__()
         self.tokens = spec.tokens
-        self.norm = nn.LayerNorm(spec.dim)
+        self.norm = nn.BatchNorm2d(spec.dim) if spec.form == "batch_norm" else nn.LayerNorm(spec.dim)
         self.fc = nn.Linear(spec.dim, spec.num_classes)
         nn.init.trunc_normal_(self.fc.weight, std=0.02)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.norm, nn.BatchNorm2d):
+            return self.fc(_normed_mean(self.norm, x.transpose(1, 2).unsqueeze(3) if self.tokens else x))
         if not self.tokens:
             x = x.flatten(2).transpose(1, 2)
         return self.fc(self.norm(x).mean(1))
+
+
+def _normed_mean(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Batch norm, then the mean over positions: (N, C, H, W) to (N, C)."""
+    if norm.training:
+        return norm(x).mean((2, 3))
+    # A factor and an offset for each channel, so the mean may come first. No convolution stands before this norm for a
+    # runtime to fold it into; written out, it is a constant product and sum of C numbers instead of a norm of the map.
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return x.mean((2, 3)) * scale + (norm.bias - norm.running_mean * scale)
 
 
 def offset_index(side: int) -> Tensor:

@@ -22,6 +22,8 @@ def weight(name: str, shape: tuple[int, ...]) -> NDArray[np.float32] | NDArray[n
         return _uniform(name, shape, 0.5, 1.5)
     if name.endswith("attention_biases"):
         return _centred(name, shape, 1.0)
+    if name.endswith("talking_head2.bias"):
+        return _centred(name, shape, 0.01)  # the sum of the values of all positions is weighted with it
     if name.endswith(("bias", "running_mean")):
         return _centred(name, shape, 0.1)
     return _centred(name, shape, 1 / sqrt(prod(shape[1:])))
