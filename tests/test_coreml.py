@@ -27,13 +27,29 @@ from nas.profilers.coreml import (
 )
 from nas.profilers.iphone import iphone_id
 from nas.profilers.timing import Stopwatch
-from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Flat, Head, Layer, Stage, Stem, Unflat
+from supernet.arch import (
+    FFN,
+    MB3D,
+    MB4D,
+    ArchConfig,
+    AttnEmbedding,
+    AttnFFN,
+    Embedding,
+    Flat,
+    Head,
+    Layer,
+    Stage,
+    Stem,
+    Unflat,
+)
 from supernet.errors import InputError
 
 SMALL = MB3D(32, num_heads=2, key_dim=8, attn_ratio=2)
 NETWORK = ArchConfig(
     "small", 32, 5, (Stage(16, 4, (MB4D(16),)), Stage(32, 2, (MB4D(32), SMALL)), Stage(32, 1, (MB4D(32), SMALL)))
 )
+SMALL_V2 = AttnFFN(16, num_heads=2, key_dim=8)
+FEED_FORWARD = ["conv", "gelu", "conv", "gelu", "conv", "add"]
 POOL_BLOCK = ["avg_pool", "sub", "mul", "add", "conv", "gelu", "conv", "add"]
 
 
@@ -50,6 +66,14 @@ POOL_BLOCK = ["avg_pool", "sub", "mul", "add", "conv", "gelu", "conv", "add"]
         ((Layer(MB4D(16), 8), Layer(Embedding(24, 16), 8), Layer(MB4D(24), 4)), [*POOL_BLOCK, "conv", *POOL_BLOCK]),
         ((Layer(MB4D(16), 4), Layer(Head(16, 10, tokens=False), 4)), None),
         (tuple(NETWORK.layers()), None),
+        ((Layer(FFN(24, mlp_ratio=3), 5),) * 2, FEED_FORWARD * 2),
+        ((Layer(SMALL_V2, 4),) * 2, None),
+        ((Layer(replace(SMALL_V2, stride=2), 8),) * 2, None),
+        ((Layer(FFN(16), 7), Layer(AttnEmbedding(24, 16, num_heads=2), 7), Layer(FFN(24), 4)), None),
+        (
+            (Layer(FFN(16), 4), Layer(Head(16, 10, form="batch_norm"), 4)),
+            [*FEED_FORWARD, "reduce_mean", "mul", "add", "linear"],
+        ),
     ],
     ids=lambda value: name_of(value)[:40] if isinstance(value, tuple) else "",
 )
