@@ -76,7 +76,8 @@ class StageSpace:
 
     def kind_of(self, block: Block) -> str:
         """Return what the candidate that a block is of is called here."""
-        return block.kind if block.kind in self.kinds else label(block)
+        # Beside mb4d(act=relu), a candidate at its defaults is called mb4d: the label comes first.
+        return label(block) if label(block) in self.kinds else block.kind
 
     def candidate(self, kind: str, width: int) -> Block:
         """Return the candidate of this kind at this width."""

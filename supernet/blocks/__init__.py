@@ -5,14 +5,17 @@ from typing import Any
 from torch import nn
 
 from supernet import arch
-from supernet.blocks import efficientformer, layers
+from supernet.blocks import efficientformer, efficientvit, layers
 
 MODULES: dict[type[Any], Any] = {
     arch.MB4D: efficientformer.MB4DModule,
     arch.MB3D: efficientformer.MB3DModule,
+    arch.Sandwich: efficientvit.SandwichModule,
     arch.Identity: layers.IdentityModule,
     arch.Stem: layers.StemModule,
+    arch.ConvStem: efficientvit.ConvStemModule,
     arch.Embedding: layers.EmbeddingModule,
+    arch.Subsample: efficientvit.SubsampleModule,
     arch.Flat: layers.FlatModule,
     arch.Unflat: layers.UnflatModule,
     arch.Head: layers.HeadModule,

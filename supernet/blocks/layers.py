@@ -4,6 +4,7 @@ Shapes: N images, C channels, H = W = the resolution that the layer is built for
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supernet.arch import Embedding, Flat, Head, Identity, Stem, Unflat
@@ -72,20 +73,33 @@ class IdentityModule(nn.Module):
 
 
 class HeadModule(nn.Module):
-    """Layer norm over channels, mean over positions, linear: (N, L, C) or a map (N, C, H, W) to (N, num_classes)."""
+    """Norm, mean over positions and linear in the order of `spec.form`: tokens (N, L, C) or a map (N, C, H, W) to
+    (N, num_classes)."""
 
     def __init__(self, spec: Head, resolution: int) -> None:
         super().__init__()
         self.tokens = spec.tokens
-        self.norm = nn.LayerNorm(spec.dim)
+        self.norm = nn.BatchNorm1d(spec.dim) if spec.form == "mean_batch_norm" else nn.LayerNorm(spec.dim)
         self.fc = nn.Linear(spec.dim, spec.num_classes)
         nn.init.trunc_normal_(self.fc.weight, std=0.02)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.norm, nn.BatchNorm1d):
+            return _linear_of_norm(x.mean(1) if self.tokens else x.mean((2, 3)), self.norm, self.fc)
         if not self.tokens:
             x = x.flatten(2).transpose(1, 2)
         return self.fc(self.norm(x).mean(1))
+
+
+def _linear_of_norm(x: Tensor, norm: nn.BatchNorm1d, fc: nn.Linear) -> Tensor:
+    """Return fc(norm(x)), (N, C) to (N, classes). In eval mode both are one linear layer, as they are deployed: no runtime
+    merges a batch norm into what comes after it."""
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        return fc(norm(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    return F.linear(x, fc.weight * scale, fc.bias + (fc.weight * shift).sum(1))
 
 
 def offset_index(side: int) -> Tensor:
