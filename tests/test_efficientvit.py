@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from nas.evaluation import recalibrate
 from nas.export import onnx_bytes, with_ordinary_values
 from nas.measure import Model, build_module
+from nas.plan import work_for
 from nas.profilers.coreml import convert, operations
-from supernet.arch import MB3D, MB4D, ArchConfig, ConvStem, Embedding, Head, Layer, Sandwich, Stage, Stem, Subsample
+from nas.table import LatencyTable, Row, measured_layers
+from supernet.arch import MB3D, MB4D, ArchConfig, ConvStem, Embedding, Head, Layer, Sandwich, Stage, Stem, Subsample, is_block
 from supernet.blocks import build_layer
 from supernet.blocks.efficientvit import CascadedGroupAttention, WindowAttention
 from supernet.errors import InputError
@@ -332,6 +334,25 @@ def test_knobs_survive_a_file(tmp_path: Path) -> None:
     loaded = ArchConfig.load(tmp_path / "network.yaml")
     assert loaded.named_layers() == NETWORK.named_layers()
     assert "q_kernels: [5, 3]" in (tmp_path / "network.yaml").read_text()
+
+
+def test_knobs_survive_a_latency_table(tmp_path: Path) -> None:
+    layers = measured_layers([*NETWORK.layers(), Layer(Sandwich(8, 1, q_kernels=(3,)), 4)])
+    table = LatencyTable("a-cpu", {layer: Row(1.0, 0.5, 1.5, "slope") for layer in layers})
+    assert LatencyTable.load(table.save(tmp_path)).rows == table.rows
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_layer_of_a_space_can_be_measured(name: str) -> None:
+    """The pieces that its rows are made of have layers that fit each other, and run."""
+    space = SearchSpace.load(name)
+    work = work_for(space)
+    assert set(work.rows) == set(measured_layers(space.layers()))
+    pieces = {model for layer, terms in work.rows.items() if not is_block(layer.spec) for model in terms if model}
+    for model in pieces:
+        module, example = build_module(model)
+        with torch.no_grad():
+            assert module(example).isfinite().all()
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
