@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas.data import ImageData, Images, normalise
 from nas.slimming import Evaluation
@@ -108,8 +109,8 @@ def recalibrate(model: nn.Sequential, x: Tensor) -> None:
     model.eval()
 
 
-def _batch_norms(module: nn.Module) -> Iterator[nn.BatchNorm2d]:
-    return (m for m in module.modules() if isinstance(m, nn.BatchNorm2d))
+def _batch_norms(module: nn.Module) -> Iterator[_BatchNorm]:
+    return (m for m in module.modules() if isinstance(m, _BatchNorm))
 
 
 @torch.no_grad()

@@ -189,6 +189,76 @@ class AttnEmbedding:
 
 
 @dataclass(frozen=True)
+class Sandwich:
+    """EfficientViT's block on maps: cascaded group attention in windows, before and after it a depthwise convolution and
+    an MLP, each of the five on a residual branch of its own.
+
+    Head i sees the i-th chunk of the channels plus what head i - 1 gave, and q goes through a depthwise convolution of
+    `q_kernels[i]`; entries past `num_heads` are unused. Maps larger than `window` are padded to a multiple of it.
+    """
+
+    kind: ClassVar[str] = "sandwich"
+    tokens: ClassVar[bool] = False
+    dim: int
+    num_heads: int = 4
+    key_dim: int = 16
+    q_kernels: tuple[int, ...] = (5, 5, 5, 5)
+    window: int = 7
+    ffn_ratio: int = 2
+    act: str = "relu"
+
+    def __post_init__(self) -> None:
+        _known_activation(self)
+        _positive(self, "dim", "num_heads", "key_dim", "window", "ffn_ratio")
+        if self.dim % self.num_heads:
+            raise InputError(f"Sandwich: dim must be a multiple of num_heads, but {self.dim} is none of {self.num_heads}")
+        kernels = self.q_kernels
+        if not isinstance(kernels, tuple) or not all(type(k) is int and k > 0 and k % 2 for k in kernels):
+            raise InputError(f"Sandwich: q_kernels must be a list of odd whole numbers, but is {kernels!r}")
+        if len(kernels) < self.num_heads:
+            raise InputError(f"Sandwich: q_kernels must have one entry for each of {self.num_heads} heads, but is {kernels!r}")
+
+
+@dataclass(frozen=True)
+class ConvStem:
+    """log2(stride) 3x3 convolutions of stride 2 from the image to `dim` channels, each twice as wide as the one before
+    (EfficientViT: four)."""
+
+    kind: ClassVar[str] = "conv_stem"
+    dim: int
+    stride: int = 16
+    act: str = "relu"
+
+    def __post_init__(self) -> None:
+        _positive(self, "dim")
+        _known_activation(self)
+        if self.stride not in (2, 4, 8, 16):
+            raise InputError(f"the stride of a conv_stem must be 2, 4, 8 or 16, but is {self.stride!r}")
+        if self.dim % (self.stride // 2):
+            raise InputError(
+                f"the dim of a conv_stem of stride {self.stride} must be a multiple of {self.stride // 2}, but is {self.dim}"
+            )
+
+
+@dataclass(frozen=True)
+class Subsample:
+    """EfficientViT's way to the next stage: depthwise convolution and MLP at the old width, an inverted bottleneck with
+    squeeze-and-excitation that reduces the map, depthwise convolution and MLP at the new width."""
+
+    kind: ClassVar[str] = "subsample"
+    dim: int
+    dim_in: int
+    stride: int = 2
+    act: str = "relu"
+
+    def __post_init__(self) -> None:
+        _positive(self, "dim", "dim_in")
+        _known_activation(self)
+        if self.stride not in (1, 2):
+            raise InputError(f"the stride of a stage after the first must be 1 or 2, but is {self.stride!r}")
+
+
+@dataclass(frozen=True)
 class Flat:
     """(N, C, H, W) to (N, H*W, C), once, before the first token block of a stage."""
 
@@ -210,6 +280,7 @@ class Head:
 
     - `layer_norm`: layer norm, mean over positions (EfficientFormer)
     - `batch_norm`: batch norm, mean over positions (EfficientFormerV2)
+    - `mean_batch_norm`: mean over positions, batch norm (EfficientViT)
     """
 
     kind: ClassVar[str] = "head"
@@ -224,7 +295,7 @@ class Head:
             raise unknown("head", str(self.form), HEADS)
 
 
-HEADS = ("layer_norm", "batch_norm")
+HEADS = ("layer_norm", "batch_norm", "mean_batch_norm")
 
 
 class UserBlock(Protocol):
@@ -241,17 +312,24 @@ class UserBlock(Protocol):
         ...
 
 
-Block = MB4D | MB3D | FFN | AttnFFN | Identity | UserBlock
-StageStem = Stem
+Block = MB4D | MB3D | FFN | AttnFFN | Sandwich | Identity | UserBlock
+StageStem = Stem | ConvStem
 """What takes an image to the first stage's map."""
-StageEmbedding = Embedding | AttnEmbedding
+StageEmbedding = Embedding | AttnEmbedding | Subsample
 """What takes a stage's map to the next stage's."""
 Entry = StageStem | StageEmbedding
 Spec = Block | Entry | Flat | Unflat | Head
 
-BLOCKS: dict[str, type[Any]] = {"mb4d": MB4D, "mb3d": MB3D, "ffn": FFN, "attn_ffn": AttnFFN, "identity": Identity}
-STEMS: dict[str, type[Any]] = {"stem": Stem}
-EMBEDDINGS: dict[str, type[Any]] = {"embedding": Embedding, "attn_embedding": AttnEmbedding}
+BLOCKS: dict[str, type[Any]] = {
+    "mb4d": MB4D,
+    "mb3d": MB3D,
+    "ffn": FFN,
+    "attn_ffn": AttnFFN,
+    "sandwich": Sandwich,
+    "identity": Identity,
+}
+STEMS: dict[str, type[Any]] = {"stem": Stem, "conv_stem": ConvStem}
+EMBEDDINGS: dict[str, type[Any]] = {"embedding": Embedding, "attn_embedding": AttnEmbedding, "subsample": Subsample}
 SPECS: dict[str, type[Any]] = {**BLOCKS, **STEMS, **EMBEDDINGS, "flat": Flat, "unflat": Unflat, "head": Head}
 
 

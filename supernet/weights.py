@@ -3,48 +3,69 @@
 import re
 from collections.abc import Iterator, Mapping
 from math import isqrt
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supernet.arch import ArchConfig
-from supernet.blocks.efficientformer_v2 import AttnFFNModule, FFNModule
-from supernet.blocks.layers import EmbeddingModule, StemModule
+from supernet.blocks.efficientvit import ConvStemModule
 from supernet.errors import InputError
 from supernet.metapath import Supernet
 from supernet.model import build_model
 
-_REMEDY = "give timm.create_model(name).state_dict() of the same network (timm 1.0.31)"
-_CLASSIFIERS = ("head.", "head_dist.")
+_CLASSIFIER = "head.fc."  # in our state dicts
+
+
+class _Family(NamedTuple):
+    """A family's name, and timm's prefixes of what is not inside a stage."""
+
+    name: str
+    stem: str
+    head_norm: str
+    classifiers: tuple[str, ...]
+
+    @property
+    def remedy(self) -> str:
+        return f"give timm.create_model(name).state_dict() of the same {self.name} (timm 1.0.31)"
+
+
+_EFFICIENTFORMER = _Family("EfficientFormer V1", "stem.", "norm.", ("head.", "head_dist."))
+_EFFICIENTVIT = _Family("EfficientViT of MSRA", "patch_embed.", "head.bn.", ("head.linear.",))
+
+
+def _family(model: nn.Module) -> _Family:
+    return _EFFICIENTVIT if isinstance(getattr(model, "stem", None), ConvStemModule) else _EFFICIENTFORMER
 
 
 def load_timm_weights(model: nn.Module, timm_state_dict: Mapping[str, Tensor]) -> None:
-    """Load a timm 1.0.31 state dict of EfficientFormer or EfficientFormerV2 into a network of `build_model`, whatever its
-    image size.
+    """Load the timm 1.0.31 state dict of an EfficientFormer V1 or an EfficientViT (of MSRA) into a network of
+    `build_model`, whatever its image size.
 
-    timm averages the logits of two classifiers; here their weights are averaged, which comes to the same. A table of
-    attention biases for a map of another size is resized. With another number of classes than the state dict's, the
-    network's classifier (the last linear layer) keeps the fresh weights that it has. timm's `attention_bias_idxs`
-    buffers are ignored, as they follow from the map's size. Values are cast to the network's own dtype and device.
+    EfficientFormer's logits are in timm the mean of two classifiers'; here the weights are averaged, which comes to the
+    same. A table of attention biases for a map of another size is resized. With another number of classes than the state
+    dict's, the network's classifier (the last linear layer) keeps the fresh weights that it has. timm's
+    `attention_bias_idxs` buffers are ignored, as they follow from the map's size. Values are cast to the network's own
+    dtype and device.
 
     Raises:
         InputError: the model is not one of `build_model`; or the state dict lacks a tensor, or has one too many or one
             of another shape. The model is then as it was.
     """
     given = {name: tensor for name, tensor in timm_state_dict.items() if not name.endswith(".attention_bias_idxs")}
-    own = model.state_dict()
-    sources = dict(_sources(model))
-    _check_names(given, {name for names in sources.values() for name in names})
-    classes = given["head.bias"].numel()
+    own, family = model.state_dict(), _family(model)
+    sources = dict(_sources(model, family))
+    _check_names(given, {name for names in sources.values() for name in names}, family)
+    classes = given[f"{family.classifiers[0]}bias"].numel()
     misfits = []
     for key, names in sources.items():
         for name in names:
-            allowed = _allowed(name, given[name], own[key], classes)
+            allowed = _allowed(key, given[name], own[key], classes)
             if given[name].shape != allowed:
                 misfits.append(f"{name} of shape {tuple(given[name].shape)}, not {tuple(allowed)}")
     if misfits:
-        raise InputError(f"the state dict does not fit the network: it has {_first(misfits)}: {_REMEDY}")
-    model.load_state_dict({key: _converted([given[n] for n in names], own[key]) for key, names in sources.items()})
+        raise InputError(f"the state dict does not fit the network: it has {_first(misfits)}: {family.remedy}")
+    model.load_state_dict({key: _converted(key, [given[n] for n in names], own[key]) for key, names in sources.items()})
 
 
 def resize_attention_biases(table: Tensor, side: int) -> Tensor:
@@ -69,15 +90,14 @@ def _is_bias_table(table: Tensor) -> bool:
     return table.ndim == 2 and table.shape[1] > 0 and isqrt(table.shape[1]) ** 2 == table.shape[1]
 
 
-def _sources(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
-    """Yield every key of our state dict with its names in timm's: two for the classifier, else one."""
-    v2 = any(isinstance(module, FFNModule | AttnFFNModule) for module in model.children())
+def _sources(model: nn.Module, family: _Family) -> Iterator[tuple[str, list[str]]]:
+    """Yield every key of our state dict with its names in timm's: one, or one for each of several classifiers."""
     blocks: dict[int, int] = {}  # how many of timm's blocks stand before this one in each stage
     for layer, module in model.named_children():
         part = re.fullmatch(r"stage(\d+)_(embedding|flat|unflat|block\d+)", layer)
         if part is None and layer not in ("stem", "head"):
             raise _not_ours(model, f"has a module {layer!r}")
-        prefix = "stem." if layer == "stem" else ""
+        prefix = family.stem if layer == "stem" else ""
         if part:
             stage = int(part[1]) - 1
             prefix = f"stages.{stage}.downsample."
@@ -86,57 +106,49 @@ def _sources(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
                 prefix = f"stages.{stage}.blocks.{blocks.setdefault(stage, 0)}."
                 blocks[stage] += 1
         for key in module.state_dict():
-            classifier = layer == "head" and key.startswith("fc.")
-            theirs = _v2_name(module, key) if v2 else key
-            names = [head + key.removeprefix("fc.") for head in _CLASSIFIERS] if classifier else [prefix + theirs]
-            yield f"{layer}.{key}", names
+            own = f"{layer}.{key}"
+            if own.startswith(_CLASSIFIER):
+                yield own, [classifier + own.removeprefix(_CLASSIFIER) for classifier in family.classifiers]
+            elif layer == "head":
+                yield own, [family.head_norm + key.removeprefix("norm.")]
+            else:
+                yield own, [prefix + key]
     if not blocks:
         raise _not_ours(model, "has no stages")
-
-
-def _v2_name(module: nn.Module, key: str) -> str:
-    """A tensor's name inside timm's module of EfficientFormerV2: there a convolution and its norm stand in one module."""
-    match module:
-        case StemModule():  # conv1.weight, norm1.weight to conv1.conv.weight, conv1.bn.weight
-            return re.sub(r"^norm(\d)", r"conv\1.bn", re.sub(r"^conv(\d)", r"conv\1.conv", key))
-        case EmbeddingModule():
-            return re.sub(r"^norm", "conv.bn", re.sub(r"^conv", "conv.conv", key))
-    return key
 
 
 def _not_ours(model: nn.Module, why: str) -> InputError:
     return InputError(f"timm weights go into a network of build_model(arch), but this {type(model).__name__} {why}")
 
 
-def _check_names(given: Mapping[str, object], expected: set[str]) -> None:
+def _check_names(given: Mapping[str, object], expected: set[str], family: _Family) -> None:
     """Refuse a state dict that has not exactly the expected names, or holds something else than tensors."""
     no_tensors = [f"{name} ({type(value).__name__})" for name, value in given.items() if not isinstance(value, Tensor)]
     missing, unexpected = sorted(expected - given.keys()), sorted(given.keys() - expected)
     if no_tensors or len(missing) == len(expected):
         found = _first(no_tensors or unexpected)
-        raise InputError(f"this is not the state dict of a timm network of this family: it has {found}: {_REMEDY}")
+        raise InputError(f"this is not the state dict of a timm {family.name}: it has {found}: {family.remedy}")
     faults = [f"lacks {_first(missing)}"] if missing else []
     faults += [f"has an unexpected {_first(unexpected)}"] if unexpected else []
     if faults:
-        raise InputError(f"the state dict does not fit the network: it {' and '.join(faults)}: {_REMEDY}")
+        raise InputError(f"the state dict does not fit the network: it {' and '.join(faults)}: {family.remedy}")
 
 
-def _allowed(name: str, tensor: Tensor, own: Tensor, classes: int) -> tuple[int, ...]:
-    """The shape that a timm tensor must have to become `own`."""
-    if name.startswith(_CLASSIFIERS):
+def _allowed(key: str, tensor: Tensor, own: Tensor, classes: int) -> tuple[int, ...]:
+    """The shape that a timm tensor must have to become `own`, which is `key` of our state dict."""
+    if key.startswith(_CLASSIFIER):
         return (classes, *own.shape[1:])
-    if name.endswith(".attention_biases") and _is_bias_table(tensor):
+    if key.endswith(".attention_biases") and _is_bias_table(tensor):
         return (own.shape[0], tensor.shape[1])
     return tuple(own.shape)
 
 
-def _converted(tensors: list[Tensor], own: Tensor) -> Tensor:
+def _converted(key: str, tensors: list[Tensor], own: Tensor) -> Tensor:
     tensors = [tensor.to(own) for tensor in tensors]
-    if len(tensors) == 2:  # the classifiers, possibly for another number of classes
-        return (tensors[0] + tensors[1]) / 2 if tensors[0].shape == own.shape else own
     if tensors[0].shape != own.shape:
-        return resize_attention_biases(tensors[0], isqrt(own.shape[1]))
-    return tensors[0]
+        # A classifier for another number of classes, or a bias table for another map.
+        return own if key.startswith(_CLASSIFIER) else resize_attention_biases(tensors[0], isqrt(own.shape[1]))
+    return tensors[0] if len(tensors) == 1 else (tensors[0] + tensors[1]) / 2
 
 
 def _first(names: list[str]) -> str:

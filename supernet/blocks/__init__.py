@@ -5,17 +5,20 @@ from typing import Any
 from torch import nn
 
 from supernet import arch
-from supernet.blocks import efficientformer, efficientformer_v2, layers
+from supernet.blocks import efficientformer, efficientformer_v2, efficientvit, layers
 
 MODULES: dict[type[Any], Any] = {
     arch.MB4D: efficientformer.MB4DModule,
     arch.MB3D: efficientformer.MB3DModule,
     arch.FFN: efficientformer_v2.FFNModule,
     arch.AttnFFN: efficientformer_v2.AttnFFNModule,
+    arch.Sandwich: efficientvit.SandwichModule,
     arch.Identity: layers.IdentityModule,
     arch.Stem: layers.StemModule,
+    arch.ConvStem: efficientvit.ConvStemModule,
     arch.Embedding: layers.EmbeddingModule,
     arch.AttnEmbedding: efficientformer_v2.AttnEmbeddingModule,
+    arch.Subsample: efficientvit.SubsampleModule,
     arch.Flat: layers.FlatModule,
     arch.Unflat: layers.UnflatModule,
     arch.Head: layers.HeadModule,

@@ -4,6 +4,7 @@ Shapes: N images, C channels, H = W = the resolution that the layer is built for
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supernet.arch import Embedding, Flat, Head, Identity, Stem, Unflat
@@ -71,34 +72,36 @@ class IdentityModule(nn.Module):
         return x
 
 
+_NORMS: dict[str, type[nn.Module]] = {"layer_norm": nn.LayerNorm, "batch_norm": nn.BatchNorm2d, "mean_batch_norm": nn.BatchNorm1d}
+
+
 class HeadModule(nn.Module):
-    """Layer or batch norm, mean over positions, linear: (N, L, C) or a map (N, C, H, W) to (N, num_classes)."""
+    """Norm, mean over positions and linear, in the order of `spec.form`: tokens (N, L, C) or a map (N, C, H, W) to
+    (N, num_classes)."""
 
     def __init__(self, spec: Head, resolution: int) -> None:
         super().__init__()
         self.tokens = spec.tokens
-        self.norm = nn.BatchNorm2d(spec.dim) if spec.form == "batch_norm" else nn.LayerNorm(spec.dim)
+        self.form = spec.form
+        self.norm = _NORMS[spec.form](spec.dim)
         self.fc = nn.Linear(spec.dim, spec.num_classes)
         nn.init.trunc_normal_(self.fc.weight, std=0.02)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.norm, nn.BatchNorm2d):
-            return self.fc(_normed_mean(self.norm, x.transpose(1, 2).unsqueeze(3) if self.tokens else x))
-        if not self.tokens:
-            x = x.flatten(2).transpose(1, 2)
-        return self.fc(self.norm(x).mean(1))
-
-
-def _normed_mean(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """Batch norm, then the mean over positions: (N, C, H, W) to (N, C)."""
-    if norm.training:
-        return norm(x).mean((2, 3))
-    # A factor and an offset for each channel, so the mean may come first. No convolution stands before this norm for a
-    # runtime to fold it into; written out, it is a constant product and sum of C numbers instead of a norm of the map.
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return x.mean((2, 3)) * scale + (norm.bias - norm.running_mean * scale)
+        if self.form == "layer_norm":
+            return self.fc(self.norm(x if self.tokens else x.flatten(2).transpose(1, 2)).mean(1))
+        if self.form == "batch_norm" and self.training:
+            return self.fc(self.norm(x.transpose(1, 2).unsqueeze(3) if self.tokens else x).mean((2, 3)))
+        x = x.mean(1) if self.tokens else x.mean((2, 3))
+        if self.training:
+            return self.fc(self.norm(x))
+        # In eval mode a batch norm is a factor and an offset for each channel: it may come after the mean, and be one with the
+        # linear layer. No runtime merges it into what comes after it, and no convolution stands before it.
+        norm: Any = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
+        return F.linear(x, self.fc.weight * scale, self.fc.bias + (self.fc.weight * shift).sum(1))
 
 
 def offset_index(side: int) -> Tensor:

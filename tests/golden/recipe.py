@@ -29,6 +29,26 @@ def weight(name: str, shape: tuple[int, ...]) -> NDArray[np.float32] | NDArray[n
     return _centred(name, shape, 1 / sqrt(prod(shape[1:])))
 
 
+def efficientvit_weight(name: str, shape: tuple[int, ...]) -> NDArray[np.float32] | NDArray[np.int64]:
+    """Return the tensor of this name in timm's state dict of an EfficientViT.
+
+    Its initial batch norms make every residual branch zero, and with scales of 1 the logits grow beyond 1e4. So the last
+    scale of every branch is small here and no other is far from 1.
+    """
+    if name.endswith(("num_batches_tracked", "attention_bias_idxs")):
+        return np.zeros(shape, np.int64)
+    if name.endswith("running_var"):
+        return _uniform(name, shape, 0.8, 1.2)
+    if name.endswith("bn.weight"):
+        ends_branch = name.endswith((".m.bn.weight", ".pw2.bn.weight", ".proj.1.bn.weight"))
+        return _uniform(name, shape, 0.2, 0.4) if ends_branch else _uniform(name, shape, 0.8, 1.2)
+    if name.endswith("attention_biases"):
+        return _centred(name, shape, 1.0)
+    if name.endswith(("bias", "running_mean")):
+        return _centred(name, shape, 0.1)
+    return _centred(name, shape, sqrt(1.3 / prod(shape[1:])))
+
+
 def images(count: int, size: int) -> NDArray[np.float32]:
     """Return (count, 3, size, size) pixels of mean 0 and standard deviation 1.1: coarse patches under fine noise.
 
