@@ -27,9 +27,10 @@ from supernet.blocks.efficientformer import LayerScale
 from supernet.errors import InputError, unknown
 from supernet.files import checked_fields, read_yaml, write_atomically
 from supernet.model import build_model
-from supernet.weights import resize_attention_biases
+from supernet.weights import resize_attention_biases, resize_position_embedding
 
 MEASURED_STEPS = 10  # the first step is left out: it also allocates
+UNDECAYED = ("attention_biases", "cls_token", "pos_embed")  # beside vectors
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
@@ -351,6 +352,10 @@ def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path)
             resized += 1
     if resized:
         say(f"{resized} tables of attention biases of {path} are for another image size: they are resized")
+    for name, tensor in own.items():
+        if name.endswith("pos_embed") and name in given and given[name].shape != tensor.shape:
+            adapted[name] = resize_position_embedding(given[name], tensor.shape[1])
+            say(f"the position embedding of {path} is for another image size: it is resized")
     return adapted
 
 
@@ -373,11 +378,11 @@ def set_layer_scale(model: nn.Module, value: float) -> None:
 
 
 def parameter_groups(named: Iterator[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimizer groups: vectors and attention biases do not decay, everything else does."""
+    """Return optimizer groups: vectors, attention biases and what is added to tokens do not decay, everything else does."""
     decays: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in named:
-        (free if parameter.ndim <= 1 or name.endswith("attention_biases") else decays).append(parameter)
+        (free if parameter.ndim <= 1 or name.endswith(UNDECAYED) else decays).append(parameter)
     return [{"params": decays, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 

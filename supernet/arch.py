@@ -26,8 +26,9 @@ from supernet.files import checked_fields, read_yaml, write_atomically
 WIDTH_STEP = 8  # the finest grid of the published networks (EfficientFormerV2: 40, 120)
 ACTIVATIONS = ("relu", "gelu", "hardswish")
 
-Form = Literal["image", "map", "tokens", "logits"]
-"""What passes between layers: images (N, 3, S, S), maps (N, C, S, S), tokens (N, S * S, C), logits (N, classes)."""
+Form = Literal["image", "map", "tokens", "class_tokens", "logits"]
+"""What passes between layers: images (N, 3, S, S), maps (N, C, S, S), tokens (N, S * S, C), tokens after a class token
+(N, 1 + S * S, C), logits (N, classes)."""
 
 
 class Port(NamedTuple):
@@ -87,6 +88,24 @@ class MB3D:
 
 
 @dataclass(frozen=True)
+class ViT:
+    """Transformer block on tokens (ViT, DeiT): pre-norm attention without a bias of its own, then an MLP."""
+
+    kind: ClassVar[str] = "vit"
+    tokens: ClassVar[bool] = True
+    dim: int
+    num_heads: int = 12
+    mlp_ratio: int = 4
+    act: str = "gelu"
+
+    def __post_init__(self) -> None:
+        _known_activation(self)
+        _positive(self, "dim", "num_heads", "mlp_ratio")
+        if self.dim % self.num_heads:
+            raise InputError(f"ViT: dim must be a multiple of num_heads, but {self.dim} is none of {self.num_heads}")
+
+
+@dataclass(frozen=True)
 class Identity:
     """An empty slot: its input is its output; it costs nothing and is left out of a built network."""
 
@@ -112,6 +131,19 @@ class Stem:
         _known_activation(self)
         if self.stride not in (1, 2, 4):
             raise InputError(f"the first stage's stride must be 1, 2 or 4, but is {self.stride!r}")
+
+
+@dataclass(frozen=True)
+class PatchStem:
+    """The image as tokens: patches of `stride` pixels projected to `dim` channels, after a class token, with a learned
+    position each (ViT). Only `vit` blocks and the head `class_token` take what it leaves."""
+
+    kind: ClassVar[str] = "patch_stem"
+    dim: int
+    stride: int = 16
+
+    def __post_init__(self) -> None:
+        _positive(self, "dim", "stride")
 
 
 @dataclass(frozen=True)
@@ -150,6 +182,7 @@ class Head:
     """From what enters (a map, or tokens) to logits, by one linear classifier. `form` says what stands before it:
 
     - `layer_norm`: layer norm, mean over positions (EfficientFormer)
+    - `class_token`: layer norm, the class token (ViT)
     """
 
     kind: ClassVar[str] = "head"
@@ -164,7 +197,7 @@ class Head:
             raise unknown("head", str(self.form), HEADS)
 
 
-HEADS = ("layer_norm",)
+HEADS = ("layer_norm", "class_token")
 
 
 class UserBlock(Protocol):
@@ -181,16 +214,16 @@ class UserBlock(Protocol):
         ...
 
 
-Block = MB4D | MB3D | Identity | UserBlock
-StageStem = Stem
-"""What takes an image to the first stage's map."""
+Block = MB4D | MB3D | ViT | Identity | UserBlock
+StageStem = Stem | PatchStem
+"""What takes an image to the first stage's map, or to its tokens."""
 StageEmbedding = Embedding
 """What takes a stage's map to the next stage's."""
 Entry = StageStem | StageEmbedding
 Spec = Block | Entry | Flat | Unflat | Head
 
-BLOCKS: dict[str, type[Any]] = {"mb4d": MB4D, "mb3d": MB3D, "identity": Identity}
-STEMS: dict[str, type[Any]] = {"stem": Stem}
+BLOCKS: dict[str, type[Any]] = {"mb4d": MB4D, "mb3d": MB3D, "vit": ViT, "identity": Identity}
+STEMS: dict[str, type[Any]] = {"stem": Stem, "patch_stem": PatchStem}
 EMBEDDINGS: dict[str, type[Any]] = {"embedding": Embedding}
 SPECS: dict[str, type[Any]] = {**BLOCKS, **STEMS, **EMBEDDINGS, "flat": Flat, "unflat": Unflat, "head": Head}
 
@@ -254,6 +287,8 @@ class Layer(NamedTuple):
             return Port("image", 3, side)
         if is_embedding(spec):
             return Port("map", spec.dim_in, side)
+        if isinstance(spec, ViT) or (isinstance(spec, Head) and spec.form == "class_token"):
+            return Port("class_tokens", spec.dim, side)
         return Port("tokens" if spec.tokens else "map", spec.dim, side)  # type: ignore[union-attr]
 
     @property
@@ -267,7 +302,8 @@ class Layer(NamedTuple):
             case Head():
                 return Port("logits", spec.num_classes, 1)
         if is_stem(spec) or is_embedding(spec):
-            return Port("map", spec.dim, -(-side // spec.stride))
+            form: Form = "class_tokens" if isinstance(spec, PatchStem) else "map"
+            return Port(form, spec.dim, -(-side // spec.stride))
         return self.entering
 
 
@@ -290,6 +326,11 @@ class Stage:
             if begun and not block.tokens and not isinstance(block, Identity):
                 raise InputError(f"token blocks must be the last of their stage, but {block.kind} follows one")
             begun = begun or block.tokens
+            if isinstance(block, ViT) != isinstance(self.entry, PatchStem) and not isinstance(block, Identity):
+                raise InputError(
+                    f"vit blocks stand in a stage that patch_stem enters, and no others do, but this stage has {block.kind} "
+                    f"after {self.entry.kind if self.entry else 'the default entry'}: change the stage's entry or its blocks"
+                )
 
 
 @dataclass(frozen=True)
@@ -309,6 +350,17 @@ class ArchConfig:
         for number, stage in enumerate(self.stages):
             placed_entry(stage.entry, stage.width, self.stages[number - 1].width if number else None, stage.stride)
         Head(self.stages[-1].width, self.num_classes, form=self.head)
+        in_class_tokens = isinstance(self.stages[0].entry, PatchStem)
+        if in_class_tokens and len(self.stages) > 1:
+            raise InputError(
+                f"a network that begins with patch_stem has one stage, as its tokens make no map, but {self.name} has "
+                f"{len(self.stages)}: put all of its vit blocks into the first"
+            )
+        if in_class_tokens != (self.head == "class_token"):
+            raise InputError(
+                f"the head class_token goes with the entry patch_stem, but {self.name} has the head {self.head} after "
+                f"{self.stages[0].entry.kind if self.stages[0].entry else 'stem'}: change one of them"
+            )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -347,7 +399,7 @@ class ArchConfig:
                 layers.append((f"stage{number - 1}_unflat", Layer(Unflat(width), entering)))
             entry = placed_entry(stage.entry, stage.width, width or None, stage.stride)
             layers.append(("stem" if number == 1 else f"stage{number}_embedding", Layer(entry, entering)))
-            in_tokens = False
+            in_tokens = isinstance(entry, PatchStem)
             for slot, block in enumerate(stage.blocks, 1):
                 if isinstance(block, Identity):
                     continue

@@ -4,25 +4,28 @@ import re
 from collections.abc import Iterator, Mapping
 from math import isqrt
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supernet.arch import ArchConfig
+from supernet.blocks.vit import PatchStemModule
 from supernet.errors import InputError
 from supernet.metapath import Supernet
 from supernet.model import build_model
 
-_REMEDY = "give timm.create_model(name).state_dict() of the same EfficientFormer V1 (timm 1.0.31)"
+_REMEDY = "give timm.create_model(name).state_dict() of the same network (timm 1.0.31)"
 _CLASSIFIERS = ("head.", "head_dist.")
 
 
 def load_timm_weights(model: nn.Module, timm_state_dict: Mapping[str, Tensor]) -> None:
-    """Load a timm 1.0.31 EfficientFormer V1 state dict into a network of `build_model`, whatever its image size.
+    """Load a timm 1.0.31 state dict (EfficientFormer V1, DeiT, ViT) into a network of `build_model`, whatever its image size.
 
-    timm averages the logits of two classifiers; here their weights are averaged, which comes to the same. A table of
-    attention biases for a map of another size is resized. With another number of classes than the state dict's, the
-    network's classifier (the last linear layer) keeps the fresh weights that it has. timm's `attention_bias_idxs`
-    buffers are ignored, as they follow from the map's size. Values are cast to the network's own dtype and device.
+    timm averages the logits of EfficientFormer's two classifiers; here their weights are averaged, which comes to the same.
+    Attention biases and position embeddings for a map of another size are resized. With another number of classes than the
+    state dict's, the network's classifier (the last linear layer) keeps the fresh weights that it has. timm's
+    `attention_bias_idxs` buffers are ignored, as they follow from the map's size. Values are cast to the network's own dtype
+    and device.
 
     Raises:
         InputError: the model is not one of `build_model`; or the state dict lacks a tensor, or has one too many or one
@@ -41,7 +44,7 @@ def load_timm_weights(model: nn.Module, timm_state_dict: Mapping[str, Tensor]) -
                 misfits.append(f"{name} of shape {tuple(given[name].shape)}, not {tuple(allowed)}")
     if misfits:
         raise InputError(f"the state dict does not fit the network: it has {_first(misfits)}: {_REMEDY}")
-    model.load_state_dict({key: _converted([given[n] for n in names], own[key]) for key, names in sources.items()})
+    model.load_state_dict({key: _converted(names, given, own[key]) for key, names in sources.items()})
 
 
 def resize_attention_biases(table: Tensor, side: int) -> Tensor:
@@ -62,12 +65,38 @@ def resize_attention_biases(table: Tensor, side: int) -> Tensor:
     return F.interpolate(grid, (side, side), mode="bilinear", align_corners=True)[0].flatten(1)
 
 
+def resize_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
+    """Return the position embedding for `tokens` tokens, 1 + S * S: (1, 1 + R * R, dim) to (1, 1 + S * S, dim).
+
+    The class token's position, the first, is kept. The others are a grid, which is resized bicubically with antialiasing, as
+    timm does it. Where R = S, the embedding is returned.
+
+    Raises:
+        InputError: the embedding is not (1, 1 + R * R, dim).
+    """
+    if not _is_position_embedding(embedding):
+        raise InputError(f"a position embedding must have shape (1, 1 + R * R, dim), but has {tuple(embedding.shape)}")
+    if embedding.shape[1] == tokens:
+        return embedding
+    old, new = isqrt(embedding.shape[1] - 1), isqrt(tokens - 1)
+    grid = embedding[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, dim, R, R)
+    resized = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)
+    return torch.cat((embedding[:, :1], resized.flatten(2).transpose(1, 2)), 1)
+
+
+def _is_position_embedding(tensor: Tensor) -> bool:
+    return tensor.ndim == 3 and tensor.shape[1] > 1 and isqrt(tensor.shape[1] - 1) ** 2 == tensor.shape[1] - 1
+
+
 def _is_bias_table(table: Tensor) -> bool:
     return table.ndim == 2 and table.shape[1] > 0 and isqrt(table.shape[1]) ** 2 == table.shape[1]
 
 
 def _sources(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
-    """Yield every key of our state dict with its names in timm's: two for the classifier, else one."""
+    """Yield every key of our state dict with its names in timm's: two for EfficientFormer's classifier, else one."""
+    if isinstance(getattr(model, "stem", None), PatchStemModule):
+        yield from _vit_sources(model)
+        return
     blocks: dict[int, int] = {}  # how many of timm's blocks stand before this one in each stage
     for layer, module in model.named_children():
         part = re.fullmatch(r"stage(\d+)_(embedding|flat|unflat|block\d+)", layer)
@@ -89,6 +118,16 @@ def _sources(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
         raise _not_ours(model, "has no stages")
 
 
+def _vit_sources(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    blocks = 0
+    for layer, module in model.named_children():
+        if layer not in ("stem", "head"):
+            prefix, blocks = f"blocks.{blocks}.", blocks + 1
+        for key in module.state_dict():
+            name = key if layer == "stem" else key.replace("fc.", "head.") if layer == "head" else prefix + key
+            yield f"{layer}.{key}", [name]
+
+
 def _not_ours(model: nn.Module, why: str) -> InputError:
     return InputError(f"timm weights go into a network of build_model(arch), but this {type(model).__name__} {why}")
 
@@ -99,7 +138,7 @@ def _check_names(given: Mapping[str, object], expected: set[str]) -> None:
     missing, unexpected = sorted(expected - given.keys()), sorted(given.keys() - expected)
     if no_tensors or len(missing) == len(expected):
         found = _first(no_tensors or unexpected)
-        raise InputError(f"this is not the state dict of a timm EfficientFormer V1: it has {found}: {_REMEDY}")
+        raise InputError(f"this is not the state dict of a timm network that fits: it has {found}: {_REMEDY}")
     faults = [f"lacks {_first(missing)}"] if missing else []
     faults += [f"has an unexpected {_first(unexpected)}"] if unexpected else []
     if faults:
@@ -112,13 +151,17 @@ def _allowed(name: str, tensor: Tensor, own: Tensor, classes: int) -> tuple[int,
         return (classes, *own.shape[1:])
     if name.endswith(".attention_biases") and _is_bias_table(tensor):
         return (own.shape[0], tensor.shape[1])
+    if name == "pos_embed" and _is_position_embedding(tensor):
+        return (1, tensor.shape[1], own.shape[2])
     return tuple(own.shape)
 
 
-def _converted(tensors: list[Tensor], own: Tensor) -> Tensor:
-    tensors = [tensor.to(own) for tensor in tensors]
-    if len(tensors) == 2:  # the classifiers, possibly for another number of classes
-        return (tensors[0] + tensors[1]) / 2 if tensors[0].shape == own.shape else own
+def _converted(names: list[str], given: Mapping[str, Tensor], own: Tensor) -> Tensor:
+    tensors = [given[name].to(own) for name in names]
+    if names[0].startswith(_CLASSIFIERS):  # possibly for another number of classes
+        return torch.stack(tensors).mean(0) if tensors[0].shape == own.shape else own
+    if names[0] == "pos_embed":
+        return resize_position_embedding(tensors[0], own.shape[1])
     if tensors[0].shape != own.shape:
         return resize_attention_biases(tensors[0], isqrt(own.shape[1]))
     return tensors[0]

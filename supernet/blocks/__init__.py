@@ -5,13 +5,15 @@ from typing import Any
 from torch import nn
 
 from supernet import arch
-from supernet.blocks import efficientformer, layers
+from supernet.blocks import efficientformer, layers, vit
 
 MODULES: dict[type[Any], Any] = {
     arch.MB4D: efficientformer.MB4DModule,
     arch.MB3D: efficientformer.MB3DModule,
+    arch.ViT: vit.ViTModule,
     arch.Identity: layers.IdentityModule,
     arch.Stem: layers.StemModule,
+    arch.PatchStem: vit.PatchStemModule,
     arch.Embedding: layers.EmbeddingModule,
     arch.Flat: layers.FlatModule,
     arch.Unflat: layers.UnflatModule,

@@ -72,12 +72,14 @@ class IdentityModule(nn.Module):
 
 
 class HeadModule(nn.Module):
-    """Layer norm over channels, mean over positions, linear: (N, L, C) or a map (N, C, H, W) to (N, num_classes)."""
+    """Layer norm over channels, mean over positions or the class token, linear: (N, L, C) or a map (N, C, H, W) to
+    (N, num_classes)."""
 
     def __init__(self, spec: Head, resolution: int) -> None:
         super().__init__()
         self.tokens = spec.tokens
-        self.norm = nn.LayerNorm(spec.dim)
+        self.of_class_token = spec.form == "class_token"
+        self.norm = nn.LayerNorm(spec.dim, eps=1e-6 if self.of_class_token else 1e-5)  # as published
         self.fc = nn.Linear(spec.dim, spec.num_classes)
         nn.init.trunc_normal_(self.fc.weight, std=0.02)
         nn.init.zeros_(self.fc.bias)
@@ -85,6 +87,8 @@ class HeadModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.tokens:
             x = x.flatten(2).transpose(1, 2)
+        if self.of_class_token:
+            return self.fc(self.norm(x[:, 0]))
         return self.fc(self.norm(x).mean(1))
 
 
