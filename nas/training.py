@@ -30,7 +30,7 @@ from supernet.model import build_model
 from supernet.weights import resize_attention_biases, resize_position_embedding
 
 MEASURED_STEPS = 10  # the first step is left out: it also allocates
-UNDECAYED = ("attention_biases", "cls_token", "pos_embed")  # beside vectors
+UNDECAYED = ("attention_biases", "cls_token", "pos_embed", "segments", "pair_biases")  # beside vectors
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
@@ -187,6 +187,8 @@ def _run_epochs(
         f"training {arch.name} at {arch.image_size} px for {len(data.classes)} classes on {len(data.train):,} images: "
         f"epochs {first + 1} to {recipe.epochs}, {per_epoch} steps of {min(size, recipe.batch_size)}, on {device.type}"
     )
+    # Groups of one class would be told apart too easily.
+    val = data.val.shuffled(seed) if arch.multiplexes else data.val
     began = said = time.monotonic()
     with progress(arch.name, steps, step) as tick:
         for epoch in range(first, recipe.epochs):
@@ -210,7 +212,7 @@ def _run_epochs(
                 if step == start + 1 + MEASURED_STEPS:
                     left = (time.monotonic() - began) / MEASURED_STEPS * (steps - step)
                     say(f"about {duration(left)} for the {steps - step:,} steps left, going by {MEASURED_STEPS} steps")
-            loss, accuracy = accuracy_of(model, data.val)
+            loss, accuracy = accuracy_of(model, val)
             now = time.monotonic()
             history.rows.append(
                 {

@@ -333,15 +333,56 @@ class Stage:
                 )
 
 
+REDUCERS = ("conv", "avg", "none")
+MIXINGS = ("full", "block", "none")
+READOUTS = ("slot", "shared")
+
+
+@dataclass(frozen=True)
+class MultiplexSpec:
+    """`n` images in one pass of the last stage's token blocks (ConcatPlexer, arXiv 2308.11199; supernet.blocks.concatplexer).
+
+    - `n`: images in a group, a power of two; 1 is the network without multiplexing
+    - `reducer`: what leaves a n-th of each image's tokens, so that a group has about as many as one image had: a convolution,
+      an average, or nothing
+    - `start`: how many of the token blocks run for each image by itself, before the group is formed
+    - `mixing`: whether images of a group attend to each other (`full`, the source's) or not (`block`, by a mask); `none` is the
+      control: the same network with each image a sequence of its own, which gives the logits of `block`
+    - `readout`: what an image's logits are read from: its own tokens (`slot`), or what all of the group share (`shared`: one
+      class token, as the source draws it, or the mean of all tokens)
+    """
+
+    n: int
+    reducer: str = "conv"
+    start: int = 0
+    mixing: str = "full"
+    readout: str = "slot"
+
+    def __post_init__(self) -> None:
+        _positive(self, "n")
+        if self.n & (self.n - 1):
+            raise InputError(f"mux: n must be a power of two (1, 2, 4, ...), but is {self.n}")
+        if type(self.start) is not int or self.start < 0:
+            raise InputError(f"mux: start must be a whole number of at least 0, but is {self.start!r}")
+        for name, allowed in (("reducer", REDUCERS), ("mixing", MIXINGS), ("readout", READOUTS)):
+            if getattr(self, name) not in allowed:
+                raise unknown(f"mux {name}", str(getattr(self, name)), allowed)
+        if self.readout == "shared" and self.mixing != "full":
+            raise InputError(f"mux: the readout shared needs the mixing full, but the mixing is {self.mixing}: use slot")
+
+
 @dataclass(frozen=True)
 class ArchConfig:
-    """A network: image size, classes, stages. Everything else (resolutions, Flat, Unflat, embeddings) is derived."""
+    """A network: image size, classes, stages. Everything else (resolutions, Flat, Unflat, embeddings) is derived.
+
+    `mux`: how many images share a pass of its token blocks, and how; None: each has its own."""
 
     name: str
     image_size: int
     num_classes: int
     stages: tuple[Stage, ...]
     head: str = "layer_norm"
+    mux: MultiplexSpec | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "num_classes")
@@ -361,6 +402,28 @@ class ArchConfig:
                 f"the head class_token goes with the entry patch_stem, but {self.name} has the head {self.head} after "
                 f"{self.stages[0].entry.kind if self.stages[0].entry else 'stem'}: change one of them"
             )
+        self._check_mux()
+
+    def _check_mux(self) -> None:
+        if not self.multiplexes:
+            return
+        assert self.mux is not None
+        blocks = [block for block in self.stages[-1].blocks if block.tokens]
+        for block in blocks:
+            if not isinstance(block, MB3D | ViT):
+                raise InputError(f"mux groups images in mb3d and vit blocks, but {self.name} has {block.kind}")
+        if self.mux.start >= len(blocks):
+            raise InputError(
+                f"mux needs a token block (mb3d, vit) after its start, but the last stage of {self.name} has {len(blocks)} and "
+                f"start is {self.mux.start}"
+            )
+        if self.head not in ("layer_norm", "class_token"):
+            raise InputError(f"mux reads out by the heads layer_norm and class_token, but {self.name} has the head {self.head}")
+
+    @property
+    def multiplexes(self) -> bool:
+        """Whether several images share a pass: such a network has no latency of one image, only a throughput."""
+        return self.mux is not None and self.mux.n > 1
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -412,8 +475,22 @@ class ArchConfig:
         return layers
 
     def layers(self) -> list[Layer]:
-        """Return the network's layers in order; empty slots have none."""
+        """Return the network's layers in order; empty slots have none.
+
+        Raises:
+            InputError: the network multiplexes, so its layers do not follow each other at one batch size.
+        """
+        self.refuse_mux("its layers are not timed one by one")
         return [layer for _, layer in self.named_layers()]
+
+    def refuse_mux(self, why: str) -> None:
+        """Refuse a network that multiplexes where each image must have its own pass."""
+        if self.multiplexes:
+            assert self.mux is not None
+            raise InputError(
+                f"{self.name} takes {self.mux.n} images in one pass (mux), which serves throughput alone: {why}; measure it "
+                "beside others with benchmarks/concatplexer.py, or leave mux out of the network"
+            )
 
     def to_yaml(self) -> str:
         document = {
@@ -421,6 +498,7 @@ class ArchConfig:
             "image_size": self.image_size,
             "num_classes": self.num_classes,
             **({"head": self.head} if self.head != "layer_norm" else {}),
+            **({"mux": knobs_of(self.mux)} if self.mux is not None else {}),
             "stages": [
                 {
                     "width": s.width,
@@ -461,6 +539,8 @@ class ArchConfig:
                     stage["blocks"] = tuple(block_from_entry(block, stage["width"]) for block in blocks)
                     stages.append(Stage(**stage))
             given["stages"] = tuple(stages)
+            if given.get("mux") is not None:
+                given["mux"] = MultiplexSpec(**checked_fields(MultiplexSpec, given["mux"], "mux"))
             return cls(**given)
 
 

@@ -174,6 +174,7 @@ class SearchSpace:
         Raises:
             InputError: a stage, width, depth or block of `arch` is not in the space.
         """
+        arch.refuse_mux("no search space holds it")
         if arch.strides != self.strides:
             raise InputError(f"{arch.name} has strides {arch.strides}, space {self.name} has {self.strides}")
         if arch.head != self.head:
@@ -301,6 +302,7 @@ class SearchSpace:
 
         A stage without blocks gets one pool block to choose.
         """
+        arch.refuse_mux("no search space holds it")
         stages = []
         for stage in arch.without_identity().stages:
             blocks = stage.blocks or (MB4D(stage.width),)
