@@ -190,7 +190,7 @@ def compare(data: ImageData, val: Images, given: argparse.Namespace, folder: Pat
             cells += [f"{wait_ms:.1f}", f"{wait_ms + group.ms:.2f}"]
         print(f"| {' | '.join(cells)} |")
     print(
-        "\nN > 1 serves throughput alone: an image waits for its group, and its answer depends on the others of it. The control\n"
+        "\nN > 1 serves throughput alone: an image waits for its group, and its answer depends on the others. The control\n"
         "has the same reduction, segments and demultiplexers without concatenation: what it is quicker by than N = 1 is the\n"
         "reduction's, not the sharing's."
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nas.data import Images, load_images
 from nas.export import export_network, onnx_bytes, with_ordinary_values
+from nas.profilers import coreml
 from nas.table import LatencyTable
 from nas.training import RECIPES, parameter_groups, train_network
 from supernet.arch import MB3D, MB4D, ArchConfig, MultiplexSpec, PatchStem, Stage, ViT
@@ -165,6 +166,19 @@ def test_inside_an_image_the_bias_is_the_plain_network_s() -> None:
         torch.testing.assert_close(logits(model, x), logits(network, x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("plain", PLAIN.values(), ids=PLAIN)
+def test_what_is_shared_has_as_much_of_each_image(plain: ArchConfig) -> None:
+    """Without segments and pair scalars slots are alike, so the order of the images in a group changes nothing."""
+    model = build(replace(plain, mux=MultiplexSpec(4, start=1, readout="shared"))).double()
+    with torch.no_grad():
+        model.segments.zero_()
+        if plain is META:
+            model.pair_biases.zero_()
+    x = images(4, plain).double()
+    torch.testing.assert_close(logits(model, x), logits(model, x[[2, 0, 3, 1]]), rtol=1e-8, atol=1e-8)
+    assert (logits(model, x)[0] - logits(model, x)[1]).abs().max() > 1e-3, "each slot has its own demultiplexer"
+
+
 @pytest.mark.parametrize(("n", "sides"), [(2, (7, 4)), (4, (4, 4)), (8, (4, 2)), (16, (2, 2))])
 def test_windows_cover_the_map_and_keep_its_offsets(n: int, sides: tuple[int, int]) -> None:
     reducer = Reducer(8, 7, "avg", n)
@@ -228,6 +242,13 @@ def test_a_group_is_what_nas_export_writes(tmp_path: Path, capsys: pytest.Captur
     MUX.save(tmp_path / "arch.yaml")
     export_network(str(tmp_path / "arch.yaml"), None, tmp_path / "model.onnx")
     assert "(2, 3, 24, 24) to (2, 5)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mux", [MultiplexSpec(2), MultiplexSpec(2, "avg", mixing="block")], ids=lambda mux: mux.mixing)
+@pytest.mark.parametrize("plain", PLAIN.values(), ids=PLAIN)
+def test_it_converts_to_core_ml(plain: ArchConfig, mux: MultiplexSpec) -> None:
+    arch = replace(plain, mux=mux)
+    coreml.convert(build(arch), images(2, arch))
 
 
 # -- Counts --------------------------------------------------------------------------------------------------------------

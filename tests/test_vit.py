@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from nas.export import onnx_bytes
 from nas.measure import build_module, input_shape
 from nas.plan import terms_of
+from nas.profilers import coreml
 from nas.training import load_weights, parameter_groups
 from supernet.arch import MB3D, MB4D, ArchConfig, Head, Identity, Layer, PatchStem, Stage, ViT
 from supernet.errors import InputError
 from supernet.metapath import Supernet
 from supernet.model import build_model, count
-from supernet.space import SearchSpace
+from supernet.space import SearchSpace, StageSpace
 from supernet.weights import load_timm_weights, resize_position_embedding, subnetwork
 from supernet.zoo import zoo
 
@@ -239,6 +240,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ArchConfig("a", 16, 5, (Stage(24, 4, (MB4D(24),)),), "class_token"),
         "the head class_token goes with the entry patch_stem",
     ),
+    "narrower blocks in a space": (
+        lambda: StageSpace((24, 48), 4, 2, (ViT(48), Identity(48)), PatchStem(48)),
+        "a stage with vit blocks has one width",
+    ),
     "heads that do not divide the width": (lambda: ViT(32, num_heads=3), "dim must be a multiple of num_heads"),
     "a broken patch": (lambda: build_model(small().at(18)), "18 px is no multiple: give 16 px"),
 }
@@ -266,6 +271,11 @@ def test_the_exported_network_is_the_eager_one() -> None:
     session = onnxruntime.InferenceSession(onnx_bytes(model, image), providers=["CPUExecutionProvider"])
     with torch.no_grad():
         np.testing.assert_allclose(session.run(None, {"image": image.numpy()})[0], model(image), atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", dict.fromkeys(small().layers()), ids=str)
+def test_every_layer_converts_to_core_ml(layer: Layer) -> None:
+    coreml.convert(*build_module((layer,)))
 
 
 # -- Spaces and tables ---------------------------------------------------------------------------------------------------

@@ -169,8 +169,11 @@ class ConcatPlexer(nn.Module):
         if not self.has_biases:
             return torch.where(self.same, 0.0, -torch.inf) if self.mux.mixing == "block" else None
         own: Tensor = block.token_mixer.attention_biases[:, self.offsets]  # type: ignore[union-attr, index]
-        between = self.pair_biases[number].flatten()[self.pair] if self.mux.mixing == "full" else -torch.inf
-        return torch.where(self.same, own, between)
+        if self.mux.mixing == "none":
+            return own
+        # no scalar: coremltools knows `where` of tensors alone
+        apart = self.pair_biases[number].flatten()[self.pair] if self.mux.mixing == "full" else torch.full_like(own, -torch.inf)
+        return torch.where(self.same, own, apart)
 
     def _read(self, x: Tensor) -> Tensor:
         """Return the logits of all slots, image by image: (G * n, num_classes)."""
