@@ -62,6 +62,11 @@ class Images:
         """Return the number of images."""
         return len(self.rows)
 
+    def shuffled(self, seed: int) -> "Images":
+        """Return the same images in a random order: parts are in the order of their classes."""
+        order = torch.from_numpy(_rng(seed, "order").permutation(len(self)))
+        return Images(self.pixels, self.rows[order], self.labels[order])
+
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the uint8 RGB images (B, 3, S, S) and int64 labels (B,) at `indices` (B,), all on the CPU."""
         return self.pixels[self.rows[indices]], self.labels[indices]

@@ -78,8 +78,8 @@ def quantised(model: bytes, inputs: Sequence[Array]) -> bytes:
         return result.read_bytes()
 
 
-def export_onnx(model: nn.Module, image_size: int, path: str | Path) -> float:
-    """Write `model` as ONNX (batch 1) and return its largest difference from eager.
+def export_onnx(model: nn.Module, image_size: int, path: str | Path, batch: int = 1) -> float:
+    """Write `model` as ONNX for batches of `batch` images and return its largest difference from eager.
 
     Raises:
         InputError: eager's logits are not finite, or ONNX Runtime's differ from them by more than 1e-4 (of the largest,
@@ -87,7 +87,7 @@ def export_onnx(model: nn.Module, image_size: int, path: str | Path) -> float:
     """
     import onnxruntime
 
-    example = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    example = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = model.eval()(example).numpy()
     if not np.isfinite(expected).all():
@@ -131,7 +131,10 @@ def with_ordinary_values(model: nn.Module, seed: int) -> nn.Module:
 
 
 def export_network(arch: str, weights: Path | None, out: Path) -> None:
-    """Write the network as ONNX to `out` and print what was written; without weights, random ones, and it says so."""
+    """Write the network as ONNX to `out` and print what was written; without weights, random ones, and it says so.
+
+    One that multiplexes is written for one full group.
+    """
     from nas.training import load_weights
 
     config = load_arch(arch)
@@ -141,6 +144,6 @@ def export_network(arch: str, weights: Path | None, out: Path) -> None:
         say("no --weights: the file will hold random weights, good for timing only")
     else:
         load_weights(model, weights)
-    difference = export_onnx(model, config.image_size, out)
-    size = config.image_size
-    print(f"{out}: (1, 3, {size}, {size}) to (1, {config.num_classes}), within {difference:.1e} of PyTorch")
+    size, batch = config.image_size, config.mux.n if config.mux else 1
+    difference = export_onnx(model, size, out, batch)
+    print(f"{out}: ({batch}, 3, {size}, {size}) to ({batch}, {config.num_classes}), within {difference:.1e} of PyTorch")

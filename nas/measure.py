@@ -49,11 +49,14 @@ def name_of(model: Model) -> str:
 
 
 def input_shape(model: Model, batch: int = 1) -> tuple[int, ...]:
-    """Return the shape of a model's input: (N, 3, S, S) images, (N, C, H, W) maps or (N, tokens, C)."""
+    """Return the shape of a model's input: (N, 3, S, S) images, (N, C, H, W) maps or (N, tokens, C), a class token among them
+    where there is one."""
     if not model:
         return batch, 3, 4, 4
     form, dim, side = model[0].entering
-    return (batch, side * side, dim) if form == "tokens" else (batch, dim, side, side)
+    if form in ("tokens", "class_tokens"):
+        return batch, side * side + (form == "class_tokens"), dim
+    return batch, dim, side, side
 
 
 def build_module(model: Model, batch: int = 1) -> tuple[nn.Module, Tensor]:

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nas.measure import CACHED, EMPTY, STREAMING, Model, input_shape, name_of
 from nas.profilers.bench import Plan
 from nas.table import measured_layers
-from supernet.arch import MB3D, MB4D, ArchConfig, Layer, Port, Spec, is_block
+from supernet.arch import MB3D, MB4D, ArchConfig, Layer, Port, Spec, ViT, is_block
 from supernet.blocks import build_layer
 from supernet.errors import InputError
 from supernet.model import build_model
@@ -57,6 +57,7 @@ def slope(block: Layer) -> Terms:
 _CHEAP: dict[str, Callable[[int], Spec]] = {
     "map": lambda dim: MB4D(dim, mlp_ratio=1),
     "tokens": lambda dim: MB3D(dim, mlp_ratio=1, num_heads=1, key_dim=8, attn_ratio=1),
+    "class_tokens": lambda dim: ViT(dim, num_heads=1, mlp_ratio=1),
 }
 
 

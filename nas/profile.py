@@ -46,6 +46,8 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
         table = LatencyTable.load(found[wanted]) if wanted in found else None
     plain = profiler == open_profiler()  # ONNX Runtime on this CPU, one thread, fp32, batch 1: what runs any ONNX model
     arch = find_arch(network)
+    if arch is not None:
+        arch.refuse_mux("nas-profile times one image")
     if arch is None and not plain:
         raise InputError(
             f"{network} cannot be timed on {wanted}: there only networks given as YAML or by a zoo name are known; leave "

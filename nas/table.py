@@ -155,6 +155,7 @@ class LatencyTable:
 
     def sums_ms(self, arch: ArchConfig) -> tuple[float, float]:
         """Return the sum of the rows of a network's layers, and that of its stem and embeddings."""
+        arch.refuse_mux(f"the table of {self.device} is of the latency of one pass")
         found = [(layer.spec, self.layer_ms(layer)) for layer in arch.layers()]
         return sum(ms for _, ms in found), sum(ms for spec, ms in found if is_stem(spec) or is_embedding(spec))
 
@@ -167,6 +168,7 @@ class LatencyTable:
         Raises:
             InputError: rows are missing, or no calibration has the network's image size and strides.
         """
+        arch.refuse_mux(f"the table of {self.device} is of the latency of one pass")
         if not self.calibrations:
             return self.sum_ms(arch)
         matching = [c for c in self.calibrations if (c.image_size, c.strides) == (arch.image_size, arch.strides)]

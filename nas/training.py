@@ -27,9 +27,10 @@ from supernet.blocks.efficientformer import LayerScale
 from supernet.errors import InputError, unknown
 from supernet.files import checked_fields, read_yaml, write_atomically
 from supernet.model import build_model
-from supernet.weights import resize_attention_biases
+from supernet.weights import resize_attention_biases, resize_position_embedding
 
 MEASURED_STEPS = 10  # the first step is left out: it also allocates
+UNDECAYED = ("attention_biases", "cls_token", "pos_embed", "segments", "pair_biases")  # beside vectors
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
@@ -186,6 +187,8 @@ def _run_epochs(
         f"training {arch.name} at {arch.image_size} px for {len(data.classes)} classes on {len(data.train):,} images: "
         f"epochs {first + 1} to {recipe.epochs}, {per_epoch} steps of {min(size, recipe.batch_size)}, on {device.type}"
     )
+    # Groups of one class would be told apart too easily.
+    val = data.val.shuffled(seed) if arch.multiplexes else data.val
     began = said = time.monotonic()
     with progress(arch.name, steps, step) as tick:
         for epoch in range(first, recipe.epochs):
@@ -209,7 +212,7 @@ def _run_epochs(
                 if step == start + 1 + MEASURED_STEPS:
                     left = (time.monotonic() - began) / MEASURED_STEPS * (steps - step)
                     say(f"about {duration(left)} for the {steps - step:,} steps left, going by {MEASURED_STEPS} steps")
-            loss, accuracy = accuracy_of(model, data.val)
+            loss, accuracy = accuracy_of(model, val)
             now = time.monotonic()
             history.rows.append(
                 {
@@ -351,6 +354,10 @@ def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path)
             resized += 1
     if resized:
         say(f"{resized} tables of attention biases of {path} are for another image size: they are resized")
+    for name, tensor in own.items():
+        if name.endswith("pos_embed") and name in given and given[name].shape != tensor.shape:
+            adapted[name] = resize_position_embedding(given[name], tensor.shape[1])
+            say(f"the position embedding of {path} is for another image size: it is resized")
     return adapted
 
 
@@ -373,11 +380,11 @@ def set_layer_scale(model: nn.Module, value: float) -> None:
 
 
 def parameter_groups(named: Iterator[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimizer groups: vectors and attention biases do not decay, everything else does."""
+    """Return optimizer groups: vectors, attention biases and what is added to tokens do not decay, everything else does."""
     decays: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in named:
-        (free if parameter.ndim <= 1 or name.endswith("attention_biases") else decays).append(parameter)
+        (free if parameter.ndim <= 1 or name.endswith(UNDECAYED) else decays).append(parameter)
     return [{"params": decays, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 

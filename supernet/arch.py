@@ -26,8 +26,9 @@ from supernet.files import checked_fields, read_yaml, write_atomically
 WIDTH_STEP = 8  # the finest grid of the published networks (EfficientFormerV2: 40, 120)
 ACTIVATIONS = ("relu", "gelu", "hardswish")
 
-Form = Literal["image", "map", "tokens", "logits"]
-"""What passes between layers: images (N, 3, S, S), maps (N, C, S, S), tokens (N, S * S, C), logits (N, classes)."""
+Form = Literal["image", "map", "tokens", "class_tokens", "logits"]
+"""What passes between layers: images (N, 3, S, S), maps (N, C, S, S), tokens (N, S * S, C), tokens after a class token
+(N, 1 + S * S, C), logits (N, classes)."""
 
 
 class Port(NamedTuple):
@@ -124,6 +125,59 @@ class AttnFFN:
         if self.stride not in (1, 2):
             raise InputError(f"AttnFFN: the attention's stride must be 1 or 2, but is {self.stride!r}")
 
+    def takes(self, side: int) -> bool:
+        """Whether the block can stand on a map of this side in pixels."""
+        return side % self.stride == 0
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    """EfficientViT's block on maps: cascaded group attention in windows, before and after it a depthwise convolution and
+    an MLP, each of the five on a residual branch of its own.
+
+    Head i sees the i-th chunk of the channels plus what head i - 1 gave, and q goes through a depthwise convolution of
+    `q_kernels[i]`; entries past `num_heads` are unused. Maps larger than `window` are padded to a multiple of it.
+    """
+
+    kind: ClassVar[str] = "sandwich"
+    tokens: ClassVar[bool] = False
+    dim: int
+    num_heads: int = 4
+    key_dim: int = 16
+    q_kernels: tuple[int, ...] = (5, 5, 5, 5)
+    window: int = 7
+    ffn_ratio: int = 2
+    act: str = "relu"
+
+    def __post_init__(self) -> None:
+        _known_activation(self)
+        _positive(self, "dim", "num_heads", "key_dim", "window", "ffn_ratio")
+        if self.dim % self.num_heads:
+            raise InputError(f"Sandwich: dim must be a multiple of num_heads, but {self.dim} is none of {self.num_heads}")
+        kernels = self.q_kernels
+        if not isinstance(kernels, tuple) or not all(type(k) is int and k > 0 and k % 2 for k in kernels):
+            raise InputError(f"Sandwich: q_kernels must be a list of odd whole numbers, but is {kernels!r}")
+        if len(kernels) < self.num_heads:
+            raise InputError(f"Sandwich: q_kernels must have one entry for each of {self.num_heads} heads, but is {kernels!r}")
+
+
+@dataclass(frozen=True)
+class ViT:
+    """Transformer block on tokens (ViT, DeiT): pre-norm attention without a bias of its own, then an MLP."""
+
+    kind: ClassVar[str] = "vit"
+    tokens: ClassVar[bool] = True
+    dim: int
+    num_heads: int = 12
+    mlp_ratio: int = 4
+    act: str = "gelu"
+
+    def __post_init__(self) -> None:
+        _known_activation(self)
+        _positive(self, "dim", "num_heads", "mlp_ratio")
+        if self.dim % self.num_heads:
+            raise InputError(f"ViT: dim must be a multiple of num_heads, but {self.dim} is none of {self.num_heads}")
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -151,6 +205,40 @@ class Stem:
         _known_activation(self)
         if self.stride not in (1, 2, 4):
             raise InputError(f"the first stage's stride must be 1, 2 or 4, but is {self.stride!r}")
+
+
+@dataclass(frozen=True)
+class ConvStem:
+    """log2(stride) 3x3 convolutions of stride 2 from the image to `dim` channels, each twice as wide as the one before
+    (EfficientViT: four)."""
+
+    kind: ClassVar[str] = "conv_stem"
+    dim: int
+    stride: int = 16
+    act: str = "relu"
+
+    def __post_init__(self) -> None:
+        _positive(self, "dim")
+        _known_activation(self)
+        if self.stride not in (2, 4, 8, 16):
+            raise InputError(f"the stride of a conv_stem must be 2, 4, 8 or 16, but is {self.stride!r}")
+        if self.dim % (self.stride // 2):
+            raise InputError(
+                f"the dim of a conv_stem of stride {self.stride} must be a multiple of {self.stride // 2}, but is {self.dim}"
+            )
+
+
+@dataclass(frozen=True)
+class PatchStem:
+    """The image as tokens: patches of `stride` pixels projected to `dim` channels, after a class token, with a learned
+    position each (ViT). Only `vit` blocks and the head `class_token` take what it leaves."""
+
+    kind: ClassVar[str] = "patch_stem"
+    dim: int
+    stride: int = 16
+
+    def __post_init__(self) -> None:
+        _positive(self, "dim", "stride")
 
 
 @dataclass(frozen=True)
@@ -186,58 +274,6 @@ class AttnEmbedding:
         _positive(self, "dim", "dim_in", "num_heads", "key_dim", "attn_ratio")
         if self.stride != 2:
             raise InputError(f"a stage that attn_embedding enters has stride 2, but its stride is {self.stride!r}")
-
-
-@dataclass(frozen=True)
-class Sandwich:
-    """EfficientViT's block on maps: cascaded group attention in windows, before and after it a depthwise convolution and
-    an MLP, each of the five on a residual branch of its own.
-
-    Head i sees the i-th chunk of the channels plus what head i - 1 gave, and q goes through a depthwise convolution of
-    `q_kernels[i]`; entries past `num_heads` are unused. Maps larger than `window` are padded to a multiple of it.
-    """
-
-    kind: ClassVar[str] = "sandwich"
-    tokens: ClassVar[bool] = False
-    dim: int
-    num_heads: int = 4
-    key_dim: int = 16
-    q_kernels: tuple[int, ...] = (5, 5, 5, 5)
-    window: int = 7
-    ffn_ratio: int = 2
-    act: str = "relu"
-
-    def __post_init__(self) -> None:
-        _known_activation(self)
-        _positive(self, "dim", "num_heads", "key_dim", "window", "ffn_ratio")
-        if self.dim % self.num_heads:
-            raise InputError(f"Sandwich: dim must be a multiple of num_heads, but {self.dim} is none of {self.num_heads}")
-        kernels = self.q_kernels
-        if not isinstance(kernels, tuple) or not all(type(k) is int and k > 0 and k % 2 for k in kernels):
-            raise InputError(f"Sandwich: q_kernels must be a list of odd whole numbers, but is {kernels!r}")
-        if len(kernels) < self.num_heads:
-            raise InputError(f"Sandwich: q_kernels must have one entry for each of {self.num_heads} heads, but is {kernels!r}")
-
-
-@dataclass(frozen=True)
-class ConvStem:
-    """log2(stride) 3x3 convolutions of stride 2 from the image to `dim` channels, each twice as wide as the one before
-    (EfficientViT: four)."""
-
-    kind: ClassVar[str] = "conv_stem"
-    dim: int
-    stride: int = 16
-    act: str = "relu"
-
-    def __post_init__(self) -> None:
-        _positive(self, "dim")
-        _known_activation(self)
-        if self.stride not in (2, 4, 8, 16):
-            raise InputError(f"the stride of a conv_stem must be 2, 4, 8 or 16, but is {self.stride!r}")
-        if self.dim % (self.stride // 2):
-            raise InputError(
-                f"the dim of a conv_stem of stride {self.stride} must be a multiple of {self.stride // 2}, but is {self.dim}"
-            )
 
 
 @dataclass(frozen=True)
@@ -281,6 +317,7 @@ class Head:
     - `layer_norm`: layer norm, mean over positions (EfficientFormer)
     - `batch_norm`: batch norm, mean over positions (EfficientFormerV2)
     - `mean_batch_norm`: mean over positions, batch norm (EfficientViT)
+    - `class_token`: layer norm, the class token (ViT)
     """
 
     kind: ClassVar[str] = "head"
@@ -295,7 +332,7 @@ class Head:
             raise unknown("head", str(self.form), HEADS)
 
 
-HEADS = ("layer_norm", "batch_norm", "mean_batch_norm")
+HEADS = ("layer_norm", "batch_norm", "mean_batch_norm", "class_token")
 
 
 class UserBlock(Protocol):
@@ -312,9 +349,9 @@ class UserBlock(Protocol):
         ...
 
 
-Block = MB4D | MB3D | FFN | AttnFFN | Sandwich | Identity | UserBlock
-StageStem = Stem | ConvStem
-"""What takes an image to the first stage's map."""
+Block = MB4D | MB3D | FFN | AttnFFN | Sandwich | ViT | Identity | UserBlock
+StageStem = Stem | ConvStem | PatchStem
+"""What takes an image to the first stage's map, or to its tokens."""
 StageEmbedding = Embedding | AttnEmbedding | Subsample
 """What takes a stage's map to the next stage's."""
 Entry = StageStem | StageEmbedding
@@ -326,9 +363,10 @@ BLOCKS: dict[str, type[Any]] = {
     "ffn": FFN,
     "attn_ffn": AttnFFN,
     "sandwich": Sandwich,
+    "vit": ViT,
     "identity": Identity,
 }
-STEMS: dict[str, type[Any]] = {"stem": Stem, "conv_stem": ConvStem}
+STEMS: dict[str, type[Any]] = {"stem": Stem, "conv_stem": ConvStem, "patch_stem": PatchStem}
 EMBEDDINGS: dict[str, type[Any]] = {"embedding": Embedding, "attn_embedding": AttnEmbedding, "subsample": Subsample}
 SPECS: dict[str, type[Any]] = {**BLOCKS, **STEMS, **EMBEDDINGS, "flat": Flat, "unflat": Unflat, "head": Head}
 
@@ -392,6 +430,8 @@ class Layer(NamedTuple):
             return Port("image", 3, side)
         if is_embedding(spec):
             return Port("map", spec.dim_in, side)
+        if isinstance(spec, ViT) or (isinstance(spec, Head) and spec.form == "class_token"):
+            return Port("class_tokens", spec.dim, side)
         return Port("tokens" if spec.tokens else "map", spec.dim, side)  # type: ignore[union-attr]
 
     @property
@@ -405,7 +445,8 @@ class Layer(NamedTuple):
             case Head():
                 return Port("logits", spec.num_classes, 1)
         if is_stem(spec) or is_embedding(spec):
-            return Port("map", spec.dim, -(-side // spec.stride))
+            form: Form = "class_tokens" if isinstance(spec, PatchStem) else "map"
+            return Port(form, spec.dim, -(-side // spec.stride))
         return self.entering
 
 
@@ -428,17 +469,63 @@ class Stage:
             if begun and not block.tokens and not isinstance(block, Identity):
                 raise InputError(f"token blocks must be the last of their stage, but {block.kind} follows one")
             begun = begun or block.tokens
+            if isinstance(block, ViT) != isinstance(self.entry, PatchStem) and not isinstance(block, Identity):
+                raise InputError(
+                    f"vit blocks stand in a stage that patch_stem enters, and no others do, but this stage has {block.kind} "
+                    f"after {self.entry.kind if self.entry else 'the default entry'}: change the stage's entry or its blocks"
+                )
+
+
+REDUCERS = ("conv", "avg", "none")
+MIXINGS = ("full", "block", "none")
+READOUTS = ("slot", "shared")
+
+
+@dataclass(frozen=True)
+class MultiplexSpec:
+    """`n` images in one pass of the last stage's token blocks (ConcatPlexer, arXiv 2308.11199; supernet.blocks.concatplexer).
+
+    - `n`: images in a group, a power of two; 1 is the network without multiplexing
+    - `reducer`: what leaves a n-th of each image's tokens, so that a group has about as many as one image had: a convolution,
+      an average, or nothing
+    - `start`: how many of the token blocks run for each image by itself, before the group is formed
+    - `mixing`: whether images of a group attend to each other (`full`, the source's) or not (`block`, by a mask); `none` is the
+      control: the same network with each image a sequence of its own, which gives the logits of `block`
+    - `readout`: what an image's logits are read from: its own tokens (`slot`), or what all of the group share (`shared`: one
+      class token, as the source draws it, or the mean of all tokens)
+    """
+
+    n: int
+    reducer: str = "conv"
+    start: int = 0
+    mixing: str = "full"
+    readout: str = "slot"
+
+    def __post_init__(self) -> None:
+        _positive(self, "n")
+        if self.n & (self.n - 1):
+            raise InputError(f"mux: n must be a power of two (1, 2, 4, ...), but is {self.n}")
+        if type(self.start) is not int or self.start < 0:
+            raise InputError(f"mux: start must be a whole number of at least 0, but is {self.start!r}")
+        for name, allowed in (("reducer", REDUCERS), ("mixing", MIXINGS), ("readout", READOUTS)):
+            if getattr(self, name) not in allowed:
+                raise unknown(f"mux {name}", str(getattr(self, name)), allowed)
+        if self.readout == "shared" and self.mixing != "full":
+            raise InputError(f"mux: the readout shared needs the mixing full, but the mixing is {self.mixing}: use slot")
 
 
 @dataclass(frozen=True)
 class ArchConfig:
-    """A network: image size, classes, stages. Everything else (resolutions, Flat, Unflat, embeddings) is derived."""
+    """A network: image size, classes, stages. Everything else (resolutions, Flat, Unflat, embeddings) is derived.
+
+    `mux`: how many images share a pass of its token blocks, and how; None: each has its own."""
 
     name: str
     image_size: int
     num_classes: int
     stages: tuple[Stage, ...]
     head: str = "layer_norm"
+    mux: MultiplexSpec | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "num_classes")
@@ -447,6 +534,39 @@ class ArchConfig:
         for number, stage in enumerate(self.stages):
             placed_entry(stage.entry, stage.width, self.stages[number - 1].width if number else None, stage.stride)
         Head(self.stages[-1].width, self.num_classes, form=self.head)
+        in_class_tokens = isinstance(self.stages[0].entry, PatchStem)
+        if in_class_tokens and len(self.stages) > 1:
+            raise InputError(
+                f"a network that begins with patch_stem has one stage, as its tokens make no map, but {self.name} has "
+                f"{len(self.stages)}: put all of its vit blocks into the first"
+            )
+        if in_class_tokens != (self.head == "class_token"):
+            raise InputError(
+                f"the head class_token goes with the entry patch_stem, but {self.name} has the head {self.head} after "
+                f"{self.stages[0].entry.kind if self.stages[0].entry else 'stem'}: change one of them"
+            )
+        self._check_mux()
+
+    def _check_mux(self) -> None:
+        if not self.multiplexes:
+            return
+        assert self.mux is not None
+        blocks = [block for block in self.stages[-1].blocks if block.tokens]
+        for block in blocks:
+            if not isinstance(block, MB3D | ViT):
+                raise InputError(f"mux groups images in mb3d and vit blocks, but {self.name} has {block.kind}")
+        if self.mux.start >= len(blocks):
+            raise InputError(
+                f"mux needs a token block (mb3d, vit) after its start, but the last stage of {self.name} has {len(blocks)} and "
+                f"start is {self.mux.start}"
+            )
+        if self.head not in ("layer_norm", "class_token"):
+            raise InputError(f"mux reads out by the heads layer_norm and class_token, but {self.name} has the head {self.head}")
+
+    @property
+    def multiplexes(self) -> bool:
+        """Whether several images share a pass: such a network has no latency of one image, only a throughput."""
+        return self.mux is not None and self.mux.n > 1
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -485,7 +605,7 @@ class ArchConfig:
                 layers.append((f"stage{number - 1}_unflat", Layer(Unflat(width), entering)))
             entry = placed_entry(stage.entry, stage.width, width or None, stage.stride)
             layers.append(("stem" if number == 1 else f"stage{number}_embedding", Layer(entry, entering)))
-            in_tokens = False
+            in_tokens = isinstance(entry, PatchStem)
             for slot, block in enumerate(stage.blocks, 1):
                 if isinstance(block, Identity):
                     continue
@@ -498,8 +618,22 @@ class ArchConfig:
         return layers
 
     def layers(self) -> list[Layer]:
-        """Return the network's layers in order; empty slots have none."""
+        """Return the network's layers in order; empty slots have none.
+
+        Raises:
+            InputError: the network multiplexes, so its layers do not follow each other at one batch size.
+        """
+        self.refuse_mux("its layers are not timed one by one")
         return [layer for _, layer in self.named_layers()]
+
+    def refuse_mux(self, why: str) -> None:
+        """Refuse a network that multiplexes where each image must have its own pass."""
+        if self.multiplexes:
+            assert self.mux is not None
+            raise InputError(
+                f"{self.name} takes {self.mux.n} images in one pass (mux), which serves throughput alone: {why}; measure it "
+                "beside others with benchmarks/concatplexer.py, or leave mux out of the network"
+            )
 
     def to_yaml(self) -> str:
         document = {
@@ -507,6 +641,7 @@ class ArchConfig:
             "image_size": self.image_size,
             "num_classes": self.num_classes,
             **({"head": self.head} if self.head != "layer_norm" else {}),
+            **({"mux": knobs_of(self.mux)} if self.mux is not None else {}),
             "stages": [
                 {
                     "width": s.width,
@@ -547,6 +682,8 @@ class ArchConfig:
                     stage["blocks"] = tuple(block_from_entry(block, stage["width"]) for block in blocks)
                     stages.append(Stage(**stage))
             given["stages"] = tuple(stages)
+            if given.get("mux") is not None:
+                given["mux"] = MultiplexSpec(**checked_fields(MultiplexSpec, given["mux"], "mux"))
             return cls(**given)
 
 

@@ -42,7 +42,7 @@ class MetaPath(nn.Module):
         return mixture
 
     def _run(self, index: int, x: Tensor) -> Tensor:
-        if not self.on_tokens[index]:
+        if not self.on_tokens[index] or x.ndim == 3:  # after a patch stem all are tokens
             y: Tensor = self.candidates[index](x)
             return y
         tokens: Tensor = self.candidates[index](x.flatten(2).transpose(1, 2))
@@ -91,7 +91,7 @@ class Supernet(nn.Module):
                 x = self.embeddings[number - 1](x)
             for slot in slots:  # type: ignore[attr-defined, union-attr]
                 x = slot(x, next(choices))
-        if self.head_on_tokens:
+        if self.head_on_tokens and x.ndim == 4:
             x = x.flatten(2).transpose(1, 2)
         y: Tensor = self.head(x)
         return y

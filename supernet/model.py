@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
+from supernet.blocks.concatplexer import ConcatPlexer
 
 
 class Complexity(NamedTuple):
@@ -18,24 +19,32 @@ class Complexity(NamedTuple):
     macs: int
 
 
-def build_model(arch: ArchConfig) -> nn.Sequential:
+def build_model(arch: ArchConfig) -> nn.Module:
     """Return the network: (N, 3, S, S) float to (N, num_classes) logits, S = arch.image_size.
 
     Its modules are the architecture's layers, in their order and under their names (`stem`, `stage1_block1`, ...,
-    `head`). Batch norm and layer scale have the published initial values; weights are random.
+    `head`); where it multiplexes (`arch.mux`), those of its member `network`. Batch norm and layer scale have the
+    published initial values; weights are random.
     """
+    return ConcatPlexer(build_layers(arch), arch) if arch.multiplexes else build_layers(arch)
+
+
+def build_layers(arch: ArchConfig) -> nn.Sequential:
+    """Return the network without multiplexing."""
     return nn.Sequential(OrderedDict((name, build_layer(layer)) for name, layer in arch.named_layers()))
 
 
 def count(arch: ArchConfig) -> Complexity:
-    """Return the exact parameters and MACs of a network, without computing it.
+    """Return the exact parameters and MACs of a network, without computing it. A network that multiplexes has the MACs of one
+    image of a full group.
 
     MACs are those of convolutions, linear layers and the two products of attention, for one image; pooling, norms and
     activations are not counted.
     """
     with torch.device("meta"):
         model = build_model(arch).eval()
-        image = torch.empty(1, 3, arch.image_size, arch.image_size)
+        images = arch.mux.n if arch.mux else 1
+        batch = torch.empty(images, 3, arch.image_size, arch.image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+        model(batch)
+    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2 // images)

@@ -20,6 +20,7 @@ from supernet.arch import (
     Identity,
     Layer,
     Stage,
+    ViT,
     at_width,
     block_entry,
     block_from_entry,
@@ -64,6 +65,9 @@ class StageSpace:
         kinds = self.kinds
         if len(set(kinds)) != len(kinds) or "identity" not in kinds or len(kinds) < 2:
             raise InputError(f"candidates must be identity and at least one other kind, each once, but are {list(kinds)}")
+        if len(self.widths) > 1 and any(isinstance(candidate, ViT) for candidate in self.candidates):
+            # the leading rows of its qkv are no narrower block's: they are another division into heads
+            raise InputError(f"a stage with vit blocks has one width, but has {len(self.widths)}: give one")
         for width in self.widths:
             for candidate in self.candidates:
                 at_width(candidate, width)  # a spec refuses a width that it cannot have
@@ -175,6 +179,7 @@ class SearchSpace:
         Raises:
             InputError: a stage, width, depth or block of `arch` is not in the space.
         """
+        arch.refuse_mux("no search space holds it")
         if arch.strides != self.strides:
             raise InputError(f"{arch.name} has strides {arch.strides}, space {self.name} has {self.strides}")
         if arch.head != self.head:
@@ -302,6 +307,7 @@ class SearchSpace:
 
         A stage without blocks gets one pool block to choose.
         """
+        arch.refuse_mux("no search space holds it")
         stages = []
         for stage in arch.without_identity().stages:
             blocks = stage.blocks or (MB4D(stage.width),)

@@ -5,48 +5,58 @@ from collections.abc import Iterator, Mapping
 from math import isqrt
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supernet.arch import ArchConfig
+from supernet.blocks.efficientformer_v2 import AttnFFNModule, FFNModule
 from supernet.blocks.efficientvit import ConvStemModule
+from supernet.blocks.layers import EmbeddingModule, StemModule
+from supernet.blocks.vit import PatchStemModule
 from supernet.errors import InputError
 from supernet.metapath import Supernet
-from supernet.model import build_model
+from supernet.model import build_layers
 
 _CLASSIFIER = "head.fc."  # in our state dicts
 
 
 class _Family(NamedTuple):
-    """A family's name, and timm's prefixes of what is not inside a stage."""
+    """A family's name, and timm's names of what is not inside a stage."""
 
     name: str
-    stem: str
-    head_norm: str
-    classifiers: tuple[str, ...]
+    stem: str = "stem."
+    stages: bool = True  # blocks are numbered within stages
+    head_norm: str = "norm."
+    classifiers: tuple[str, ...] = ("head.",)
 
     @property
     def remedy(self) -> str:
         return f"give timm.create_model(name).state_dict() of the same {self.name} (timm 1.0.31)"
 
 
-_EFFICIENTFORMER = _Family("EfficientFormer V1", "stem.", "norm.", ("head.", "head_dist."))
-_EFFICIENTVIT = _Family("EfficientViT of MSRA", "patch_embed.", "head.bn.", ("head.linear.",))
+_V1 = _Family("EfficientFormer", classifiers=("head.", "head_dist."))
+_V2 = _Family("EfficientFormerV2", classifiers=("head.", "head_dist."))
+_EFFICIENTVIT = _Family("EfficientViT of MSRA", "patch_embed.", head_norm="head.bn.", classifiers=("head.linear.",))
+_VIT = _Family("ViT or DeiT", stem="", stages=False)
 
 
 def _family(model: nn.Module) -> _Family:
-    return _EFFICIENTVIT if isinstance(getattr(model, "stem", None), ConvStemModule) else _EFFICIENTFORMER
+    if any(isinstance(module, FFNModule | AttnFFNModule) for module in model.children()):
+        return _V2
+    return {ConvStemModule: _EFFICIENTVIT, PatchStemModule: _VIT}.get(type(getattr(model, "stem", None)), _V1)
 
 
 def load_timm_weights(model: nn.Module, timm_state_dict: Mapping[str, Tensor]) -> None:
-    """Load the timm 1.0.31 state dict of an EfficientFormer V1 or an EfficientViT (of MSRA) into a network of
+    """Load a timm 1.0.31 state dict (EfficientFormer, EfficientFormerV2, EfficientViT of MSRA, DeiT, ViT) into a network of
     `build_model`, whatever its image size.
 
-    EfficientFormer's logits are in timm the mean of two classifiers'; here the weights are averaged, which comes to the
-    same. A table of attention biases for a map of another size is resized. With another number of classes than the state
-    dict's, the network's classifier (the last linear layer) keeps the fresh weights that it has. timm's
-    `attention_bias_idxs` buffers are ignored, as they follow from the map's size. Values are cast to the network's own
-    dtype and device.
+    timm averages the logits of EfficientFormer's two classifiers; here their weights are averaged, which comes to the
+    same.
+    Attention biases and position embeddings for a map of another size are resized. With another number of classes than the
+    state dict's, the network's classifier (the last linear layer) keeps the fresh weights that it has. timm's
+    `attention_bias_idxs` buffers are ignored, as they follow from the map's size. Values are cast to the network's own dtype
+    and device.
 
     Raises:
         InputError: the model is not one of `build_model`; or the state dict lacks a tensor, or has one too many or one
@@ -86,6 +96,29 @@ def resize_attention_biases(table: Tensor, side: int) -> Tensor:
     return F.interpolate(grid, (side, side), mode="bilinear", align_corners=True)[0].flatten(1)
 
 
+def resize_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
+    """Return the position embedding for `tokens` tokens, 1 + S * S: (1, 1 + R * R, dim) to (1, 1 + S * S, dim).
+
+    The class token's position, the first, is kept. The others are a grid, which is resized bicubically with antialiasing, as
+    timm does it. Where R = S, the embedding is returned.
+
+    Raises:
+        InputError: the embedding is not (1, 1 + R * R, dim).
+    """
+    if not _is_position_embedding(embedding):
+        raise InputError(f"a position embedding must have shape (1, 1 + R * R, dim), but has {tuple(embedding.shape)}")
+    if embedding.shape[1] == tokens:
+        return embedding
+    old, new = isqrt(embedding.shape[1] - 1), isqrt(tokens - 1)
+    grid = embedding[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, dim, R, R)
+    resized = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)
+    return torch.cat((embedding[:, :1], resized.flatten(2).transpose(1, 2)), 1)
+
+
+def _is_position_embedding(tensor: Tensor) -> bool:
+    return tensor.ndim == 3 and tensor.shape[1] > 1 and isqrt(tensor.shape[1] - 1) ** 2 == tensor.shape[1] - 1
+
+
 def _is_bias_table(table: Tensor) -> bool:
     return table.ndim == 2 and table.shape[1] > 0 and isqrt(table.shape[1]) ** 2 == table.shape[1]
 
@@ -97,13 +130,15 @@ def _sources(model: nn.Module, family: _Family) -> Iterator[tuple[str, list[str]
         part = re.fullmatch(r"stage(\d+)_(embedding|flat|unflat|block\d+)", layer)
         if part is None and layer not in ("stem", "head"):
             raise _not_ours(model, f"has a module {layer!r}")
-        prefix = family.stem if layer == "stem" else ""
+        prefix = family.stem
         if part:
             stage = int(part[1]) - 1
-            prefix = f"stages.{stage}.downsample."
-            if part[2] != "embedding":
+            prefix = f"stages.{stage}." if family.stages else ""
+            if part[2] == "embedding":
+                prefix += "downsample."
+            else:
                 # Flat has no weights but an index, in timm as in the authors' code.
-                prefix = f"stages.{stage}.blocks.{blocks.setdefault(stage, 0)}."
+                prefix += f"blocks.{blocks.setdefault(stage, 0)}."
                 blocks[stage] += 1
         for key in module.state_dict():
             own = f"{layer}.{key}"
@@ -112,9 +147,19 @@ def _sources(model: nn.Module, family: _Family) -> Iterator[tuple[str, list[str]
             elif layer == "head":
                 yield own, [family.head_norm + key.removeprefix("norm.")]
             else:
-                yield own, [prefix + key]
+                yield own, [prefix + (_v2_name(module, key) if family is _V2 else key)]
     if not blocks:
         raise _not_ours(model, "has no stages")
+
+
+def _v2_name(module: nn.Module, key: str) -> str:
+    """A tensor's name inside timm's module of EfficientFormerV2: there a convolution and its norm stand in one module."""
+    match module:
+        case StemModule():  # conv1.weight, norm1.weight to conv1.conv.weight, conv1.bn.weight
+            return re.sub(r"^norm(\d)", r"conv\1.bn", re.sub(r"^conv(\d)", r"conv\1.conv", key))
+        case EmbeddingModule():
+            return re.sub(r"^norm", "conv.bn", re.sub(r"^conv", "conv.conv", key))
+    return key
 
 
 def _not_ours(model: nn.Module, why: str) -> InputError:
@@ -135,20 +180,25 @@ def _check_names(given: Mapping[str, object], expected: set[str], family: _Famil
 
 
 def _allowed(key: str, tensor: Tensor, own: Tensor, classes: int) -> tuple[int, ...]:
-    """The shape that a timm tensor must have to become `own`, which is `key` of our state dict."""
+    """The shape that a timm tensor must have to become `own`, our tensor of the name `key`."""
     if key.startswith(_CLASSIFIER):
         return (classes, *own.shape[1:])
     if key.endswith(".attention_biases") and _is_bias_table(tensor):
         return (own.shape[0], tensor.shape[1])
+    if key.endswith(".pos_embed") and _is_position_embedding(tensor):
+        return (1, tensor.shape[1], own.shape[2])
     return tuple(own.shape)
 
 
 def _converted(key: str, tensors: list[Tensor], own: Tensor) -> Tensor:
     tensors = [tensor.to(own) for tensor in tensors]
+    if key.startswith(_CLASSIFIER):  # possibly for another number of classes
+        return torch.stack(tensors).mean(0) if tensors[0].shape == own.shape else own
+    if key.endswith(".pos_embed"):
+        return resize_position_embedding(tensors[0], own.shape[1])
     if tensors[0].shape != own.shape:
-        # A classifier for another number of classes, or a bias table for another map.
-        return own if key.startswith(_CLASSIFIER) else resize_attention_biases(tensors[0], isqrt(own.shape[1]))
-    return tensors[0] if len(tensors) == 1 else (tensors[0] + tensors[1]) / 2
+        return resize_attention_biases(tensors[0], isqrt(own.shape[1]))
+    return tensors[0]
 
 
 def _first(names: list[str]) -> str:
@@ -167,7 +217,7 @@ def subnetwork(supernet: Supernet, arch: ArchConfig) -> nn.Sequential:
     if arch.image_size != space.image_size:
         raise ValueError(f"{arch.name} is for {arch.image_size} px, the supernet for {space.image_size} px: use arch.at")
     path = dict(zip(space.slots, space.path(arch), strict=True))
-    model = build_model(space.fit(arch))
+    model = build_layers(space.fit(arch))
     for name, module in model.named_children():
         module.load_state_dict(_leading(_source(supernet, name, path).state_dict(), module.state_dict()))
     return model

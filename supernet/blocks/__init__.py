@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from supernet import arch
-from supernet.blocks import efficientformer, efficientformer_v2, efficientvit, layers
+from supernet.blocks import efficientformer, efficientformer_v2, efficientvit, layers, vit
 
 MODULES: dict[type[Any], Any] = {
     arch.MB4D: efficientformer.MB4DModule,
@@ -16,6 +16,10 @@ MODULES: dict[type[Any], Any] = {
     arch.Identity: layers.IdentityModule,
     arch.Stem: layers.StemModule,
     arch.ConvStem: efficientvit.ConvStemModule,
+    arch.ViT: vit.ViTModule,
+    arch.Identity: layers.IdentityModule,
+    arch.Stem: layers.StemModule,
+    arch.PatchStem: vit.PatchStemModule,
     arch.Embedding: layers.EmbeddingModule,
     arch.AttnEmbedding: efficientformer_v2.AttnEmbeddingModule,
     arch.Subsample: efficientvit.SubsampleModule,

@@ -72,7 +72,7 @@ class Attention(nn.Module):
     """Multi-head self-attention with a learned bias for every absolute offset: (N, L, C) to the same.
 
     Head and key dimensions do not depend on C. The bias is looked up at every call, so weights that are loaded, moved
-    or cast at any time take effect.
+    or cast at any time take effect. A `bias` (heads, L, L) that is given stands in its place.
     """
 
     offsets: Tensor
@@ -88,11 +88,13 @@ class Attention(nn.Module):
         self.register_buffer("offsets", offset_index(side), persistent=False)
         _init_linear(self.qkv, self.proj)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is None:
+            bias = self.attention_biases[:, self.offsets]
         # q, k and v are interleaved head by head in the published weights: split after the heads are apart.
         qkv = self.qkv(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, L, 2 * key_dim + value_dim)
         q, k, v = qkv.split((self.key_dim, self.key_dim, self.value_dim), dim=3)
-        attention = (q @ k.transpose(2, 3)) * self.scale + self.attention_biases[:, self.offsets]  # (N, heads, L, L)
+        attention = (q @ k.transpose(2, 3)) * self.scale + bias  # (N, heads, L, L)
         x = attention.softmax(3) @ v  # (N, heads, L, value_dim)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -112,7 +114,7 @@ class Mlp(nn.Module):
 
 
 class MB3DModule(nn.Module):
-    """Attention block: tokens (N, L, C) to the same, L = resolution ** 2."""
+    """Attention block: tokens (N, L, C) to the same, L = resolution ** 2, or that of the `bias` (heads, L, L) given."""
 
     def __init__(self, spec: MB3D, resolution: int) -> None:
         super().__init__()
@@ -123,8 +125,8 @@ class MB3DModule(nn.Module):
         self.mlp = Mlp(spec.dim, spec.mlp_ratio * spec.dim, spec.act)
         self.ls2 = LayerScale(spec.dim, tokens=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.token_mixer(self.norm1(x)))
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = x + self.ls1(self.token_mixer(self.norm1(x), bias))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 

@@ -3,6 +3,10 @@
 Shapes: N images, C channels, H = W = the resolution that the layer is built for, L = H * W tokens.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,12 +76,17 @@ class IdentityModule(nn.Module):
         return x
 
 
-_NORMS: dict[str, type[nn.Module]] = {"layer_norm": nn.LayerNorm, "batch_norm": nn.BatchNorm2d, "mean_batch_norm": nn.BatchNorm1d}
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "layer_norm": nn.LayerNorm,
+    "batch_norm": nn.BatchNorm2d,
+    "mean_batch_norm": nn.BatchNorm1d,
+    "class_token": partial(nn.LayerNorm, eps=1e-6),  # as published
+}
 
 
 class HeadModule(nn.Module):
-    """Norm, mean over positions and linear, in the order of `spec.form`: tokens (N, L, C) or a map (N, C, H, W) to
-    (N, num_classes)."""
+    """Norm, mean over positions (or the class token) and linear, in the order of `spec.form`: tokens (N, L, C) or a map
+    (N, C, H, W) to (N, num_classes)."""
 
     def __init__(self, spec: Head, resolution: int) -> None:
         super().__init__()
@@ -91,6 +100,8 @@ class HeadModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.form == "layer_norm":
             return self.fc(self.norm(x if self.tokens else x.flatten(2).transpose(1, 2)).mean(1))
+        if self.form == "class_token":
+            return self.fc(self.norm(x[:, 0]))
         if self.form == "batch_norm" and self.training:
             return self.fc(self.norm(x.transpose(1, 2).unsqueeze(3) if self.tokens else x).mean((2, 3)))
         x = x.mean(1) if self.tokens else x.mean((2, 3))

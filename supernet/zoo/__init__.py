@@ -1,4 +1,4 @@
-"""Published networks as ArchConfigs, one YAML file each. No torch."""
+"""Published networks as ArchConfigs, and what is ours of them (its file says so), one YAML file each. No torch."""
 
 from pathlib import Path
 
