@@ -124,6 +124,10 @@ class AttnFFN:
         if self.stride not in (1, 2):
             raise InputError(f"AttnFFN: the attention's stride must be 1 or 2, but is {self.stride!r}")
 
+    def takes(self, side: int) -> bool:
+        """Whether the block can stand on a map of this side in pixels."""
+        return side % self.stride == 0
+
 
 @dataclass(frozen=True)
 class Identity:
