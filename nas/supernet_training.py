@@ -97,13 +97,13 @@ class SupernetSettings:
 
 
 def training_size(space: SearchSpace, data_size: int, wanted: int = 0) -> int:
-    """Return the image size to train a supernet at: the data's, but at least such that the last map is 4x4, and at most
-    the deployed size. `wanted` (not 0) is taken as it is.
+    """Return the image size to train a supernet at: the data's, or the next that the space takes (the last map at least
+    4x4), and at most the deployed size. `wanted` (not 0) is taken as it is.
 
     Raises:
-        InputError: the size that results has a last map under 4x4.
+        InputError: the space does not take the size that results.
     """
-    size = wanted or min(max(data_size, space.smallest_image_size()), space.image_size)
+    size = wanted or min(space.smallest_image_size(data_size), space.image_size)
     space.at(size).check_searchable()
     return size
 

@@ -15,6 +15,7 @@ import yaml
 from supernet.arch import (
     MB4D,
     ArchConfig,
+    AttnFFN,
     Block,
     Entry,
     Identity,
@@ -136,17 +137,29 @@ class SearchSpace:
         return replace(self, num_classes=num_classes)
 
     def check_searchable(self) -> None:
-        """Refuse an image size at which the last stage's map is under 4x4."""
+        """Refuse an image size at which the last stage's map is under 4x4, or a candidate cannot stand on its stage's map."""
         last = self.resolutions[-1]
         if last < MIN_MAP:
             raise InputError(
                 f"space {self.name} at {self.image_size} px has a last map of {last}x{last}, "
                 f"on which blocks cannot be told apart: it takes images of at least {self.smallest_image_size()} px"
             )
+        if not self._takes(self.image_size):
+            raise InputError(
+                f"space {self.name} at {self.image_size} px has maps of an odd side where attention has stride 2: the next "
+                f"size that it takes is {self.smallest_image_size(self.image_size)} px"
+            )
 
-    def smallest_image_size(self) -> int:
-        """The least image size in pixels at which the last stage's map is 4x4."""
-        return next(s for s in itertools.count(1) if stage_resolutions(s, self.strides)[-1] >= MIN_MAP)
+    def smallest_image_size(self, at_least: int = 1) -> int:
+        """The least image size in pixels, from `at_least` on, that `check_searchable` does not refuse."""
+        return next(size for size in itertools.count(at_least) if self._takes(size))
+
+    def _takes(self, image_size: int) -> bool:
+        sides = stage_resolutions(image_size, self.strides)
+        halving = [
+            (c, side) for s, side in zip(self.stages, sides, strict=True) for c in s.candidates if isinstance(c, AttnFFN)
+        ]
+        return sides[-1] >= MIN_MAP and all(candidate.takes(side) for candidate, side in halving)
 
     def arch(self, widths: Sequence[int], kinds: Sequence[Sequence[str]], name: str | None = None) -> ArchConfig:
         """Return the network with these widths and, stage by stage, these kinds in its slots."""

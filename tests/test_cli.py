@@ -30,6 +30,19 @@ stages:
 - {stride: 2, widths: [8, 16], depth: 2, candidates: [mb4d, identity]}
 - {stride: 2, widths: [16, 24, 32], depth: 2, candidates: [mb4d, {kind: mb3d, num_heads: 2}, identity]}
 """
+V2_SPACE = """
+name: micro-v2
+image_size: 16
+num_classes: 10
+head: batch_norm
+stages:
+- {stride: 2, widths: [8, 16], depth: 2, candidates: [ffn, {kind: ffn, mlp_ratio: 2}, identity], entry: {kind: stem, act: gelu}}
+- stride: 2
+  widths: [16, 24]
+  depth: 2
+  candidates: [{kind: attn_ffn, num_heads: 2}, {kind: attn_ffn, num_heads: 2, stride: 2}, ffn, identity]
+  entry: {kind: attn_embedding, num_heads: 2}
+"""
 SETTINGS = "{weight_epochs: 1, mixture_epochs: 1, images_per_epoch: 256, recalibration_images: 64, score_images: 64}"
 
 
@@ -277,6 +290,19 @@ def test_from_images_to_a_network_within_its_target(
     profile = json.loads(capsys.readouterr().out)
     assert profile["measured_low_ms"] <= profile["measured_ms"] <= profile["measured_high_ms"]
     assert profile["predicted_ms"] is None
+
+
+def test_a_network_found_in_another_family_is_of_its_space(space_file: Path, settings_file: Path, tmp_path: Path) -> None:
+    space_file.write_text(V2_SPACE)
+    space = SearchSpace.load(space_file)
+    table = additive_table(space, "phone-npu")
+    target = 0.55 * table.predict_ms(space.largest)
+    arguments = ["--target-ms", f"{target:.6f}", "--space", str(space_file), "--config", str(settings_file), "--out", "run"]
+    cli.search([*arguments, "--table", str(table.save(tmp_path / "phone")), "--device", "phone-npu"])
+    arch = ArchConfig.load("run/searched.yaml")
+    assert arch in space, "its head, its entries and its blocks' knobs are the space's"
+    assert table.predict_ms(arch) <= target
+    cli.export(["run/searched.yaml", "--weights", "run/weights.safetensors", "--format", "onnx", "--out", "model.onnx"])
 
 
 def test_a_target_that_the_largest_network_meets_ends_with_it(

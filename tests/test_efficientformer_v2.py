@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.export import export_onnx, with_ordinary_values
+from nas.supernet_training import training_size
 from supernet.arch import FFN, MB3D, ArchConfig, AttnEmbedding, AttnFFN, Embedding, Head, Layer, Port, Stage, Stem, label
 from supernet.blocks import build_layer
 from supernet.blocks.efficientformer import LayerScale
@@ -247,6 +248,19 @@ def test_the_largest_network_has_attention_all_over_the_last_two_stages(space: S
     assert kinds == [{"ffn"}, {"ffn"}, {"attn_ffn(stride=2)"}, {"attn_ffn"}]
     assert all(len(stage.widths) <= 6 for stage in space.stages)
     assert len(space.layers()) <= 160
+
+
+def test_a_search_is_at_a_size_at_which_attention_can_be_halved() -> None:
+    assert [WIDE.at(size).resolutions[2] for size in (113, 128, 129, 144)] == [8, 8, 9, 9]
+    assert [WIDE.smallest_image_size(size) for size in (1, 113, 128, 129, 209)] == [113, 113, 128, 145, 209]
+    assert TINY.smallest_image_size() == 29
+    WIDE.at(128).check_searchable()
+    said = refusal(WIDE.at(129).check_searchable)
+    assert "at 129 px has maps of an odd side" in said and "the next size that it takes is 145 px" in said
+    assert "has a last map of 3x3" in refusal(WIDE.at(96).check_searchable)
+    assert training_size(TINY, 8) == 29
+    assert training_size(WIDE, 129) == 145
+    assert training_size(WIDE, 500) == 224
 
 
 def test_what_a_candidate_is_called_is_its_own_even_with_all_knobs_at_their_defaults() -> None:

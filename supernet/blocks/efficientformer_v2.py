@@ -99,7 +99,7 @@ class AttnFFNModule(nn.Module):
 
     def __init__(self, spec: AttnFFN, resolution: int) -> None:
         super().__init__()
-        if resolution % spec.stride:
+        if not spec.takes(resolution):
             raise InputError(
                 f"attn_ffn with stride 2 takes maps of an even side, but stands on one of {resolution} px: choose an image "
                 "size at which its stage's map is even, or stride 1"
