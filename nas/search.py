@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def _search(
     if outcome.candidate is not None:
         outcome.candidate.arch.without_identity().save(candidate)
     arch = trajectory.arch.without_identity()
-    deployed = ArchConfig(f"{space.name}-{target.ms:g}ms", arch.image_size, arch.num_classes, arch.stages)
+    deployed = replace(arch, name=f"{space.name}-{target.ms:g}ms")
     model = found_network(supernet, trajectory.arch, evaluator.recalibration)
     loss, accuracy = accuracy_of(model, data.val)
     complexity = count(deployed)
