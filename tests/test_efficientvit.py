@@ -12,8 +12,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from tables import plain_calibration
 from torch import Tensor, nn
 
+from nas import cli
 from nas.evaluation import recalibrate
 from nas.export import onnx_bytes, with_ordinary_values
 from nas.measure import Model, build_module
@@ -324,6 +326,35 @@ def test_a_space_s_candidates_fit_all_its_widths(name: str) -> None:
 
 def test_m4_is_in_the_space() -> None:
     assert zoo("efficientvit_m4") in SearchSpace.load("efficientvit")
+
+
+MICRO = """
+name: micro
+image_size: 32
+num_classes: 10
+head: mean_batch_norm
+stages:
+- {stride: 4, entry: conv_stem, widths: [8], depth: 1, candidates: [{kind: sandwich, num_heads: 2, key_dim: 4}, identity]}
+- {stride: 2, entry: subsample, widths: [16, 24], depth: 2, candidates: [{kind: sandwich, num_heads: 2, key_dim: 4}, identity]}
+"""
+
+
+def test_a_search_ends_with_the_entries_and_the_head_of_its_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "micro.yaml").write_text(MICRO)
+    settings = "{weight_epochs: 1, mixture_epochs: 1, images_per_epoch: 128, recalibration_images: 32, score_images: 32}"
+    (tmp_path / "settings.yaml").write_text(settings)
+    space = SearchSpace.load("micro.yaml")
+    rows = {layer: Row(1.0, 0.9, 1.1, "slope") for layer in measured_layers(space.layers())}
+    meta = {"reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}}
+    table = LatencyTable("phone-npu", rows, (plain_calibration(space),), "imported", meta).save(tmp_path)
+    arguments = ["--space", "micro.yaml", "--config", "settings.yaml", "--table", str(table), "--device", "phone-npu"]
+    cli.search([*arguments, "--target-ms", "5", "--out", "run"])  # three layers are always there: two blocks may stay
+    found = ArchConfig.load("run/searched.yaml")
+    assert found in space
+    assert found.head == "mean_batch_norm"
+    assert [type(layer.spec) for layer in found.layers()].count(Sandwich) == 2
+    cli.export(["run/searched.yaml", "--weights", "run/weights.safetensors", "--format", "onnx", "--out", "model.onnx"])
 
 
 # -- Files, and what is refused ----------------------------------------------------------------------------------------
