@@ -631,8 +631,8 @@ class ArchConfig:
         if self.multiplexes:
             assert self.mux is not None
             raise InputError(
-                f"{self.name} takes {self.mux.n} images in one pass (mux), which serves throughput alone: {why}; measure it "
-                "beside others with benchmarks/concatplexer.py, or leave mux out of the network"
+                f"{self.name} takes {self.mux.n} images in one pass (mux), which serves throughput alone: {why}; leave mux out "
+                "of the network, or compare throughput as benchmarks/concatplexer.py does"
             )
 
     def to_yaml(self) -> str:
