@@ -18,7 +18,7 @@ from supernet.errors import InputError, unknown
 
 STRATEGIES = ("greedy",)
 
-ARCH_HELP = "a network: a YAML file, or the name of a published one (efficientformer_l1, efficientformerv2_s0, efficientvit_m4, deit_tiny, ...)"
+ARCH_HELP = "a network: a YAML file, or the name of a published one (efficientformer_l1, efficientvit_m4, deit_tiny, ...)"
 
 
 class _Parser(argparse.ArgumentParser):
