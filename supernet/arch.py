@@ -453,7 +453,8 @@ class Layer(NamedTuple):
 @dataclass(frozen=True)
 class Stage:
     """Blocks of one width. `stride` is the reduction on entering, by `entry`: a stem for the first stage, an embedding for
-    the others (None: `Stem`, `Embedding`). What an entry says of its widths and stride is set by where it stands."""
+    the others (None: `Stem`, `Embedding`). Its widths and its stride follow from where it stands: what it says of them is not
+    kept."""
 
     width: int
     stride: int
@@ -462,6 +463,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         check_width(self.width)
+        object.__setattr__(self, "entry", unplaced(self.entry))
         begun = False
         for block in self.blocks:
             if block.dim != self.width:
@@ -730,6 +732,16 @@ def placed_entry(entry: Entry | None, width: int, width_in: int | None, stride: 
     if entry is not None and not is_embedding(entry):
         raise InputError(f"a stage after the first is entered by one of {', '.join(EMBEDDINGS)}, but its entry is {entry.kind}")
     return replace(entry or Embedding(width, width_in), dim=width, dim_in=width_in, stride=stride)
+
+
+def unplaced(entry: Entry | None) -> Entry | None:
+    """Return a stage's entry without what follows from its place, so that the same entry is equal anywhere."""
+    if entry is None:
+        return None
+    knobs = {name: value for name, value in knobs_of(entry).items() if name not in _OF_PLACE}
+    places = {name: WIDTH_STEP for name in ("dim", "dim_in") if hasattr(entry, name)}
+    found: Entry = type(entry)(**places, **knobs)  # type: ignore[arg-type]
+    return found
 
 
 def block_entry(block: Block) -> str | dict[str, Any]:

@@ -32,6 +32,7 @@ from supernet.arch import (
     label,
     placed,
     stage_resolutions,
+    unplaced,
 )
 from supernet.errors import InputError, unknown
 from supernet.files import checked_fields, read_yaml, write_atomically
@@ -55,6 +56,7 @@ class StageSpace:
     entry: Entry | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "entry", unplaced(self.entry))
         if not self.widths:
             raise InputError("a stage must have at least one width")
         for width in self.widths:

@@ -72,7 +72,7 @@ POOL_BLOCK = ["avg_pool", "sub", "mul", "add", "conv", "gelu", "conv", "add"]
         ((Layer(FFN(16), 7), Layer(AttnEmbedding(24, 16, num_heads=2), 7), Layer(FFN(24), 4)), None),
         (
             (Layer(FFN(16), 4), Layer(Head(16, 10, form="batch_norm"), 4)),
-            [*FEED_FORWARD, "reduce_mean", "mul", "add", "linear"],
+            [*FEED_FORWARD, "reduce_mean", "linear"],
         ),
     ],
     ids=lambda value: name_of(value)[:40] if isinstance(value, tuple) else "",
