@@ -163,7 +163,8 @@ class LatencyTable:
         """Return the milliseconds of one call of the network on this device.
 
         The sum of its rows goes through the calibration of a space with the network's image size and strides; where
-        several have them, the one whose networks were nearest in latency. A table without any calibration sums.
+        several have them, the one whose networks had most of its kinds of layers, then the one whose networks were nearest in
+        latency. A table without any calibration sums.
 
         Raises:
             InputError: rows are missing, or no calibration has the network's image size and strides.
@@ -179,7 +180,12 @@ class LatencyTable:
                 f"only for {known}: measure it with nas-build-lut --device {self.device} and --space or --arch"
             )
         sum_ms, between_ms = self.sums_ms(arch)
-        nearest = min(matching, key=lambda c: max(c.sum_low_ms - sum_ms, sum_ms - c.sum_high_ms, 0.0))
+        kinds = {layer.spec.kind for layer in arch.layers()}
+
+        def distance(c: Calibration) -> tuple[int, float]:
+            return len(kinds - c.error_by_kind_percent.keys()), max(c.sum_low_ms - sum_ms, sum_ms - c.sum_high_ms, 0.0)
+
+        nearest = min(matching, key=distance)
         return nearest.predict_ms(sum_ms, between_ms)
 
     def serves(self, space: SearchSpace) -> bool:

@@ -104,6 +104,12 @@ def test_of_several_calibrations_the_nearest_in_latency_counts() -> None:
     assert total < 5
 
 
+def test_of_several_calibrations_the_one_whose_networks_had_these_kinds_of_layers_counts() -> None:
+    other = replace(CALIBRATION, space="other", offset_ms=1.0, error_by_kind_percent={"ffn": 0.5})
+    table = table_of(TINY, other, CALIBRATION)
+    assert table.predict_ms(TINY.largest) == pytest.approx(CALIBRATION.predict_ms(*table.sums_ms(TINY.largest)))
+
+
 def test_a_file_holds_the_table_exactly_to_six_digits(tmp_path: Path) -> None:
     table = table_of(TINY, CALIBRATION)
     rows = {**table.rows, Layer(MB3D(64, num_heads=4), 8): ROW}
