@@ -17,9 +17,10 @@ settled here:
 - *Score.* The rise in loss that `evaluate` sees (or the drop in accuracy), not below zero, for each millisecond saved.
   Ties go to more milliseconds saved, then to the earlier stage. Nothing is fine-tuned between actions.
 - *Landing.* The loop may end well below the target. Then width that was removed is given back: of the networks that
-  have the blocks of the last, or else of an earlier step, and any widths, those within 3 % under the target are
-  considered; the few nearest to the loop's own widths are evaluated and the best is taken. Where there is none, the
-  slowest network under the target is taken, if it is better than the loop's end.
+  have the blocks of one of the last steps and any widths, those within 3 % under the target are considered; for each of
+  the last three sets of blocks that have any, the few nearest to the loop's own widths are evaluated, and the best of all
+  is taken, though it may be a little worse than the loop's end. Where there is none, the slowest network under the
+  target is taken, if it is better than the loop's end.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from supernet.space import SearchSpace
 
 MIN_SAVING = 0.001  # of the target
 LANDING = 0.03  # under the target
-LANDING_TRIES = 6  # networks that are evaluated to choose where to land
+LANDING_TRIES = 6  # networks of the same blocks that are evaluated to choose where to land ...
+LANDING_BLOCKS = 3  # ... of the blocks of so many steps
 
 COLUMNS = (
     "step",
@@ -341,6 +343,8 @@ class _Run:
         latest: dict[tuple[tuple[str, ...], ...], ArchConfig] = {}  # a step that narrows has its predecessor's blocks
         for arch in [step.taken.arch for step in reversed(steps)] + [begin]:
             latest.setdefault(_kinds(arch), arch)
+        near: list[tuple[float, float, tuple[int, ...], ArchConfig]] = []
+        groups = 0
         for blocks_of in latest.values():
             found = []
             for widths in itertools.product(*(stage.widths for stage in self.space.stages)):
@@ -351,10 +355,13 @@ class _Run:
                     found.append((change, -ms, widths, arch))
                 elif slowest[0] < ms <= self.target.ms:
                     slowest = (ms, arch)
-            if found:
-                found.sort(key=lambda item: item[:3])
-                tried = sorted(found[:LANDING_TRIES], key=lambda item: (self._charge(self.evaluate(item[3])), *item[:2]))
-                return [self._land(end, item[3]) for item in tried]
+            near += sorted(found, key=lambda item: item[:3])[:LANDING_TRIES]
+            groups += bool(found)
+            if groups == LANDING_BLOCKS:
+                break
+        if near:
+            near.sort(key=lambda item: (self._charge(self.evaluate(item[3])), *item[:2]))
+            return [self._land(end, item[3]) for item in near]
         _, arch = slowest
         if arch is not end.arch and self._charge(self.evaluate(arch)) < self._charge(end.evaluation):
             return [self._land(end, arch)]

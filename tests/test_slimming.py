@@ -171,7 +171,7 @@ def test_landing_gives_blocks_back_where_width_alone_does_not_get_there() -> Non
 def test_records_have_a_row_for_every_option_and_one_taken_for_every_step() -> None:
     found = slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 5.1)
     rows = list(found.records())
-    assert len(rows) == sum(len(step.options) for step in found.steps) == 3 + 3 + 3 + 3 + 1
+    assert len(rows) == sum(len(step.options) for step in found.steps) == 3 + 3 + 3 + 3 + 2
     assert [row["step"] for row in rows if row["taken"]] == [1, 2, 3, 4, 5]
     assert rows[0] == {
         "step": 1,
