@@ -1,13 +1,13 @@
 """EfficientFormerV2's blocks compute what their equations say, take the maps that they can, and export as they compute."""
 
 import random
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from refusals import refusal
 from torch import Tensor, nn
 
 from nas.export import export_onnx, with_ordinary_values
@@ -15,7 +15,6 @@ from nas.supernet_training import training_size
 from supernet.arch import FFN, MB3D, ArchConfig, AttnEmbedding, AttnFFN, Embedding, Head, Layer, Port, Stage, Stem, label
 from supernet.blocks import build_layer
 from supernet.blocks.efficientformer import LayerScale
-from supernet.errors import InputError
 from supernet.metapath import Supernet, sample_path
 from supernet.model import build_model
 from supernet.space import SearchSpace
@@ -28,22 +27,7 @@ TINY = SearchSpace.load("efficientformerv2-tiny")
 WIDE = SearchSpace.load("efficientformerv2")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two threads on a busy machine wait for each other at every one of these tiny operations."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The one line with which a call refuses its input."""
-    with pytest.raises(InputError) as refused:
-        call()
-    message = str(refused.value)
-    assert message and "\n" not in message
-    return message
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ready(layer: Layer) -> nn.Module:
