@@ -304,7 +304,10 @@ class SearchSpace:
             stages = []
             for number, entry in enumerate(checked_list(given["stages"], "stages"), 1):
                 with placed(f"stage {number}"):
-                    activations = entry.pop("activations", None) if isinstance(entry, dict) else None
+                    activations = None
+                    if isinstance(entry, dict):  # the caller's document stays as it is
+                        activations = entry.get("activations")
+                        entry = {name: value for name, value in entry.items() if name != "activations"}
                     stage = checked_fields(StageSpace, entry, f"stage {number}")
                     stage["widths"] = _widths(stage["widths"])
                     if "entry" in stage:
