@@ -15,32 +15,23 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
-from typing import NamedTuple
 
 import torch
 
-from nas.data import ImageData, Images, load_images, normalise
+from nas.data import ImageData, Images, load_images
 from nas.export import onnx_bytes
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import OrtModel, cpu_name
 from nas.profilers.timing import Measurement, Visit, median_reference, summarise, visit_in_rounds
 from nas.progress import say
+from nas.throughput import GROUPINGS, Accuracy, grouped_accuracy
 from nas.training import RECIPES, load_weights, train_network
-from supernet.arch import ArchConfig, MultiplexSpec, PatchStem, Stage, ViT
+from supernet.arch import ArchConfig, MultiplexSpec, Stage
 from supernet.errors import InputError
 from supernet.model import build_model, count
+from supernet.specs import PatchStem, ViT
 
 SIZE, WIDTH, DEPTH, START = 32, 96, 6, 2  # 8 x 8 patches; two blocks for each image by itself
-GROUPINGS = 3  # random ones, at least
-
-
-class Accuracy(NamedTuple):
-    """Shares that are right: of each grouping, of each slot (mean over groupings), and where a group is of one class."""
-
-    groupings: list[float]
-    slots: list[float]
-    one_class: float
 
 
 def networks(classes: int) -> dict[str, ArchConfig]:
@@ -64,30 +55,6 @@ def few(images: Images, number: int) -> Images:
     """Return a random part of the images."""
     shuffled = images.shuffled(0)
     return Images(shuffled.pixels, shuffled.rows[:number], shuffled.labels[:number])
-
-
-@torch.no_grad()
-def right(model: torch.nn.Module, images: Images, order: torch.Tensor) -> torch.Tensor:
-    """Return which of the images, grouped in this order, are right: (n,) bool, in this order."""
-    found = []
-    for indices in order.split(256):  # a multiple of every group size
-        pixels, labels = images.batch(indices)
-        found.append(model(normalise(pixels)).argmax(1) == labels)
-    return torch.cat(found)
-
-
-def accuracy(model: torch.nn.Module, images: Images, n: int, groupings: int) -> Accuracy:
-    """Return how the network does on the images in several random groupings."""
-    model.eval()
-    slot = torch.arange(len(images)) % n
-    generator = torch.Generator().manual_seed(0)
-    found = [right(model, images, torch.randperm(len(images), generator=generator)).double() for _ in range(groupings)]
-    by_class = right(model, images, images.labels.argsort(stable=True)).double()
-    return Accuracy(
-        [hits.mean().item() for hits in found],
-        [mean(hits[slot == at].mean().item() for hits in found) for at in range(n)],
-        by_class.mean().item(),
-    )
 
 
 def latencies(
@@ -148,7 +115,7 @@ def compare(data: ImageData, val: Images, given: argparse.Namespace, folder: Pat
         train_network(arch, data, recipe, folder / arch.name, seed=0)
         models[name] = build_model(arch)
         load_weights(models[name], folder / arch.name / "model.safetensors")
-        scores[name] = accuracy(models[name], val, group_size(arch), given.groupings)
+        scores[name] = grouped_accuracy(models[name], val, group_size(arch), given.groupings)
     say("timing all of them side by side")
     groups = {name: group_size(arch) for name, arch in archs.items()}
     times = latencies(models, groups, given.in_flight, given.visits)
@@ -176,7 +143,7 @@ def compare(data: ImageData, val: Images, given: argparse.Namespace, folder: Pat
         cells = [
             name,
             f"{count(arch).macs / 1e6:.1f}",
-            f"{100 * mean(score.groupings):.2f} ± {100 * stdev(score.groupings):.2f}",
+            f"{100 * score.mean:.2f} ± {100 * score.sd:.2f}",
             percent(score.slots),
             percent([score.one_class]),
             f"{batch.ms:.3f} ({batch.low_ms:.3f} to {batch.high_ms:.3f})",

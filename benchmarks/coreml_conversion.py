@@ -10,23 +10,22 @@ smallest and the largest network of each space.
 import argparse
 import time
 from collections import Counter
+from dataclasses import replace
 
 from nas.measure import Model, build_module, name_of
 from nas.profilers.coreml import convert, coremltools, operations
 from nas.progress import progress, say
 from nas.table import measured_layers
-from supernet.arch import Embedding, Flat, Head, Stem, Unflat
 from supernet.errors import InputError
 from supernet.space import SearchSpace, space_names
-
-NOT_BLOCKS = (Stem, Embedding, Flat, Unflat, Head)  # of what a table has rows for
+from supernet.specs import is_block
 
 
 def models_of(space: SearchSpace) -> dict[Model, str]:
     """Return the models to convert, and what each is."""
     layers = measured_layers(space.layers())
     found: dict[Model, str] = {(layer,): layer.spec.kind for layer in layers}
-    blocks = {layer.spec.kind: layer for layer in layers if not isinstance(layer.spec, NOT_BLOCKS)}
+    blocks = {layer.spec.kind: layer for layer in layers if is_block(layer.spec)}
     found |= {(block,) * 4: "chain" for block in blocks.values()}
     return found | {tuple(arch.layers()): "network" for arch in (space.smallest, space.largest)}
 
@@ -37,7 +36,7 @@ def main() -> None:
     names = parser.parse_args().space or space_names()
     models: dict[Model, str] = {}
     for name in names:
-        mine = models_of(SearchSpace.load(name))
+        mine = models_of(replace(SearchSpace.load(name), mux=()))  # Core ML is timed one image at a time
         print(f"{name}: {len(mine)} models, {len(mine.keys() - models.keys())} of them new")
         models |= mine
     start, done, failed = time.perf_counter(), Counter[str](), 0

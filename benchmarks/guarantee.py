@@ -25,8 +25,9 @@ from nas.progress import progress
 from nas.search import Check
 from nas.slimming import Trajectory, slim
 from nas.table import LatencyTable, Target
-from supernet.arch import ArchConfig, Identity
+from supernet.arch import ArchConfig
 from supernet.space import SearchSpace
+from supernet.specs import Identity
 
 ROUNDS, CALLS, DISCARDED = 15, 6, 4
 

@@ -27,10 +27,10 @@ from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import OrtModel, cpu_name, pinned
 from nas.profilers.timing import Visit, median_interval, summarise, visit_in_rounds
 from nas.progress import progress, say
-from supernet.arch import MB3D, MB4D, Flat, Layer, Stem, Unflat
 from supernet.blocks import build_layer
 from supernet.blocks.efficientformer import ConvMlp, Mlp
 from supernet.errors import InputError
+from supernet.specs import MB3D, MB4D, Flat, Layer, Stem, Unflat
 
 STAGES = ((48, 56), (96, 28), (224, 14), (448, 7))  # width and side of EfficientFormer-L1's stages at 224 px
 CHAIN = 4  # blocks in a session, so that its ends weigh little

@@ -26,8 +26,9 @@ from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.timing import summarise
 from nas.progress import progress
 from nas.table import LatencyTable
-from supernet.arch import ArchConfig, Layer
+from supernet.arch import ArchConfig
 from supernet.space import SearchSpace
+from supernet.specs import Layer
 
 BINS = 10
 

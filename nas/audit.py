@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from nas.progress import say
 from nas.table import LatencyTable, Row
-from supernet.arch import Layer, label
+from supernet.specs import Layer, label
 
 Array = npt.NDArray[np.float64]
 

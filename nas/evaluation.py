@@ -16,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas.data import ImageData, Images, normalise
 from nas.slimming import Evaluation
-from supernet.arch import ArchConfig, Layer
+from supernet.arch import ArchConfig
 from supernet.metapath import Supernet
+from supernet.specs import Layer
 from supernet.weights import subnetwork
 
 MEMORY_BYTES = 1 << 30  # of activations that are kept

@@ -26,10 +26,11 @@ from nas.profilers.bench import Bench, Samples, TooNoisy, carry_out, now, read_s
 from nas.profilers.timing import Measurement, Visit, Workload, summarise
 from nas.progress import progress, say
 from nas.table import Calibration, CheckedNetwork, LatencyTable, Row, find_table, measured_layers, space_sha256
-from supernet.arch import ArchConfig, Layer
+from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.space import SearchSpace
+from supernet.specs import Layer
 from supernet.zoo import load_arch
 
 Array = npt.NDArray[np.float64]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from nas.export import with_ordinary_values
 from nas.profilers.timing import Measurement, References, Stopwatch, Visit, Workload, summarise
 from nas.table import LatencyTable
-from supernet.arch import MB3D, MB4D, ArchConfig, Head, Layer, is_stem
+from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
 from supernet.errors import InputError
+from supernet.specs import MB3D, MB4D, Head, Layer, is_stem
 
 Model = tuple[Layer, ...]
 
@@ -49,14 +50,14 @@ def name_of(model: Model) -> str:
 
 
 def input_shape(model: Model, batch: int = 1) -> tuple[int, ...]:
-    """Return the shape of a model's input: (N, 3, S, S) images, (N, C, H, W) maps or (N, tokens, C), a class token among them
-    where there is one."""
-    if not model:
-        return batch, 3, 4, 4
-    form, dim, side = model[0].entering
-    if form in ("tokens", "class_tokens"):
-        return batch, side * side + (form == "class_tokens"), dim
-    return batch, dim, side, side
+    """Return the shape of a model's input.
+
+    Raises:
+        InputError: the batch is no whole number of the groups of images that the model has.
+    """
+    for layer in model:
+        layer.leaving.shape(batch)
+    return model[0].entering.shape(batch) if model else (batch, 3, 4, 4)
 
 
 def build_module(model: Model, batch: int = 1) -> tuple[nn.Module, Tensor]:

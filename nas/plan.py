@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import median
@@ -24,11 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from nas.measure import CACHED, EMPTY, STREAMING, Model, input_shape, name_of
 from nas.profilers.bench import Plan
 from nas.table import measured_layers
-from supernet.arch import MB3D, MB4D, ArchConfig, Layer, Port, Spec, ViT, is_block
+from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
 from supernet.errors import InputError
 from supernet.model import build_model
 from supernet.space import SearchSpace
+from supernet.specs import MB3D, MB4D, Layer, Port, ViT, in_group, is_block
 from supernet.zoo import load_arch
 
 Terms = dict[Model, float]
@@ -54,22 +55,32 @@ def slope(block: Layer) -> Terms:
     return {(block,) * k: (k - centre) / spread for k in CHAINS}
 
 
-_CHEAP: dict[str, Callable[[int], Spec]] = {
-    "map": lambda dim: MB4D(dim, mlp_ratio=1),
-    "tokens": lambda dim: MB3D(dim, mlp_ratio=1, num_heads=1, key_dim=8, attn_ratio=1),
-    "class_tokens": lambda dim: ViT(dim, num_heads=1, mlp_ratio=1),
-}
+def _cheap(port: Port) -> Layer | None:
+    """Return the cheapest block that stands on one side of a layer, None beside an image or logits."""
+    form, dim, side, group = port
+    match form:
+        case "map":
+            return Layer(MB4D(dim, mlp_ratio=1), side)
+        case "tokens":
+            return Layer(_cheap_mb3d(dim), side)
+        case "class_tokens":
+            return Layer(ViT(dim, num_heads=1, mlp_ratio=1), side)
+        case "groups":
+            assert group is not None
+            token_block = ViT(dim, num_heads=1, mlp_ratio=1) if group.class_token else _cheap_mb3d(dim)
+            return Layer(in_group(token_block, group.knobs), side)
+    return None
 
 
-def _cheap(port: Port) -> Layer:
-    return Layer(_CHEAP[port.form](port.dim), port.side)
+def _cheap_mb3d(dim: int) -> MB3D:
+    return MB3D(dim, mlp_ratio=1, num_heads=1, key_dim=8, attn_ratio=1)
 
 
 def terms_of(layer: Layer) -> Terms:
     """Return the models whose times make a layer's row, each with its weight."""
     if is_block(layer.spec):
         return slope(layer)
-    before, after = ([_cheap(port)] if port.form in _CHEAP else [] for port in (layer.entering, layer.leaving))
+    before, after = ([block] if (block := _cheap(port)) else [] for port in (layer.entering, layer.leaving))
     context = [(block, block) for block in before + after]
     ends = [(-0.5, {model: 1.0}) for model in (*context, *[EMPTY] * (2 - len(context)))]
     return _combine((1.0, {(*before, layer, *after): 1.0}), *ends)
@@ -173,7 +184,9 @@ def random_network(space: SearchSpace, rng: random.Random) -> ArchConfig:
         for stage, choices in zip(arch.stages, space.stages, strict=True)
         for filled in [[kind for kind in choices.kinds if kind != "identity"] or ["identity"]]
     ]
-    return space.arch(arch.widths, kinds)
+    arch = space.arch(arch.widths, kinds)
+    ways = list(dict.fromkeys(space.multiplexed(arch, mux) for mux in (None, *space.mux)))
+    return rng.choice(ways) if space.mux else arch
 
 
 def _macs(arch: ArchConfig) -> int:
@@ -182,8 +195,9 @@ def _macs(arch: ArchConfig) -> int:
 
 @cache
 def _layer_macs(layer: Layer) -> int:
+    images = max(port.group.n if port.group else 1 for port in (layer.entering, layer.leaving))
     with torch.device("meta"):
-        module, image = build_layer(layer).eval(), torch.empty(input_shape((layer,)))
+        module, batch = build_layer(layer).eval(), torch.empty(input_shape((layer,), images))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(image)
-    return counter.get_total_flops() // 2
+        module(batch)
+    return counter.get_total_flops() // 2 // images

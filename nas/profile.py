@@ -14,8 +14,9 @@ from rich.table import Table
 from nas.audit import say_if_untrue
 from nas.progress import say
 from nas.table import LatencyTable, find_tables
-from supernet.arch import ArchConfig, Layer
+from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
+from supernet.specs import Layer
 
 if TYPE_CHECKING:
     from nas.operators import Breakdown
@@ -47,7 +48,10 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
     plain = profiler == open_profiler()  # ONNX Runtime on this CPU, one thread, fp32, batch 1: what runs any ONNX model
     arch = find_arch(network)
     if arch is not None:
-        arch.refuse_mux("nas-profile times one image")
+        from nas.measure import input_shape
+
+        batch = int(table.meta.get("batch", 1)) if table is not None else profiler.environment()["batch"] if profiler else 1
+        input_shape(tuple(arch.layers()), batch)  # refuses a network whose groups of images the batch is not made of
     if arch is None and not plain:
         raise InputError(
             f"{network} cannot be timed on {wanted}: there only networks given as YAML or by a zoo name are known; leave "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -17,7 +18,7 @@ from safetensors.torch import save as save_safetensors
 
 from nas.data import ImageData, load_images, natural_size
 from nas.evaluation import Evaluator, accuracy_of, recalibrate
-from nas.guarantee import Check, meet
+from nas.guarantee import Check, Outcome, meet
 from nas.profile import per_image
 from nas.profilers.bench import now
 from nas.profilers.timing import Measurement
@@ -26,12 +27,15 @@ from nas.request import claim
 from nas.slimming import COLUMNS, Evaluation, Step, Trajectory, rounded_up, slim, start_network
 from nas.supernet_training import SupernetSettings, train_supernet, training_size
 from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, table_folders, user_folder
-from supernet.arch import ArchConfig, label
+from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
+from nas.throughput import Contender, Grouped, best_of, contend, records, table_of, usable_ways
+from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError, unknown
 from supernet.files import write_atomically
 from supernet.metapath import Supernet
 from supernet.model import build_model, count
 from supernet.space import SearchSpace, space_names
+from supernet.specs import knobs_of, label
 from supernet.weights import resize_attention_biases, subnetwork
 
 CANDIDATE = "candidate.yaml"  # a network that might be better and is to be measured on a device that is elsewhere
@@ -71,7 +75,12 @@ def run_search(
     device, table_path = resolve_table(request.device, request.table)
     data = load_data(request.data, train_size, request.seed, settings.score_images)
     space = space.with_classes(len(data.classes))
+    if space.mux and settings.objective == "latency":
+        say(f"the objective is latency, so each image has a pass of its own: the groups (mux) of {space.name} are left out")
+        space = replace(space, mux=())
     table, table_path = usable_table(device, table_path, space, request)
+    if space.mux:
+        space = replace(space, mux=usable_ways(space, table))
     smallest_ms = table.predict_ms(space.smallest)
     if target.ms < smallest_ms:
         raise InputError(
@@ -128,23 +137,43 @@ def _search(
     evaluate = Remembered(evaluator, folder / "evaluations.csv")
     report_signal(space, start_network(space, importance), evaluate, len(data.score))
 
-    def slim_to(budget_ms: float, start: Trajectory | None, landing: float) -> Trajectory:
-        slimmed = partial(slim, space, importance, evaluate, table, score=settings.score, on_step=_say_step)
-        found = slimmed(budget_ms, start=start, landing=landing)
-        write_csv(folder / "trajectory.csv", found.records(), COLUMNS)
-        return found
+    checks = Checks(folder / "measurements.csv", table)
 
-    outcome = meet(target, slim_to, Checks(folder / "measurements.csv", table), table.predict_ms(space.smallest))
+    def found_for(mux: MultiplexSpec | None) -> Outcome:
+        grouped = Grouped(table, space, mux)
+
+        def slim_to(budget_ms: float, start: Trajectory | None, landing: float) -> Trajectory:
+            slimmed = partial(slim, space, importance, evaluate, grouped, score=settings.score, on_step=_say_step)
+            found = slimmed(budget_ms, start=start, landing=landing)
+            write_csv(folder / "trajectory.csv", found.records(), COLUMNS)
+            return found
+
+        if space.mux:
+            say(f"each image by itself at {target.ms:g} ms" if mux is None else f"groups of {mux.n} at {target.ms:g} ms")
+        return meet(target, slim_to, lambda arch: checks(space.multiplexed(arch, mux)), grouped.predict_ms(space.smallest))
+
+    outcomes = {mux: found_for(mux) for mux in (None, *space.mux)}
+    contest = None
+    mux = None
+    if space.mux:
+        contest = _contest(outcomes, supernet, evaluator, data, table, checks, settings, request.seed, folder)
+        mux = best_of(contest).arch.mux
+    outcome = outcomes[mux]
     trajectory, check = outcome.trajectory, outcome.check
     write_csv(folder / "trajectory.csv", trajectory.records(), COLUMNS)
     candidate = folder / CANDIDATE
     candidate.unlink(missing_ok=True)
     if outcome.candidate is not None:
-        outcome.candidate.arch.without_identity().save(candidate)
-    arch = trajectory.arch.without_identity()
+        space.multiplexed(outcome.candidate.arch, mux).without_identity().save(candidate)
+    arch = space.multiplexed(trajectory.arch, mux).without_identity()
     deployed = replace(arch, name=f"{space.name}-{target.ms:g}ms")
-    model = found_network(supernet, trajectory.arch, evaluator.recalibration)
-    loss, accuracy = accuracy_of(model, data.val)
+    if contest is None:
+        model = found_network(supernet, trajectory.arch, evaluator.recalibration)
+        loss, accuracy = accuracy_of(model, data.val)
+    else:
+        best = best_of(contest)
+        model = best.model
+        loss, accuracy = accuracy_of(model, data.val.shuffled(request.seed))[0], best.val.mean
     complexity = count(deployed)
     deployed.save(folder / "searched.yaml")
     write_atomically(folder / "weights.safetensors", save_safetensors(deployed_weights(model, deployed)))
@@ -175,8 +204,45 @@ def _search(
         "demonstration": data.demonstration,
         "skipped_images": len(data.skipped),
         "largest_of_space": not trajectory.steps,
+        "objective": settings.objective,
+        "mux": knobs_of(mux) if mux is not None else None,
     }
+    if contest is not None:
+        rows = records(contest, best_of(contest), int(result["batch"]), settings.arrivals_per_second)
+        write_csv(folder / "throughput.csv", rows, THROUGHPUT_COLUMNS)
+        result["throughput"] = rows
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def _contest(
+    outcomes: Mapping[MultiplexSpec | None, Outcome],
+    supernet: Supernet,
+    evaluator: Evaluator,
+    data: ImageData,
+    table: LatencyTable,
+    checks: Checks,
+    settings: SupernetSettings,
+    seed: int,
+    folder: Path,
+) -> list[Contender]:
+    """Return the networks of all ways of grouping and their controls, trained a little. A way whose network has no token block
+    left is the one without grouping, and has no part in it."""
+    found = []
+    for mux, outcome in outcomes.items():
+        arch = supernet.space.multiplexed(outcome.trajectory.arch, mux)
+        if mux is not None and not arch.multiplexes:
+            say(f"groups of {mux.n}: no token block is left at this target, so there is nothing to share")
+            continue
+        found.append((arch, outcome.check))
+
+    def inherited(arch: ArchConfig) -> Path:
+        path = folder / "throughput" / f"inherited-{hashlib.sha256(described(arch).encode()).hexdigest()[:16]}.safetensors"
+        if not path.exists():
+            model = found_network(supernet, arch, evaluator.recalibration)
+            write_atomically(path, save_safetensors(deployed_weights(model, arch)))
+        return path
+
+    return contend(found, inherited, data, table, checks, settings, folder / "throughput", seed)
 
 
 def resolve_table(device: str | None, table: Path | None) -> tuple[str, Path | None]:
@@ -351,8 +417,10 @@ class Checks:
 
 
 def described(arch: ArchConfig) -> str:
-    """Return a network of a space as one line: a stage's width and its blocks' kinds, stage by stage."""
-    return " | ".join(f"{s.width}: {' '.join(label(b) for b in s.blocks)}" for s in arch.stages)
+    """Return a network of a space as one line: a stage's width and its blocks' kinds, stage by stage, and its groups."""
+    stages = [f"{s.width}: {' '.join(label(b) for b in s.blocks)}" for s in arch.stages]
+    groups = [f"mux: {' '.join(f'{k}={v}' for k, v in knobs_of(arch.mux).items())}"] if arch.mux is not None else []
+    return " | ".join(stages + groups)
 
 
 def found_network(supernet: Supernet, arch: ArchConfig, images: torch.Tensor) -> torch.nn.Sequential:
@@ -413,6 +481,9 @@ def _print_result(result: Mapping[str, Any], folder: Path, data: ImageData) -> N
         f"  top-1 {100 * result['accuracy']:.1f} % on {len(data.val)} validation images that the search did not see, with "
         "weights inherited from the supernet"
     )
+    if "throughput" in result:
+        print(table_of(result["throughput"], result["batch"]))
+        print("  control: the same reduction without concatenation; whatever it is as good at is not the sharing's doing")
     if result["largest_of_space"]:
         spaces = {name: count(SearchSpace.load(name).largest).macs for name in space_names()}
         larger = sorted((macs, name) for name, macs in spaces.items() if macs > result["macs"] and name != result["space"])

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nas.table import LatencyTable, Row, find_table, find_tables
-from supernet.arch import label
 from supernet.errors import InputError
+from supernet.specs import label
 
 
 def print_tables() -> None:

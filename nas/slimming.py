@@ -32,9 +32,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, get_args
 
 from nas.table import Target
-from supernet.arch import ArchConfig, Block, Identity, Stage, at_width, label
+from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace
+from supernet.specs import Block, Identity, at_width, label
 
 MIN_SAVING = 0.001  # of the target
 LANDING = 0.03  # under the target

@@ -67,14 +67,21 @@ class SupernetSettings:
     recalibration_images: int = 256
     accelerator: str = "auto"
     """auto, cpu, cuda or mps."""
+    objective: str = "latency"
+    """latency, or throughput: images may share a pass in the ways that the space's `mux` has, and how is searched too."""
+    contest_epochs: int = 4
+    """Of throughput: how long the networks found for each way, and their controls, are trained before one is chosen."""
+    arrivals_per_second: float = 0.0
+    """Of throughput: images that come in, for the time that one waits for its group; 0: as many as are worked off."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("noise", ("gumbel", "uniform")), ("score", ("loss", "accuracy"))):
+        choices = (("noise", ("gumbel", "uniform")), ("score", ("loss", "accuracy")), ("objective", ("latency", "throughput")))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
         if self.accelerator not in ("auto", "cpu", "cuda", "mps"):
             raise unknown("accelerator", self.accelerator, ("auto", "cpu", "cuda", "mps"))
-        for name in ("batch_size", "weight_epochs", "score_images", "recalibration_images"):
+        for name in ("batch_size", "weight_epochs", "score_images", "recalibration_images", "contest_epochs"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, but is {getattr(self, name)}")
         for name in ("learning_rate", "logit_learning_rate", "tau_start", "tau_end", "layer_scale", "clip_norm"):
@@ -83,8 +90,9 @@ class SupernetSettings:
         for name in ("image_size", "mixture_epochs", "images_per_epoch"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"weight_decay must be a number of at least 0, but is {self.weight_decay}")
+        for name in ("weight_decay", "arrivals_per_second"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be a number of at least 0, but is {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing must be at least 0 and below 1, but is {self.label_smoothing}")
 
@@ -106,6 +114,12 @@ def training_size(space: SearchSpace, data_size: int, wanted: int = 0) -> int:
     size = wanted or min(space.smallest_image_size(data_size), space.image_size)
     space.at(size).check_searchable()
     return size
+
+
+def epoch_size(settings: SupernetSettings, data: ImageData) -> int:
+    """Return how many images an epoch sees: those asked for, else all on a GPU, 6,000 at most on a CPU."""
+    on_cpu = accelerator(settings.accelerator).type == "cpu"
+    return settings.images_per_epoch or (min(6000, len(data.train)) if on_cpu else len(data.train))
 
 
 def temperature(done: float, start: float, end: float) -> float:
@@ -137,7 +151,7 @@ def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettin
     named = ((n, p) for n, p in net.named_parameters() if not n.startswith("logits."))
     weights = torch.optim.AdamW(parameter_groups(named, settings.weight_decay), lr=settings.learning_rate)
     logits = torch.optim.Adam(net.logits, lr=settings.logit_learning_rate, betas=(0.5, 0.999))
-    per_epoch = settings.images_per_epoch or (len(data.train) if device.type != "cpu" else min(6000, len(data.train)))
+    per_epoch = epoch_size(settings, data)
     in_mixture = min(per_epoch, max(MIXTURE_IMAGES, per_epoch // 4))
 
     def images_of(epoch: int) -> int:

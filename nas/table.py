@@ -15,22 +15,12 @@ import pandas as pd
 import platformdirs
 import yaml
 
-from supernet.arch import (
-    SPECS,
-    ArchConfig,
-    Head,
-    Layer,
-    Spec,
-    is_embedding,
-    is_foreign,
-    is_stem,
-    knobs_of,
-    loaded_blocks,
-    spec_type_of,
-)
+from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
 from supernet.files import write_atomically
 from supernet.space import SearchSpace
+from supernet.specs import SPECS, Head, Layer, Spec, is_embedding, is_stem, knobs_of, spec_type_of
+from supernet.user_block import is_foreign, loaded
 
 SCHEMA = 2
 METHODS = ("slope", "difference", "fitted")
@@ -155,7 +145,6 @@ class LatencyTable:
 
     def sums_ms(self, arch: ArchConfig) -> tuple[float, float]:
         """Return the sum of the rows of a network's layers, and that of its stem and embeddings."""
-        arch.refuse_mux(f"the table of {self.device} is of the latency of one pass")
         found = [(layer.spec, self.layer_ms(layer)) for layer in arch.layers()]
         return sum(ms for _, ms in found), sum(ms for spec, ms in found if is_stem(spec) or is_embedding(spec))
 
@@ -169,7 +158,6 @@ class LatencyTable:
         Raises:
             InputError: rows are missing, or no calibration has the network's image size and strides.
         """
-        arch.refuse_mux(f"the table of {self.device} is of the latency of one pass")
         if not self.calibrations:
             return self.sum_ms(arch)
         matching = [c for c in self.calibrations if (c.image_size, c.strides) == (arch.image_size, arch.strides)]
@@ -358,7 +346,7 @@ def _load(path: Path) -> LatencyTable:
         frame = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
         everything: list[dict[str, str]] = [{str(k): str(v) for k, v in line.items()} for line in frame.to_dict("records")]
         foreign = [line for line in everything if is_foreign(line["kind"])]
-        unknown_columns = sorted(set(frame.columns) - set(_COLUMNS) - {f.name for t in loaded_blocks() for f in fields(t)})
+        unknown_columns = sorted(set(frame.columns) - set(_COLUMNS) - {f.name for t in loaded.values() for f in fields(t)})
         if unknown_columns and not foreign:
             raise ValueError(f"unknown columns {unknown_columns}")
         rows = {_parse_layer(line): _parse_row(line) for line in everything if line not in foreign}

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -284,6 +285,9 @@ def _request(arch: ArchConfig, data: ImageData, recipe: Recipe, seed: int, weigh
     }
 
 
+_GROUP_PART = re.compile(r"^stage\d+_join\.|\.pair_biases$|\.demultiplexers\.")
+
+
 def _digest(path: Path) -> str:
     try:
         with path.open("rb") as file:
@@ -296,8 +300,8 @@ def load_weights(model: nn.Module, path: str | Path, *, adapt: bool = False) -> 
     """Load a `model.safetensors`, or the network of a `checkpoint.pt`, into a network of `build_model`.
 
     Names and shapes must be the network's own. With `adapt`, as a start for training, a classifier for another number
-    of classes is left out (the network keeps its own) and attention biases for a map of another size are resized; a
-    line on stderr says so.
+    of classes is left out (the network keeps its own), attention biases for a map of another size are resized, and a network
+    that groups its images keeps its own parts for that; a line on stderr says so.
 
     Raises:
         InputError: the file cannot be read or does not fit. The network is then as it was.
@@ -341,8 +345,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return the weights with the network's own classifier and resized attention biases, where that makes them fit."""
+    """Return the weights with the network's own classifier, resized attention biases and its own parts for groups of images,
+    where that makes them fit."""
     adapted, resized = dict(given), 0
+    if parts := [name for name in own if name not in given and _GROUP_PART.search(name)]:
+        say(f"{path} knows no groups of images: the {len(parts)} tensors that groups need are learned anew")
+        adapted.update({name: own[name] for name in parts})
     if all(n in given and n in own and given[n].shape[1:] == own[n].shape[1:] for n in CLASSIFIER):
         were, are = (len(tensors[CLASSIFIER[1]]) for tensors in (given, own))
         if were != are:

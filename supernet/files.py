@@ -76,6 +76,12 @@ def checked_fields(cls: type, given: object, where: str) -> dict[str, Any]:
     return checked
 
 
+def checked_list(value: object, where: str, *, empty: bool = False) -> list[Any]:
+    if not isinstance(value, list) or not (value or empty):
+        raise InputError(f"{where} must be a list{'' if empty else ' with at least one entry'}, but is {value!r}")
+    return value
+
+
 def _required(field: Field[Any]) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 

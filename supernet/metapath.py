@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from supernet.arch import Layer
 from supernet.blocks import build_layer
 from supernet.space import SearchSpace
+from supernet.specs import Layer
 
 Noise = Literal["gumbel", "uniform"]
 Choice = int | Tensor

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
-from supernet.blocks.concatplexer import ConcatPlexer
+from supernet.blocks.concatplexer import Multiplexed
 
 
 class Complexity(NamedTuple):
@@ -19,19 +19,15 @@ class Complexity(NamedTuple):
     macs: int
 
 
-def build_model(arch: ArchConfig) -> nn.Module:
+def build_model(arch: ArchConfig) -> nn.Sequential:
     """Return the network: (N, 3, S, S) float to (N, num_classes) logits, S = arch.image_size.
 
     Its modules are the architecture's layers, in their order and under their names (`stem`, `stage1_block1`, ...,
-    `head`); where it multiplexes (`arch.mux`), those of its member `network`. Batch norm and layer scale have the
-    published initial values; weights are random.
+    `head`). Where it multiplexes (`arch.mux`), N may be any number: the last group is filled. Batch norm and layer scale have
+    the published initial values; weights are random.
     """
-    return ConcatPlexer(build_layers(arch), arch) if arch.multiplexes else build_layers(arch)
-
-
-def build_layers(arch: ArchConfig) -> nn.Sequential:
-    """Return the network without multiplexing."""
-    return nn.Sequential(OrderedDict((name, build_layer(layer)) for name, layer in arch.named_layers()))
+    layers = OrderedDict((name, build_layer(layer)) for name, layer in arch.named_layers())
+    return Multiplexed(layers) if arch.multiplexes else nn.Sequential(layers)
 
 
 def count(arch: ArchConfig) -> Complexity:

@@ -12,30 +12,27 @@ from typing import Any
 
 import yaml
 
-from supernet.arch import (
+from supernet.arch import ArchConfig, MultiplexSpec, Stage, mux_from_entry, stage_resolutions
+from supernet.errors import InputError, placed, unknown
+from supernet.files import checked_fields, checked_list, read_yaml, write_atomically
+from supernet.specs import (
     MB4D,
-    ArchConfig,
     AttnFFN,
     Block,
     Entry,
     Identity,
     Layer,
-    Stage,
     ViT,
     at_width,
     block_entry,
     block_from_entry,
     check_width,
-    checked_list,
     entry_entry,
     entry_from_entry,
+    knobs_of,
     label,
-    placed,
-    stage_resolutions,
     unplaced,
 )
-from supernet.errors import InputError, unknown
-from supernet.files import checked_fields, read_yaml, write_atomically
 
 _FOLDER = Path(__file__).parent / "spaces"
 MIN_MAP = 4  # below 4x4 a pool mixer is zero and a softmax is over one token: nothing can be chosen
@@ -103,18 +100,30 @@ class StageSpace:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All networks with one of these widths and one of these candidates per slot, for each stage."""
+    """All networks with one of these widths and one of these candidates per slot, for each stage.
+
+    `mux`: the ways in which images may share a pass, beside each by itself; a choice where throughput is what counts.
+    """
 
     name: str
     image_size: int
     num_classes: int
     stages: tuple[StageSpace, ...]
     head: str = "layer_norm"
+    mux: tuple[MultiplexSpec, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise InputError(f"space {self.name!r} has no stages")
         _ = self.largest  # an ArchConfig checks image size, classes and strides
+        for mux in self.mux:
+            if mux.n == 1:
+                raise InputError("mux: each image by itself (n = 1) is always a choice: leave it out")
+            if not any(self.multiplexed(arch, mux).multiplexes for arch in self._covering()):
+                raise InputError(
+                    f"mux groups images in the token blocks (mb3d, vit) of the last stage from the one after start "
+                    f"{mux.start} on, but no network of {self.name} has as many: give a smaller start, or leave mux out"
+                )
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -168,6 +177,11 @@ class SearchSpace:
         stages = tuple(s.stage(w, k) for s, w, k in zip(self.stages, widths, kinds, strict=True))
         return ArchConfig(name or self.name, self.image_size, self.num_classes, stages, self.head)
 
+    def multiplexed(self, arch: ArchConfig, mux: MultiplexSpec | None) -> ArchConfig:
+        """Return the network with its images grouped by `mux`, or by themselves where it has too few token blocks for it."""
+        tokens = sum(block.tokens for block in arch.stages[-1].blocks)
+        return replace(arch, mux=mux if mux is not None and tokens > mux.start else None)
+
     @property
     def largest(self) -> ArchConfig:
         """Every stage at its largest width, every slot at its first candidate that is not identity."""
@@ -181,7 +195,7 @@ class SearchSpace:
         return self.arch([s.widths[0] for s in self.stages], kinds, f"{self.name}-smallest")
 
     def sample(self, rng: random.Random) -> ArchConfig:
-        """Return a random network: each width uniform, then each slot uniform over its candidates."""
+        """Return a random network: each width uniform, then each slot uniform over its candidates; each image by itself."""
         widths = [rng.choice(s.widths) for s in self.stages]
         kinds = [[rng.choice(s.kinds) for _ in range(s.depth)] for s in self.stages]
         return self.arch(widths, kinds)
@@ -194,11 +208,12 @@ class SearchSpace:
         Raises:
             InputError: a stage, width, depth or block of `arch` is not in the space.
         """
-        arch.refuse_mux("no search space holds it")
         if arch.strides != self.strides:
             raise InputError(f"{arch.name} has strides {arch.strides}, space {self.name} has {self.strides}")
         if arch.head != self.head:
             raise InputError(f"{arch.name} has the head {arch.head}, space {self.name} has {self.head}")
+        if arch.multiplexes and arch.mux not in self.mux:
+            raise InputError(f"{arch.name} groups its images by {arch.mux}, which space {self.name} does not")
         stages = []
         for number, (stage, choices) in enumerate(zip(arch.stages, self.stages, strict=True), 1):
             if stage.entry != choices.entry:
@@ -237,8 +252,8 @@ class SearchSpace:
     def layers(self) -> list[Layer]:
         """Return every layer that some member has, each once: the rows that a latency table of the space holds."""
         found: dict[Layer, None] = {}
-        for arch in self._covering():
-            found.update(dict.fromkeys(arch.layers()))
+        for arch, mux in itertools.product(self._covering(), (None, *self.mux)):
+            found.update(dict.fromkeys(self.multiplexed(arch, mux).layers()))
         return list(found)
 
     def _covering(self) -> list[ArchConfig]:
@@ -264,6 +279,7 @@ class SearchSpace:
             "image_size": self.image_size,
             "num_classes": self.num_classes,
             **({"head": self.head} if self.head != "layer_norm" else {}),
+            **({"mux": [knobs_of(mux) for mux in self.mux]} if self.mux else {}),
             "stages": [
                 {
                     "stride": s.stride,
@@ -317,6 +333,9 @@ class SearchSpace:
                     stage["candidates"] = tuple(_with_activations(blocks, activations))
                     stages.append(StageSpace(**stage))
             given["stages"] = tuple(stages)
+            if "mux" in given:
+                ways = [mux_from_entry(entry) for entry in checked_list(given["mux"], "mux")]
+                given["mux"] = tuple(way for way in ways if way.n > 1)  # 1 is each image by itself: always a choice
             return cls(**given)
 
     @classmethod
@@ -325,13 +344,13 @@ class SearchSpace:
 
         A stage without blocks gets one pool block to choose.
         """
-        arch.refuse_mux("no search space holds it")
         stages = []
         for stage in arch.without_identity().stages:
             blocks = stage.blocks or (MB4D(stage.width),)
             candidates = tuple(dict.fromkeys((*blocks, Identity(stage.width))))
             stages.append(StageSpace((stage.width,), stage.stride, len(blocks), candidates, stage.entry))
-        return cls(arch.name, arch.image_size, arch.num_classes, tuple(stages), arch.head)
+        mux = (arch.mux,) if arch.mux is not None and arch.multiplexes else ()
+        return cls(arch.name, arch.image_size, arch.num_classes, tuple(stages), arch.head, mux)
 
 
 def space_names() -> list[str]:

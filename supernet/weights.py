@@ -16,7 +16,7 @@ from supernet.blocks.layers import EmbeddingModule, StemModule
 from supernet.blocks.vit import PatchStemModule
 from supernet.errors import InputError
 from supernet.metapath import Supernet
-from supernet.model import build_layers
+from supernet.model import build_model
 
 _CLASSIFIER = "head.fc."  # in our state dicts
 
@@ -217,7 +217,7 @@ def subnetwork(supernet: Supernet, arch: ArchConfig) -> nn.Sequential:
     if arch.image_size != space.image_size:
         raise ValueError(f"{arch.name} is for {arch.image_size} px, the supernet for {space.image_size} px: use arch.at")
     path = dict(zip(space.slots, space.path(arch), strict=True))
-    model = build_layers(space.fit(arch))
+    model = build_model(space.fit(arch))
     for name, module in model.named_children():
         module.load_state_dict(_leading(_source(supernet, name, path).state_dict(), module.state_dict()))
     return model

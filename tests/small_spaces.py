@@ -1,7 +1,7 @@
 """Stages of small spaces, whose supernets train in seconds."""
 
-from supernet.arch import MB3D, MB4D, Block, Identity
 from supernet.space import StageSpace
+from supernet.specs import MB3D, MB4D, Block, Identity
 
 
 def stage_space(widths: tuple[int, ...], stride: int, depth: int, *kinds: str) -> StageSpace:

@@ -13,9 +13,10 @@ import pytest
 import yaml
 from refusals import refusal
 
-from supernet.arch import MB3D, MB4D, ArchConfig, Embedding, Flat, Head, Identity, Layer, Stage, Stem, Unflat
+from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.space import SearchSpace, space_names
+from supernet.specs import MB3D, MB4D, Embedding, Flat, Head, Identity, Layer, Stem, Unflat
 
 ROOT = Path(__file__).parent.parent
 ZOO = sorted((ROOT / "supernet" / "zoo").glob("*.yaml"))

@@ -8,8 +8,8 @@ from tables import plain_calibration
 
 from nas.audit import contradicted_rows, doubts, flagged, odd_rows
 from nas.table import CheckedNetwork, LatencyTable, Row, measured_layers
-from supernet.arch import MB3D, MB4D, Head, Layer
 from supernet.space import SearchSpace
+from supernet.specs import MB3D, MB4D, Head, Layer
 
 SMALL = SearchSpace.load("efficientformer-s")
 CHANGED = Layer(MB4D(320), 7)

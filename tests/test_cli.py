@@ -15,9 +15,10 @@ from tables import plain_calibration
 from nas import cli
 from nas.profilers.ort_session import cpu_id
 from nas.table import LatencyTable, Row, measured_layers
-from supernet.arch import ArchConfig, Head, Identity, Layer
+from supernet.arch import ArchConfig
 from supernet.model import count
 from supernet.space import SearchSpace, space_names
+from supernet.specs import Head, Identity, Layer
 from supernet.zoo import zoo
 
 Command = Callable[[list[str]], None]

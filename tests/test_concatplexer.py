@@ -1,5 +1,6 @@
 """ConcatPlexer: one image a group is the plain network; a mask between images is each image by itself; nothing is dropped."""
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,17 @@ from torch import Tensor
 
 from nas.data import Images, load_images
 from nas.export import export_network, onnx_bytes, with_ordinary_values
+from nas.measure import build_module
+from nas.plan import random_network, terms_of
 from nas.profilers import coreml
-from nas.table import LatencyTable
+from nas.table import LatencyTable, Row
 from nas.training import RECIPES, parameter_groups, train_network
-from supernet.arch import MB3D, MB4D, ArchConfig, MultiplexSpec, PatchStem, Stage, ViT
-from supernet.blocks.concatplexer import ConcatPlexer, Reducer
+from supernet.arch import ArchConfig, MultiplexSpec, Stage
+from supernet.blocks.concatplexer import Reducer, places
 from supernet.errors import InputError
-from supernet.model import build_layers, build_model, count
+from supernet.model import build_model, count
 from supernet.space import SearchSpace
+from supernet.specs import MB3D, MB4D, Group, PatchStem, ViT
 from supernet.zoo import zoo
 
 VIT = ArchConfig("vit", 24, 5, (Stage(24, 4, (ViT(24, num_heads=3),) * 3, PatchStem(8)),), "class_token")  # maps of 6 x 6
@@ -43,11 +47,15 @@ SPECS = {
 }
 
 
-def build(arch: ArchConfig) -> ConcatPlexer:
+def build(arch: ArchConfig) -> torch.nn.Module:
     """The network with weights far from their first values: a segment or a pair of zero would not show."""
-    model = with_ordinary_values(build_model(arch).eval(), seed=0)
-    assert isinstance(model, ConcatPlexer)
-    return model
+    return with_ordinary_values(build_model(arch).eval(), seed=0)
+
+
+def group_of(arch: ArchConfig) -> Group:
+    group = arch.layers()[-1].entering.group
+    assert group is not None
+    return group
 
 
 def images(count: int, arch: ArchConfig) -> Tensor:
@@ -128,7 +136,16 @@ def test_filling_repeats_the_last_images_in_turn(plain: ArchConfig) -> None:
 # -- What each part does -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["reducer.conv.weight", "segments", "pair_biases", "demultiplexers.1.fc1.weight"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "stage1_join.reducer.conv.weight",
+        "stage1_join.segments",
+        "stage1_block2.pair_biases",
+        "stage1_block3.pair_biases",
+        "head.demultiplexers.1.fc1.weight",
+    ],
+)
 def test_every_part_decides(part: str) -> None:
     arch = replace(META, mux=MultiplexSpec(2, mixing="full"))
     model = build(arch)
@@ -143,7 +160,8 @@ def test_a_pair_s_scalar_is_between_its_images_alone() -> None:
     arch = replace(META, mux=MultiplexSpec(2))
     model = build(arch)
     with torch.no_grad():
-        model.pair_biases[:, 0, 1] = -1e9
+        for block in ("stage1_block2", "stage1_block3"):
+            model.get_parameter(f"{block}.pair_biases")[0, 1] = -1e9
     x = images(2, arch)
     first, second = x.clone(), x.clone()
     first[0], second[1] = torch.randn_like(x[0]), torch.randn_like(x[1])
@@ -156,12 +174,11 @@ def test_inside_an_image_the_bias_is_the_plain_network_s() -> None:
     for plain in PLAIN.values():
         model = build(replace(plain, mux=MultiplexSpec(2, "none", mixing="block"))).double()
         with torch.no_grad():
-            model.segments.zero_()
-            for key, tensor in model.demultiplexers.named_parameters():
-                if "fc2" in key:
+            for key, tensor in model.named_parameters():
+                if "segments" in key or ("fc2" in key and "demultiplexers" in key):
                     tensor.zero_()
-        network = build_layers(plain).eval().double()
-        network.load_state_dict(model.network.state_dict())
+        network = build_model(plain).eval().double()
+        network.load_state_dict({key: model.state_dict()[key] for key in network.state_dict()})
         x = images(4, plain).double()
         torch.testing.assert_close(logits(model, x), logits(network, x), rtol=1e-10, atol=1e-10)
 
@@ -171,9 +188,9 @@ def test_what_is_shared_has_as_much_of_each_image(plain: ArchConfig) -> None:
     """Without segments and pair scalars slots are alike, so the order of the images in a group changes nothing."""
     model = build(replace(plain, mux=MultiplexSpec(4, start=1, readout="shared"))).double()
     with torch.no_grad():
-        model.segments.zero_()
-        if plain is META:
-            model.pair_biases.zero_()
+        for key, tensor in model.named_parameters():
+            if key.endswith(("segments", "pair_biases")):
+                tensor.zero_()
     x = images(4, plain).double()
     torch.testing.assert_close(logits(model, x), logits(model, x[[2, 0, 3, 1]]), rtol=1e-8, atol=1e-8)
     assert (logits(model, x)[0] - logits(model, x)[1]).abs().max() > 1e-3, "each slot has its own demultiplexer"
@@ -181,25 +198,26 @@ def test_what_is_shared_has_as_much_of_each_image(plain: ArchConfig) -> None:
 
 @pytest.mark.parametrize(("n", "sides"), [(2, (7, 4)), (4, (4, 4)), (8, (4, 2)), (16, (2, 2))])
 def test_windows_cover_the_map_and_keep_its_offsets(n: int, sides: tuple[int, int]) -> None:
-    reducer = Reducer(8, 7, "avg", n)
+    group = Group(n, "avg", "full", "slot", class_token=False)
+    reducer = Reducer(8, 7, "avg", group.window)
     constant = torch.full((1, 49, 8), 3.0)
     assert reducer(constant).shape == (1, sides[0] * sides[1], 8)
     torch.testing.assert_close(reducer(constant), torch.full((1, sides[0] * sides[1], 8), 3.0))
-    places = reducer.places()
-    assert len(places) == sides[0] * sides[1]
-    assert places.max() < 7
+    firsts = places(7, group.window)
+    assert len(firsts) == sides[0] * sides[1] == group.length(7) // n
+    assert firsts.max() < 7
     # tokens that are their own position: a window's first is where `places` says
     rows = torch.arange(7.0).repeat_interleave(7)
-    window = reducer.window
-    inside = places[:, 0] + window[0] <= 7
+    height = group.window[0]
+    inside = firsts[:, 0] + height <= 7
     torch.testing.assert_close(
-        reducer(rows[None, :, None].expand(1, 49, 8))[0, inside, 0], places[inside, 0] + (window[0] - 1) / 2
+        reducer(rows[None, :, None].expand(1, 49, 8))[0, inside, 0], firsts[inside, 0] + (height - 1) / 2
     )
 
 
 def test_the_convolution_starts_as_the_average() -> None:
     x = torch.randn(2, 49, 8)
-    torch.testing.assert_close(Reducer(8, 7, "conv", 4)(x), Reducer(8, 7, "avg", 4)(x))
+    torch.testing.assert_close(Reducer(8, 7, "conv", (2, 2))(x), Reducer(8, 7, "avg", (2, 2))(x))
 
 
 @pytest.mark.parametrize("arch", SPECS.values(), ids=SPECS)
@@ -213,7 +231,7 @@ def test_every_parameter_is_trained(arch: ArchConfig) -> None:
 def test_segments_and_pairs_do_not_decay() -> None:
     model = build(replace(META, mux=MultiplexSpec(2)))
     free = {id(p) for p in parameter_groups(model.named_parameters(), 0.05)[1]["params"]}
-    assert {id(model.segments), id(model.pair_biases)} <= free
+    assert {id(model.get_parameter(p)) for p in ("stage1_join.segments", "stage1_block2.pair_biases")} <= free
 
 
 @pytest.mark.parametrize("arch", SPECS.values(), ids=SPECS)
@@ -249,6 +267,50 @@ def test_a_group_is_what_nas_export_writes(tmp_path: Path, capsys: pytest.Captur
 def test_it_converts_to_core_ml(plain: ArchConfig, mux: MultiplexSpec) -> None:
     arch = replace(plain, mux=mux)
     coreml.convert(build(arch), images(2, arch))
+
+
+# -- As layers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", SPECS.values(), ids=SPECS)
+def test_each_layer_takes_what_the_one_before_it_leaves(arch: ArchConfig) -> None:
+    n, model, x = group_of(arch).n, build(arch), images(2 * group_of(arch).n, arch)
+    layers = arch.named_layers()
+    for (name, layer), (_, after) in zip(layers, [*layers[1:], layers[-1]], strict=True):
+        assert x.shape == layer.entering.shape(2 * n), name
+        x = logits(model.get_submodule(name), x)
+        assert x.shape == layer.leaving.shape(2 * n), name
+        assert layer is after or layer.leaving == after.entering
+    assert [name for name, _ in layers if name.endswith("join")] == ["stage1_join"]
+
+
+@pytest.mark.parametrize("arch", SPECS.values(), ids=SPECS)
+def test_every_layer_has_a_row_of_its_own(arch: ArchConfig, tmp_path: Path) -> None:
+    """Keys of a table: written and read, and measured in models of whole groups."""
+    layers = arch.layers()
+    table = LatencyTable("d", {layer: Row(0.1 * i, 0.1 * i, 0.1 * i, "slope") for i, layer in enumerate(layers, 1)})
+    read = LatencyTable.load(table.save(tmp_path))
+    assert set(read.rows) == set(layers)
+    assert read.predict_ms(arch) == pytest.approx(table.sum_ms(arch))
+    n = group_of(arch).n
+    for layer in layers:
+        for model in terms_of(layer):
+            module, x = build_module(model, 2 * n)
+            assert not model or logits(module, x).shape == model[-1].leaving.shape(2 * n)
+
+
+def test_a_space_with_it_has_its_layers_and_its_networks(tmp_path: Path) -> None:
+    space = replace(SearchSpace.around(META), mux=(MultiplexSpec(2), MultiplexSpec(4, start=1)))
+    space.save(tmp_path / "space.yaml")
+    assert SearchSpace.load(tmp_path / "space.yaml") == space
+    mixed = [random_network(space, random.Random(seed)) for seed in range(100)]
+    assert {arch.mux for arch in mixed} == {None, *space.mux}
+    assert {layer for arch in mixed for layer in arch.layers()} <= set(space.layers())
+    assert not space.multiplexed(space.smallest, MultiplexSpec(2)).multiplexes, "no token block, no group"
+    assert replace(META, mux=MultiplexSpec(2)) in SearchSpace.around(replace(META, mux=MultiplexSpec(2)))
+    text = (tmp_path / "space.yaml").read_text().replace("mux:\n- {n: 2}\n- {n: 4, start: 1}", "mux: [1, 2, {n: 4, start: 1}]")
+    (tmp_path / "short.yaml").write_text(text)
+    assert SearchSpace.load(tmp_path / "short.yaml") == space
 
 
 # -- Counts --------------------------------------------------------------------------------------------------------------
@@ -343,11 +405,20 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ArchConfig("maps", 32, 5, (Stage(16, 4, (MB4D(16),)),), mux=MultiplexSpec(2)),
         "mux needs a token block",
     ),
-    "a space around it": (lambda: SearchSpace.around(MUX), "no search space holds it"),
-    "a space": (lambda: SearchSpace.around(VIT).fit(MUX), "no search space holds it"),
-    "a table": (lambda: LatencyTable("d", {}).predict_ms(MUX), "serves throughput alone: the table of d is of the latency"),
-    "a table's sum": (lambda: LatencyTable("d", {}).sum_ms(MUX), "serves throughput alone"),
-    "layers to be timed": (lambda: MUX.layers(), "serves throughput alone"),
+    "a space without it": (lambda: SearchSpace.around(VIT).fit(MUX), "which space vit does not"),
+    "a space of one image": (
+        lambda: replace(SearchSpace.around(VIT), mux=(MultiplexSpec(1),)),
+        "each image by itself (n = 1) is always a choice",
+    ),
+    "a space with too few token blocks": (
+        lambda: replace(SearchSpace.around(VIT), mux=(MultiplexSpec(2, start=3),)),
+        "from the one after start 3 on, but no network of vit has as many",
+    ),
+    "a table without its rows": (lambda: LatencyTable("d", {}).predict_ms(MUX), "has no row for"),
+    "a model for no whole group": (
+        lambda: build_module(tuple(MUX.layers()), batch=3),
+        "groups of 2: measure with a batch that is",
+    ),
 }
 
 

@@ -27,22 +27,9 @@ from nas.profilers.coreml import (
 )
 from nas.profilers.iphone import iphone_id
 from nas.profilers.timing import Stopwatch
-from supernet.arch import (
-    FFN,
-    MB3D,
-    MB4D,
-    ArchConfig,
-    AttnEmbedding,
-    AttnFFN,
-    Embedding,
-    Flat,
-    Head,
-    Layer,
-    Stage,
-    Stem,
-    Unflat,
-)
+from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
+from supernet.specs import FFN, MB3D, MB4D, AttnEmbedding, AttnFFN, Embedding, Flat, Head, Layer, Stem, Unflat
 
 SMALL = MB3D(32, num_heads=2, key_dim=8, attn_ratio=2)
 NETWORK = ArchConfig(

@@ -19,9 +19,9 @@ from nas.profilers import cuda, nvidia
 from nas.profilers.bench import Disturbed
 from nas.profilers.cuda import BURST_MS, Bursts, Captured, Cuda, Found, Graph, NvidiaGpu, compiled, open_gpu, placed
 from nas.profilers.nvidia import Driver, Gpu, Watch, find_gpu, query, state, warnings_about
-from supernet.arch import MB3D, MB4D, Embedding, Flat, Head, Identity, Layer, Stem
 from supernet.errors import InputError
 from supernet.space import SearchSpace, StageSpace
+from supernet.specs import MB3D, MB4D, Embedding, Flat, Head, Identity, Layer, Stem
 
 UUID = "GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77"
 SLICE = "MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f"

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from nas.export import export_onnx, with_ordinary_values
 from nas.supernet_training import training_size
-from supernet.arch import FFN, MB3D, ArchConfig, AttnEmbedding, AttnFFN, Embedding, Head, Layer, Port, Stage, Stem, label
+from supernet.arch import ArchConfig, Stage
 from supernet.blocks import build_layer
 from supernet.blocks.efficientformer import LayerScale
 from supernet.metapath import Supernet, sample_path
 from supernet.model import build_model
 from supernet.space import SearchSpace
+from supernet.specs import FFN, MB3D, AttnEmbedding, AttnFFN, Embedding, Head, Layer, Port, Stem, label
 from supernet.weights import subnetwork
 from supernet.zoo import zoo
 

@@ -22,13 +22,14 @@ from nas.measure import Model, build_module
 from nas.plan import work_for
 from nas.profilers.coreml import convert, operations
 from nas.table import LatencyTable, Row, measured_layers
-from supernet.arch import MB3D, MB4D, ArchConfig, ConvStem, Embedding, Head, Layer, Sandwich, Stage, Stem, Subsample, is_block
+from supernet.arch import ArchConfig, Stage
 from supernet.blocks import build_layer
 from supernet.blocks.efficientvit import CascadedGroupAttention, WindowAttention
 from supernet.errors import InputError
 from supernet.metapath import Supernet, sample_path
 from supernet.model import build_model
 from supernet.space import SearchSpace
+from supernet.specs import MB3D, MB4D, ConvStem, Embedding, Head, Layer, Sandwich, Stem, Subsample, is_block
 from supernet.weights import subnetwork
 from supernet.zoo import zoo
 

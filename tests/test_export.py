@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from nas.export import export_onnx, onnx_bytes, with_ordinary_values
-from supernet.arch import MB3D, MB4D, ArchConfig, Stage
+from supernet.arch import ArchConfig, Stage
 from supernet.blocks.efficientformer import LAYER_SCALE, LayerScale
 from supernet.errors import InputError
 from supernet.model import build_model
+from supernet.specs import MB3D, MB4D
 
 MB3D_16 = MB3D(16, num_heads=2, key_dim=8, attn_ratio=2)
 MAP_HEAD = ArchConfig("map-head", 32, 5, (Stage(8, 4, (MB4D(8),)), Stage(16, 2, (MB4D(16), MB4D(16)))))

@@ -21,9 +21,9 @@ from nas.plan import Work, work_for
 from nas.profilers.bench import Failed
 from nas.profilers.ort_cpu import OrtCpu
 from nas.table import LatencyTable
-from supernet.arch import MB3D, MB4D, Layer
 from supernet.errors import InputError
 from supernet.space import SearchSpace
+from supernet.specs import MB3D, MB4D, Layer
 
 SPACE = small_space()
 

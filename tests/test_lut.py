@@ -18,16 +18,16 @@ from nas.profilers.bench import Samples, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.timing import Stopwatch, Visit, Workload
 from nas.table import LatencyTable, measured_layers
-from supernet.arch import MB3D, MB4D, Embedding, Flat, Head, Layer, Stem, Unflat
 from supernet.errors import InputError
 from supernet.space import SearchSpace, StageSpace
+from supernet.specs import MB3D, MB4D, Embedding, Flat, Head, Layer, Stem, Unflat
 
 CALL_MS = 0.01
 
 
 def small_space(widths: tuple[int, ...] = (16, 32)) -> SearchSpace:
     def stage(stride: int, widths: tuple[int, ...], *kinds: type[MB4D] | type[MB3D]) -> StageSpace:
-        from supernet.arch import Identity
+        from supernet.specs import Identity
 
         return StageSpace(widths, stride, 2, (*(kind(widths[-1]) for kind in kinds), Identity(widths[-1])))
 

@@ -24,9 +24,10 @@ from nas.operators import (
     read_trace,
     trace_model,
 )
-from supernet.arch import MB3D, MB4D, ArchConfig, Stage
+from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.model import build_model, count
+from supernet.specs import MB3D, MB4D
 
 ARCH = ArchConfig(  # widths of whole memory blocks, so that ONNX Runtime pads no channels
     "mixed",

@@ -16,8 +16,9 @@ from nas import cli
 from nas.export import onnx_bytes
 from nas.profilers.timing import Measurement
 from nas.table import LatencyTable, Row, measured_layers
-from supernet.arch import MB3D, MB4D, ArchConfig, Head, Stage
+from supernet.arch import ArchConfig, Stage
 from supernet.space import SearchSpace
+from supernet.specs import MB3D, MB4D, Head
 
 ARCH = ArchConfig("small", 16, 10, (Stage(8, 2, (MB4D(8),)), Stage(16, 2, (MB4D(16), MB3D(16, num_heads=2)))))
 LAYERS = [name for name, _ in ARCH.named_layers()]

@@ -13,8 +13,9 @@ import pytest
 from refusals import refusal
 
 from nas.slimming import LANDING, MIN_SAVING, Evaluation, Step, Trajectory, slim, slot_score, start_network
-from supernet.arch import MB3D, MB4D, ArchConfig, Block, Embedding, Identity
+from supernet.arch import ArchConfig
 from supernet.space import SearchSpace, StageSpace
+from supernet.specs import MB3D, MB4D, Block, Embedding, Identity
 
 ROOT = Path(__file__).parent.parent
 

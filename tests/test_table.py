@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from nas.table import Calibration, CheckedNetwork, LatencyTable, Row, Target, find_tables, measured_layers, space_sha256
-from supernet.arch import MB3D, MB4D, ArchConfig, Head, Layer
+from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.space import SearchSpace
+from supernet.specs import MB3D, MB4D, Head, Layer
 from supernet.zoo import zoo
 
 TINY = SearchSpace.load("efficientformer-tiny")

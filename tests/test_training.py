@@ -19,9 +19,10 @@ from nas.data import ImageData, load_images
 from nas.evaluation import accuracy_of
 from nas.request import claim
 from nas.training import RECIPES, Recipe, TrainingResult, cosine, load_recipe, load_weights, parameter_groups
-from supernet.arch import MB3D, MB4D, ArchConfig, Identity, Stage
+from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.model import build_model
+from supernet.specs import MB3D, MB4D, Identity
 
 # Every kind of layer; the empty slot must not be in what is written.
 MB3D_8 = MB3D(8, num_heads=2, key_dim=4, attn_ratio=2)

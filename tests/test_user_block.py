@@ -13,11 +13,12 @@ from nas.export import onnx_bytes
 from nas.lut import build_table
 from nas.measure import Model
 from nas.profilers.timing import Workload
-from supernet.arch import ArchConfig, Layer
+from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
 from supernet.errors import InputError
 from supernet.metapath import Supernet
 from supernet.space import SearchSpace
+from supernet.specs import Layer
 from supernet.weights import subnetwork
 
 BLOCK = """
@@ -118,7 +119,7 @@ def test_a_table_keeps_its_rows_where_its_file_was_not_asked_for(
 ) -> None:
     table = build_table(GatedDevice(), space, tmp_path / "tables")
     csv = tmp_path / "tables" / "pretended-cpu.csv"
-    monkeypatch.setattr("supernet.arch._users", {})
+    monkeypatch.setattr("supernet.user_block.loaded", {})
     (tmp_path / "my_blocks.py").write_text("raise RuntimeError('this file must not be run')")
     later = nas.LatencyTable.load(csv)
     assert len(later.rows) + len(later.foreign) == len(table.rows)
@@ -139,8 +140,8 @@ def test_it_may_be_handed_to_a_space_in_python() -> None:
     from dataclasses import dataclass
     from typing import ClassVar
 
-    from supernet.arch import Identity
     from supernet.space import StageSpace
+    from supernet.specs import Identity
 
     @dataclass(frozen=True)
     class Scaled:

@@ -22,11 +22,12 @@ from nas.measure import build_module, input_shape
 from nas.plan import terms_of
 from nas.profilers import coreml
 from nas.training import load_weights, parameter_groups
-from supernet.arch import MB3D, MB4D, ArchConfig, Head, Identity, Layer, PatchStem, Stage, ViT
+from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.metapath import Supernet
 from supernet.model import build_model, count
 from supernet.space import SearchSpace, StageSpace
+from supernet.specs import MB3D, MB4D, Head, Identity, Layer, PatchStem, Port, ViT
 from supernet.weights import load_timm_weights, resize_position_embedding, subnetwork
 from supernet.zoo import zoo
 
@@ -212,7 +213,7 @@ def test_a_patch_stem_leaves_tokens_so_nothing_is_flattened() -> None:
     assert names == ["stem", *(f"stage1_block{i}" for i in range(1, 13)), "head"]
     for one, other in zip(zoo("vit_b16").layers(), zoo("vit_b16").layers()[1:], strict=False):
         assert one.leaving == other.entering
-    assert zoo("vit_b16").layers()[0].leaving == ("class_tokens", 768, 14)
+    assert zoo("vit_b16").layers()[0].leaving == Port("class_tokens", 768, 14)
 
 
 def test_yaml_holds_the_whole_network(tmp_path: Path) -> None:

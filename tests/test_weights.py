@@ -15,9 +15,10 @@ import torch
 from golden.recipe import images, weight
 from torch import Tensor, nn
 
-from supernet.arch import MB3D, ArchConfig, Identity
+from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.model import build_model, count
+from supernet.specs import MB3D, Identity
 from supernet.weights import load_timm_weights, resize_attention_biases
 
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ from golden.recipe import efficientvit_weight
 from test_weights import ROOT, State, distance, having, logits, timm_logits, timm_shapes, without, zoo
 from torch import Tensor, nn
 
-from supernet.arch import Sandwich
 from supernet.errors import InputError
 from supernet.model import build_model, count
+from supernet.specs import Sandwich
 from supernet.weights import load_timm_weights
 
 NAMES = tuple(f"efficientvit_m{number}" for number in range(6))

@@ -15,9 +15,9 @@ from golden.recipe import weight
 from test_weights import ROOT, State, distance, logits, timm_logits, timm_shapes, timm_state, zoo
 from torch import Tensor, nn
 
-from supernet.arch import AttnFFN
 from supernet.errors import InputError
 from supernet.model import build_model, count
+from supernet.specs import AttnFFN
 from supernet.weights import load_timm_weights
 
 NAMES = ("efficientformerv2_s0", "efficientformerv2_s1", "efficientformerv2_s2", "efficientformerv2_l")

@@ -4,32 +4,34 @@ from typing import Any
 
 from torch import nn
 
-from supernet import arch
-from supernet.blocks import efficientformer, efficientformer_v2, efficientvit, layers, vit
+from supernet import specs
+from supernet.blocks import concatplexer, efficientformer, efficientformer_v2, efficientvit, layers, vit
 
 MODULES: dict[type[Any], Any] = {
-    arch.MB4D: efficientformer.MB4DModule,
-    arch.MB3D: efficientformer.MB3DModule,
-    arch.FFN: efficientformer_v2.FFNModule,
-    arch.AttnFFN: efficientformer_v2.AttnFFNModule,
-    arch.Sandwich: efficientvit.SandwichModule,
-    arch.Identity: layers.IdentityModule,
-    arch.Stem: layers.StemModule,
-    arch.ConvStem: efficientvit.ConvStemModule,
-    arch.ViT: vit.ViTModule,
-    arch.Identity: layers.IdentityModule,
-    arch.Stem: layers.StemModule,
-    arch.PatchStem: vit.PatchStemModule,
-    arch.Embedding: layers.EmbeddingModule,
-    arch.AttnEmbedding: efficientformer_v2.AttnEmbeddingModule,
-    arch.Subsample: efficientvit.SubsampleModule,
-    arch.Flat: layers.FlatModule,
-    arch.Unflat: layers.UnflatModule,
-    arch.Head: layers.HeadModule,
+    specs.MB4D: efficientformer.MB4DModule,
+    specs.MB3D: efficientformer.MB3DModule,
+    specs.FFN: efficientformer_v2.FFNModule,
+    specs.AttnFFN: efficientformer_v2.AttnFFNModule,
+    specs.Sandwich: efficientvit.SandwichModule,
+    specs.ViT: vit.ViTModule,
+    specs.Identity: layers.IdentityModule,
+    specs.Stem: layers.StemModule,
+    specs.ConvStem: efficientvit.ConvStemModule,
+    specs.PatchStem: vit.PatchStemModule,
+    specs.Embedding: layers.EmbeddingModule,
+    specs.AttnEmbedding: efficientformer_v2.AttnEmbeddingModule,
+    specs.Subsample: efficientvit.SubsampleModule,
+    specs.Flat: layers.FlatModule,
+    specs.Unflat: layers.UnflatModule,
+    specs.Join: concatplexer.JoinModule,
+    specs.GroupedMB3D: concatplexer.GroupedMB3DModule,
+    specs.GroupedViT: concatplexer.GroupedViTModule,
+    specs.GroupHead: concatplexer.GroupHeadModule,
+    specs.Head: layers.HeadModule,
 }
 
 
-def build_layer(layer: arch.Layer) -> nn.Module:
+def build_layer(layer: specs.Layer) -> nn.Module:
     """Return the module of one layer, for inputs of the layer's resolution.
 
     Raises:

@@ -24,40 +24,42 @@ the text at hand leaves much open. Our choices, none of them the authors':
 The predictions of an image depend on the others of its group, unless `mixing` is `block` or `none`.
 
 Shapes: G groups of n images, T reduced tokens of an image, C channels, K positions of an image in the sequence: T, and one more
-where its class token is among them.
+where its class token is among them; L the tokens of a sequence (`Group.length`).
 """
-
-from math import isqrt
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supernet.arch import MB3D, ArchConfig, ViT
+from supernet.blocks.efficientformer import MB3DModule
+from supernet.blocks.layers import HeadModule
+from supernet.blocks.vit import ViTModule
+from supernet.specs import Group, GroupedMB3D, GroupedViT, GroupHead, Join
+
+
+class Multiplexed(nn.Sequential):
+    """The layers of a network that multiplexes: (N, 3, S, S) to (N, num_classes), any N; images of a group are consecutive."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = super().forward(images)
+        return logits[: images.shape[0]]
 
 
 class Reducer(nn.Module):
     """Tokens of a map (N, side * side, C) to those of its windows (N, T, C)."""
 
-    def __init__(self, dim: int, side: int, kind: str, n: int) -> None:
+    def __init__(self, dim: int, side: int, kind: str, window: tuple[int, int]) -> None:
         super().__init__()
         self.side = side
-        rows = 1 if kind == "none" else isqrt(n)  # 1, 1, 2, 2, 4 for n = 1, 2, 4, 8, 16 ...
-        rows = 1 << (rows.bit_length() - 1)
-        self.window = (rows, 1 if kind == "none" else n // rows)
-        self.pad = tuple(-side % step for step in self.window)
-        self.conv = nn.Conv2d(dim, dim, self.window, self.window) if kind == "conv" else None
+        self.window = window
+        self.pad = tuple(-side % step for step in window)
+        self.conv = nn.Conv2d(dim, dim, window, window) if kind == "conv" else None
         if self.conv is not None:
             assert self.conv.bias is not None
             nn.init.zeros_(self.conv.bias)
             with torch.no_grad():
-                average = torch.eye(dim) / (self.window[0] * self.window[1])
+                average = torch.eye(dim) / (window[0] * window[1])
                 self.conv.weight.copy_(average[:, :, None, None].expand_as(self.conv.weight))
-
-    def places(self) -> Tensor:
-        """Return the first position (y, x) of every window: (T, 2) int64."""
-        y, x = (torch.arange(0, self.side, step) for step in self.window)
-        return torch.cartesian_prod(y, x)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.window == (1, 1):
@@ -66,6 +68,99 @@ class Reducer(nn.Module):
         x = F.pad(x, (0, self.pad[1], 0, self.pad[0]), mode="replicate")
         x = F.avg_pool2d(x, self.window) if self.conv is None else self.conv(x)
         return x.flatten(2).transpose(1, 2)
+
+
+def places(side: int, window: tuple[int, int]) -> Tensor:
+    """Return the first position (y, x) of every window of a map: (T, 2) int64."""
+    y, x = (torch.arange(0, side, step) for step in window)
+    return torch.cartesian_prod(y, x)
+
+
+class JoinModule(nn.Module):
+    """Images' tokens (N, side * side, C), after a class token where there is one, to sequences of groups (G, L, C), or, for the
+    mixing `none`, (G * n, K, C). A ragged last group is filled."""
+
+    def __init__(self, spec: Join, resolution: int) -> None:
+        super().__init__()
+        self.group = spec.group
+        self.reducer = Reducer(spec.dim, resolution, spec.reducer, spec.group.window)
+        self.segments = nn.Parameter(torch.zeros(spec.n, 1, spec.dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        group, x = self.group, self._filled(x)
+        class_token = x[:, :1]
+        x = self.reducer(x[:, 1:] if group.class_token else x)
+        if group.class_token and group.readout == "slot":
+            x = torch.cat((class_token, x), 1)
+        x = x.unflatten(0, (-1, group.n)) + self.segments  # (G, n, K, C)
+        x = x.flatten(0, 1) if group.mixing == "none" else x.flatten(1, 2)
+        if group.class_token and group.readout == "shared":
+            x = torch.cat((class_token.unflatten(0, (-1, group.n)).mean(1), x), 1)
+        return x
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """Return the images' tokens with the last group filled by repeating its own."""
+        count, n = x.shape[0], self.group.n
+        left = count % n
+        if not left:
+            return x
+        return torch.cat((x, *[x[count - left + i % left, None] for i in range(n - left)]))
+
+
+class GroupedMB3DModule(MB3DModule):
+    """MB3D on sequences of groups: (G, L, C) to the same. Its bias table is that of the unreduced map."""
+
+    offsets: Tensor
+    same: Tensor
+    pair: Tensor
+
+    def __init__(self, spec: GroupedMB3D, resolution: int) -> None:
+        super().__init__(spec, resolution)
+        self.mixing = spec.mixing
+        apart = places(resolution, spec.group.window)
+        apart = (apart[:, None] - apart[None]).abs()  # (T, T, 2)
+        offsets = (apart[..., 0] * resolution + apart[..., 1]).repeat(spec.group.images, spec.group.images)
+        self.register_buffer("offsets", offsets, persistent=False)
+        self.register_buffer("same", _same_image(spec.group, resolution), persistent=False)
+        slot = _slots(spec.group, resolution)
+        self.register_buffer("pair", slot[:, None] * spec.n + slot[None], persistent=False)
+        if spec.mixing == "full":
+            self.pair_biases = nn.Parameter(torch.zeros(spec.n, spec.n))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        own = self.token_mixer.attention_biases[:, self.offsets]
+        if self.mixing == "none":
+            return super().forward(x, own)
+        # no scalar: coremltools knows `where` of tensors alone
+        apart = self.pair_biases.flatten()[self.pair] if self.mixing == "full" else torch.full_like(own, -torch.inf)
+        return super().forward(x, torch.where(self.same, own, apart))
+
+
+class GroupedViTModule(ViTModule):
+    """ViT's block on sequences of groups: (G, L, C) to the same."""
+
+    same: Tensor
+
+    def __init__(self, spec: GroupedViT, resolution: int) -> None:
+        super().__init__(spec, resolution)
+        self.masked = spec.mixing == "block"
+        if self.masked:
+            self.register_buffer("same", _same_image(spec.group, resolution), persistent=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return super().forward(x, torch.where(self.same, 0.0, -torch.inf) if self.masked else None)
+
+
+def _slots(group: Group, side: int) -> Tensor:
+    """Return the slot of every position of a sequence whose images do not share a class token: (L,) int64."""
+    per_image = len(places(side, group.window)) + group.class_token
+    return torch.arange(group.images).repeat_interleave(per_image)
+
+
+def _same_image(group: Group, side: int) -> Tensor:
+    """Return whether two positions are of one image: (L, L) bool."""
+    slot = _slots(group, side)
+    return slot[:, None] == slot[None]
 
 
 class Demultiplexer(nn.Module):
@@ -84,104 +179,20 @@ class Demultiplexer(nn.Module):
         return x + self.fc2(self.act(self.fc1(x)))
 
 
-class ConcatPlexer(nn.Module):
-    """A network whose last token blocks take groups of `mux.n` consecutive images: (N, 3, S, S) to (N, num_classes), any N.
+class GroupHeadModule(HeadModule):
+    """Sequences of groups to the logits of all slots, image by image: (G * n, num_classes)."""
 
-    `network` is the network without multiplexing, so that its weights go in as they are.
-    """
+    def __init__(self, spec: GroupHead, resolution: int) -> None:
+        super().__init__(spec, resolution)
+        self.group = spec.group
+        self.demultiplexers = nn.ModuleList(Demultiplexer(spec.dim) for _ in range(spec.n))
 
-    offsets: Tensor
-    same: Tensor
-    pair: Tensor
-
-    def __init__(self, network: nn.Sequential, arch: ArchConfig) -> None:
-        super().__init__()
-        assert arch.mux is not None
-        self.mux = arch.mux
-        named = arch.named_layers()
-        last = [(name, layer.spec) for name, layer in named if name.startswith(f"stage{len(arch.stages)}_block")]
-        tokens = [(name, spec) for name, spec in last if isinstance(spec, MB3D | ViT)]
-        self.grouped = [name for name, _ in tokens[self.mux.start :]]
-        names = [name for name, _ in named]
-        self.alone = names[: names.index(self.grouped[0])]
-        self.network = network
-        n, dim, side = self.mux.n, arch.widths[-1], arch.resolutions[-1]
-        self.has_class_token = arch.head == "class_token"
-        self.reducer = Reducer(dim, side, self.mux.reducer, n)
-        self.segments = nn.Parameter(torch.zeros(n, 1, dim))
-        self.demultiplexers = nn.ModuleList(Demultiplexer(dim) for _ in range(n))
-        self.has_biases = isinstance(tokens[0][1], MB3D)
-        if self.has_biases and self.mux.mixing == "full":
-            self.pair_biases = nn.Parameter(torch.zeros(len(self.grouped), n, n))
-        self._register_indices(n, side)
-
-    def _register_indices(self, n: int, side: int) -> None:
-        """What pairs of positions of a sequence are: their offset in the map, whether of one image, which pair of slots."""
-        places = self.reducer.places()
-        apart = (places[:, None] - places[None]).abs()  # (T, T, 2)
-        offsets = apart[..., 0] * side + apart[..., 1]
-        per_sequence = 1 if self.mux.mixing == "none" else n
-        slot = torch.arange(per_sequence).repeat_interleave(len(places) + self.has_class_token)
-        same = slot[:, None] == slot[None]
-        indices = {
-            "offsets": offsets.repeat(per_sequence, per_sequence),
-            "same": same,
-            "pair": slot[:, None] * n + slot[None],
-        }
-        for name, index in indices.items():
-            self.register_buffer(name, index, persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images
-        for name in self.alone:
-            x = self.network.get_submodule(name)(x)
-        x = self._join(self._filled(x))
-        for number, name in enumerate(self.grouped):
-            block = self.network.get_submodule(name)
-            x = block(x, self._bias(block, number))
-        return self._read(x)[: images.shape[0]]
-
-    def _filled(self, x: Tensor) -> Tensor:
-        """Return the images' tokens with the last group filled by repeating its own: (N, L, C) to (G * n, L, C)."""
-        count, n = x.shape[0], self.mux.n
-        left = count % n
-        if not left:
-            return x
-        return torch.cat((x, *[x[count - left + i % left, None] for i in range(n - left)]))
-
-    def _join(self, x: Tensor) -> Tensor:
-        """Return the sequences of the groups: (G * n, L, C) to (G, n * K, C), or one more in front where a class token is
-        shared; (G * n, K, C) for the mixing `none`."""
-        if self.has_class_token:
-            class_token, x = x[:, :1], self.reducer(x[:, 1:])
-            if self.mux.readout == "slot":
-                x = torch.cat((class_token, x), 1)
-        else:
-            x = self.reducer(x)
-        x = x.unflatten(0, (-1, self.mux.n)) + self.segments  # (G, n, K, C)
-        x = x.flatten(0, 1) if self.mux.mixing == "none" else x.flatten(1, 2)
-        if self.has_class_token and self.mux.readout == "shared":
-            x = torch.cat((class_token.unflatten(0, (-1, self.mux.n)).mean(1), x), 1)
-        return x
-
-    def _bias(self, block: nn.Module, number: int) -> Tensor | None:
-        """Return what is added to the attention's logits of the grouped block of this number."""
-        if not self.has_biases:
-            return torch.where(self.same, 0.0, -torch.inf) if self.mux.mixing == "block" else None
-        own: Tensor = block.token_mixer.attention_biases[:, self.offsets]  # type: ignore[union-attr, index]
-        if self.mux.mixing == "none":
-            return own
-        # no scalar: coremltools knows `where` of tensors alone
-        apart = self.pair_biases[number].flatten()[self.pair] if self.mux.mixing == "full" else torch.full_like(own, -torch.inf)
-        return torch.where(self.same, own, apart)
-
-    def _read(self, x: Tensor) -> Tensor:
-        """Return the logits of all slots, image by image: (G * n, num_classes)."""
-        n = self.mux.n
-        if self.mux.readout == "slot":
-            x = x.reshape(-1, x.shape[1] if self.mux.mixing == "none" else x.shape[1] // n, x.shape[2])  # (G * n, K, C)
-        x = self.network.head.norm(x[:, 0]) if self.has_class_token else self.network.head.norm(x).mean(1)  # type: ignore
-        x = x.unflatten(0, (-1, n)) if self.mux.readout == "slot" else x[:, None].expand(-1, n, -1)  # (G, n, C)
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.group.n
+        if self.group.readout == "slot":
+            x = x.reshape(-1, x.shape[1] // self.group.images, x.shape[2])  # (G * n, K, C)
+        x = self.norm(x[:, 0]) if self.group.class_token else self.norm(x).mean(1)
+        x = x.unflatten(0, (-1, n)) if self.group.readout == "slot" else x[:, None].expand(-1, n, -1)  # (G, n, C)
         x = torch.stack([demultiplexer(x[:, slot]) for slot, demultiplexer in enumerate(self.demultiplexers)], 1)
-        logits: Tensor = self.network.head.fc(x.flatten(0, 1))  # type: ignore
+        logits: Tensor = self.fc(x.flatten(0, 1))
         return logits

@@ -7,8 +7,8 @@ key_dim ** -0.5.
 import torch
 from torch import Tensor, nn
 
-from supernet.arch import MB3D, MB4D
 from supernet.blocks.layers import activation, offset_index
+from supernet.specs import MB3D, MB4D
 
 LAYER_SCALE = 1e-5  # the published initial value; a recipe may set another
 

@@ -7,10 +7,10 @@ Everything works on maps (N, C, H, W). Head and key dimensions do not depend on 
 import torch
 from torch import Tensor, nn
 
-from supernet.arch import FFN, AttnEmbedding, AttnFFN
 from supernet.blocks.efficientformer import LayerScale
 from supernet.blocks.layers import activation, offset_index
 from supernet.errors import InputError
+from supernet.specs import FFN, AttnEmbedding, AttnFFN
 
 
 class ConvNorm(nn.Sequential):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supernet.arch import ConvStem, Sandwich, Subsample
 from supernet.blocks.layers import activation, offset_index
+from supernet.specs import ConvStem, Sandwich, Subsample
 
 
 class ConvNorm(nn.Sequential):

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supernet.arch import Embedding, Flat, Head, Identity, Stem, Unflat
+from supernet.specs import Embedding, Flat, Head, Identity, Stem, Unflat
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "hardswish": nn.Hardswish}
 
 
 def activation(name: str) -> nn.Module:
-    """Return the module of an activation of `supernet.arch.ACTIVATIONS`; GELU is the exact one."""
+    """Return the module of an activation of `supernet.specs.ACTIVATIONS`; GELU is the exact one."""
     return _ACTIVATIONS[name]()
 
 

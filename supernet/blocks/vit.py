@@ -9,9 +9,9 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from supernet.arch import PatchStem, ViT
 from supernet.blocks.efficientformer import Mlp
 from supernet.errors import InputError
+from supernet.specs import PatchStem, ViT
 
 EPS = 1e-6
 
