@@ -24,7 +24,7 @@ from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import OrtModel, cpu_name
 from nas.profilers.timing import Measurement, Visit, median_reference, summarise, visit_in_rounds
 from nas.progress import say
-from nas.throughput import GROUPINGS, Accuracy, grouped_accuracy
+from nas.throughput import GROUPINGS, Accuracy, grouped_accuracy, wait_ms
 from nas.training import RECIPES, load_weights, train_network
 from supernet.arch import ArchConfig, MultiplexSpec, Stage
 from supernet.errors import InputError
@@ -44,11 +44,6 @@ def networks(classes: int) -> dict[str, ArchConfig]:
             mux = MultiplexSpec(n, start=START, mixing=mixing)
             found[f"N = {n}{what}"] = replace(plain, name=f"n{n}-{mixing}", mux=mux)
     return found
-
-
-def group_size(arch: ArchConfig) -> int:
-    """Return how many images a group has."""
-    return arch.mux.n if arch.mux else 1
 
 
 def few(images: Images, number: int) -> Images:
@@ -115,9 +110,9 @@ def compare(data: ImageData, val: Images, given: argparse.Namespace, folder: Pat
         train_network(arch, data, recipe, folder / arch.name, seed=0)
         models[name] = build_model(arch)
         load_weights(models[name], folder / arch.name / "model.safetensors")
-        scores[name] = grouped_accuracy(models[name], val, group_size(arch), given.groupings)
+        scores[name] = grouped_accuracy(models[name], val, arch.group_size, given.groupings)
     say("timing all of them side by side")
-    groups = {name: group_size(arch) for name, arch in archs.items()}
+    groups = {name: arch.group_size for name, arch in archs.items()}
     times = latencies(models, groups, given.in_flight, given.visits)
 
     source = "scikit-learn's digits" if data.demonstration else Path(data.source).name
@@ -153,8 +148,8 @@ def compare(data: ImageData, val: Images, given: argparse.Namespace, folder: Pat
         if arch.mux and arch.mux.mixing == "none":
             cells += ["no group", ""]  # its images need not wait
         else:
-            wait_ms = 1e3 * (group_size(arch) - 1) / (2 * given.rate)
-            cells += [f"{wait_ms:.1f}", f"{wait_ms + group.ms:.2f}"]
+            waits = wait_ms(arch.group_size, given.rate / 1e3)
+            cells += [f"{waits:.1f}", f"{waits + group.ms:.2f}"]
         print(f"| {' | '.join(cells)} |")
     print(
         "\nN > 1 serves throughput alone: an image waits for its group, and its answer depends on the others. The control\n"

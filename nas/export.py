@@ -144,6 +144,6 @@ def export_network(arch: str, weights: Path | None, out: Path) -> None:
         say("no --weights: the file will hold random weights, good for timing only")
     else:
         load_weights(model, weights)
-    size, batch = config.image_size, config.mux.n if config.mux else 1
+    size, batch = config.image_size, config.group_size
     difference = export_onnx(model, size, out, batch)
     print(f"{out}: ({batch}, 3, {size}, {size}) to ({batch}, {config.num_classes}), within {difference:.1e} of PyTorch")

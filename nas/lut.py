@@ -21,7 +21,7 @@ import yaml
 
 from nas.audit import NOISY, Doubt, doubts, flagged, say_if_untrue
 from nas.measure import Model, Profiler, name_of, table_reference
-from nas.plan import CHAINS, CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, Terms, Work, terms_of, work_for
+from nas.plan import CHAINS, CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, Terms, Work, for_batch, terms_of, work_for
 from nas.profilers.bench import Bench, Samples, TooNoisy, carry_out, now, read_samples, reference_of
 from nas.profilers.timing import Measurement, Visit, Workload, summarise
 from nas.progress import progress, say
@@ -55,6 +55,7 @@ def build_table(
     torch.manual_seed(seed)
     path = folder / f"{profiler.id}.csv"
     place = profiler.environment()
+    space = for_batch(space, int(place["batch"]))
     old = table_to_extend(path, place, only_missing)
     layers = measured_layers(space.layers())
     if only_missing and old is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from typing import Any, Protocol
@@ -111,20 +112,25 @@ def table_reference(table: LatencyTable) -> References:
         ) from error
 
 
-def measure_alone(profiler: Profiler, what: ArchConfig | Workload, reference: References | None) -> Measurement:
+def measure_alone(
+    profiler: Profiler, what: ArchConfig | Workload, reference: References | None, batch: int | None = None
+) -> Measurement:
     """Time one network (with ordinary weights) or workload end to end until its 95 % interval is within 1 %, or for 96
     visits.
 
     A network is opened anew every 8 visits: where a session's memory happens to lie moves its times by some percent, for a
     small network by more. `reference` is what the references take in the table that the result is to be compared with; without
-    it, what they take now, which leaves the result as it was measured.
+    it, what they take now, which leaves the result as it was measured. `batch`: the images of a call, where they are not the
+    profiler's; the references keep to its own.
     """
+    opening: Any = profiler
+    opening = opening if batch is None else replace(opening, batch=batch)
     with profiler.exclusive():
         watch = profiler.stopwatch()
         visits: list[Visit] = []
         while len(visits) < ALONE_MAX_VISITS:
             if len(visits) % SESSION_VISITS == 0:
-                run = profiler.open(tuple(what.layers()))[0] if isinstance(what, ArchConfig) else what
+                run = opening.open(tuple(what.layers()))[0] if isinstance(what, ArchConfig) else what
                 watch.pause()
             visits.append(watch.visit(run))
             if len(visits) >= 2 * MIN_VISITS:

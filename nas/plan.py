@@ -4,9 +4,9 @@ Every row is a linear combination of the times of models (see `measure`):
 
 - a block: the least-squares slope over chains of 1, 2 and 4 of it with distinct weights. What a session pays once (the
   call, a change of layout at its ends) has no part in a slope;
-- stem, embedding, flat, unflat, head: a model in which blocks stand on the sides that they have in a network, minus half of
-  a chain of two of each of these blocks: one block, its end of the session, and half of the call. These blocks are as cheap
-  as their kind can be, because their own time only adds noise.
+- stem, embedding, flat, unflat, join, head: a model in which blocks stand on the sides that they have in a network, minus
+  half of a chain of two of each of these blocks: one block, its end of the session, and half of the call. These blocks are as
+  cheap as their kind can be, because their own time only adds noise.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nas.measure import CACHED, EMPTY, STREAMING, Model, input_shape, name_of
 from nas.profilers.bench import Plan
+from nas.progress import say
 from nas.table import measured_layers
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
@@ -68,7 +69,7 @@ def _cheap(port: Port) -> Layer | None:
         case "groups":
             assert group is not None
             token_block = ViT(dim, num_heads=1, mlp_ratio=1) if group.class_token else _cheap_mb3d(dim)
-            return Layer(in_group(token_block, group.knobs), side)
+            return Layer(in_group(token_block, group), side)
     return None
 
 
@@ -102,6 +103,15 @@ class Work:
         found = {name_of(model): model for model in (CACHED, STREAMING, EMPTY, *pieces)}
         whole = [tuple(arch.layers()) for arch in (self.smallest, *self.networks)]
         return found | {name_of(model): model for model in whole}
+
+
+def for_batch(space: SearchSpace, batch: int) -> SearchSpace:
+    """Return the space with those ways of grouping images of which a call of `batch` images has whole groups."""
+    kept = tuple(mux for mux in space.mux if batch % mux.n == 0)
+    if kept != space.mux:
+        left_out = ", ".join(str(mux.n) for mux in space.mux if mux not in kept)
+        say(f"a call has {batch} image{'s' if batch > 1 else ''}: groups of {left_out} (mux of {space.name}) are left out")
+    return replace(space, mux=kept)
 
 
 def work_for(space: SearchSpace, layers: Sequence[Layer] | None = None, seed: int = 0) -> Work:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nas.job import FORMATS, Address, check_device_id, export_job, job_folder, run_over_ssh
 from nas.lut import import_results
-from nas.plan import work_for
+from nas.plan import for_batch, work_for
 from nas.profilers.ort_cpu import suffix
 from nas.progress import say
 from nas.table import LatencyTable
@@ -41,6 +41,7 @@ def export(
         named = device if device.endswith(end) else device + end
     if device != "cpu":
         check_device_id(named)
+    space = for_batch(space, batch or 1)
     path = export_job(
         folder,
         space,
@@ -71,6 +72,7 @@ def build_over_ssh(
     """Hand the job to another machine, run it there, and make the table of what comes back."""
     address = Address.parse(url)
     threads, precision, batch = threads or 1, precision or "fp32", batch or 1
+    space = for_batch(space, batch)
     job = job_folder(space, f"-{address.host}{suffix(threads, precision, batch)}")
     export_job(job, space, work_for(space), device=None, threads=threads, precision=precision, batch=batch, run=_run(job))
     table = import_results(run_over_ssh(address, job), folder)
@@ -84,6 +86,7 @@ def build_on_iphone(device: str, space: SearchSpace, folder: Path, team_id: str 
 
     _need_team(device, team_id)
     found = iphone_id(udid, device.removeprefix("iphone-"))
+    space = for_batch(space, 1)
     job = job_folder(space, f"-{found}")
     export_job(job, space, work_for(space), device=found, form="coreml", run=_run(job))
     table = run_on_iphone(device, job, folder, team_id, udid)

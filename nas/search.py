@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from safetensors.torch import save as save_safetensors
 from nas.data import ImageData, load_images, natural_size
 from nas.evaluation import Evaluator, accuracy_of, recalibrate
 from nas.guarantee import Check, Outcome, meet
+from nas.plan import for_batch
 from nas.profile import per_image
 from nas.profilers.bench import now
 from nas.profilers.timing import Measurement
@@ -28,7 +30,7 @@ from nas.slimming import COLUMNS, Evaluation, Step, Trajectory, rounded_up, slim
 from nas.supernet_training import SupernetSettings, train_supernet, training_size
 from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, table_folders, user_folder
 from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
-from nas.throughput import Contender, Grouped, best_of, contend, records, table_of, usable_ways
+from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, table_of, train_finalists, usable_ways
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError, unknown
 from supernet.files import write_atomically
@@ -36,7 +38,7 @@ from supernet.metapath import Supernet
 from supernet.model import build_model, count
 from supernet.space import SearchSpace, space_names
 from supernet.specs import knobs_of, label
-from supernet.weights import resize_attention_biases, subnetwork
+from supernet.weights import at_size, subnetwork
 
 CANDIDATE = "candidate.yaml"  # a network that might be better and is to be measured on a device that is elsewhere
 
@@ -75,12 +77,8 @@ def run_search(
     device, table_path = resolve_table(request.device, request.table)
     data = load_data(request.data, train_size, request.seed, settings.score_images)
     space = space.with_classes(len(data.classes))
-    if space.mux and settings.objective == "latency":
-        say(f"the objective is latency, so each image has a pass of its own: the groups (mux) of {space.name} are left out")
-        space = replace(space, mux=())
+    space = groups_of(space, settings.objective, device, table_path)
     table, table_path = usable_table(device, table_path, space, request)
-    if space.mux:
-        space = replace(space, mux=usable_ways(space, table))
     smallest_ms = table.predict_ms(space.smallest)
     if target.ms < smallest_ms:
         raise InputError(
@@ -122,6 +120,11 @@ def _search(
     request: Request,
     folder: Path,
 ) -> None:
+    ways: tuple[MultiplexSpec | None, ...] = (None,)
+    if settings.objective == "throughput":
+        ways = (None, *usable_ways(space, table))
+    elif space.mux:
+        say(f"the objective is latency, so each image has a pass of its own: the groups (mux) of {space.name} are left out")
     supernet = train_supernet(space.at(train_size), data, settings, request.seed, folder)
     importance = supernet.importance()
     write_csv(
@@ -140,24 +143,24 @@ def _search(
     checks = Checks(folder / "measurements.csv", table)
 
     def found_for(mux: MultiplexSpec | None) -> Outcome:
-        grouped = Grouped(table, space, mux)
+        predictor = GroupedPredictor(table, space, mux)
 
         def slim_to(budget_ms: float, start: Trajectory | None, landing: float) -> Trajectory:
-            slimmed = partial(slim, space, importance, evaluate, grouped, score=settings.score, on_step=_say_step)
+            slimmed = partial(slim, space, importance, evaluate, predictor, score=settings.score, on_step=_say_step)
             found = slimmed(budget_ms, start=start, landing=landing)
             write_csv(folder / "trajectory.csv", found.records(), COLUMNS)
             return found
 
-        if space.mux:
-            say(f"each image by itself at {target.ms:g} ms" if mux is None else f"groups of {mux.n} at {target.ms:g} ms")
-        return meet(target, slim_to, lambda arch: checks(space.multiplexed(arch, mux)), grouped.predict_ms(space.smallest))
+        if len(ways) > 1:
+            say(f"each image by itself, at {target.ms:g} ms" if mux is None else f"groups of {mux.n}, at {target.ms:g} ms")
+        return meet(target, slim_to, lambda arch: checks(space.multiplexed(arch, mux)), predictor.predict_ms(space.smallest))
 
-    outcomes = {mux: found_for(mux) for mux in (None, *space.mux)}
-    contest = None
+    outcomes = {mux: found_for(mux) for mux in ways}
+    finalists: list[Finalist] = []
     mux = None
-    if space.mux:
-        contest = _contest(outcomes, supernet, evaluator, data, table, checks, settings, request.seed, folder)
-        mux = best_of(contest).arch.mux
+    if len(ways) > 1:
+        finalists = _finalists(outcomes, supernet, evaluator, data, checks, settings, request.seed, folder)
+        mux = best_of(finalists).arch.mux
     outcome = outcomes[mux]
     trajectory, check = outcome.trajectory, outcome.check
     write_csv(folder / "trajectory.csv", trajectory.records(), COLUMNS)
@@ -165,15 +168,14 @@ def _search(
     candidate.unlink(missing_ok=True)
     if outcome.candidate is not None:
         space.multiplexed(outcome.candidate.arch, mux).without_identity().save(candidate)
-    arch = space.multiplexed(trajectory.arch, mux).without_identity()
-    deployed = replace(arch, name=f"{space.name}-{target.ms:g}ms")
-    if contest is None:
-        model = found_network(supernet, trajectory.arch, evaluator.recalibration)
-        loss, accuracy = accuracy_of(model, data.val)
-    else:
-        best = best_of(contest)
+    deployed = replace(space.multiplexed(trajectory.arch, mux).without_identity(), name=f"{space.name}-{target.ms:g}ms")
+    if finalists:
+        best = best_of(finalists)
         model = best.model
         loss, accuracy = accuracy_of(model, data.val.shuffled(request.seed))[0], best.val.mean
+    else:
+        model = found_network(supernet, trajectory.arch, evaluator.recalibration)
+        loss, accuracy = accuracy_of(model, data.val)
     complexity = count(deployed)
     deployed.save(folder / "searched.yaml")
     write_atomically(folder / "weights.safetensors", save_safetensors(deployed_weights(model, deployed)))
@@ -207,24 +209,23 @@ def _search(
         "objective": settings.objective,
         "mux": knobs_of(mux) if mux is not None else None,
     }
-    if contest is not None:
-        rows = records(contest, best_of(contest), int(result["batch"]), settings.arrivals_per_second)
+    if finalists:
+        rows = records(finalists, best_of(finalists), table, settings.arrivals_per_second)
         write_csv(folder / "throughput.csv", rows, THROUGHPUT_COLUMNS)
         result["throughput"] = rows
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
 
 
-def _contest(
+def _finalists(
     outcomes: Mapping[MultiplexSpec | None, Outcome],
     supernet: Supernet,
     evaluator: Evaluator,
     data: ImageData,
-    table: LatencyTable,
     checks: Checks,
     settings: SupernetSettings,
     seed: int,
     folder: Path,
-) -> list[Contender]:
+) -> list[Finalist]:
     """Return the networks of all ways of grouping and their controls, trained a little. A way whose network has no token block
     left is the one without grouping, and has no part in it."""
     found = []
@@ -232,17 +233,44 @@ def _contest(
         arch = supernet.space.multiplexed(outcome.trajectory.arch, mux)
         if mux is not None and not arch.multiplexes:
             say(f"groups of {mux.n}: no token block is left at this target, so there is nothing to share")
-            continue
-        found.append((arch, outcome.check))
+        else:
+            found.append(Found(arch, outcome.check, outcome.met))
 
     def inherited(arch: ArchConfig) -> Path:
-        path = folder / "throughput" / f"inherited-{hashlib.sha256(described(arch).encode()).hexdigest()[:16]}.safetensors"
+        path = folder / "throughput" / f"inherited-{hashlib.sha256(described(arch).encode()).hexdigest()[:12]}.safetensors"
         if not path.exists():
             model = found_network(supernet, arch, evaluator.recalibration)
-            write_atomically(path, save_safetensors(deployed_weights(model, arch)))
+            write_atomically(path, save_safetensors(deployed_weights(model, arch.without_identity())))
         return path
 
-    return contend(found, inherited, data, table, checks, settings, folder / "throughput", seed)
+    return train_finalists(found, inherited, data, checks, checks.group_ms, settings, folder / "throughput", seed)
+
+
+def groups_of(space: SearchSpace, objective: str, device: str, table: Path | None) -> SearchSpace:
+    """Return the space with the ways of grouping images of which the calls of the device's table have whole groups.
+
+    Raises:
+        InputError: throughput is the objective, and there are none.
+    """
+    from nas.devices import open_profiler
+
+    place = LatencyTable.load(table).meta if table is not None else open_profiler(device).environment()
+    batch = int(place.get("batch", 1))
+    if objective == "throughput" and not space.mux:
+        with_groups = [name for name in space_names() if SearchSpace.load(name).mux]
+        raise InputError(
+            f"the objective throughput needs a space whose images may share passes (mux), but {space.name} has none: give a "
+            f"--space such as {', '.join(with_groups)}, or leave the objective out"
+        )
+    kept = for_batch(space, batch)
+    if objective == "throughput" and not kept.mux:
+        n = max(mux.n for mux in space.mux)
+        usual = re.sub(r"-b\d+$", "", device)
+        raise InputError(
+            f"the objective throughput needs calls of whole groups, but those of {device} have {batch}: give --device "
+            f"{usual}-b{n}, or a larger multiple of {n}"
+        )
+    return kept
 
 
 def resolve_table(device: str | None, table: Path | None) -> tuple[str, Path | None]:
@@ -350,16 +378,16 @@ class Remembered:
         self.asked = 0
         self._known: dict[str, Evaluation] = {}
         if path.exists():
-            for line in csv.reader(path.read_text().splitlines()[1:]):
-                self._known[line[0]] = Evaluation(float(line[1]), float(line[2]))
+            for line in csv.DictReader(path.read_text().splitlines()):
+                self._known[line["network"]] = Evaluation(float(line["loss"]), float(line["accuracy"]))
 
     def __call__(self, arch: ArchConfig) -> Evaluation:
         self.asked += 1
         network = described(arch)
         if network not in self._known:
             self._known[network] = self.evaluate(arch)
-            lines = [["network", "loss", "accuracy"], *([k, repr(v.loss), repr(v.accuracy)] for k, v in self._known.items())]
-            write_atomically(self.path, "".join(",".join(line) + "\n" for line in lines))
+            records = ({"network": k, "loss": repr(v.loss), "accuracy": repr(v.accuracy)} for k, v in self._known.items())
+            write_csv(self.path, records, ("network", "loss", "accuracy"))
         return self._known[network]
 
 
@@ -409,9 +437,23 @@ class Checks:
             self.add(arch, measure_alone(self.profiler, arch, table_reference(self.table)))
         return self.known[name][0]
 
+    def group_ms(self, arch: ArchConfig) -> float | None:
+        """Return how long a call of one group of images, or of one image, takes, if the table's device is this machine's."""
+        from nas.measure import measure_alone, table_reference
+
+        name = f"{described(arch.without_identity())} | one group"
+        if name not in self.known:
+            if self.profiler is None:
+                return None
+            self._keep(name, measure_alone(self.profiler, arch, table_reference(self.table), arch.group_size))
+        return self.known[name][0].ms
+
     def add(self, arch: ArchConfig, found: Measurement) -> None:
         """Keep a measurement."""
-        self.known[described(arch.without_identity())] = Check(found.ms, found.low_ms, found.high_ms), now()
+        self._keep(described(arch.without_identity()), found)
+
+    def _keep(self, name: str, found: Measurement) -> None:
+        self.known[name] = Check(found.ms, found.low_ms, found.high_ms), now()
         records = ({"network": n, **asdict(check), "measured_at": at} for n, (check, at) in self.known.items())
         write_csv(self.path, records, self.HEADER)
 
@@ -431,15 +473,13 @@ def found_network(supernet: Supernet, arch: ArchConfig, images: torch.Tensor) ->
 
 
 def deployed_weights(model: torch.nn.Sequential, deployed: ArchConfig) -> dict[str, torch.Tensor]:
-    """Return the state of `model` under the names of the network to deploy, attention biases at its size."""
+    """Return the state of `model` under the names of the network to deploy, what depends on the image size at its size."""
     target = build_model(deployed)
     weights = {}
     for (name, module), source in zip(target.named_children(), model.children(), strict=True):
         for key, like in module.state_dict().items():
             value = source.state_dict()[key].cpu()
-            if key.endswith("attention_biases") and value.shape != like.shape:
-                value = resize_attention_biases(value, round(like.shape[1] ** 0.5))
-            weights[f"{name}.{key}"] = value.contiguous()
+            weights[f"{name}.{key}"] = at_size(key, value, like).contiguous()
     return weights
 
 
@@ -479,7 +519,7 @@ def _print_result(result: Mapping[str, Any], folder: Path, data: ImageData) -> N
     print(f"  {result['params'] / 1e6:.3g} M parameters, {result['macs'] / 1e6:.4g} M MACs at {result['image_size']} px")
     print(
         f"  top-1 {100 * result['accuracy']:.1f} % on {len(data.val)} validation images that the search did not see, with "
-        "weights inherited from the supernet"
+        f"weights inherited from the supernet{' and trained a little' if 'throughput' in result else ''}"
     )
     if "throughput" in result:
         print(table_of(result["throughput"], result["batch"]))

@@ -28,6 +28,7 @@ from supernet.files import checked_fields, read_yaml
 from supernet.metapath import Noise, Supernet, sample_path
 from supernet.space import SearchSpace
 
+COUNTS = ("weight_epochs", "score_images", "recalibration_images", "finalist_epochs")
 IDENTITY_SHARE = 0.25  # of sampled slots are empty while weights warm up on single paths
 MIXTURE_IMAGES = 1024  # an epoch of the mixture sees at least, or all that there are
 
@@ -69,7 +70,7 @@ class SupernetSettings:
     """auto, cpu, cuda or mps."""
     objective: str = "latency"
     """latency, or throughput: images may share a pass in the ways that the space's `mux` has, and how is searched too."""
-    contest_epochs: int = 4
+    finalist_epochs: int = 4
     """Of throughput: how long the networks found for each way, and their controls, are trained before one is chosen."""
     arrivals_per_second: float = 0.0
     """Of throughput: images that come in, for the time that one waits for its group; 0: as many as are worked off."""
@@ -81,9 +82,10 @@ class SupernetSettings:
                 raise unknown(name, getattr(self, name), allowed)
         if self.accelerator not in ("auto", "cpu", "cuda", "mps"):
             raise unknown("accelerator", self.accelerator, ("auto", "cpu", "cuda", "mps"))
-        for name in ("batch_size", "weight_epochs", "score_images", "recalibration_images", "contest_epochs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        # Batch norm cannot train on one value, which is what one image is at the end of a small network.
+        for name, least in (("batch_size", 2), *((name, 1) for name in COUNTS)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, but is {getattr(self, name)}")
         for name in ("learning_rate", "logit_learning_rate", "tau_start", "tau_end", "layer_scale", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a positive number, but is {getattr(self, name)}")

@@ -8,6 +8,7 @@ several random groupings, is chosen. The network of each image by itself is the 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,32 +19,30 @@ import torch
 from torch import nn
 
 from nas.data import ImageData, Images, normalise
-from nas.devices import profiler_of
 from nas.guarantee import Check
-from nas.measure import measure_alone, table_reference
 from nas.progress import say
 from nas.slimming import Predictor
 from nas.supernet_training import SupernetSettings, epoch_size
 from nas.table import LatencyTable
-from nas.training import RECIPES, load_weights, train_network
+from nas.training import Recipe, accelerator, load_weights, train_network
 from supernet.arch import ArchConfig, MultiplexSpec
-from supernet.errors import InputError
 from supernet.model import build_model, count
 from supernet.space import SearchSpace
 from supernet.specs import label
 
 GROUPINGS = 3  # random ones that an accuracy is the mean of
-BATCH = 256  # images evaluated at once, a multiple of every group
+BATCH = 256  # images that are judged at once, or one group
 COLUMNS = (
     "images_in_group",
     "mixing",
     "chosen",
+    "met",
     "ms",
     "measured",
     "ms_per_image",
     "group_ms",
-    "fill_ms",
-    "answer_ms",
+    "wait_ms",
+    "response_ms",
     "score_accuracy",
     "accuracy",
     "accuracy_sd",
@@ -57,7 +56,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Grouped:
+class GroupedPredictor:
     """What a table says of networks whose images are grouped in one way."""
 
     table: Predictor
@@ -69,28 +68,14 @@ class Grouped:
 
 
 def usable_ways(space: SearchSpace, table: LatencyTable) -> tuple[MultiplexSpec, ...]:
-    """Return the ways of grouping that can pay on a device: those that save the largest network more than the table is off by.
-
-    Raises:
-        InputError: a call of the table's is no whole number of groups.
-    """
-    batch = int(table.meta.get("batch", 1))
-    for mux in space.mux:
-        if batch % mux.n:
-            raise InputError(
-                f"groups of {mux.n} images need a table of a batch that is a multiple of {mux.n}, but that of {table.device} "
-                f"has batch {batch}: measure one with `nas-build-lut --device cpu --batch {mux.n} --space {space.name}`, and "
-                "give its id with --device"
-            )
-    largest = most_tokens(space)
-    alone_ms = table.predict_ms(largest)
+    """Return the ways of grouping that can pay on a device: those that save some network more than the table is off by."""
     error = max((c.mean_error_percent for c in table.calibrations), default=0.0)
     usable = []
     for mux in space.mux:
-        saved = 100 * (1 - table.predict_ms(space.multiplexed(largest, mux)) / alone_ms)
-        pays = saved > error
+        saved = max(1 - GroupedPredictor(table, space, mux).predict_ms(a) / table.predict_ms(a) for a in _most_to_share(space))
+        pays = 100 * saved > error
         say(
-            f"groups of {mux.n}: at most {saved:.1f} % less time a call, for the network with the most token blocks"
+            f"groups of {mux.n}: at most {100 * saved:.1f} % less time a call, where the last stage is nearly all of a network"
             + ("" if pays else f"; the table is off by {error:.1f} % on average: left out")
         )
         if pays:
@@ -98,13 +83,12 @@ def usable_ways(space: SearchSpace, table: LatencyTable) -> tuple[MultiplexSpec,
     return tuple(usable)
 
 
-def most_tokens(space: SearchSpace) -> ArchConfig:
-    """Return the largest network with a token block in every slot of the last stage."""
-    kinds = [[next(k for k in s.kinds if k != "identity")] * s.depth for s in space.stages]
+def _most_to_share(space: SearchSpace) -> list[ArchConfig]:
+    """Return the networks with least before the last stage and a token block in each of its slots, at each of its widths."""
     last = space.stages[-1]
-    tokens = [kind for kind, candidate in zip(last.kinds, last.candidates, strict=True) if candidate.tokens]
-    kinds[-1] = [tokens[0]] * last.depth
-    return space.arch([s.widths[-1] for s in space.stages], kinds)
+    token = next(kind for kind, block in zip(last.kinds, last.candidates, strict=True) if block.tokens)
+    kinds = [*(["identity"] * stage.depth for stage in space.stages[:-1]), [token] * last.depth]
+    return [space.arch([*(s.widths[0] for s in space.stages[:-1]), width], kinds) for width in last.widths]
 
 
 @dataclass(frozen=True)
@@ -126,11 +110,11 @@ class Accuracy:
 
 
 @torch.no_grad()
-def _right(model: nn.Module, images: Images, order: torch.Tensor) -> torch.Tensor:
-    """Return which of the images, grouped in this order, are right: (n,) bool, in this order."""
+def _right(model: nn.Module, images: Images, order: torch.Tensor, n: int) -> torch.Tensor:
+    """Return which of the images, grouped by n in this order, are right: (images,) bool, in this order."""
     device = next(model.parameters()).device
     found = []
-    for indices in order.split(BATCH):
+    for indices in order.split(max(n, BATCH // n * n)):
         pixels, labels = images.batch(indices)
         found.append(model(normalise(pixels.to(device))).argmax(1).cpu() == labels)
     return torch.cat(found)
@@ -141,8 +125,8 @@ def grouped_accuracy(model: nn.Module, images: Images, n: int, groupings: int = 
     model.eval()
     slot = torch.arange(len(images)) % n
     generator = torch.Generator().manual_seed(0)
-    found = [_right(model, images, torch.randperm(len(images), generator=generator)).double() for _ in range(groupings)]
-    by_class = _right(model, images, images.labels.argsort(stable=True)).double()
+    found = [_right(model, images, torch.randperm(len(images), generator=generator), n).double() for _ in range(groupings)]
+    by_class = _right(model, images, images.labels.argsort(stable=True), n).double()
     return Accuracy(
         tuple(hits.mean().item() for hits in found),
         tuple(mean(hits[slot == at].mean().item() for hits in found) for at in range(n)),
@@ -150,133 +134,144 @@ def grouped_accuracy(model: nn.Module, images: Images, n: int, groupings: int = 
     )
 
 
-def without_concatenation(arch: ArchConfig) -> ArchConfig:
-    """Return the control: the same reduction, segments and demultiplexers, with each image a sequence of its own."""
+def control_of(arch: ArchConfig) -> ArchConfig:
+    """Return the same reduction, segments and demultiplexers, with each image a sequence of its own."""
     assert arch.mux is not None
     return replace(arch, mux=replace(arch.mux, mixing="none", readout="slot"))
 
 
+def wait_ms(n: int, images_per_ms: float) -> float:
+    """Return the mean time that an image waits until its group of n is full, of images that arrive evenly."""
+    return (n - 1) / (2 * images_per_ms)
+
+
 @dataclass(frozen=True)
-class Contender:
+class Finalist:
     """A network that was trained a little, judged and timed."""
 
     arch: ArchConfig
-    ms: float | None
-    """Of a call at the table's batch, measured where the device is here (`measured`), else predicted; None for a control of
-    which the table has no rows."""
-    measured: bool
+    check: Check
+    """What a call at the table's batch takes, where the device is here."""
+    met: bool | None
+    """Whether that is at most the target; None where it is not known, and of controls."""
     group_ms: float | None
-    """Of one group alone, None where the device is not here."""
+    """Of one group alone, None where the device is not here, and of controls."""
     model: nn.Sequential
     """At the size of the data."""
     score: Accuracy
     val: Accuracy
 
     @property
-    def n(self) -> int:
-        """How many images share a pass."""
-        return self.arch.mux.n if self.arch.mux else 1
-
-    @property
-    def control(self) -> bool:
+    def is_control(self) -> bool:
         return self.arch.mux is not None and self.arch.mux.mixing == "none"
 
-    def fill_ms(self, images_per_ms: float) -> float:
-        """Return the mean time that an image waits until its group is full, of images that arrive evenly."""
-        return 0.0 if self.control else (self.n - 1) / (2 * images_per_ms)
+
+@dataclass(frozen=True)
+class Found:
+    """The end of slimming in one way: a member of the space, at the deployed size, its empty slots kept."""
+
+    arch: ArchConfig
+    check: Check
+    met: bool | None
 
 
-def contend(
-    found: Sequence[tuple[ArchConfig, Check]],
+def train_finalists(
+    found: Sequence[Found],
     inherited: Callable[[ArchConfig], Path],
     data: ImageData,
-    table: LatencyTable,
-    checks: Callable[[ArchConfig], Check],
+    check: Callable[[ArchConfig], Check],
+    group_ms: Callable[[ArchConfig], float | None],
     settings: SupernetSettings,
     folder: Path,
     seed: int,
-) -> list[Contender]:
+) -> list[Finalist]:
     """Train, judge and time the networks that were found, each with groups followed by its control.
 
     Goes on where a kill stopped it.
 
     Args:
-        found: networks at the deployed size, and what they took on the device.
-        inherited: a network without groups, at the size of the data, to the file of its weights from the supernet.
-        checks: a network to what it takes on the device.
+        inherited: a network of the supernet to the file of its weights, under the names of the network without empty slots.
+        check: a network to what a call takes on the device.
+        group_ms: a network to what one group takes on the device.
     """
-    recipe = replace(
-        RECIPES["quick"],
-        epochs=settings.contest_epochs,
+    recipe = Recipe(
+        epochs=settings.finalist_epochs,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate / 2,  # the weights are no random ones
+        layer_scale=settings.layer_scale,
+        clip_norm=settings.clip_norm,
+        weight_decay=settings.weight_decay,
+        label_smoothing=settings.label_smoothing,
         images_per_epoch=epoch_size(settings, data),
         accelerator=settings.accelerator,
     )
-    everything = []
-    for arch, check in found:
-        everything.append((arch, check))
-        if arch.multiplexes:
-            control = without_concatenation(arch)
-            everything.append((control, checks(control)))
-    contenders = []
-    for arch, check in everything:
-        name = "alone" if arch.mux is None else f"{arch.mux.n}-from-{arch.mux.start}-{arch.mux.mixing}"
-        small = replace(arch.at(data.image_size).without_identity(), name=f"{arch.name} ({name})")
-        train_network(small, data, recipe, folder / name, seed, weights=inherited(small.without_mux()))
+    everything: dict[ArchConfig, Found] = {}
+    for one in found:
+        everything[one.arch] = one
+        if one.arch.multiplexes:
+            control = control_of(one.arch)
+            everything.setdefault(control, Found(control, check(control), None))
+    finalists = []
+    for one in everything.values():
+        arch, n = one.arch.at(data.image_size), one.arch.group_size
+        name = f"groups of {n}, {one.arch.mux.mixing}" if one.arch.mux is not None else "each image by itself"
+        # Its empty slots decide which weights it inherits.
+        digest = hashlib.sha256(arch.to_yaml().encode()).hexdigest()[:12]
+        small = replace(arch.without_identity(), name=f"{arch.name} ({name})")
+        train_network(small, data, recipe, folder / digest, seed, weights=inherited(arch.without_mux()))
         model = build_model(small)
-        load_weights(model, folder / name / "model.safetensors")
-        n = arch.mux.n if arch.mux else 1
-        ms = check.ms
-        if ms is None and not table.missing(arch.layers()):
-            ms = table.predict_ms(arch)
-        contenders.append(
-            Contender(
-                arch,
-                ms,
-                check.ms is not None,
-                group_ms(table, arch),
+        load_weights(model, folder / digest / "model.safetensors")
+        model = model.to(accelerator(settings.accelerator))
+        is_control = one.arch.mux is not None and one.arch.mux.mixing == "none"
+        finalists.append(
+            Finalist(
+                one.arch.without_identity(),
+                one.check,
+                one.met,
+                None if is_control else group_ms(one.arch),
                 model,
                 grouped_accuracy(model, data.score, n),
                 grouped_accuracy(model, data.val, n),
             )
         )
-    return contenders
+    return finalists
 
 
-def group_ms(table: LatencyTable, arch: ArchConfig) -> float | None:
-    """Return the milliseconds of one group (or image) alone, None where the device is not here."""
-    profiler: Any = profiler_of(table)
-    if profiler is None:
-        return None
-    alone = replace(profiler, batch=arch.mux.n if arch.mux else 1)
-    return measure_alone(alone, arch, table_reference(table)).ms
+def best_of(finalists: Sequence[Finalist]) -> Finalist:
+    """Return the finalist that is right most often on the scoring images, of those that meet the target if any does. Controls
+    are not chosen."""
+    free = [one for one in finalists if not one.is_control]
+    return max([one for one in free if one.met is not False] or free, key=lambda one: one.score.mean)
 
 
-def best_of(contenders: list[Contender]) -> Contender:
-    """Return the contender that is right most often on the scoring images; controls do not stand for election."""
-    return max((one for one in contenders if not one.control), key=lambda one: one.score.mean)
-
-
-def records(contenders: list[Contender], chosen: Contender, batch: int, arrivals_per_s: float) -> list[dict[str, object]]:
-    """Return what is known of the contenders, in the columns of throughput.csv. `arrivals_per_s`: images that come in a second;
-    0: as many as the network works off."""
-    rows: list[dict[str, object]] = []
-    for one in contenders:
+def records(
+    finalists: Sequence[Finalist], chosen: Finalist, table: LatencyTable, arrivals_per_second: float
+) -> list[dict[str, Any]]:
+    """Return what is known of the finalists, in the columns of throughput.csv. `arrivals_per_second`: images that come in; 0:
+    as many as the network works off."""
+    batch = int(table.meta.get("batch", 1))
+    rows: list[dict[str, Any]] = []
+    for one in finalists:
+        ms = one.check.ms
+        if ms is None and not table.missing(one.arch.layers()):
+            ms = table.predict_ms(one.arch)
+        wait = response = None
+        if not one.is_control:
+            assert ms is not None  # slimming had a prediction
+            wait = wait_ms(one.arch.group_size, arrivals_per_second / 1e3 or batch / ms)
+            response = None if one.group_ms is None else wait + one.group_ms
         complexity = count(one.arch)
-        worked_off = 0.0 if one.ms is None else batch / one.ms
-        fill_ms = one.fill_ms(arrivals_per_s / 1e3 or worked_off)
-        mixing = "alone" if one.arch.mux is None else "control" if one.control else one.arch.mux.mixing
         values = (
-            one.n,
-            mixing,
+            one.arch.group_size,
+            "alone" if one.arch.mux is None else "control" if one.is_control else one.arch.mux.mixing,
             one is chosen,
-            one.ms,
-            one.measured,
-            None if one.ms is None else one.ms / batch,
+            one.met,
+            ms,
+            one.check.ms is not None,
+            None if ms is None else ms / batch,
             one.group_ms,
-            fill_ms,
-            None if one.group_ms is None else fill_ms + one.group_ms,
+            wait,
+            response,
             one.score.mean,
             one.val.mean,
             one.val.sd,
@@ -284,29 +279,41 @@ def records(contenders: list[Contender], chosen: Contender, batch: int, arrivals
             one.val.one_class,
             complexity.params,
             complexity.macs,
-            " | ".join(f"{s.width}: {' '.join(label(b) for b in s.blocks)}" for s in one.arch.without_identity().stages),
+            " | ".join(f"{s.width}: {' '.join(label(b) for b in s.blocks)}" for s in one.arch.stages),
         )
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 
 
-def table_of(rows: list[dict[str, Any]], batch: int) -> str:
+def table_of(rows: Sequence[dict[str, Any]], batch: int) -> str:
     """Return the records as lines for people."""
-    header = ("", "group", f"ms of {batch}", "ms an image", "ms of a group", "ms to fill it", "top-1 %", "worst slot", "M MACs")
+    header = (
+        "",
+        "group",
+        f"ms of {batch}",
+        "ms an image",
+        "ms of a group",
+        "ms to fill it",
+        "top-1 %",
+        "worst slot",
+        "of one class",
+        "M MACs",
+    )
     lines = [header]
     for row in rows:
-        alone = row["images_in_group"] == 1
-        group = "none" if alone else f"{row['images_in_group']}, {row['mixing']}"
+        control = row["mixing"] == "control"
+        known = "no rows" if row["ms"] is None else f"{row['ms']:.4g}" + ("" if row["measured"] else " (predicted)")
         lines.append(
             (
                 "->" if row["chosen"] else "",
-                group,
-                "no rows" if row["ms"] is None else f"{row['ms']:.4g}" + ("" if row["measured"] else " (predicted)"),
+                "none" if row["mixing"] == "alone" else f"{row['images_in_group']}, {row['mixing']}",
+                known + (" MISSES" if row["met"] is False else ""),
                 "" if row["ms"] is None else f"{row['ms_per_image']:.4g}",
-                "not here" if row["group_ms"] is None else f"{row['group_ms']:.4g}",
-                f"{row['fill_ms']:.3g}",
+                "" if control else "not here" if row["group_ms"] is None else f"{row['group_ms']:.4g}",
+                "" if control else f"{row['wait_ms']:.3g}",
                 f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_sd']:.1f}",
                 f"{100 * row['worst_slot_accuracy']:.1f}",
+                f"{100 * row['one_class_accuracy']:.1f}",
                 f"{row['macs'] / 1e6:.4g}",
             )
         )

@@ -6,11 +6,9 @@ import csv
 import hashlib
 import io
 import math
-import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from math import isqrt
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +22,12 @@ from nas.evaluation import accuracy_of
 from nas.progress import LINE_EVERY_S, duration, progress, say
 from nas.request import claim
 from supernet.arch import ArchConfig
+from supernet.blocks.concatplexer import is_group_part
 from supernet.blocks.efficientformer import LayerScale
 from supernet.errors import InputError, unknown
 from supernet.files import checked_fields, read_yaml, write_atomically
 from supernet.model import build_model
-from supernet.weights import resize_attention_biases, resize_position_embedding
+from supernet.weights import at_size
 
 MEASURED_STEPS = 10  # the first step is left out: it also allocates
 UNDECAYED = ("attention_biases", "cls_token", "pos_embed", "segments", "pair_biases")  # beside vectors
@@ -285,9 +284,6 @@ def _request(arch: ArchConfig, data: ImageData, recipe: Recipe, seed: int, weigh
     }
 
 
-_GROUP_PART = re.compile(r"^stage\d+_join\.|\.pair_biases$|\.demultiplexers\.")
-
-
 def _digest(path: Path) -> str:
     try:
         with path.open("rb") as file:
@@ -347,8 +343,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return the weights with the network's own classifier, resized attention biases and its own parts for groups of images,
     where that makes them fit."""
-    adapted, resized = dict(given), 0
-    if parts := [name for name in own if name not in given and _GROUP_PART.search(name)]:
+    adapted = dict(given)
+    if parts := [name for name in own if name not in given and is_group_part(name)]:
         say(f"{path} knows no groups of images: the {len(parts)} tensors that groups need are learned anew")
         adapted.update({name: own[name] for name in parts})
     if all(n in given and n in own and given[n].shape[1:] == own[n].shape[1:] for n in CLASSIFIER):
@@ -356,16 +352,12 @@ def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path)
         if were != are:
             say(f"the classifier of {path} is for {were} classes, not {are}: it is left out and learned anew")
             adapted.update({name: own[name] for name in CLASSIFIER})
-    for name, tensor in own.items():
-        if name.endswith("attention_biases") and name in given and given[name].shape != tensor.shape:
-            adapted[name] = resize_attention_biases(given[name], isqrt(tensor.shape[1]))
-            resized += 1
+    resized = [name for name in own if name in given and at_size(name, given[name], own[name]) is not given[name]]
     if resized:
-        say(f"{resized} tables of attention biases of {path} are for another image size: they are resized")
-    for name, tensor in own.items():
-        if name.endswith("pos_embed") and name in given and given[name].shape != tensor.shape:
-            adapted[name] = resize_position_embedding(given[name], tensor.shape[1])
-            say(f"the position embedding of {path} is for another image size: it is resized")
+        say(
+            f"{len(resized)} tensors of {path} are for another image size (attention biases, positions): they are resized"
+        )
+        adapted.update({name: at_size(name, given[name], own[name]) for name in resized})
     return adapted
 
 

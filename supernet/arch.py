@@ -43,6 +43,7 @@ from supernet.specs import (
     check_width,
     entry_entry,
     entry_from_entry,
+    group_knobs,
     in_group,
     knobs_of,
     placed_entry,
@@ -129,11 +130,6 @@ class MultiplexSpec:
         if type(self.start) is not int or self.start < 0:
             raise InputError(f"mux: start must be a whole number of at least 0, but is {self.start!r}")
 
-    @property
-    def knobs(self) -> dict[str, Any]:
-        """What the layers of a group have of it."""
-        return {"n": self.n, "reducer": self.reducer, "mixing": self.mixing, "readout": self.readout}
-
 
 def mux_from_entry(entry: object) -> MultiplexSpec:
     """Return what a YAML entry stands for: the number of images, or a mapping of `n` and the rest."""
@@ -192,7 +188,12 @@ class ArchConfig:
     @property
     def multiplexes(self) -> bool:
         """Whether several images share a pass: such a network has no latency of one image, only a throughput."""
-        return self.mux is not None and self.mux.n > 1
+        return self.group_size > 1
+
+    @property
+    def group_size(self) -> int:
+        """How many images share a pass."""
+        return self.mux.n if self.mux is not None else 1
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -249,8 +250,8 @@ class ArchConfig:
         last = f"stage{len(self.stages)}"
         tokens = [at for at, (name, layer) in enumerate(layers) if name.startswith(f"{last}_block") and layer.spec.tokens]  # type: ignore[union-attr]
         begin, (width, side) = tokens[self.mux.start], (self.stages[-1].width, self.resolutions[-1])
-        join = Join(width, self.head == "class_token", **self.mux.knobs)
-        grouped = [(name, Layer(in_group(layer.spec, self.mux.knobs), layer.resolution)) for name, layer in layers[begin:]]
+        join = Join(width, self.head == "class_token", **group_knobs(self.mux))
+        grouped = [(name, Layer(in_group(layer.spec, self.mux), layer.resolution)) for name, layer in layers[begin:]]
         return [*layers[:begin], (f"{last}_join", Layer(join, side)), *grouped]
 
     def layers(self) -> list[Layer]:

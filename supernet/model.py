@@ -39,7 +39,7 @@ def count(arch: ArchConfig) -> Complexity:
     """
     with torch.device("meta"):
         model = build_model(arch).eval()
-        images = arch.mux.n if arch.mux else 1
+        images = arch.group_size
         batch = torch.empty(images, 3, arch.image_size, arch.image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(batch)

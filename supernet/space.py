@@ -22,6 +22,7 @@ from supernet.specs import (
     Entry,
     Identity,
     Layer,
+    PatchStem,
     ViT,
     at_width,
     block_entry,
@@ -116,9 +117,13 @@ class SearchSpace:
         if not self.stages:
             raise InputError(f"space {self.name!r} has no stages")
         _ = self.largest  # an ArchConfig checks image size, classes and strides
+        if len(set(self.mux)) < len(self.mux):
+            raise InputError(f"mux: each way of grouping images stands once, but {self.name} repeats one")
         for mux in self.mux:
             if mux.n == 1:
                 raise InputError("mux: each image by itself (n = 1) is always a choice: leave it out")
+            if mux.mixing == "none":
+                raise InputError("mux: the mixing none is the control of every way, and no choice: leave it out")
             if not any(self.multiplexed(arch, mux).multiplexes for arch in self._covering()):
                 raise InputError(
                     f"mux groups images in the token blocks (mb3d, vit) of the last stage from the one after start "
@@ -155,6 +160,11 @@ class SearchSpace:
                 f"space {self.name} at {self.image_size} px has a last map of {last}x{last}, "
                 f"on which blocks cannot be told apart: it takes images of at least {self.smallest_image_size()} px"
             )
+        if isinstance(self.stages[0].entry, PatchStem) and self.image_size % self.strides[0]:
+            raise InputError(
+                f"space {self.name} takes images of a multiple of {self.strides[0]} px, the side of a patch, not of "
+                f"{self.image_size} px: the next size that it takes is {self.smallest_image_size(self.image_size)} px"
+            )
         if not self._takes(self.image_size):
             raise InputError(
                 f"space {self.name} at {self.image_size} px has maps of an odd side where attention has stride 2: the next "
@@ -166,6 +176,8 @@ class SearchSpace:
         return next(size for size in itertools.count(at_least) if self._takes(size))
 
     def _takes(self, image_size: int) -> bool:
+        if isinstance(self.stages[0].entry, PatchStem) and image_size % self.strides[0]:
+            return False
         sides = stage_resolutions(image_size, self.strides)
         halving = [
             (c, side) for s, side in zip(self.stages, sides, strict=True) for c in s.candidates if isinstance(c, AttnFFN)

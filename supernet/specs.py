@@ -25,6 +25,7 @@ Form = Literal["image", "map", "tokens", "class_tokens", "groups", "logits"]
 (N, 1 + S * S, C), groups of images' tokens (`Port.group`), logits (N, classes)."""
 
 
+GROUP_KNOBS = ("n", "reducer", "mixing", "readout")
 REDUCERS = ("conv", "avg", "none")
 MIXINGS = ("full", "block", "none")
 READOUTS = ("slot", "shared")
@@ -38,11 +39,6 @@ class Group(NamedTuple):
     mixing: str
     readout: str
     class_token: bool
-
-    @property
-    def knobs(self) -> dict[str, Any]:
-        """Those of a spec's fields that say it."""
-        return {"n": self.n, "reducer": self.reducer, "mixing": self.mixing, "readout": self.readout}
 
     @property
     def images(self) -> int:
@@ -86,8 +82,8 @@ class Port(NamedTuple):
             case Port("groups", group=Group() as group):
                 if images % group.n:
                     raise InputError(
-                        f"{images} images in a call are no whole number of groups of {group.n}: measure with a batch that is, "
-                        f"such as nas-build-lut --batch {group.n * (1 + images // group.n)}"
+                        f"a call of {images} is no whole number of groups of {group.n} images: take a device, or a table, of a "
+                        f"batch of {group.n} or a multiple of it (its id ends in -b{group.n})"
                     )
                 return images // group.images, group.length(self.side), self.dim
         return images, self.side**2 + (self.form == "class_tokens"), self.dim
@@ -265,11 +261,15 @@ class _InGroup:
     reducer: str = "conv"
     mixing: str = "full"
     readout: str = "slot"
-    with_class_token: ClassVar[bool] = False
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether there are class tokens among the tokens."""
+        return False
 
     @property
     def group(self) -> Group:
-        return Group(self.n, self.reducer, self.mixing, self.readout, self.with_class_token)
+        return Group(self.n, self.reducer, self.mixing, self.readout, self.has_class_token)
 
 
 @dataclass(frozen=True)
@@ -285,8 +285,8 @@ class Join(_InGroup):
         check_group(self)
 
     @property
-    def group(self) -> Group:
-        return Group(self.n, self.reducer, self.mixing, self.readout, self.class_token)
+    def has_class_token(self) -> bool:
+        return self.class_token
 
 
 @dataclass(frozen=True)
@@ -305,11 +305,14 @@ class GroupedViT(_InGroup, ViT):
     """ViT's block on sequences of groups."""
 
     kind: ClassVar[str] = "grouped_vit"
-    with_class_token: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_group(self)
+
+    @property
+    def has_class_token(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -467,8 +470,8 @@ class GroupHead(_InGroup, Head):
         check_group(self)
 
     @property
-    def group(self) -> Group:
-        return Group(self.n, self.reducer, self.mixing, self.readout, self.form == "class_token")
+    def has_class_token(self) -> bool:
+        return self.form == "class_token"
 
 
 class UserBlock(Protocol):
@@ -535,8 +538,14 @@ def knobs_of(spec: Any) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if default is MISSING or value != default}
 
 
-def in_group(spec: Spec, knobs: dict[str, Any]) -> Spec:
-    """Return a token block, or a head, for groups of images. `knobs`: those of MultiplexSpec without its start."""
+def group_knobs(given: Any) -> dict[str, Any]:
+    """Return how images are grouped, of a Group, a MultiplexSpec or a spec, as keyword arguments of a spec."""
+    return {name: getattr(given, name) for name in GROUP_KNOBS}
+
+
+def in_group(spec: Spec, group: Any) -> Spec:
+    """Return a token block, or a head, for images that are grouped as a Group or MultiplexSpec says."""
+    knobs = group_knobs(group)
     match spec:
         case MB3D():
             return GroupedMB3D(**vars(spec), **knobs)

@@ -6,9 +6,10 @@ import sys
 from dataclasses import fields, is_dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from supernet.errors import InputError
+from supernet.errors import InputError, first_line
 
 loaded: dict[str, type[Any]] = {}
 """The users' own blocks whose files were run, by kind."""
@@ -20,32 +21,44 @@ def is_foreign(kind: str) -> bool:
 
 
 def user_block(kind: str) -> type[Any]:
-    """Return the class of a user's own block: `FILE.py:CLASS`, the file relative to the working folder. The file is run, once.
+    """Return the class of a user's own block: `FILE.py:CLASS`, the file relative to the working folder. A file is run once.
 
     Raises:
-        InputError: there is no such file or class, or it is not a block.
+        InputError: there is no such file or class, the file fails, or the class is not a block.
     """
     if kind in loaded:
         return loaded[kind]
     path, _, name = kind.rpartition(":")
-    if not Path(path).is_file():
-        raise InputError(f"the block {kind!r} is to come from {path}, which is not there: give FILE.py:CLASS, from this folder")
-    module_spec = spec_from_file_location(f"metapath_user_{Path(path).stem}", path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = module_from_spec(module_spec)
-    # dataclasses look their own module up by name
-    sys.modules[module_spec.name] = module
-    module_spec.loader.exec_module(module)
-    found = getattr(module, name, None)
-    if not (isinstance(found, type) and is_dataclass(found) and callable(getattr(found, "module", None))):
+    found: Any = getattr(_module(path, kind), name, None)
+    is_block = isinstance(found, type) and is_dataclass(found) and callable(getattr(found, "module", None))
+    if not is_block or not found.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise InputError(
             f"{name} of {path} is not a block: it must be a frozen dataclass with `dim`, and a method `module(resolution)`"
         )
     if "dim" not in {f.name for f in fields(found)}:
         raise InputError(f"the block {kind!r} lacks the field `dim`, its width")
-    block_type: Any = found
-    block_type.kind = kind
-    if not hasattr(found, "tokens"):
-        block_type.tokens = False
+    if found not in loaded.values():  # a file that is named in two ways
+        found.kind = kind
+        found.tokens = getattr(found, "tokens", False)
     loaded[kind] = found
-    return found
+    return loaded[kind]
+
+
+def _module(path: str, kind: str) -> ModuleType:
+    if not Path(path).is_file():
+        raise InputError(f"the block {kind!r} is to come from {path}, which is not there: give FILE.py:CLASS, from this folder")
+    module_name = f"metapath_user {Path(path).resolve()}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    module_spec = spec_from_file_location(module_name, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = module_from_spec(module_spec)
+    sys.modules[module_name] = module  # dataclasses look their own module up by name
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file raises
+        del sys.modules[module_name]
+        raise InputError(
+            f"{path} fails with {type(error).__name__} ({first_line(error)}): mend it, for the block {kind!r}"
+        ) from error
+    return module

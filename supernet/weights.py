@@ -206,6 +206,18 @@ def _first(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else "nothing"
 
 
+def at_size(name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor of a network as it is in the same network at another image size, where it has the shape of `like`: a
+    table of attention biases or a position embedding is resized, anything else is returned as it is."""
+    if tensor.shape == like.shape:
+        return tensor
+    if name.endswith("attention_biases"):
+        return resize_attention_biases(tensor, isqrt(like.shape[1]))
+    if name.endswith("pos_embed"):
+        return resize_position_embedding(tensor, like.shape[1])
+    return tensor
+
+
 def subnetwork(supernet: Supernet, arch: ArchConfig) -> nn.Sequential:
     """Return the network `arch`, a member of the supernet's space, with weights inherited from the supernet.
 
@@ -217,7 +229,7 @@ def subnetwork(supernet: Supernet, arch: ArchConfig) -> nn.Sequential:
     if arch.image_size != space.image_size:
         raise ValueError(f"{arch.name} is for {arch.image_size} px, the supernet for {space.image_size} px: use arch.at")
     path = dict(zip(space.slots, space.path(arch), strict=True))
-    model = build_model(space.fit(arch))
+    model = build_model(space.fit(arch.without_mux()))
     for name, module in model.named_children():
         module.load_state_dict(_leading(_source(supernet, name, path).state_dict(), module.state_dict()))
     return model

@@ -37,6 +37,11 @@ from supernet.blocks.vit import ViTModule
 from supernet.specs import Group, GroupedMB3D, GroupedViT, GroupHead, Join
 
 
+def is_group_part(name: str) -> bool:
+    """Whether a tensor of this name in a network that multiplexes has no part in the same network without."""
+    return name.split(".")[0].endswith("_join") or name.endswith(".pair_biases") or ".demultiplexers." in name
+
+
 class Multiplexed(nn.Sequential):
     """The layers of a network that multiplexes: (N, 3, S, S) to (N, num_classes), any N; images of a group are consecutive."""
 

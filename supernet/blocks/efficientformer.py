@@ -14,7 +14,7 @@ LAYER_SCALE = 1e-5  # the published initial value; a recipe may set another
 
 
 class PoolMixer(nn.AvgPool2d):
-    """3x3 average, borders not padded, minus the input: (N, C, H, W) to the same."""
+    """Average over `pool_size` squared, borders not padded, minus the input: (N, C, H, W) to the same."""
 
     def __init__(self, pool_size: int) -> None:
         super().__init__(pool_size, 1, pool_size // 2, count_include_pad=False)
@@ -36,7 +36,7 @@ class LayerScale(nn.Module):
 
 
 class ConvMlp(nn.Module):
-    """1x1 convolution to `mlp_ratio * dim` and back, batch norm after both, activation between: (N, C, H, W) to the same."""
+    """1x1 convolution to `hidden` channels and back, batch norm after both, activation between: (N, C, H, W) to the same."""
 
     def __init__(self, dim: int, hidden: int, act: str) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear to `mlp_ratio * dim`, activation, linear back: (N, L, C) to the same."""
+    """Linear to `hidden` channels, activation, linear back: (N, L, C) to the same."""
 
     def __init__(self, dim: int, hidden: int, act: str) -> None:
         super().__init__()
