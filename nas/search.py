@@ -75,9 +75,9 @@ def run_search(
     space = space or SearchSpace.load(request.space or default)
     train_size = training_size(space, natural_size(request.data), settings.image_size)
     device, table_path = resolve_table(request.device, request.table)
+    space = groups_of(space, settings.objective, device, table_path)
     data = load_data(request.data, train_size, request.seed, settings.score_images)
     space = space.with_classes(len(data.classes))
-    space = groups_of(space, settings.objective, device, table_path)
     table, table_path = usable_table(device, table_path, space, request)
     smallest_ms = table.predict_ms(space.smallest)
     if target.ms < smallest_ms:
