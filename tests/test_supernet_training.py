@@ -241,7 +241,7 @@ def test_training_takes_the_temperature_from_start_to_end(
     [
         ("wieght_epochs: 3", "weight_epochs"),
         ("batch_size: 2.5", "batch_size must be a whole number"),
-        ("batch_size: 0", "batch_size must be at least 1"),
+        ("batch_size: 0", "batch_size must be at least 2"),
         ("weight_epochs: 0", "weight_epochs must be at least 1"),
         ("mixture_epochs: -1", "mixture_epochs must not be negative"),
         ("learning_rate: fast", "learning_rate must be a number"),
