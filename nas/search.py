@@ -155,10 +155,17 @@ def _search(
             say(f"each image by itself, at {target.ms:g} ms" if mux is None else f"groups of {mux.n}, at {target.ms:g} ms")
         return meet(target, slim_to, lambda arch: checks(space.multiplexed(arch, mux)), predictor.predict_ms(space.smallest))
 
-    outcomes = {mux: found_for(mux) for mux in ways}
+    outcomes: dict[MultiplexSpec | None, Outcome] = {}
+    for way in ways:
+        try:
+            outcomes[way] = found_for(way)
+        except InputError as error:
+            if way is None:
+                raise
+            say(f"groups of {way.n} are left out: {error}")
     finalists: list[Finalist] = []
     mux = None
-    if len(ways) > 1:
+    if len(outcomes) > 1:
         finalists = _finalists(outcomes, supernet, evaluator, data, checks, settings, request.seed, folder)
         mux = best_of(finalists).arch.mux
     outcome = outcomes[mux]

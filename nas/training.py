@@ -354,9 +354,7 @@ def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path)
             adapted.update({name: own[name] for name in CLASSIFIER})
     resized = [name for name in own if name in given and at_size(name, given[name], own[name]) is not given[name]]
     if resized:
-        say(
-            f"{len(resized)} tensors of {path} are for another image size (attention biases, positions): they are resized"
-        )
+        say(f"{len(resized)} tensors of {path} are for another image size (attention biases, positions): they are resized")
         adapted.update({name: at_size(name, given[name], own[name]) for name in resized})
     return adapted
 

@@ -260,12 +260,7 @@ def test_onnx_equals_eager(arch: ArchConfig) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        (Layer(BLOCK, 4),) * 2,
         (Layer(BLOCK, 9),),
-        (Layer(Sandwich(32, act="hardswish"), 14),),
-        (Layer(Sandwich(32, act="gelu"), 3),),
-        (Layer(ConvStem(32), 64), Layer(MB4D(32), 4)),
-        (Layer(MB4D(32), 5), Layer(Subsample(48, 32), 5), Layer(MB4D(48), 3)),
         (Layer(MB4D(16), 4), Layer(Head(16, 10, False, "mean_batch_norm"), 4)),
         (Layer(MB3D(16), 4), Layer(Head(16, 10, True, "mean_batch_norm"), 4)),
         tuple(NETWORK.layers()),

@@ -262,6 +262,9 @@ def real_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nas.job._cache", lambda: folder / "cache")
         cli.build_lut(["--device", "cpu", "--space", str(folder / "micro.yaml"), "--export-job", str(folder / "job")])
+    manifest = json.loads((folder / "job" / "manifest.json").read_text())
+    manifest["plan"]["passes"] = [4, 8, 12]  # it is the path that is tested, not how narrow the intervals are
+    (folder / "job" / "manifest.json").write_text(json.dumps(manifest))
     return folder / "job"
 
 
@@ -273,6 +276,8 @@ def test_a_job_runs_with_onnxruntime_and_numpy_alone(real_job: Path, tmp_path: P
         (blocked / f"{name}.py").write_text(f"raise ImportError('{name} is not on the device')")
     environment = {**os.environ, "PYTHONPATH": str(blocked)}
     done = subprocess.run([sys.executable, "run_job.py"], cwd=real_job, capture_output=True, text=True, env=environment)
+    if "too busy or too hot" in done.stderr:
+        pytest.skip("this machine is too busy for anything to be timed")
     assert done.returncode == 0, done.stderr
     cli.build_lut(["--import-results", str(real_job / "results.json"), "--out", str(tmp_path / "out")])
     (path,) = (tmp_path / "out").glob("*.csv")
