@@ -1,15 +1,11 @@
-"""Fixtures of several test files."""
+"""One thread for torch, in the tests and in what they start: its operations here are so small that two threads wait for each
+other at every one of them, and the tests already run on several cores (pytest-xdist)."""
 
-from collections.abc import Iterator
+import os
 
-import pytest
-import torch
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"  # before torch is imported
 
+import torch  # noqa: E402
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Two threads on a busy machine wait for each other at every one of these tiny operations."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+torch.set_num_threads(1)

@@ -44,9 +44,6 @@ LAYERS = _layers()
 BLOCK_NAMES = [name for name in LAYERS if name.split()[0] in BLOCKS]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @cache
 def module_of(name: str, seed: int = 0) -> nn.Module:
     """The module in eval mode, no tensor at a neutral value."""

@@ -28,9 +28,6 @@ TINY = SearchSpace.load("efficientformerv2-tiny")
 WIDE = SearchSpace.load("efficientformerv2")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def ready(layer: Layer) -> nn.Module:
     """A layer in eval mode and double precision, whose every weight and statistic differs from its neutral initial value."""
     return with_ordinary_values(build_layer(layer).eval(), seed=0).double()

@@ -47,9 +47,6 @@ NETWORK = ArchConfig(
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -20,9 +20,6 @@ from supernet.weights import subnetwork
 CLOSE = 1e-6  # of losses in float32, where the images go through in other chunks
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 SPACE = SearchSpace(
     "small",
     8,

@@ -16,9 +16,6 @@ from supernet.weights import subnetwork
 EULER = 0.5772  # the mean of Gumbel noise
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # Tokens in stages 3 and 4, so that the network goes back to maps before the last embedding; identity's place varies.
 WIDE = SearchSpace(
     "wide",

@@ -20,9 +20,6 @@ from supernet.space import SearchSpace
 State = dict[str, Tensor]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 SPACE = SearchSpace(
     "small",
     8,

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +29,6 @@ ARCH = ArchConfig("tiny", 16, 3, (Stage(8, 2, (Identity(8), MB4D(8))), Stage(8, 
 RECIPE = Recipe(
     epochs=3, batch_size=32, learning_rate=4e-3, layer_scale=0.5, clip_norm=5.0, images_per_epoch=160, accelerator="cpu"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads gain nothing on networks this small, and lose much where other processes want the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
