@@ -19,10 +19,9 @@ from statistics import geometric_mean, mean, median
 import yaml
 
 from nas.devices import open_profiler, profiler_of
-from nas.guarantee import Outcome, meet
+from nas.guarantee import Check, Outcome, meet
 from nas.measure import CACHED, STREAMING, measure_alone, table_reference
 from nas.progress import progress
-from nas.search import Check
 from nas.slimming import Trajectory, slim
 from nas.table import LatencyTable, Target
 from supernet.arch import ArchConfig

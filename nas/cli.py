@@ -318,7 +318,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     def work() -> None:
-        from nas.search import load_data
+        from nas.data import load_data
         from nas.training import load_recipe, train_network
         from supernet.zoo import load_arch
 

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from nas.progress import progress as progress_of
+from nas.progress import say
 from supernet.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -129,6 +131,32 @@ def load_images(
         source=str(folder.root.resolve()),
         fingerprint=folder.fingerprint,
     )
+
+
+def load_data(path: Path | None, image_size: int, seed: int, score_images: int = 512) -> ImageData:
+    """Load the images of a command; say what they are and which were skipped."""
+    if path is None:
+        say("no --data: the embedded handwritten digits stand in. This is a demonstration, not a network to ship")
+        return load_images(None, image_size, seed, score_images=score_images)
+    with progress_of(f"reading {path}", 1.0) as tick:
+        done = 0.0
+
+        def advance(now: int, total: int) -> None:
+            nonlocal done
+            tick(now / total - done)
+            done = now / total
+
+        data = load_images(path, image_size, seed, score_images=score_images, progress=advance)
+    for file in data.skipped:
+        say(f"skipped a broken image: {file}")
+    if data.skipped:
+        say(f"{len(data.skipped)} broken images were skipped")
+    say(
+        f"{data.source}: {len(data.classes)} classes; {len(data.train):,} images to train, "
+        + (f"{len(data.score):,} to score, " if score_images > 1 else "")
+        + f"{len(data.val):,} to validate"
+    )
+    return data
 
 
 def natural_size(path: str | Path | None) -> int:

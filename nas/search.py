@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,16 +15,15 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_safetensors
 
-from nas.data import ImageData, load_images, natural_size
+from nas.data import ImageData, load_data, natural_size
 from nas.evaluation import Evaluator, accuracy_of, recalibrate
-from nas.guarantee import Check, Outcome, meet
+from nas.guarantee import Outcome, meet
+from nas.kept import Checks, Remembered, described, write_csv
 from nas.plan import for_batch
 from nas.profile import per_image
-from nas.profilers.bench import now
-from nas.profilers.timing import Measurement
-from nas.progress import progress, say
+from nas.progress import say
 from nas.request import claim
-from nas.slimming import COLUMNS, Evaluation, Step, Trajectory, rounded_up, slim, start_network
+from nas.slimming import COLUMNS, Step, Trajectory, rounded_up, slim, start_network
 from nas.supernet_training import SupernetSettings, train_supernet, training_size
 from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, table_folders, user_folder
 from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
@@ -37,7 +34,7 @@ from supernet.files import write_atomically
 from supernet.metapath import Supernet
 from supernet.model import build_model, count
 from supernet.space import SearchSpace, space_names
-from supernet.specs import knobs_of, label
+from supernet.specs import knobs_of
 from supernet.weights import at_size, subnetwork
 
 CANDIDATE = "candidate.yaml"  # a network that might be better and is to be measured on a device that is elsewhere
@@ -350,54 +347,6 @@ def usable_table(device: str, path: Path | None, space: SearchSpace, request: Re
     return table.calibrated_for(space), folder / f"{device}.csv"
 
 
-def load_data(path: Path | None, image_size: int, seed: int, score_images: int = 512) -> ImageData:
-    """Load the images of a command; say what they are and which were skipped."""
-    if path is None:
-        say("no --data: the embedded handwritten digits stand in. This is a demonstration, not a network to ship")
-        return load_images(None, image_size, seed, score_images=score_images)
-    with progress(f"reading {path}", 1.0) as tick:
-        done = 0.0
-
-        def advance(now: int, total: int) -> None:
-            nonlocal done
-            tick(now / total - done)
-            done = now / total
-
-        data = load_images(path, image_size, seed, score_images=score_images, progress=advance)
-    for file in data.skipped:
-        say(f"skipped a broken image: {file}")
-    if data.skipped:
-        say(f"{len(data.skipped)} broken images were skipped")
-    say(
-        f"{data.source}: {len(data.classes)} classes; {len(data.train):,} images to train, "
-        + (f"{len(data.score):,} to score, " if score_images > 1 else "")
-        + f"{len(data.val):,} to validate"
-    )
-    return data
-
-
-class Remembered:
-    """An evaluator whose results are kept in a file, so that a search that is killed does not evaluate again."""
-
-    def __init__(self, evaluate: Evaluator, path: Path) -> None:
-        self.evaluate = evaluate
-        self.path = path
-        self.asked = 0
-        self._known: dict[str, Evaluation] = {}
-        if path.exists():
-            for line in csv.DictReader(path.read_text().splitlines()):
-                self._known[line["network"]] = Evaluation(float(line["loss"]), float(line["accuracy"]))
-
-    def __call__(self, arch: ArchConfig) -> Evaluation:
-        self.asked += 1
-        network = described(arch)
-        if network not in self._known:
-            self._known[network] = self.evaluate(arch)
-            records = ({"network": k, "loss": repr(v.loss), "accuracy": repr(v.accuracy)} for k, v in self._known.items())
-            write_csv(self.path, records, ("network", "loss", "accuracy"))
-        return self._known[network]
-
-
 def report_signal(space: SearchSpace, largest: ArchConfig, evaluate: Remembered, images: int) -> None:
     """Say how far the largest network and the one without blocks are apart: what the scores have to go by."""
     kinds = [["identity"] * stage.depth for stage in space.stages]
@@ -413,63 +362,6 @@ def report_signal(space: SearchSpace, largest: ArchConfig, evaluate: Remembered,
             "warning: they are as good as equal, so the scores carry no signal and which blocks go is chance; train the "
             "supernet for longer (weight_epochs in --config) or on larger images"
         )
-
-
-class Checks:
-    """What networks take on the device: measured here, or read from what was measured elsewhere. Kept in a file, so that
-    neither is done twice."""
-
-    HEADER = ("network", "ms", "low_ms", "high_ms", "measured_at")
-
-    def __init__(self, path: Path, table: LatencyTable) -> None:
-        from nas.devices import profiler_of
-
-        self.path = path
-        self.table = table
-        self.profiler = profiler_of(table)
-        self.known: dict[str, tuple[Check, str]] = {}
-        if path.exists():
-            for line in csv.DictReader(path.read_text().splitlines()):
-                ms, low_ms, high_ms = (float(line[name]) for name in self.HEADER[1:4])
-                self.known[line["network"]] = Check(ms, low_ms, high_ms), line["measured_at"]
-
-    def __call__(self, arch: ArchConfig) -> Check:
-        """Return how long a network takes, if it is known, or if the table's device is this machine's."""
-        from nas.measure import measure_alone, table_reference
-
-        name = described(arch.without_identity())
-        if name not in self.known:
-            if self.profiler is None:
-                return Check()
-            self.add(arch, measure_alone(self.profiler, arch, table_reference(self.table)))
-        return self.known[name][0]
-
-    def group_ms(self, arch: ArchConfig) -> float | None:
-        """Return how long a call of one group of images, or of one image, takes, if the table's device is this machine's."""
-        from nas.measure import measure_alone, table_reference
-
-        name = f"{described(arch.without_identity())} | one group"
-        if name not in self.known:
-            if self.profiler is None:
-                return None
-            self._keep(name, measure_alone(self.profiler, arch, table_reference(self.table), arch.group_size))
-        return self.known[name][0].ms
-
-    def add(self, arch: ArchConfig, found: Measurement) -> None:
-        """Keep a measurement."""
-        self._keep(described(arch.without_identity()), found)
-
-    def _keep(self, name: str, found: Measurement) -> None:
-        self.known[name] = Check(found.ms, found.low_ms, found.high_ms), now()
-        records = ({"network": n, **asdict(check), "measured_at": at} for n, (check, at) in self.known.items())
-        write_csv(self.path, records, self.HEADER)
-
-
-def described(arch: ArchConfig) -> str:
-    """Return a network of a space as one line: a stage's width and its blocks' kinds, stage by stage, and its groups."""
-    stages = [f"{s.width}: {' '.join(label(b) for b in s.blocks)}" for s in arch.stages]
-    groups = [f"mux: {' '.join(f'{k}={v}' for k, v in knobs_of(arch.mux).items())}"] if arch.mux is not None else []
-    return " | ".join(stages + groups)
 
 
 def found_network(supernet: Supernet, arch: ArchConfig, images: torch.Tensor) -> torch.nn.Sequential:
@@ -488,16 +380,6 @@ def deployed_weights(model: torch.nn.Sequential, deployed: ArchConfig) -> dict[s
             value = source.state_dict()[key].cpu()
             weights[f"{name}.{key}"] = at_size(key, value, like).contiguous()
     return weights
-
-
-def write_csv(path: Path, records: Iterable[Mapping[str, object]], columns: Sequence[str]) -> None:
-    """Write records as CSV with these columns."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
-    writer.writeheader()
-    for line in records:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
-    write_atomically(path, file.getvalue())
 
 
 def _say_step(step: Step) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import yaml
 
 from nas.job import Address, export_job, read_results, run_over_ssh, visits_of
+from nas.kept import Checks
 from nas.measure import measure_alone, name_of, table_reference
 from nas.plan import Work
 from nas.profilers.bench import Plan
 from nas.profilers.timing import summarise
 from nas.progress import say
-from nas.search import CANDIDATE, Checks, Request, run_search
+from nas.search import CANDIDATE, Request, run_search
 from nas.supernet_training import SupernetSettings
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig

@@ -17,11 +17,12 @@ from nas import cli
 from nas.data import Images, load_images
 from nas.evaluation import Evaluator
 from nas.guarantee import Check, Outcome
+from nas.kept import Checks
 from nas.measure import measure_alone
 from nas.plan import for_batch
 from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import Measurement, References, Visit
-from nas.search import Checks, _finalists
+from nas.search import _finalists
 from nas.slimming import Evaluation, Trajectory
 from nas.supernet_training import SupernetSettings
 from nas.table import Calibration, LatencyTable, Row, measured_layers

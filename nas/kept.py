@@ -1,0 +1,107 @@
+"""What a run's folder keeps of a search, so that nothing is evaluated or measured twice."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from nas.guarantee import Check
+from nas.profilers.bench import now
+from nas.profilers.timing import Measurement
+from nas.slimming import Evaluation
+from nas.table import LatencyTable
+from supernet.arch import ArchConfig
+from supernet.files import write_atomically
+from supernet.specs import knobs_of, label
+
+
+class Remembered:
+    """An evaluator whose results are kept in a file, so that a search that is killed does not evaluate again."""
+
+    def __init__(self, evaluate: Callable[[ArchConfig], Evaluation], path: Path) -> None:
+        self.evaluate = evaluate
+        self.path = path
+        self.asked = 0
+        self._known: dict[str, Evaluation] = {}
+        if path.exists():
+            for line in csv.DictReader(path.read_text().splitlines()):
+                self._known[line["network"]] = Evaluation(float(line["loss"]), float(line["accuracy"]))
+
+    def __call__(self, arch: ArchConfig) -> Evaluation:
+        self.asked += 1
+        network = described(arch)
+        if network not in self._known:
+            self._known[network] = self.evaluate(arch)
+            records = ({"network": k, "loss": repr(v.loss), "accuracy": repr(v.accuracy)} for k, v in self._known.items())
+            write_csv(self.path, records, ("network", "loss", "accuracy"))
+        return self._known[network]
+
+
+class Checks:
+    """What networks take on the device: measured here, or read from what was measured elsewhere. Kept in a file, so that
+    neither is done twice."""
+
+    HEADER = ("network", "ms", "low_ms", "high_ms", "measured_at")
+
+    def __init__(self, path: Path, table: LatencyTable) -> None:
+        from nas.devices import profiler_of
+
+        self.path = path
+        self.table = table
+        self.profiler = profiler_of(table)
+        self.known: dict[str, tuple[Check, str]] = {}
+        if path.exists():
+            for line in csv.DictReader(path.read_text().splitlines()):
+                ms, low_ms, high_ms = (float(line[name]) for name in self.HEADER[1:4])
+                self.known[line["network"]] = Check(ms, low_ms, high_ms), line["measured_at"]
+
+    def __call__(self, arch: ArchConfig) -> Check:
+        """Return how long a network takes, if it is known, or if the table's device is this machine's."""
+        from nas.measure import measure_alone, table_reference
+
+        name = described(arch.without_identity())
+        if name not in self.known:
+            if self.profiler is None:
+                return Check()
+            self.add(arch, measure_alone(self.profiler, arch, table_reference(self.table)))
+        return self.known[name][0]
+
+    def group_ms(self, arch: ArchConfig) -> float | None:
+        """Return how long a call of one group of images, or of one image, takes, if the table's device is this machine's."""
+        from nas.measure import measure_alone, table_reference
+
+        name = f"{described(arch.without_identity())} | one group"
+        if name not in self.known:
+            if self.profiler is None:
+                return None
+            self._keep(name, measure_alone(self.profiler, arch, table_reference(self.table), arch.group_size))
+        return self.known[name][0].ms
+
+    def add(self, arch: ArchConfig, found: Measurement) -> None:
+        """Keep a measurement."""
+        self._keep(described(arch.without_identity()), found)
+
+    def _keep(self, name: str, found: Measurement) -> None:
+        self.known[name] = Check(found.ms, found.low_ms, found.high_ms), now()
+        records = ({"network": n, **asdict(check), "measured_at": at} for n, (check, at) in self.known.items())
+        write_csv(self.path, records, self.HEADER)
+
+
+def described(arch: ArchConfig) -> str:
+    """Return a network of a space as one line: a stage's width and its blocks' kinds, stage by stage, and its groups."""
+    stages = [f"{s.width}: {' '.join(label(b) for b in s.blocks)}" for s in arch.stages]
+    groups = [f"mux: {' '.join(f'{k}={v}' for k, v in knobs_of(arch.mux).items())}"] if arch.mux is not None else []
+    return " | ".join(stages + groups)
+
+
+def write_csv(path: Path, records: Iterable[Mapping[str, object]], columns: Sequence[str]) -> None:
+    """Write records as CSV with these columns."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    for line in records:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
+    write_atomically(path, file.getvalue())
