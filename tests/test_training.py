@@ -17,7 +17,7 @@ from nas import training
 from nas.data import ImageData, load_images
 from nas.evaluation import accuracy_of
 from nas.request import claim
-from nas.training import RECIPES, Recipe, TrainingResult, cosine, load_recipe, load_weights, parameter_groups
+from nas.training import RECIPES, Recipe, TrainingResult, cosine, load_recipe, load_weights, mixed_precision, parameter_groups
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.model import build_model
@@ -187,6 +187,28 @@ def test_non_finite_loss_names_the_epoch(digits: ImageData, tmp_path: Path, monk
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 1, "the last good epoch is kept"
 
 
+@pytest.mark.parametrize(
+    ("device", "precision", "has", "expected"),
+    [
+        ("cpu", "auto", {"avx512_bf16": True}, torch.bfloat16),
+        ("cpu", "auto", {"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ("cpu", "auto", {"avx512_bf16": False}, torch.float32),  # emulated: slower than fp32
+        ("cpu", "auto", None, torch.float32),  # an older torch cannot say
+        ("cpu", "bf16", {}, torch.bfloat16),
+        ("cpu", "fp32", {"avx512_bf16": True}, torch.float32),
+    ],
+)
+def test_matrix_products_have_the_precision_that_suits_the_device(
+    device: str, precision: str, has: dict[str, bool] | None, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if has is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    with mixed_precision(torch.device(device), precision):
+        assert nn.functional.linear(torch.ones(1, 2), torch.ones(3, 2)).dtype == expected
+
+
 def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     model = network()
     decaying, free = parameter_groups(model.named_parameters(), 0.05)
@@ -318,6 +340,7 @@ def test_recipes_by_name_and_from_files(tmp_path: Path) -> None:
         ("weight_decay", -0.1),
         ("label_smoothing", 1.0),
         ("accelerator", "gpu"),
+        ("precision", "fp16"),
     ],
 )
 def test_impossible_recipes_are_refused(field: str, value: object) -> None:
