@@ -14,24 +14,47 @@ divides the work among processes.
 
 import argparse
 import csv
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import mean
 
+import numpy as np
 import torch
 
 from nas.data import ImageData, Images, load_images
-from nas.progress import say
+from nas.evaluation import Evaluator
+from nas.kept import write_csv
+from nas.progress import progress, say
+from nas.recovery import Recovered
+from nas.scores import measure_drops
+from nas.statistics import bootstrap, kendall_tau, regret_among
+from nas.supernet_training import SupernetSettings, logits_trained, sandwich, single_path, train_supernet
 from nas.table import LatencyTable
 from nas.training import RECIPES, Recipe, train_network
 from supernet.arch import ArchConfig
+from supernet.elastic import ElasticSupernet
 from supernet.errors import InputError
+from supernet.model import count
 from supernet.space import SearchSpace
 
 BAND = 0.05  # of the latency, to both sides
 TRIES = 200_000  # random networks, to find enough within the band
-VAL_IMAGES = 10_000  # a fifth of CIFAR-10: accuracy is known to half a point
+VAL_IMAGES = 10_000  # of CIFAR-10's 50,000: accuracy is known to half a point
+EPOCHS = 4  # of each phase of a supernet's training: how often it is checkpointed
+RECOVERY_STEPS = 30
+
+WAYS = {
+    "mixture, uniform noise (the paper's)": {"weight_epochs": 0, "mixture_epochs": EPOCHS, "noise": "uniform"},
+    "mixture, Gumbel noise": {"weight_epochs": 0, "mixture_epochs": EPOCHS, "noise": "gumbel"},
+    "single paths": {"weight_epochs": EPOCHS, "mixture_epochs": 0},
+    "fair paths": {"weight_epochs": EPOCHS, "mixture_epochs": 0, "paths": "fair"},
+    "elastic": {"weight_epochs": EPOCHS, "mixture_epochs": 0, "paths": "elastic"},
+}
+"""The ways of training a supernet that are compared, each for the same multiply-accumulates."""
 
 
 def networks_in_band(space: SearchSpace, table: LatencyTable, ms: float, count: int) -> list[ArchConfig]:
@@ -80,6 +103,132 @@ def train_alone(arch: ArchConfig, seed: int, data: ImageData, recipe: Recipe, fo
         train_network(arch, data, recipe, folder, seed)
 
 
+def macs_of_an_image(space: SearchSpace, way: str) -> float:
+    """Return the multiply-accumulates of one image's forward pass in a step of a way: the mean over some steps."""
+    settings = WAYS[way]
+    generator = torch.Generator().manual_seed(0)
+    widths = [stage.widths[-1] for stage in space.stages]
+    empty = [["identity"] * stage.depth for stage in space.stages]
+
+    def with_stage(i: int, kind: str) -> int:
+        kinds = [[kind] * stage.depth if at == i else empty[at] for at, stage in enumerate(space.stages)]
+        return count(space.arch(widths, kinds)).macs
+
+    fixed = count(space.arch(widths, empty)).macs
+    of_block = [[(with_stage(i, kind) - fixed) / stage.depth for kind in stage.kinds] for i, stage in enumerate(space.stages)]
+    if settings["mixture_epochs"]:
+        return fixed + sum(sum(of_block[i]) for i, _ in space.slots)
+    match settings.get("paths", "single"):
+        case "elastic":
+            return mean(sum(count(arch).macs for arch in sandwich(space, generator)) for _ in range(100))
+        case "fair":
+            number = max(len(stage.candidates) for stage in space.stages)
+            return number * (fixed + sum(mean(of_block[i]) for i, _ in space.slots))
+    paths = [single_path(space, generator) for _ in range(1000)]
+    return fixed + mean(sum(of_block[i][c] for (i, _), c in zip(space.slots, path, strict=True)) for path in paths)
+
+
+def settings_of(space: SearchSpace, way: str, images: int) -> SupernetSettings:
+    """Return the settings of a way, which sees so many images that it takes as many multiply-accumulates as single paths do
+    with `images`."""
+    seen = round(images * macs_of_an_image(space, "single paths") / macs_of_an_image(space, way))
+    # An epoch of a mixture sees a quarter of `images_per_epoch`.
+    per_epoch = seen if WAYS[way]["mixture_epochs"] else seen // EPOCHS
+    return SupernetSettings(images_per_epoch=per_epoch, recovery_steps=RECOVERY_STEPS, **WAYS[way])  # type: ignore[arg-type]
+
+
+def score_networks(
+    space: SearchSpace, archs: Sequence[ArchConfig], data: ImageData, settings: SupernetSettings, seed: int, folder: Path
+) -> None:
+    """Train a supernet and write `scores.csv`: what each way of scoring gives each network, higher for a better one."""
+    if (folder / "scores.csv").exists():
+        return
+    supernet = train_supernet(space, data, settings, seed, folder)
+    evaluate = Evaluator(supernet, data)
+    recovered = Recovered(evaluate, data, settings, seed)
+    with progress("scoring", 2.0 * len(archs) + 31) as tick:
+        drops = measure_drops(space, space.largest, evaluate, on_progress=tick)
+        odds = None
+        if logits_trained(settings) and not isinstance(supernet, ElasticSupernet):
+            odds = dict(zip(space.slots, supernet.importance(), strict=True))
+        rows = []
+        for arch in archs:
+            member = space.fit(arch)
+            row: dict[str, object] = {"network": arch.name}
+            row["inherited weights"] = -evaluate(member).loss
+            row["sum of drops"] = -drops.sum_for(member)
+            if odds is not None:
+                row["importance"] = sum(
+                    odds[i, j].get(space.stages[i].kind_of(member.stages[i].blocks[j]), 0.0) for i, j in space.slots
+                )
+            tick(1)
+            row[f"{settings.recovery_steps} steps of recovery"] = -recovered(member).loss
+            tick(1)
+            rows.append(row)
+    write_csv(folder / "scores.csv", rows, list(rows[0]))
+
+
+def print_report(archs: Sequence[ArchConfig], table: LatencyTable, given: argparse.Namespace) -> None:
+    """Print what the finished pieces say."""
+    truths: dict[int, list[float]] = {}
+    for seed in range(given.seeds):
+        rows = [last_row(given.out / "alone" / f"{i:02d}-seed{seed}" / "metrics.csv", given.epochs) for i in range(len(archs))]
+        if all(row is not None for row in rows):
+            truths[seed] = [100 * float(row["val_accuracy"]) for row in rows if row is not None]
+    if not truths:
+        raise InputError(f"no seed's networks are all trained in {given.out}: run it without --report first")
+    truth = np.mean(list(truths.values()), axis=0)
+    predicted = [table.predict_ms(arch) for arch in archs]
+    print(
+        f"{len(archs)} networks of {given.space}, {min(predicted):.3f} to {max(predicted):.3f} ms on {table.device}; "
+        f"trained alone for {given.epochs} epochs with {len(truths)} seeds: {truth.min():.1f} to {truth.max():.1f} % "
+        f"(sd {truth.std(ddof=1):.2f})"
+    )
+    if len(truths) > 1:
+        taus = [kendall_tau(a, b) for a, b in itertools.combinations(truths.values(), 2)]
+        print(f"ceiling: two seeds of the same trainings agree with tau {mean(taus):.2f}")
+    print(
+        "\n| supernet | score | tau (95 %) | regret of the best of ten, points | seeds agree, tau |\n|---|---|---:|---:|---:|"
+    )
+    rivals = {
+        "MACs": [float(count(arch).macs) for arch in archs],
+        "parameters": [float(count(arch).params) for arch in archs],
+        "milliseconds": predicted,
+    }
+    for name, score in rivals.items():
+        _print_row("none", name, [score], truth)
+    shuffled = [list(np.random.default_rng(seed).permutation(len(archs)).astype(float)) for seed in range(200)]
+    _print_row("none", "shuffled", shuffled, truth)
+    for way in WAYS:
+        found: dict[str, list[list[float]]] = {}
+        for seed in range(given.supernet_seeds):
+            file = folder_of(given.out, way, seed) / "scores.csv"
+            lines = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+            for name in [n for n in (lines[0] if lines else {}) if n != "network"]:
+                found.setdefault(name, []).append([float(line[name]) for line in lines])
+        for name, scores in found.items():
+            _print_row(way, name, scores, truth)
+
+
+def _print_row(way: str, name: str, scores: Sequence[Sequence[float]], truth: Iterable[float]) -> None:
+    """Print one way of scoring: means over the scores that it gave (one a supernet's seed)."""
+
+    def tau(truth: np.ndarray, *scores: np.ndarray) -> float:
+        return mean(kendall_tau(score, truth) for score in scores)
+
+    low, high = bootstrap(list(truth), *scores, statistic=tau)
+    regrets = [regret_among(score, list(truth)) for score in scores]
+    agree = [kendall_tau(a, b) for a, b in itertools.combinations(scores, 2)] if len(scores) < 10 else []
+    between = f"{mean(agree):.2f}" if agree else ""
+    mean_tau = mean(kendall_tau(score, list(truth)) for score in scores)
+    print(f"| {way} | {name} | {mean_tau:.2f} ({low:.2f} to {high:.2f}) | {mean(regrets):.2f} | {between} |")
+
+
+def folder_of(out: Path, way: str, seed: int) -> Path:
+    """Return where a supernet and its scores are kept."""
+    return out / "supernets" / f"{''.join(c if c.isalnum() else '-' for c in way)}-seed{seed}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="an image folder")
@@ -89,17 +238,25 @@ def main() -> None:
     parser.add_argument("--networks", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=2, help="of each network's training")
     parser.add_argument("--epochs", type=int, default=4, help="of each network's training, over all images")
+    parser.add_argument("--supernet-seeds", type=int, default=3)
+    parser.add_argument(
+        "--supernet-images", type=int, default=96_000, help="that single paths see in all; the other ways get the same MACs"
+    )
+    parser.add_argument("--report", action="store_true", help="print what is finished, and end")
     parser.add_argument("--part", default="1/1", metavar="K/N", help="do only every N-th piece of work, from the K-th on")
     parser.add_argument("--out", type=Path, default=Path("ranking"))
     given = parser.parse_args()
     part, parts = (int(number) for number in given.part.split("/"))
+    table = LatencyTable.load(given.table)
+    files = [given.out / "networks" / f"{i:02d}.yaml" for i in range(given.networks)]
+    if given.report:
+        print_report([ArchConfig.load(file) for file in files], table, given)
+        return
 
     data = with_larger_val(load_images(given.data, 32, seed=0, score_images=2000), VAL_IMAGES)
     space = SearchSpace.load(given.space).with_classes(len(data.classes))
-    table = LatencyTable.load(given.table)
     rng = random.Random(1)
     median_ms = sorted(table.predict_ms(space.sample(rng)) for _ in range(1000))[500]
-    files = [given.out / "networks" / f"{i:02d}.yaml" for i in range(given.networks)]
     if not files[-1].exists():
         for file, arch in zip(files, networks_in_band(space, table, given.ms or median_ms, given.networks), strict=True):
             arch.save(file)
@@ -107,14 +264,17 @@ def main() -> None:
     recipe = replace(RECIPES["quick"], epochs=given.epochs)
 
     work: list[Callable[[], None]] = []
-    for seed in range(given.seeds):
-        for i, arch in enumerate(archs):
-            folder = given.out / "alone" / f"{i:02d}-seed{seed}"
-            work.append(lambda a=arch, s=seed, f=folder: train_alone(a, s, data, recipe, f))
+    for seed, (i, arch) in itertools.product(range(given.seeds), enumerate(archs)):
+        work.append(partial(train_alone, arch, seed, data, recipe, given.out / "alone" / f"{i:02d}-seed{seed}"))
+    for seed, way in itertools.product(range(given.supernet_seeds), WAYS):
+        settings = settings_of(space, way, given.supernet_images)
+        work.append(partial(score_networks, space, archs, data, settings, seed, folder_of(given.out, way, seed)))
     for number, job in enumerate(work):
         if number % parts == part - 1:
             say(f"piece {number + 1} of {len(work)}")
             job()
+    if parts == 1:
+        print_report(archs, table, given)
 
 
 if __name__ == "__main__":
