@@ -241,8 +241,8 @@ def elastic_step(net: ElasticSupernet, x: Tensor, y: Tensor, settings: SupernetS
     with _autocast(x):
         logits = net(x, largest)
         loss = F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
+        taught = logits.detach().softmax(1)
     loss.backward()
-    taught = logits.detach().float().softmax(1)
     for arch in others:
         with _autocast(x):
             distilled = F.cross_entropy(net(x, arch), taught)
