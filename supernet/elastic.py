@@ -7,7 +7,7 @@ Unlike EfficientFormerV2's, a batch norm has one scale and offset for all widths
 
 from collections.abc import Hashable, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,13 @@ from supernet.specs import Block, Flat, Identity, Layer, Unflat
 
 EXPANSIONS = ("mlp_ratio", "ffn_ratio")
 """Knobs whose smaller values are leading slices of larger ones. Heads and keys are not: they divide the same rows anew."""
+
+
+class _Structure(NamedTuple):
+    """A layer's module, to be run with tensors of these shapes that it is given: it has no weights of its own."""
+
+    module: nn.Module
+    shapes: dict[str, torch.Size]
 
 
 class ElasticSupernet(nn.Module):
@@ -47,7 +54,7 @@ class ElasticSupernet(nn.Module):
             largest = (Layer(_largest(group), space.resolutions[stage]) for group in groups)
             self.layers[name] = nn.ModuleList(build_layer(layer) for layer in largest)
             self._keys[name] = [_key(group[0]) for group in groups]
-        self._structures: dict[Layer, nn.Module] = {}  # a layer as it is built, without weights; not part of the state
+        self._structures: dict[Layer, _Structure] = {}  # what forward has built so far; not part of the state
 
     def forward(self, x: Tensor, arch: ArchConfig) -> Tensor:
         """Return logits (N, num_classes) of images (N, 3, S, S) by the network `arch`, a member of the space for images of S
@@ -76,18 +83,17 @@ class ElasticSupernet(nn.Module):
         return module[self._keys[name].index(_key(layer.spec))]
 
     def _run(self, name: str, layer: Layer, x: Tensor) -> Tensor:
-        structure = self._structure(layer)
-        if structure.training != self.training:
-            structure.train(self.training)
+        module, shapes = self._structure(layer)
+        if module.training != self.training:
+            module.train(self.training)
         whole = self.source(name, layer).state_dict(keep_vars=True)
-        tensors = {key: leading(whole, key, like.shape, layer) for key, like in structure.state_dict(keep_vars=True).items()}
+        tensors = {key: leading(whole, key, shape, layer) for key, shape in shapes.items()}
         if self.checkpoint_activations and "_block" in name and torch.is_grad_enabled():
-            return recomputed(structure, tensors, x)
-        y: Tensor = functional_call(structure, tensors, (x,), tie_weights=False)
+            return recomputed(module, tensors, x)
+        y: Tensor = functional_call(module, tensors, (x,), tie_weights=False)
         return y
 
-    def _structure(self, layer: Layer) -> nn.Module:
-        """Return the layer's module, to be run with the weights that it is given: it has none of its own."""
+    def _structure(self, layer: Layer) -> _Structure:
         if layer not in self._structures:
             like = next(self.parameters())
             with torch.random.fork_rng(devices=[]):  # what it would begin with is not used
@@ -95,7 +101,7 @@ class ElasticSupernet(nn.Module):
             for part in module.modules():
                 for name, parameter in part.named_parameters(recurse=False):
                     setattr(part, name, nn.Parameter(parameter.detach().to("meta")))
-            self._structures[layer] = module
+            self._structures[layer] = _Structure(module, {key: tensor.shape for key, tensor in module.state_dict().items()})
         return self._structures[layer]
 
     def _apply(self, *args: Any, **kwargs: Any) -> "ElasticSupernet":

@@ -37,9 +37,10 @@ class MetaPath(nn.Module):
             return self._run(choice, x)
         if choice.shape != (len(self.candidates),):
             raise ValueError(f"the path has weights {tuple(choice.shape)} for a slot with {len(self.candidates)}")
-        mixture = choice[0] * self._run(0, x)
-        for index in range(1, len(self.candidates)):
-            mixture = mixture + choice[index] * self._run(index, x)
+        first, *others = choice.unbind()
+        mixture = first * self._run(0, x)
+        for index, weight in enumerate(others, 1):
+            mixture = mixture.addcmul(self._run(index, x), weight)
         return mixture
 
     def _run(self, index: int, x: Tensor) -> Tensor:

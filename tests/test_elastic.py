@@ -62,11 +62,14 @@ def members(space: SearchSpace, number: int) -> list[ArchConfig]:
 # -- A network is a slice ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["efficientformer-tiny", "mixed-tiny", "efficientformerv2-tiny"])
+TINY = ["efficientformer-tiny", "mixed-tiny", "efficientformerv2-tiny", "efficientvit-tiny", "concatplexer-tiny"]
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_a_network_equals_the_built_one_and_trains_exactly_its_slices(name: str) -> None:
     space = SearchSpace.load(name)
     net, x = elastic(space), images(space)
-    archs = members(space, 3)
+    archs = members(space, 2)
     networks = [subnetwork(net, arch).double() for arch in archs]
     with torch.no_grad():
         for arch, built in zip(archs, networks, strict=True):
@@ -90,7 +93,7 @@ def test_a_network_equals_the_built_one_and_trains_exactly_its_slices(name: str)
                 expected[tuple(slice(n) for n in own.shape)] = own.grad
                 torch.testing.assert_close(whole.grad, expected, rtol=1e-6, atol=1e-9, msg=f"{layer_name}.{key}")
         assert all(p.grad is None for p in net.parameters() if id(p) in untouched)
-        assert untouched or arch == space.largest
+        assert untouched or arch != space.smallest
 
 
 def test_two_networks_of_a_space_are_different_and_nothing_is_remembered() -> None:
@@ -239,7 +242,7 @@ def test_what_is_built_follows_the_weights_and_holds_none() -> None:
     net, x = ElasticSupernet(SMALL).eval(), images(SMALL)
     with torch.no_grad():
         single = net(x.float(), SMALL.largest)
-        built = list(net._structures.values())
+        built = [structure.module for structure in net._structures.values()]
         assert built and all(p.is_meta for module in built for p in module.parameters())
         assert (net.double()(x, SMALL.largest) - single).abs().max() < 1e-4  # in double now, buffers and all
         again = copy.deepcopy(net)
