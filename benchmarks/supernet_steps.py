@@ -62,6 +62,7 @@ class Setup:
     batch: int
     device: torch.device
     seed: int
+    clock: str = "wall"
 
     def images(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -145,13 +146,14 @@ def _autocast(setup: Setup) -> torch.autocast:
 
 def timed(setup: Setup, run: Callable[[], object]) -> float:
     """Return the milliseconds that a call takes."""
+    now = time.perf_counter if setup.clock == "wall" else time.process_time
     if setup.device.type == "cuda":
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = now()
     run()
     if setup.device.type == "cuda":
         torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (now() - began)
 
 
 def visit(setup: Setup, rounds: int) -> tuple[Times, Times, dict[tuple[str, str], list[float]]]:
@@ -212,13 +214,16 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--accelerator", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, beside others")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.rounds < 2:
         parser.error("--rounds must be at least 2")
+    if given.clock == "cpu" and accelerator(given.accelerator).type != "cpu":
+        parser.error("--clock cpu counts no accelerator's time: give --accelerator cpu, or leave the clock out")
     space = SearchSpace.load(given.space).at(given.image_size)
     space.check_searchable()
-    setup = Setup(space, given.batch, accelerator(given.accelerator), given.seed)
+    setup = Setup(space, given.batch, accelerator(given.accelerator), given.seed, given.clock)
 
     # First, while this process is small: some systems count a parent's memory as its child's.
     memory: dict[str, str] = {}
@@ -231,7 +236,9 @@ def main() -> None:
     where = torch.cuda.get_device_name() if on_gpu else f"{setup.device.type}, {torch.get_num_threads()} threads"
     measure = "torch.cuda.max_memory_allocated" if on_gpu else "highest resident set size"
     print(f"{space.name}, batches of {setup.batch} at {space.image_size} px, {where}, torch {torch.__version__}")
-    print(f"medians of {given.rounds} rounds (quartiles); peak memory: {measure}, above what was taken before")
+    print(
+        f"medians of {given.rounds} rounds (quartiles) in {given.clock} time; peak memory above what was taken before: {measure}"
+    )
     print("\n| step | ms, forward and backward | ms, optimizer | peak MiB |\n|---|---|---|---|")
     for name in NAMES:
         print(f"| {name} | {spread(steps[name], 1)} | {spread(optimizers[name], 1)} | {memory.get(name, '')} |")

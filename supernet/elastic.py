@@ -37,6 +37,9 @@ class ElasticSupernet(nn.Module):
     Candidates of a slot that differ only in expansion and activation share one module, the largest of them (see `sharing`);
     others have modules of their own, and every slot has its own. Batch-norm statistics are shared in the same way: while
     training each network uses its batch's, and they fit no single network until they are recomputed for it.
+
+    Raises:
+        InputError: a user's own block is no leading slice of the largest one that it would share weights with.
     """
 
     def __init__(self, space: SearchSpace) -> None:
@@ -55,6 +58,9 @@ class ElasticSupernet(nn.Module):
             self.layers[name] = nn.ModuleList(build_layer(layer) for layer in largest)
             self._keys[name] = [_key(group[0]) for group in groups]
         self._structures: dict[Layer, _Structure] = {}  # what forward has built so far; not part of the state
+        for number, (choices, resolution) in enumerate(zip(space.stages, space.resolutions, strict=True), 1):
+            for block in (block for group in sharing(choices) for block in group):
+                self._tensors(f"stage{number}_block1", Layer(block, resolution))  # refuses what cannot share
 
     def forward(self, x: Tensor, arch: ArchConfig) -> Tensor:
         """Return logits (N, num_classes) of images (N, 3, S, S) by the network `arch`, a member of the space for images of S
@@ -63,7 +69,7 @@ class ElasticSupernet(nn.Module):
         In eval mode it equals the built sub-network (`supernet.weights.subnetwork`).
 
         Raises:
-            InputError: `arch` is not in the space, or a user's own block is no leading slice of the largest one.
+            InputError: `arch` is not in the space.
         """
         if arch.image_size != self.space.image_size:
             raise ValueError(
@@ -83,15 +89,19 @@ class ElasticSupernet(nn.Module):
         return module[self._keys[name].index(_key(layer.spec))]
 
     def _run(self, name: str, layer: Layer, x: Tensor) -> Tensor:
-        module, shapes = self._structure(layer)
+        module = self._structure(layer).module
         if module.training != self.training:
             module.train(self.training)
-        whole = self.source(name, layer).state_dict(keep_vars=True)
-        tensors = {key: leading(whole, key, shape, layer) for key, shape in shapes.items()}
+        tensors = self._tensors(name, layer)
         if self.checkpoint_activations and "_block" in name and torch.is_grad_enabled():
             return recomputed(module, tensors, x)
         y: Tensor = functional_call(module, tensors, (x,), tie_weights=False)
         return y
+
+    def _tensors(self, name: str, layer: Layer) -> dict[str, Tensor]:
+        """Return the parameters and buffers that a network's layer of this name runs with."""
+        whole = self.source(name, layer).state_dict(keep_vars=True)
+        return {key: leading(whole, key, shape, layer) for key, shape in self._structure(layer).shapes.items()}
 
     def _structure(self, layer: Layer) -> _Structure:
         if layer not in self._structures:
