@@ -17,9 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nas.data import ImageData, Images, normalise
 from nas.slimming import Evaluation
 from supernet.arch import ArchConfig
-from supernet.metapath import Supernet
 from supernet.specs import Layer
-from supernet.weights import subnetwork
+from supernet.weights import AnySupernet, subnetwork
 
 MEMORY_BYTES = 1 << 30  # of activations that are kept
 CHUNK = 128  # images that go through a layer at once
@@ -35,7 +34,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, supernet: Supernet, data: ImageData, recalibration_images: int = 256, memory_bytes: int = MEMORY_BYTES
+        self, supernet: AnySupernet, data: ImageData, recalibration_images: int = 256, memory_bytes: int = MEMORY_BYTES
     ) -> None:
         self.supernet = supernet.eval()
         self.device = next(supernet.parameters()).device

@@ -24,18 +24,17 @@ from nas.profile import per_image
 from nas.progress import say
 from nas.request import claim
 from nas.slimming import COLUMNS, Step, Trajectory, rounded_up, slim, start_network
-from nas.supernet_training import SupernetSettings, train_supernet, training_size
+from nas.supernet_training import SupernetSettings, logit_importance, train_supernet, training_size
 from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, table_folders, user_folder
 from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
 from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, table_of, train_finalists, usable_ways
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError, unknown
 from supernet.files import write_atomically
-from supernet.metapath import Supernet
 from supernet.model import build_model, count
 from supernet.space import SearchSpace, space_names
 from supernet.specs import knobs_of
-from supernet.weights import at_size, subnetwork
+from supernet.weights import AnySupernet, at_size, subnetwork
 
 CANDIDATE = "candidate.yaml"  # a network that might be better and is to be measured on a device that is elsewhere
 
@@ -123,7 +122,7 @@ def _search(
     elif space.mux:
         say(f"the objective is latency, so each image has a pass of its own: the groups (mux) of {space.name} are left out")
     supernet = train_supernet(space.at(train_size), data, settings, request.seed, folder)
-    importance = supernet.importance()
+    importance = logit_importance(supernet)
     write_csv(
         folder / "importance.csv",
         (
@@ -222,7 +221,7 @@ def _search(
 
 def _finalists(
     outcomes: Mapping[MultiplexSpec | None, Outcome],
-    supernet: Supernet,
+    supernet: AnySupernet,
     evaluator: Evaluator,
     data: ImageData,
     checks: Checks,
@@ -364,7 +363,7 @@ def report_signal(space: SearchSpace, largest: ArchConfig, evaluate: Remembered,
         )
 
 
-def found_network(supernet: Supernet, arch: ArchConfig, images: torch.Tensor) -> torch.nn.Sequential:
+def found_network(supernet: AnySupernet, arch: ArchConfig, images: torch.Tensor) -> torch.nn.Sequential:
     """Return the found network at the supernet's image size, with inherited weights and statistics recomputed on `images`."""
     model = subnetwork(supernet, arch.at(supernet.space.image_size)).to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     recalibrate(model, images)

@@ -1,15 +1,22 @@
-"""Training the supernet: weights and importance by two optimizers, checkpointed each epoch."""
+"""Training the supernet: weights and importance by two optimizers, checkpointed each epoch.
+
+Sources: EfficientFormer (Li et al., NeurIPS 2022), section 4.2, for mixtures; FairNAS (Chu et al., ICCV 2021), section 3.3, for
+fair paths; Universally Slimmable Networks (Yu & Huang, ICCV 2019), sections 3 and 4, for the sandwich rule and in-place
+distillation. What one step does is a function for each way; each adds gradients up and leaves the optimizers alone.
+"""
 
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from nas.data import ImageData, epoch_batches
 from nas.progress import progress, say
@@ -23,22 +30,29 @@ from nas.training import (
     set_layer_scale,
     training_batch,
 )
+from supernet.arch import ArchConfig
+from supernet.elastic import ElasticSupernet, widest
 from supernet.errors import InputError, unknown
 from supernet.files import checked_fields, read_yaml
-from supernet.metapath import Noise, Supernet, sample_path
+from supernet.metapath import Choice, Noise, Supernet, sample_path
 from supernet.space import SearchSpace
+from supernet.weights import AnySupernet
 
-COUNTS = ("weight_epochs", "score_images", "recalibration_images", "finalist_epochs")
+Paths = Literal["single", "fair", "elastic"]
+
+COUNTS = ("score_images", "recalibration_images", "finalist_epochs")
 IDENTITY_SHARE = 0.25  # of sampled slots are empty while weights warm up on single paths
 MIXTURE_IMAGES = 1024  # an epoch of the mixture sees at least, or all that there are
+MIXTURE_COST = 3  # single paths that a mixture takes as long as, for the time left
 
 
 @dataclass(frozen=True)
 class SupernetSettings:
     """How a supernet is trained and its sub-networks are scored: the fields of `nas-search --config FILE`.
 
-    First the weights alone learn on single sampled paths (`weight_epochs`), then weights and logits learn by the
-    Gumbel-Softmax mixture (`mixture_epochs`), the temperature falling from `tau_start` to `tau_end`.
+    First the weights alone learn (`weight_epochs`), in the way that `paths` says; then weights and logits learn by the
+    Gumbel-Softmax mixture (`mixture_epochs`), the temperature falling from `tau_start` to `tau_end`. Either may be left out:
+    no `weight_epochs` is EfficientFormer's own way (with `noise: uniform`), no `mixture_epochs` leaves the logits untrained.
     """
 
     image_size: int = 0
@@ -46,8 +60,8 @@ class SupernetSettings:
     weight_epochs: int = 8
     mixture_epochs: int = 2
     images_per_epoch: int = 0
-    """Images that an epoch of single paths sees, an epoch of the mixture a quarter of them (at least 1,024); 0: all on a
-    GPU, 6,000 at most on a CPU."""
+    """Images that an epoch of the weights sees, an epoch of the mixture a quarter of them (at least 1,024); 0: all on a
+    GPU, 6,000 at most on a CPU. How many networks each image goes through is up to `paths`."""
     batch_size: int = 64
     learning_rate: float = 2e-3
     """Of the weights, by AdamW; warm-up over a twentieth of the steps, then cosine to a hundredth."""
@@ -74,9 +88,22 @@ class SupernetSettings:
     """Of throughput: how long the networks found for each way, and their controls, are trained before one is chosen."""
     arrivals_per_second: float = 0.0
     """Of throughput: images that come in, for the time that one waits for its group; 0: as many as are worked off."""
+    paths: Paths = "single"
+    """How the weights learn in `weight_epochs`. single: each step runs one random path. fair: each step runs every candidate
+    of every slot equally often, so an image goes through as many networks as the slot with the most candidates has. elastic:
+    widths and expansions share weights (`ElasticSupernet`), and each step runs a largest, the smallest and two random
+    networks, so an image goes through four; there are no logits, so `mixture_epochs` must be 0."""
+    checkpoint_activations: bool = False
+    """Compute the activations inside blocks again for the backward pass and do not keep them: less memory, about a third more
+    time, the same numbers."""
 
     def __post_init__(self) -> None:
-        choices = (("noise", ("gumbel", "uniform")), ("score", ("loss", "accuracy")), ("objective", ("latency", "throughput")))
+        choices = (
+            ("noise", ("gumbel", "uniform")),
+            ("score", ("loss", "accuracy")),
+            ("objective", ("latency", "throughput")),
+            ("paths", get_args(Paths)),
+        )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
@@ -89,9 +116,16 @@ class SupernetSettings:
         for name in ("learning_rate", "logit_learning_rate", "tau_start", "tau_end", "layer_scale", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a positive number, but is {getattr(self, name)}")
-        for name in ("image_size", "mixture_epochs", "images_per_epoch"):
+        for name in ("image_size", "weight_epochs", "mixture_epochs", "images_per_epoch"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if self.paths == "elastic" and self.mixture_epochs:
+            raise InputError(
+                f"paths: elastic has no logits for mixtures to train, but mixture_epochs is {self.mixture_epochs}: give "
+                "mixture_epochs: 0"
+            )
+        if not self.weight_epochs + self.mixture_epochs:
+            raise InputError("weight_epochs and mixture_epochs are both 0: give one of them at least 1")
         for name in ("weight_decay", "arrivals_per_second"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number of at least 0, but is {getattr(self, name)}")
@@ -139,20 +173,131 @@ def single_path(space: SearchSpace, generator: torch.Generator) -> list[int]:
     return path
 
 
-def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettings, seed: int, folder: Path) -> Supernet:
-    """Train the supernet of `space` (at the size of `data`) and return it, in eval mode.
+def fair_paths(space: SearchSpace, step: int, generator: torch.Generator) -> list[list[int]]:
+    """Return the single paths of a step, as many as the slot with the most candidates has, in which every candidate of a slot
+    stands equally often.
+
+    A slot whose number of candidates n does not divide that of the paths has some of them once more than others; which, turns
+    from step to step, so that they are even after n steps. `step` counts from 0.
+    """
+    number = max(len(stage.candidates) for stage in space.stages)
+    columns = []
+    for stage, _ in space.slots:
+        n = len(space.stages[stage].candidates)
+        turns = [(step * number + turn) % n for turn in range(number)]
+        columns.append([turns[at] for at in torch.randperm(number, generator=generator)])
+    return [list(path) for path in zip(*columns, strict=True)]
+
+
+def sandwich(space: SearchSpace, generator: torch.Generator) -> list[ArchConfig]:
+    """Return the networks of a step by the sandwich rule: a largest, the smallest, two random ones.
+
+    A largest network has every stage at its largest width and no slot empty; where blocks of several kinds are a slot's
+    largest, one is drawn, so that all of them are trained as the largest.
+    """
+    rng = random.Random(int(torch.randint(2**31, (), generator=generator)))
+    kinds = [[rng.choice(widest(stage)) for _ in range(stage.depth)] for stage in space.stages]
+    largest = space.arch([stage.widths[-1] for stage in space.stages], kinds)
+    return [largest, space.smallest, space.sample(rng), space.sample(rng)]
+
+
+def logits_trained(settings: SupernetSettings) -> bool:
+    """Whether a supernet of these settings has logits that say something: only mixtures train them. Where they do not, the
+    importance of a candidate has to come from what the loss loses without it."""
+    return settings.mixture_epochs > 0
+
+
+def logit_importance(net: AnySupernet) -> list[dict[str, float]]:
+    """Return, for every slot, each candidate's log-odds against identity by the logits; 0 for all where there are none."""
+    if isinstance(net, Supernet):
+        return net.importance()
+    stages = net.space.stages
+    return [{kind: 0.0 for kind in stages[stage].kinds if kind != "identity"} for stage, _ in net.space.slots]
+
+
+def passes(space: SearchSpace, settings: SupernetSettings) -> int:
+    """Return how many networks an image goes through in a step of the weight epochs."""
+    fair = max(len(stage.candidates) for stage in space.stages)
+    return {"single": 1, "fair": fair, "elastic": 4}[settings.paths]
+
+
+def single_step(net: Supernet, x: Tensor, y: Tensor, settings: SupernetSettings, generator: torch.Generator) -> Tensor:
+    """Add the gradients of one random path to those that the weights have; return its loss."""
+    return _backward(net, x, y, single_path(net.space, generator), settings)
+
+
+def fair_step(net: Supernet, x: Tensor, y: Tensor, settings: SupernetSettings, generator: torch.Generator, step: int) -> Tensor:
+    """Add the gradients of the step's fair paths, one after the other; return the mean of their losses."""
+    losses = [_backward(net, x, y, path, settings) for path in fair_paths(net.space, step, generator)]
+    return torch.stack(losses).mean()
+
+
+def elastic_step(net: ElasticSupernet, x: Tensor, y: Tensor, settings: SupernetSettings, generator: torch.Generator) -> Tensor:
+    """Add the gradients of the networks of `sandwich`, one after the other; return the loss of the first.
+
+    The largest learns from the labels, the others from its probabilities on the same images, as they are.
+    """
+    largest, *others = sandwich(net.space, generator)
+    with _autocast(x):
+        logits = net(x, largest)
+        loss = F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
+        taught = logits.detach().softmax(1)
+    loss.backward()
+    for arch in others:
+        with _autocast(x):
+            distilled = F.cross_entropy(net(x, arch), taught)
+        distilled.backward()
+    return loss.detach()
+
+
+def weight_step(
+    net: AnySupernet, x: Tensor, y: Tensor, settings: SupernetSettings, generator: torch.Generator, step: int
+) -> Tensor:
+    """Add the gradients of a step of the weight epochs, in the way that the settings say; return its loss."""
+    if isinstance(net, ElasticSupernet):
+        return elastic_step(net, x, y, settings, generator)
+    if settings.paths == "fair":
+        return fair_step(net, x, y, settings, generator, step)
+    return single_step(net, x, y, settings, generator)
+
+
+def mixture_step(
+    net: AnySupernet, x: Tensor, y: Tensor, settings: SupernetSettings, generator: torch.Generator, tau: float
+) -> Tensor:
+    """Add the gradients of a mixture of all candidates, of weights and logits; return its loss."""
+    assert isinstance(net, Supernet)  # the settings refuse mixtures of an elastic one
+    return _backward(net, x, y, sample_path(list(net.logits), tau, generator, settings.noise), settings)
+
+
+def _backward(net: Supernet, x: Tensor, y: Tensor, path: Sequence[Choice], settings: SupernetSettings) -> Tensor:
+    with _autocast(x):
+        loss = F.cross_entropy(net(x, path), y, label_smoothing=settings.label_smoothing)
+    loss.backward()
+    return loss.detach()
+
+
+def _autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda")
+
+
+def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettings, seed: int, folder: Path) -> AnySupernet:
+    """Train the supernet of `space` (at the size of `data`) and return it, in eval mode: an ElasticSupernet for
+    `paths: elastic`, else a Supernet.
 
     A checkpoint is written to `folder/supernet.pt` after each epoch; the next call with the same arguments goes on
     from it. On one machine with one number of threads, the same seed gives the same weights.
     """
     device = accelerator(settings.accelerator)
     torch.manual_seed(seed)
-    net = Supernet(space)
+    net = ElasticSupernet(space) if settings.paths == "elastic" else Supernet(space)
+    net.checkpoint_activations = settings.checkpoint_activations
     set_layer_scale(net, settings.layer_scale)
     net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    named = ((n, p) for n, p in net.named_parameters() if not n.startswith("logits."))
-    weights = torch.optim.AdamW(parameter_groups(named, settings.weight_decay), lr=settings.learning_rate)
-    logits = torch.optim.Adam(net.logits, lr=settings.logit_learning_rate, betas=(0.5, 0.999))
+    named = [(n, p) for n, p in net.named_parameters() if not n.startswith("logits.")]
+    weights = torch.optim.AdamW(parameter_groups(iter(named), settings.weight_decay), lr=settings.learning_rate)
+    optimizers: dict[str, torch.optim.Optimizer] = {"weights": weights}
+    if isinstance(net, Supernet):
+        optimizers["logits"] = torch.optim.Adam(net.logits, lr=settings.logit_learning_rate, betas=(0.5, 0.999))
     per_epoch = epoch_size(settings, data)
     in_mixture = min(per_epoch, max(MIXTURE_IMAGES, per_epoch // 4))
 
@@ -161,44 +306,41 @@ def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettin
 
     epochs = settings.weight_epochs + settings.mixture_epochs
     steps_of = [max(1, images_of(epoch) // settings.batch_size) for epoch in range(epochs)]
+    costs = [passes(space, settings)] * settings.weight_epochs + [MIXTURE_COST] * settings.mixture_epochs
     steps, mixture_steps = sum(steps_of), sum(steps_of[settings.weight_epochs :])
     checkpoint = folder / "supernet.pt"
-    first = load_checkpoint(checkpoint, net=net, weights=weights, logits=logits)
+    first = load_checkpoint(checkpoint, net=net, **optimizers)
     step = sum(steps_of[:first])
+    networks = f" through {passes(space, settings)} networks each" if passes(space, settings) > 1 else ""
     say(
-        f"training the supernet of {space.name} at {space.image_size} px on {len(data.train):,} images: {steps} steps "
-        f"of {settings.batch_size}, the last {mixture_steps} of them mixtures, on {device.type}"
+        f"training the supernet of {space.name} at {space.image_size} px on {len(data.train):,} images: "
+        f"{steps - mixture_steps} steps of {settings.batch_size}{networks}, then {mixture_steps} of mixtures, on {device.type}"
     )
-    done_cost = step + 2 * sum(steps_of[settings.weight_epochs : first])
-    with progress("supernet", sum(steps_of) + 2 * mixture_steps, done_cost) as tick:
+    work = [steps_in * cost for steps_in, cost in zip(steps_of, costs, strict=True)]
+    with progress("supernet", sum(work), sum(work[:first])) as tick:
         for epoch in range(first, epochs):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            mixing = epoch >= settings.weight_epochs
             losses = []
             net.train()
             for indices in epoch_batches(len(data.train), settings.batch_size, seed, epoch, images_of(epoch)):
                 x, y = training_batch(data, indices, generator, device)
                 for group in weights.param_groups:
                     group["lr"] = settings.learning_rate * cosine(step, steps)
-                if mixing:
+                for optimizer in optimizers.values():
+                    optimizer.zero_grad(set_to_none=True)
+                if epoch < settings.weight_epochs:
+                    loss = weight_step(net, x, y, settings, generator, step)
+                else:
                     done = (step - (steps - mixture_steps)) / max(1, mixture_steps - 1)
                     tau = temperature(min(1.0, done), settings.tau_start, settings.tau_end)
-                    path: Any = sample_path(list(net.logits), tau, generator, settings.noise)
-                else:
-                    path = single_path(space, generator)
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    loss = F.cross_entropy(net(x, path), y, label_smoothing=settings.label_smoothing)
-                weights.zero_grad(set_to_none=True)
-                logits.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(list(net.weights()), settings.clip_norm)
-                weights.step()
-                if mixing:
-                    logits.step()
-                losses.append(loss.item())
+                    loss = mixture_step(net, x, y, settings, generator, tau)
+                nn.utils.clip_grad_norm_((parameter for _, parameter in named), settings.clip_norm)
+                for optimizer in optimizers.values():
+                    optimizer.step()  # what has no gradient stays as it is: the logits but in mixtures
+                losses.append(loss)
                 step += 1
-                tick(3 if mixing else 1)
-            if not math.isfinite(sum(losses)):
+                tick(costs[epoch])
+            if not torch.stack(losses).isfinite().all():
                 raise FloatingPointError(f"the supernet's loss is not finite in epoch {epoch + 1}: lower learning_rate")
-            save_checkpoint(checkpoint, epoch + 1, net=net, weights=weights, logits=logits)
+            save_checkpoint(checkpoint, epoch + 1, net=net, **optimizers)
     return net.eval()

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from supernet.blocks import build_layer
+from supernet.recompute import recomputed
 from supernet.space import SearchSpace
-from supernet.specs import Layer
+from supernet.specs import Flat, Layer, Unflat
 
 Noise = Literal["gumbel", "uniform"]
 Choice = int | Tensor
@@ -36,9 +37,10 @@ class MetaPath(nn.Module):
             return self._run(choice, x)
         if choice.shape != (len(self.candidates),):
             raise ValueError(f"the path has weights {tuple(choice.shape)} for a slot with {len(self.candidates)}")
-        mixture = choice[0] * self._run(0, x)
-        for index in range(1, len(self.candidates)):
-            mixture = mixture + choice[index] * self._run(index, x)
+        first, *others = choice.unbind()
+        mixture = first * self._run(0, x)
+        for index, weight in enumerate(others, 1):
+            mixture = mixture.addcmul(self._run(index, x), weight)
         return mixture
 
     def _run(self, index: int, x: Tensor) -> Tensor:
@@ -59,6 +61,8 @@ class Supernet(nn.Module):
     def __init__(self, space: SearchSpace) -> None:
         super().__init__()
         self.space = space
+        self.checkpoint_activations = False
+        """Whether slots are computed again in the backward pass, to save memory. It changes no number."""
         # The largest network says which stem, embeddings and head there are; its blocks are replaced by MetaPaths.
         largest = dict(space.largest.named_layers())
         self.stem = build_layer(largest["stem"])
@@ -90,11 +94,28 @@ class Supernet(nn.Module):
             if number:
                 x = self.embeddings[number - 1](x)
             for slot in slots:  # type: ignore[attr-defined, union-attr]
-                x = slot(x, next(choices))
+                if self.checkpoint_activations and torch.is_grad_enabled():
+                    x = recomputed(slot, dict(slot.named_buffers()), x, next(choices))
+                else:
+                    x = slot(x, next(choices))
         if self.head_on_tokens and x.ndim == 4:
             x = x.flatten(2).transpose(1, 2)
         y: Tensor = self.head(x)
         return y
+
+    def source(self, name: str, layer: Layer) -> nn.Module:
+        """Return the module whose leading slices are the weights of a network's layer of this name."""
+        if isinstance(layer.spec, Flat | Unflat):
+            return nn.Identity()
+        if name in ("stem", "head"):
+            return self.get_submodule(name)
+        number, part = name.removeprefix("stage").split("_")
+        stage = int(number) - 1
+        if part == "embedding":
+            return self.embeddings[stage - 1]
+        choices, slot = self.space.stages[stage], int(part.removeprefix("block")) - 1
+        candidate = choices.kinds.index(choices.kind_of(layer.spec))  # type: ignore[arg-type]
+        return self.get_submodule(f"stages.{stage}.{slot}.candidates.{candidate}")
 
     def weights(self) -> Iterator[Parameter]:
         """Return every parameter but the logits."""

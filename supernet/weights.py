@@ -14,9 +14,13 @@ from supernet.blocks.efficientformer_v2 import AttnFFNModule, FFNModule
 from supernet.blocks.efficientvit import ConvStemModule
 from supernet.blocks.layers import EmbeddingModule, StemModule
 from supernet.blocks.vit import PatchStemModule
+from supernet.elastic import ElasticSupernet
 from supernet.errors import InputError
 from supernet.metapath import Supernet
 from supernet.model import build_model
+
+AnySupernet = Supernet | ElasticSupernet
+"""What sub-networks inherit their weights from."""
 
 _CLASSIFIER = "head.fc."  # in our state dicts
 
@@ -218,7 +222,7 @@ def at_size(name: str, tensor: Tensor, like: Tensor) -> Tensor:
     return tensor
 
 
-def subnetwork(supernet: Supernet, arch: ArchConfig) -> nn.Sequential:
+def subnetwork(supernet: AnySupernet, arch: ArchConfig) -> nn.Sequential:
     """Return the network `arch`, a member of the supernet's space, with weights inherited from the supernet.
 
     A narrowed stage keeps its first channels: every tensor is the leading slice of the supernet's. Batch-norm
@@ -228,25 +232,11 @@ def subnetwork(supernet: Supernet, arch: ArchConfig) -> nn.Sequential:
     space = supernet.space
     if arch.image_size != space.image_size:
         raise ValueError(f"{arch.name} is for {arch.image_size} px, the supernet for {space.image_size} px: use arch.at")
-    path = dict(zip(space.slots, space.path(arch), strict=True))
-    model = build_model(space.fit(arch.without_mux()))
-    for name, module in model.named_children():
-        module.load_state_dict(_leading(_source(supernet, name, path).state_dict(), module.state_dict()))
+    member = space.fit(arch.without_mux())
+    model = build_model(member)
+    for (name, layer), module in zip(member.named_layers(), model.children(), strict=True):
+        module.load_state_dict(_leading(supernet.source(name, layer).state_dict(), module.state_dict()))
     return model
-
-
-def _source(supernet: Supernet, name: str, path: dict[tuple[int, int], int]) -> nn.Module:
-    """Return the supernet's module for the layer of this name."""
-    if name in ("stem", "head"):
-        return supernet.get_submodule(name)
-    stage, _, part = name.removeprefix("stage").partition("_")
-    at = int(stage) - 1
-    if part == "embedding":
-        return supernet.embeddings[at - 1]
-    if part in ("flat", "unflat"):
-        return nn.Identity()
-    slot = int(part.removeprefix("block")) - 1
-    return supernet.get_submodule(f"stages.{at}.{slot}.candidates.{path[at, slot]}")
 
 
 def _leading(source: Mapping[str, Tensor], shaped: Mapping[str, Tensor]) -> dict[str, Tensor]:

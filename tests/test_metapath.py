@@ -1,5 +1,6 @@
 """The supernet is every network of its space at once: a path picks or mixes candidates, and nothing is remembered."""
 
+import copy
 import math
 import random
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import torch
 from small_spaces import stage_space
 from torch import Tensor, nn
 
+from supernet.elastic import ElasticSupernet
 from supernet.metapath import MetaPath, Noise, Supernet, sample_path
 from supernet.space import SearchSpace
 from supernet.weights import subnetwork
@@ -169,6 +171,45 @@ def test_an_int_path_trains_what_it_runs_and_nothing_else() -> None:
     net(images(WIDE), WIDE.path(WIDE.smallest)).sum().backward()
     reached = {name.split(".")[0] for name, parameter in net.named_parameters() if parameter.grad is not None}
     assert reached == {"stem", "embeddings", "head"}
+
+
+def saved_for_backward(net: nn.Module, x: Tensor, way: object) -> tuple[int, Tensor]:
+    """How many values a forward pass keeps, and its output."""
+    kept: dict[int, int] = {}
+    weights = {p.data_ptr() for p in net.parameters()}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in weights:
+            kept[t.data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = net(x, way)
+    return sum(kept.values()), y
+
+
+@pytest.mark.parametrize("kind", ["mixture", "path", "elastic"])
+def test_checkpointed_activations_change_no_number_but_the_memory(kind: str) -> None:
+    torch.manual_seed(0)
+    net = ElasticSupernet(WIDE) if kind == "elastic" else Supernet(WIDE)
+    x = images(WIDE, 4)
+    way: object = WIDE.largest if kind == "elastic" else WIDE.path(WIDE.largest)
+    found = []
+    for checkpointing in (False, True):
+        copied = copy.deepcopy(net)
+        if kind == "mixture":
+            assert isinstance(copied, Supernet)
+            way = sample_path(list(copied.logits), 1.0, torch.Generator().manual_seed(0))
+        copied.checkpoint_activations = checkpointing
+        kept, y = saved_for_backward(copied, x, way)
+        nn.functional.cross_entropy(y, torch.tensor([0, 1, 2, 3])).backward()
+        gradients = {name: p.grad for name, p in copied.named_parameters() if p.grad is not None}
+        found.append((kept, y, gradients, copied.state_dict()))
+    (plain, y, gradients, state), (less, *again) = found
+    assert less < plain / 2
+    torch.testing.assert_close(again, [y, gradients, state], rtol=0, atol=0)
+    counts = {name: int(value) for name, value in state.items() if name.endswith("num_batches_tracked")}
+    assert max(counts.values()) == 1 and any("mlp" in name for name, count in counts.items() if count)
 
 
 def test_importance_is_the_log_odds_against_identity() -> None:

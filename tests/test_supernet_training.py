@@ -1,18 +1,35 @@
 """A seed decides a supernet, a kill does not change it, and what the images need becomes important."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_spaces import stage_space
 from torch import Tensor, nn
 
 from nas import supernet_training
 from nas.data import ImageData, Images
 from nas.evaluation import Evaluator
-from nas.supernet_training import SupernetSettings, single_path, temperature, train_supernet, training_size
+from nas.supernet_training import (
+    SupernetSettings,
+    elastic_step,
+    fair_paths,
+    fair_step,
+    logit_importance,
+    logits_trained,
+    passes,
+    sandwich,
+    single_path,
+    temperature,
+    train_supernet,
+    training_size,
+)
 from nas.training import save_checkpoint
+from supernet.elastic import ElasticSupernet
 from supernet.errors import InputError
 from supernet.metapath import Supernet, sample_path
 from supernet.space import SearchSpace
@@ -65,6 +82,14 @@ def test_a_seed_decides_every_weight(noise: ImageData, tmp_path: Path) -> None:
     assert {f"logits.{slot}" for slot in range(3)} <= other
 
 
+WAYS = {
+    "fair": replace(SETTINGS, weight_epochs=2, mixture_epochs=1, paths="fair"),
+    "elastic": replace(SETTINGS, mixture_epochs=0, paths="elastic"),
+    "mixture": replace(SETTINGS, weight_epochs=0, mixture_epochs=3, noise="uniform"),
+    "checkpointed": replace(SETTINGS, weight_epochs=1, checkpoint_activations=True),
+}
+
+
 class Killed(BaseException):
     pass
 
@@ -102,6 +127,34 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert not steps
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_goes_on_to_the_same_weights(
+    way: str, noise: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained(noise, tmp_path / "whole", settings=WAYS[way])
+
+    def save_and_die(path: Path, epoch: int, **parts: Any) -> None:
+        save_checkpoint(path, epoch, **parts)
+        if epoch == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supernet_training, "save_checkpoint", save_and_die)
+        with pytest.raises(Killed):
+            trained(noise, tmp_path / "killed", settings=WAYS[way])
+    torch.manual_seed(99)
+    assert not differing(whole, trained(noise, tmp_path / "killed", settings=WAYS[way]))
+    assert differing(whole, trained(noise, tmp_path / "other", seed=1, settings=WAYS[way]))
+
+
+def test_checkpointed_activations_lead_to_the_same_weights(noise: ImageData, tmp_path: Path) -> None:
+    for way in ("single", "elastic"):
+        settings = WAYS.get(way, SETTINGS)
+        kept = trained(noise, tmp_path / way, settings=settings)
+        again = trained(noise, tmp_path / f"{way} again", settings=replace(settings, checkpoint_activations=True))
+        assert not differing(kept, again)  # batch-norm statistics and all
+
+
 def test_a_checkpoint_of_another_supernet_is_refused(noise: ImageData, tmp_path: Path) -> None:
     trained(noise, tmp_path)
     other = SearchSpace("other", 8, 3, (stage_space((8,), 2, 1, "mb4d", "identity"),))
@@ -117,6 +170,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_kept(
     with pytest.raises(FloatingPointError, match="epoch 1"):
         trained(noise, tmp_path)
     assert not (tmp_path / "supernet.pt").exists()
+
+
+def test_mixtures_alone_train_weights_and_logits(noise: ImageData, tmp_path: Path) -> None:
+    settings = WAYS["mixture"]
+    before, after = Supernet(SPACE).state_dict(), trained(noise, tmp_path, settings=settings)
+    assert all(after[f"logits.{slot}"].any() for slot in range(3))
+    assert not torch.equal(before["stages.1.0.candidates.1.mlp.fc1.weight"], after["stages.1.0.candidates.1.mlp.fc1.weight"])
+    assert logits_trained(settings)
+
+
+def test_without_mixtures_the_logits_say_nothing(noise: ImageData, tmp_path: Path) -> None:
+    net = train_supernet(SPACE, noise, WAYS["elastic"], 0, tmp_path)
+    assert isinstance(net, ElasticSupernet)
+    assert not logits_trained(WAYS["elastic"]) and not logits_trained(replace(SETTINGS, mixture_epochs=0))
+    assert logit_importance(net) == [{"mb4d": 0.0}, {"mb4d": 0.0, "mb3d": 0.0}, {"mb4d": 0.0, "mb3d": 0.0}]
+    assert logit_importance(net) == logit_importance(Supernet(SPACE))
 
 
 def test_logits_learn_on_mixtures_only(noise: ImageData, tmp_path: Path) -> None:
@@ -207,6 +276,76 @@ def test_single_paths_leave_a_quarter_of_the_slots_empty() -> None:
     assert shares[2] == pytest.approx([0.375, 0.375, 0.25], abs=0.03)
 
 
+# Slots of two, three and three candidates.
+
+
+def test_every_candidate_of_a_slot_runs_equally_often_in_a_fair_step() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = Counter[int]()
+    for step in range(2 * 3):
+        paths = fair_paths(SPACE, step, generator)
+        assert len(paths) == passes(SPACE, replace(SETTINGS, paths="fair")) == 3
+        assert [sorted(path[slot] for path in paths) for slot in (1, 2)] == [[0, 1, 2]] * 2
+        times = Counter(path[0] for path in paths)
+        assert sorted(times.values()) == [1, 2]  # as near as two candidates come in three paths ...
+        first += times
+    assert first == {0: 9, 1: 9}  # ... and even over two steps
+    # Which candidates meet in a path is chance.
+    met = {tuple(path) for _ in range(100) for path in fair_paths(SPACE, 0, generator)}
+    assert met == {(a, b, c) for a in range(2) for b in range(3) for c in range(3)}
+
+
+def batch(number: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(number, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return pixels, torch.randint(0, 3, (number,), generator=generator)
+
+
+def gradients(net: nn.Module) -> State:
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def test_a_fair_step_adds_up_the_gradients_of_its_paths() -> None:
+    torch.manual_seed(0)
+    net, (x, y) = Supernet(SPACE).double(), batch()
+    paths = fair_paths(SPACE, 5, torch.Generator().manual_seed(2))
+    losses = [F.cross_entropy(net(x, path), y, label_smoothing=0.1) for path in paths]
+    torch.stack(losses).sum().backward()
+    expected = gradients(net)
+    net.zero_grad()
+    loss = fair_step(net, x, y, SETTINGS, torch.Generator().manual_seed(2), 5)
+    assert loss.item() == pytest.approx(sum(each.item() for each in losses) / 3)
+    torch.testing.assert_close(gradients(net), expected)
+    assert {f"stages.1.1.candidates.{kind}.ls1.gamma" for kind in (0, 1)} <= expected.keys()
+
+
+def test_an_elastic_step_adds_up_the_gradients_of_its_networks() -> None:
+    torch.manual_seed(0)
+    net, (x, y) = ElasticSupernet(SPACE).double(), batch()
+    archs = sandwich(SPACE, torch.Generator().manual_seed(3))
+    assert archs[1] == SPACE.smallest and all(arch in SPACE for arch in archs)
+    taught = net(x, archs[0]).detach().softmax(1)
+    largest = F.cross_entropy(net(x, archs[0]), y, label_smoothing=0.1)
+    distilled = [-(taught * net(x, arch).log_softmax(1)).sum(1).mean() for arch in archs[1:]]
+    (largest + sum(distilled)).backward()
+    expected = gradients(net)
+    net.zero_grad()
+    loss = elastic_step(net, x, y, SETTINGS, torch.Generator().manual_seed(3))
+    assert loss.item() == pytest.approx(largest.item())
+    torch.testing.assert_close(gradients(net), expected)
+
+
+def test_the_largest_network_of_a_sandwich_is_each_of_the_largest_in_turn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    seen = Counter[tuple[str, ...]]()
+    for _ in range(60):
+        largest = sandwich(SPACE, generator)[0]
+        assert largest.widths == (16, 16)
+        seen[tuple(block.kind for stage in largest.stages for block in stage.blocks)] += 1
+    # Tokens come last in their stage, so one of two is the second in either slot.
+    assert seen.keys() == {("mb4d", "mb4d", "mb4d"), ("mb4d", "mb4d", "mb3d"), ("mb4d", "mb3d", "mb3d")}
+
+
 def test_the_temperature_falls_by_equal_factors() -> None:
     assert [temperature(done, 8.0, 0.5) for done in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx([8, 4, 2, 1, 0.5])
 
@@ -239,7 +378,11 @@ def test_training_takes_the_temperature_from_start_to_end(
         ("wieght_epochs: 3", "weight_epochs"),
         ("batch_size: 2.5", "batch_size must be a whole number"),
         ("batch_size: 0", "batch_size must be at least 2"),
-        ("weight_epochs: 0", "weight_epochs must be at least 1"),
+        ("weight_epochs: -1", "weight_epochs must not be negative"),
+        ("{weight_epochs: 0, mixture_epochs: 0}", "both 0"),
+        ("paths: fare", "did you mean fair"),
+        ("paths: elastic", "give mixture_epochs: 0"),
+        ("checkpoint_activations: 1", "checkpoint_activations must be true or false"),
         ("mixture_epochs: -1", "mixture_epochs must not be negative"),
         ("learning_rate: fast", "learning_rate must be a number"),
         ("learning_rate: .nan", "learning_rate must be a positive number"),
