@@ -29,6 +29,10 @@ from supernet.metapath import Noise, Supernet, sample_path
 from supernet.space import SearchSpace
 
 COUNTS = ("weight_epochs", "score_images", "recalibration_images", "finalist_epochs")
+OBJECTIVES = ("latency", "mes", "throughput")
+MES = ("mes_size_unit", "mes_latency_unit_ms", "mes_size_alpha", "mes_latency_alpha")
+NOT_NEGATIVE = ("image_size", "mixture_epochs", "images_per_epoch", "recovery_steps", "max_params", "max_macs")
+IMPORTANCES = ("auto", "logits", "drops")
 IDENTITY_SHARE = 0.25  # of sampled slots are empty while weights warm up on single paths
 MIXTURE_IMAGES = 1024  # an epoch of the mixture sees at least, or all that there are
 
@@ -69,14 +73,39 @@ class SupernetSettings:
     accelerator: str = "auto"
     """auto, cpu, cuda or mps."""
     objective: str = "latency"
-    """latency, or throughput: images may share a pass in the ways that the space's `mux` has, and how is searched too."""
+    """latency; mes, size and latency together (EfficientFormerV2); or throughput: images may share a pass in the ways that the
+    space's `mux` has, and how is searched too."""
     finalist_epochs: int = 4
     """Of throughput: how long the networks found for each way, and their controls, are trained before one is chosen."""
     arrivals_per_second: float = 0.0
     """Of throughput: images that come in, for the time that one waits for its group; 0: as many as are worked off."""
+    importance: str = "auto"
+    """Where slots' importance comes from: logits (the mixture's), drops (of single changes), or auto: the logits where a
+    mixture was trained."""
+    recovery_steps: int = 0
+    """Steps of training that each network gets, on its own copy of the weights, before it is scored."""
+    additivity_networks: int = 0
+    """Random networks with several changes on which the sum of the drops is checked; 0: none."""
+    max_params: int = 0
+    """Parameters that the network may have at most, beside its milliseconds; 0: any number."""
+    max_macs: int = 0
+    """Multiply-accumulates of an image; 0: any number."""
+    mes_size_unit: float = 3e6
+    """Of mes: parameters that count as one, in 100 (params / unit)^-alpha (ms / unit)^-alpha. The defaults are the source's."""
+    mes_latency_unit_ms: float = 1.0
+    """Of mes: milliseconds that count as one."""
+    mes_size_alpha: float = 0.5
+    """Of mes: how much size weighs."""
+    mes_latency_alpha: float = 1.0
+    """Of mes: how much latency weighs."""
 
     def __post_init__(self) -> None:
-        choices = (("noise", ("gumbel", "uniform")), ("score", ("loss", "accuracy")), ("objective", ("latency", "throughput")))
+        choices = (
+            ("noise", ("gumbel", "uniform")),
+            ("score", ("loss", "accuracy")),
+            ("objective", OBJECTIVES),
+            ("importance", IMPORTANCES),
+        )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
@@ -86,15 +115,19 @@ class SupernetSettings:
         for name, least in (("batch_size", 2), *((name, 1) for name in COUNTS)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, but is {getattr(self, name)}")
-        for name in ("learning_rate", "logit_learning_rate", "tau_start", "tau_end", "layer_scale", "clip_norm"):
+        for name in ("learning_rate", "logit_learning_rate", "tau_start", "tau_end", "layer_scale", "clip_norm", *MES):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a positive number, but is {getattr(self, name)}")
-        for name in ("image_size", "mixture_epochs", "images_per_epoch"):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")
         for name in ("weight_decay", "arrivals_per_second"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number of at least 0, but is {getattr(self, name)}")
+        if self.importance == "logits" and not self.mixture_epochs:
+            raise InputError("importance logits needs a mixture that trains them: give mixture_epochs, or the importance drops")
+        if self.additivity_networks < 0 or self.additivity_networks == 1:
+            raise InputError(f"additivity_networks must be 0 or at least 2, but is {self.additivity_networks}")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing must be at least 0 and below 1, but is {self.label_smoothing}")
 
