@@ -234,7 +234,10 @@ def measure_drops(space: SearchSpace, base: ArchConfig, evaluate: Evaluate, on_p
 
 
 def pairs_to_measure(drops: Drops, count: int | None = None) -> list[tuple[Change, Change]]:
-    """Return the pairs of changes inside a stage that some network has: the `count` with the smallest summed drops, which a search makes first (None: all), in the order of `single_changes`."""
+    """Return the pairs of changes inside a stage that some network has, in the order of `single_changes`.
+
+    Of them the `count` with the smallest summed drops, which a search makes first; None: all.
+    """
     pairs = []
     for first, second in itertools.combinations(single_changes(drops.space, drops.base), 2):
         if first.stage != second.stage or first.slot == second.slot:

@@ -124,9 +124,8 @@ def _search(
     if settings.objective == "throughput":
         ways = (None, *usable_ways(space, table))
     elif space.mux:
-        say(
-            f"the objective is {settings.objective}, so each image has a pass of its own: the groups (mux) of {space.name} are left out"
-        )
+        own_pass = f"the objective is {settings.objective}, so each image has a pass of its own"
+        say(f"{own_pass}: the groups (mux) of {space.name} are left out")
     supernet = train_supernet(space.at(train_size), data, settings, request.seed, folder)
     evaluator = Evaluator(supernet, data, settings.recalibration_images)
     scored = Recovered(evaluator, data, settings, request.seed) if settings.recovery_steps else evaluator
@@ -250,7 +249,7 @@ def drops_of(space: SearchSpace, base: ArchConfig, evaluate: Evaluate) -> Drops:
 
 def additivity_of(
     space: SearchSpace, drops: Drops, evaluate: Evaluate, settings: SupernetSettings, seed: int, folder: Path
-) -> dict[str, float] | None:
+) -> dict[str, float | None] | None:
     """Check the sum of the drops on random networks where the settings ask for it; write `additivity.csv`, say and return how
     good it is."""
     count = settings.additivity_networks
@@ -263,7 +262,9 @@ def additivity_of(
         f"the sum of single drops on {len(found.records)} networks with several changes: R2 {found.r_squared:.2f}, Kendall's "
         f"tau {found.tau:.2f}, slope {found.slope:.2f}"
     )
-    return {"networks": len(found.records), "r_squared": found.r_squared, "tau": found.tau, "slope": found.slope}
+    figures = {"r_squared": found.r_squared, "tau": found.tau, "slope": found.slope}
+    # JSON has no NaN, which they are where all networks are equally good.
+    return {"networks": len(found.records), **{k: None if math.isnan(v) else v for k, v in figures.items()}}
 
 
 _counted = cache(count)
