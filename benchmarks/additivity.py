@@ -63,10 +63,8 @@ def main() -> None:
         with_pairs = measure_pairs(drops, evaluate, given.pairs, tick)
 
     print(f"{space.name} at {size} px, {data.source}, seed {seed}: base loss {drops.evaluation.loss:.4f}")
-    size_of_drops = [drop.drop_loss for drop in drops.singles.values()]
-    print(
-        f"{len(size_of_drops)} drops of single changes: median {np.median(size_of_drops):.4f}, largest {max(size_of_drops):.4f}"
-    )
+    rises = [drop.drop_loss for drop in drops.singles.values()]
+    print(f"{len(rises)} drops of single changes: median {np.median(rises):.4f}, largest {max(rises):.4f}")
     print(f"| prediction, on {given.networks} networks with several changes | R2 | Kendall's tau | slope |")
     print("|---|---|---|---|")
     for name, chosen in (("single changes", drops), (f"with {len(with_pairs.pairs)} pairs", with_pairs)):

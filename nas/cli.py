@@ -214,8 +214,8 @@ def search(arguments: Sequence[str] | None = None) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help="rare settings, a YAML file (docs/search.md lists them): training, where importance comes from, recovery, limits on "
-        "parameters and MACs, the objectives mes and throughput",
+        help="rare settings, a YAML file (docs/search.md lists them): training, where importance comes from, recovery, limits "
+        "on parameters and MACs, the objectives mes and throughput",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the results go (default: runs/<space>-<target>ms-seed<seed>)"
