@@ -32,11 +32,10 @@ from nas.progress import progress, say
 from nas.recovery import Recovered
 from nas.scores import measure_drops
 from nas.statistics import bootstrap, kendall_tau, regret_among
-from nas.supernet_training import SupernetSettings, logits_trained, sandwich, single_path, train_supernet
+from nas.supernet_training import SupernetSettings, logits_of, sandwich, single_path, train_supernet
 from nas.table import LatencyTable
 from nas.training import RECIPES, Recipe, train_network
 from supernet.arch import ArchConfig
-from supernet.elastic import ElasticSupernet
 from supernet.errors import InputError
 from supernet.model import count
 from supernet.space import SearchSpace
@@ -148,9 +147,8 @@ def score_networks(
     recovered = Recovered(evaluate, data, settings, seed)
     with progress("scoring", 2.0 * len(archs) + 31) as tick:
         drops = measure_drops(space, space.largest, evaluate, on_progress=tick)
-        odds = None
-        if logits_trained(settings) and not isinstance(supernet, ElasticSupernet):
-            odds = dict(zip(space.slots, supernet.importance(), strict=True))
+        logits = logits_of(supernet, settings)
+        odds = None if logits is None else dict(zip(space.slots, logits, strict=True))
         rows = []
         for arch in archs:
             member = space.fit(arch)

@@ -237,7 +237,8 @@ def main() -> None:
     measure = "torch.cuda.max_memory_allocated" if on_gpu else "highest resident set size"
     print(f"{space.name}, batches of {setup.batch} at {space.image_size} px, {where}, torch {torch.__version__}")
     print(
-        f"medians of {given.rounds} rounds (quartiles) in {given.clock} time; peak memory above what was taken before: {measure}"
+        f"medians of {given.rounds} rounds (quartiles) in {given.clock} time; "
+        f"peak memory above what was taken before: {measure}"
     )
     print("\n| step | ms, forward and backward | ms, optimizer | peak MiB |\n|---|---|---|---|")
     for name in NAMES:

@@ -210,7 +210,13 @@ def search(arguments: Sequence[str] | None = None) -> None:
         "--space", metavar="S", help="a space: its name or a YAML file (default: efficientformer-s; -tiny without --data)"
     )
     parser.add_argument("--strategy", default="greedy", metavar="NAME", help="greedy: the paper's slimming loop (default)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="rare settings, a YAML file (docs/search.md lists them)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="rare settings, a YAML file (docs/search.md lists them): training, where importance comes from, recovery, limits "
+        "on parameters and MACs, the objectives mes and throughput",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the results go (default: runs/<space>-<target>ms-seed<seed>)"
     )

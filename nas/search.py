@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from nas.guarantee import Outcome, meet
 from nas.kept import Checks, Remembered, described, write_csv
 from nas.plan import for_batch
 from nas.profile import per_image
-from nas.progress import say
+from nas.progress import progress, say
+from nas.recovery import Recovered
 from nas.request import claim
-from nas.slimming import COLUMNS, Step, Trajectory, rounded_up, slim, start_network
-from nas.supernet_training import SupernetSettings, logit_importance, train_supernet, training_size
+from nas.scores import ADDITIVITY_COLUMNS, Drops, Evaluate, additivity, measure_drops, single_changes
+from nas.slimming import Limit, MobileEfficiency, Step, Trajectory, check_limits, rounded_up, slim, start_network
+from nas.supernet_training import SupernetSettings, logits_of, train_supernet, training_size
 from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, table_folders, user_folder
 from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
 from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, table_of, train_finalists, usable_ways
@@ -81,6 +83,7 @@ def run_search(
             f"the target of {target.ms:g} ms is below the smallest network of {space.name} on {device}: "
             f"give at least {rounded_up(smallest_ms)} ms"
         )
+    check_limits(space, limits_of(settings, space, None))
     folder = request.out or Path("runs") / f"{space.name}-{target.ms:g}ms-seed{request.seed}"
     claim(
         folder,
@@ -120,9 +123,16 @@ def _search(
     if settings.objective == "throughput":
         ways = (None, *usable_ways(space, table))
     elif space.mux:
-        say(f"the objective is latency, so each image has a pass of its own: the groups (mux) of {space.name} are left out")
+        own_pass = f"the objective is {settings.objective}, so each image has a pass of its own"
+        say(f"{own_pass}: the groups (mux) of {space.name} are left out")
     supernet = train_supernet(space.at(train_size), data, settings, request.seed, folder)
-    importance = logit_importance(supernet)
+    evaluator = Evaluator(supernet, data, settings.recalibration_images)
+    scored = Recovered(evaluator, data, settings, request.seed) if settings.recovery_steps else evaluator
+    evaluate = Remembered(scored, folder / "evaluations.csv")
+    logits = logits_of(supernet, settings)
+    drops = drops_of(space, start_network(space, logits) if logits is not None else space.largest, evaluate)
+    drops.save(folder / "drops.csv")
+    importance = logits if logits is not None else drops.importance()
     write_csv(
         folder / "importance.csv",
         (
@@ -132,19 +142,20 @@ def _search(
         ),
         ("stage", "slot", "kind", "log_odds"),
     )
-    evaluator = Evaluator(supernet, data, settings.recalibration_images)
-    evaluate = Remembered(evaluator, folder / "evaluations.csv")
     report_signal(space, start_network(space, importance), evaluate, len(data.score))
+    check_of_drops = additivity_of(space, drops, evaluate, settings, request.seed, folder)
 
     checks = Checks(folder / "measurements.csv", table)
+    mes = efficiency_of(settings)
 
     def found_for(mux: MultiplexSpec | None) -> Outcome:
         predictor = GroupedPredictor(table, space, mux)
+        limits = limits_of(settings, space, mux)
 
         def slim_to(budget_ms: float, start: Trajectory | None, landing: float) -> Trajectory:
             slimmed = partial(slim, space, importance, evaluate, predictor, score=settings.score, on_step=_say_step)
-            found = slimmed(budget_ms, start=start, landing=landing)
-            write_csv(folder / "trajectory.csv", found.records(), COLUMNS)
+            found = slimmed(budget_ms, start=start, landing=landing, limits=limits, mes=mes)
+            write_csv(folder / "trajectory.csv", found.records(), found.columns)
             return found
 
         if len(ways) > 1:
@@ -166,7 +177,7 @@ def _search(
         mux = best_of(finalists).arch.mux
     outcome = outcomes[mux]
     trajectory, check = outcome.trajectory, outcome.check
-    write_csv(folder / "trajectory.csv", trajectory.records(), COLUMNS)
+    write_csv(folder / "trajectory.csv", trajectory.records(), trajectory.columns)
     candidate = folder / CANDIDATE
     candidate.unlink(missing_ok=True)
     if outcome.candidate is not None:
@@ -211,12 +222,64 @@ def _search(
         "largest_of_space": not trajectory.steps,
         "objective": settings.objective,
         "mux": knobs_of(mux) if mux is not None else None,
+        "importance": "logits" if logits is not None else "drops",
+        "max_params": settings.max_params or None,
+        "max_macs": settings.max_macs or None,
+        "mes": mes.of(complexity.params, check.ms or table.predict_ms(deployed)) if mes is not None else None,
+        "additivity": check_of_drops,
     }
     if finalists:
         rows = records(finalists, best_of(finalists), table, settings.arrivals_per_second)
         write_csv(folder / "throughput.csv", rows, THROUGHPUT_COLUMNS)
         result["throughput"] = rows
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def drops_of(space: SearchSpace, base: ArchConfig, evaluate: Evaluate) -> Drops:
+    """Return the drop of every single change of the base network, with progress shown."""
+    with progress("drops of single changes", len(single_changes(space, base)) + 1) as tick:
+        return measure_drops(space, base, evaluate, tick)
+
+
+def additivity_of(
+    space: SearchSpace, drops: Drops, evaluate: Evaluate, settings: SupernetSettings, seed: int, folder: Path
+) -> dict[str, float | None] | None:
+    """Check the sum of the drops on random networks where the settings ask for it; write `additivity.csv`, say and return how
+    good it is."""
+    count = settings.additivity_networks
+    if not count:
+        return None
+    with progress("networks with several changes", count) as tick:
+        found = additivity(space, drops, evaluate, count, seed, tick)
+    write_csv(folder / "additivity.csv", found.records, ADDITIVITY_COLUMNS)
+    say(
+        f"the sum of single drops on {len(found.records)} networks with several changes: R2 {found.r_squared:.2f}, Kendall's "
+        f"tau {found.tau:.2f}, slope {found.slope:.2f}"
+    )
+    figures = {"r_squared": found.r_squared, "tau": found.tau, "slope": found.slope}
+    # JSON has no NaN, which they are where all networks are equally good.
+    return {"networks": len(found.records), **{k: None if math.isnan(v) else v for k, v in figures.items()}}
+
+
+_counted = cache(count)
+
+
+def limits_of(settings: SupernetSettings, space: SearchSpace, mux: MultiplexSpec | None) -> list[Limit]:
+    """Return the hard limits of the settings, on the networks of the space with their images grouped by `mux`."""
+    limits = []
+    if settings.max_params:
+        limits.append(Limit("params", lambda arch: _counted(space.multiplexed(arch, mux)).params, settings.max_params))
+    if settings.max_macs:
+        limits.append(Limit("macs", lambda arch: _counted(space.multiplexed(arch, mux)).macs, settings.max_macs))
+    return limits
+
+
+def efficiency_of(settings: SupernetSettings) -> MobileEfficiency | None:
+    """Return the mobile efficiency score with the settings' constants, where it is the objective."""
+    if settings.objective != "mes":
+        return None
+    constants = (settings.mes_size_unit, settings.mes_latency_unit_ms, settings.mes_size_alpha, settings.mes_latency_alpha)
+    return MobileEfficiency(lambda arch: _counted(arch).params, *constants)
 
 
 def _finalists(
@@ -404,7 +467,8 @@ def _print_result(result: Mapping[str, Any], folder: Path, data: ImageData) -> N
     )
     if result["candidate"]:
         print(f"  over 3 % is left: a slower network might fit ({result['candidate']}); --verify again measures it")
-    print(f"  {result['params'] / 1e6:.3g} M parameters, {result['macs'] / 1e6:.4g} M MACs at {result['image_size']} px")
+    mes = "" if result["mes"] is None else f", MES {result['mes']:.4g}"
+    print(f"  {result['params'] / 1e6:.3g} M parameters, {result['macs'] / 1e6:.4g} M MACs at {result['image_size']} px{mes}")
     print(
         f"  top-1 {100 * result['accuracy']:.1f} % on {len(data.val)} validation images that the search did not see, with "
         f"weights inherited from the supernet{' and trained a little' if 'throughput' in result else ''}"

@@ -1,5 +1,7 @@
 """The slimming loop: blocks and width are removed by accuracy drop per millisecond until the target is met. No torch.
 
+Beside the milliseconds there may be hard limits, and the drop may be charged to size and latency together (MES).
+
 Source: EfficientFormer (Li et al., NeurIPS 2022), section 4.2, "latency driven slimming". What the paper leaves open is
 settled here:
 
@@ -21,6 +23,18 @@ settled here:
   the last three sets of blocks that have any, the few nearest to the loop's own widths are evaluated, and the best of all
   is taken, though it may be a little worse than the loop's end. Where there is none, the slowest network under the
   target is taken, if it is better than the loop's end.
+
+*Limits* (`Limit`: parameters, MACs) are ours. The loop goes on until the target and all of them are met. An action's gain is
+the milliseconds that it saves while the target is not met, and for each limit that is not met yet the share of it that is
+saved, times the target: saving a tenth of a limit counts like saving a tenth of the target. So what saves parameters and no
+time is offered while it is the parameters that are too many. The score is the drop per gain. No action may break what is met
+already; landing keeps to the limits, and is left out where one of them is as near as it would land.
+
+*MES* (`MobileEfficiency`; EfficientFormerV2, Li et al., ICCV 2023, section 3.3): an action's gain is the rise in the mobile
+efficiency score, and its score the drop per gain. Here the source evaluates every single action (its frontier), not one of
+each type, and so does the loop: every slot emptied, every stage narrowed by one step, every block by every other candidate of
+its form (a lower expansion); and the earliest token block turned into one on maps. Importance only says where to start.
+Target, limits and landing are the same.
 """
 
 from __future__ import annotations
@@ -28,7 +42,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol, get_args
 
 from nas.table import Target
@@ -55,7 +69,8 @@ COLUMNS = (
     "accuracy_after",
     "score",
 )
-"""Of a trajectory's records: one for every option of every step."""
+"""Of a trajectory's records: one for every option of every step. `score` is the drop per millisecond saved; with limits or MES,
+`Trajectory.columns` has more, among them the gain (`gain_ms`, `gain_mes`) that the drop is divided by."""
 
 Importance = Sequence[Mapping[str, float]]  # for every slot of the space: log-odds of each kind against identity
 Score = Literal["loss", "accuracy"]
@@ -74,12 +89,48 @@ class Predictor(Protocol):
     def predict_ms(self, arch: ArchConfig) -> float: ...
 
 
-_Saves = Callable[[ArchConfig], bool]
+@dataclass(frozen=True)
+class Limit:
+    """A hard limit beside the target: what `of` says of a network must be at most `at_most`."""
+
+    name: str
+    of: Callable[[ArchConfig], float]
+    at_most: float
+
+    def is_met(self, arch: ArchConfig, share: float = 1.0) -> bool:
+        return self.of(arch) <= share * self.at_most
+
+
+@dataclass(frozen=True)
+class MobileEfficiency:
+    """The mobile efficiency score: 100 (params / size_unit)^-size_alpha (ms / latency_unit_ms)^-latency_alpha.
+
+    `params`: a network to its parameters. The constants are those of EfficientFormerV2, for milliseconds on an iPhone 12.
+    """
+
+    params: Callable[[ArchConfig], float]
+    size_unit: float = 3e6
+    latency_unit_ms: float = 1.0
+    size_alpha: float = 0.5
+    latency_alpha: float = 1.0
+
+    def of(self, params: float, ms: float) -> float:
+        size, latency = params / self.size_unit, ms / self.latency_unit_ms
+        return float(100 * size**-self.size_alpha * latency**-self.latency_alpha)
+
+    def __call__(self, arch: ArchConfig, ms: float) -> float:
+        return self.of(self.params(arch), ms)
+
+
+_Offer = tuple[str, int, ArchConfig]  # what is done, in which stage, what it leads to
+_Places = Iterator[list[_Offer]]  # where an action may be taken, the best first; in each place ways, the mildest first
 
 
 @dataclass(frozen=True)
 class Option:
-    """One action that was offered: what it does, the network it leads to, and what it costs and saves."""
+    """One action that was offered: what it does, the network it leads to, and what it costs and saves.
+
+    `gain`: what the score divides by, milliseconds or MES. `figures`: of the limits, and the MES, where there are any."""
 
     action: str
     stage: int
@@ -88,6 +139,8 @@ class Option:
     saved_ms: float
     evaluation: Evaluation
     score: float
+    gain: float = math.nan
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,6 +150,7 @@ class Step:
     ms: float
     evaluation: Evaluation
     options: tuple[Option, ...]
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def taken(self) -> Option:
@@ -112,6 +166,17 @@ class Trajectory:
     arch: ArchConfig
     ms: float
     evaluation: Evaluation
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the records: COLUMNS; where there are limits or MES, the gain and their figures too."""
+        names = list(self.steps[0].figures) if self.steps else []
+        figures = [f"{name}_{when}" for name in names for when in ("before", "after")]
+        return (*COLUMNS, *([self._gain] if names else []), *figures)
+
+    @property
+    def _gain(self) -> str:
+        return "gain_mes" if "mes" in self.steps[0].figures else "gain_ms"
 
     def records(self) -> Iterator[dict[str, object]]:
         """Yield a flat record for every option of every step, in the columns of `trajectory.csv`."""
@@ -130,7 +195,12 @@ class Trajectory:
                     option.evaluation.accuracy,
                     option.score,
                 )
-                yield dict(zip(COLUMNS, values, strict=True))
+                record = dict(zip(COLUMNS, values, strict=True))
+                if step.figures:
+                    record[self._gain] = option.gain
+                for name, before in step.figures.items():
+                    record |= {f"{name}_before": before, f"{name}_after": option.figures[name]}
+                yield record
 
 
 def slim(
@@ -143,9 +213,11 @@ def slim(
     score: Score = "loss",
     start: Trajectory | None = None,
     landing: float = LANDING,
+    limits: Sequence[Limit] = (),
+    mes: MobileEfficiency | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Trajectory:
-    """Return the loop's way from the largest network to one of at most `budget` milliseconds.
+    """Return the loop's way from the largest network to one of at most `budget` milliseconds, and within the limits.
 
     Args:
         importance: for every slot of `space.slots`, each kind's log-odds against identity.
@@ -155,24 +227,27 @@ def slim(
         score: what a step is charged for: the rise in loss, or the drop in accuracy.
         start: a trajectory to go on from, for a tighter budget; its steps are kept, its landing is undone.
         landing: how far under the budget the end may lie, as a fraction of it, where networks are nearer.
+        limits: what the network must keep beside the budget.
+        mes: charge drops per gain of this score, over all single actions, instead of per millisecond saved.
         on_step: called after each step.
 
     Raises:
-        InputError: the budget is not positive, or below the smallest network of the space; or `evaluate` gives no
-            finite number for what is charged.
+        InputError: the budget is not positive, or it or a limit is below the smallest network of the space; or `evaluate`
+            gives no finite number for what is charged.
     """
     target = budget if isinstance(budget, Target) else Target(budget)
     if score not in get_args(Score):
         raise unknown("score", score, get_args(Score))
     if len(importance) != len(space.slots):
         raise InputError(f"importance has {len(importance)} slots, but space {space.name} has {len(space.slots)}")
-    run = _Run(space, importance, evaluate, table, target, score, landing)
+    run = _Run(space, importance, evaluate, table, target, score, landing, limits, mes)
     smallest_ms = table.predict_ms(space.smallest)
     if target.ms < smallest_ms:
         raise InputError(
             f"the target of {target.ms:g} ms is below the smallest network of {space.name}: "
             f"give at least {rounded_up(smallest_ms)} ms"
         )
+    check_limits(space, limits)
     arch = start_network(space, importance) if start is None else start.start
     begin = arch
     steps: list[Step] = []
@@ -181,18 +256,20 @@ def slim(
         if steps:
             arch = steps[-1].taken.arch
     ms, evaluation = table.predict_ms(arch), run.evaluate(arch)
-    while ms > target.ms:
-        options = run.options(arch, ms, evaluation, MIN_SAVING * target.ms) or run.options(arch, ms, evaluation, 0.0)
+    while ms > target.ms or run.unmet(arch):
+        options = run.options(arch, ms, evaluation, MIN_SAVING) or run.options(arch, ms, evaluation, 0.0)
         if not options:
-            raise InputError(f"no action saves anything from {ms:.4g} ms on: give more than {target.ms:g} ms")
-        steps.append(Step(ms, evaluation, tuple(options)))
+            missed = [f"{target.ms:g} ms"] if ms > target.ms else []
+            missed += [f"{limit.at_most:.12g} {limit.name}" for limit in run.unmet(arch)]
+            raise InputError(f"no action saves anything from {ms:.4g} ms on: give more than {' and '.join(missed)}")
+        steps.append(Step(ms, evaluation, tuple(options), run.figures(arch, ms)))
         if on_step is not None:
             on_step(steps[-1])
         arch, ms, evaluation = steps[-1].taken.arch, steps[-1].taken.ms, steps[-1].taken.evaluation
-    if steps and ms < (1 - landing) * target.ms:
+    if steps and ms < (1 - landing) * target.ms and all(limit.is_met(arch, 1 - landing) for limit in limits):
         landed = run.landing(begin, steps)
         if landed:
-            steps.append(Step(ms, evaluation, tuple(landed)))
+            steps.append(Step(ms, evaluation, tuple(landed), run.figures(arch, ms)))
             if on_step is not None:
                 on_step(steps[-1])
             arch, ms, evaluation = landed[0].arch, landed[0].ms, landed[0].evaluation
@@ -207,6 +284,17 @@ def start_network(space: SearchSpace, importance: Importance) -> ArchConfig:
         for i, stage in enumerate(space.stages)
     ]
     return space.arch([stage.widths[-1] for stage in space.stages], kinds, f"{space.name}-start")
+
+
+def check_limits(space: SearchSpace, limits: Sequence[Limit]) -> None:
+    """Refuse a limit that the smallest network of the space does not keep, with the least that it can be."""
+    for limit in limits:
+        least = limit.of(space.smallest)
+        if not least <= limit.at_most:
+            raise InputError(
+                f"at most {limit.at_most:.12g} {limit.name} is below the smallest network of {space.name}: give at least "
+                f"{least:.12g}"
+            )
 
 
 def slot_score(log_odds: Mapping[str, float]) -> float:
@@ -233,6 +321,8 @@ class _Run:
         target: Target,
         score: Score,
         within: float,
+        limits: Sequence[Limit],
+        mes: MobileEfficiency | None,
     ) -> None:
         self.space = space
         self.log_odds = dict(zip(space.slots, importance, strict=True))
@@ -242,6 +332,8 @@ class _Run:
         self.target = target
         self.score: Score = score
         self.within = within
+        self.limits = limits
+        self.mes = mes
 
     def evaluate(self, arch: ArchConfig) -> Evaluation:
         if arch not in self._known:
@@ -253,41 +345,61 @@ class _Run:
             self._known[arch] = evaluation
         return self._known[arch]
 
-    def options(self, arch: ArchConfig, ms: float, before: Evaluation, least_ms: float) -> list[Option]:
-        """Return the actions that are offered, best first: each saves something, and at least `least_ms`."""
+    def unmet(self, arch: ArchConfig) -> list[Limit]:
+        return [limit for limit in self.limits if not limit.is_met(arch)]
 
-        def saves(after: ArchConfig) -> bool:
-            saved = ms - self.table.predict_ms(after)
-            return saved > 0 and saved >= least_ms
+    def figures(self, arch: ArchConfig, ms: float) -> dict[str, float]:
+        """Return what the limits are about, and the MES, where there are any."""
+        found = {limit.name: limit.of(arch) for limit in self.limits}
+        return found if self.mes is None else {**found, "mes": self.mes(arch, ms)}
 
-        offered = (
-            self._empty_slot(arch, saves),
-            self._untoken(arch, saves),
-            self._narrow(arch, saves),
-            self._swap(arch, saves),
-        )
-        options = [self._option(*offer, ms, before) for offer in offered if offer is not None]
-        return sorted(options, key=lambda option: (option.score, -option.saved_ms, option.stage))
+    def gain(self, arch: ArchConfig, ms: float, after: ArchConfig) -> float:
+        """Return what an action gains towards what is not met yet, in milliseconds; or in MES. 0 where it would break what is
+        met."""
+        after_ms = self.table.predict_ms(after)
+        if ms <= self.target.ms < after_ms:
+            return 0.0
+        unmet = self.unmet(arch)
+        if any(limit not in unmet and not limit.is_met(after) for limit in self.limits):
+            return 0.0
+        if self.mes is not None:
+            return self.mes(after, after_ms) - self.mes(arch, ms)
+        gained = ms - after_ms if ms > self.target.ms else 0.0
+        return gained + sum(self.target.ms * (limit.of(arch) - limit.of(after)) / limit.at_most for limit in unmet)
 
-    def _option(self, action: str, stage: int, arch: ArchConfig, ms: float, before: Evaluation) -> Option:
-        after_ms = self.table.predict_ms(arch)
-        after = self.evaluate(arch)
-        drop = self._charge(after) - self._charge(before)
-        return Option(action, stage, arch, after_ms, ms - after_ms, after, max(0.0, drop) / (ms - after_ms))
+    def options(self, arch: ArchConfig, ms: float, before: Evaluation, least: float) -> list[Option]:
+        """Return the actions that are offered, best first: each gains something, and at least the share `least` of the target
+        (of the MES). One of each type; all of them where MES is what counts."""
+        least_gain = least * (self.target.ms if self.mes is None else self.mes(arch, ms))
+
+        def gains(after: ArchConfig) -> bool:
+            gain = self.gain(arch, ms, after)
+            return gain > 0 and gain >= least_gain
+
+        offered: list[_Offer] = []
+        for places in (self._empty_slot(arch), self._untoken(arch), self._narrow(arch), self._swap(arch)):
+            mildest = (next((offer for offer in ways if gains(offer[2])), None) for ways in places)
+            found = (offer for offer in mildest if offer is not None)
+            offered += itertools.islice(found, None if self.mes is not None else 1)
+        options = [self._option(*offer, arch, ms, before) for offer in offered]
+        return sorted(options, key=lambda option: (option.score, -option.gain, option.stage))
+
+    def _option(self, action: str, stage: int, after: ArchConfig, arch: ArchConfig, ms: float, before: Evaluation) -> Option:
+        after_ms, gain = self.table.predict_ms(after), self.gain(arch, ms, after)
+        evaluation = self.evaluate(after)
+        score = max(0.0, self._charge(evaluation) - self._charge(before)) / gain
+        return Option(action, stage, after, after_ms, ms - after_ms, evaluation, score, gain, self.figures(after, after_ms))
 
     def _charge(self, evaluation: Evaluation) -> float:
         return evaluation.loss if self.score == "loss" else 1 - evaluation.accuracy
 
-    def _empty_slot(self, arch: ArchConfig, saves: _Saves) -> tuple[str, int, ArchConfig] | None:
-        """Action 1: identity for the least important slot, the next one where that would not save anything."""
+    def _empty_slot(self, arch: ArchConfig) -> _Places:
+        """Action 1: identity for the least important slot, the next one where that would not gain anything."""
         filled = [(i, j) for i, j in self.space.slots if not isinstance(arch.stages[i].blocks[j], Identity)]
         for i, j in sorted(filled, key=lambda at: (slot_score(self.log_odds[at]), at)):
-            after = _with_block(arch, i, j, Identity(arch.stages[i].width))
-            if saves(after):
-                return f"empty slot {j + 1} of stage {i + 1}", i, after
-        return None
+            yield [(f"empty slot {j + 1} of stage {i + 1}", i, _with_block(arch, i, j, Identity(arch.stages[i].width)))]
 
-    def _untoken(self, arch: ArchConfig, saves: _Saves) -> tuple[str, int, ArchConfig] | None:
+    def _untoken(self, arch: ArchConfig) -> _Places:
         """Action 2: the earliest token block becomes a block on maps."""
         for i, j in self.space.slots:
             stage = arch.stages[i]
@@ -296,15 +408,15 @@ class _Run:
             choices = self.space.stages[i]
             maps = [choices.kind_of(c) for c in choices.candidates if not c.tokens and not isinstance(c, Identity)]
             if not maps:
-                return None
+                return
             kind = max(maps, key=lambda kind: self.log_odds[i, j][kind])
             after = _with_block(arch, i, j, choices.candidate(kind, stage.width))
             action = f"{choices.kind_of(stage.blocks[j])} to {kind} in slot {j + 1} of stage {i + 1}"
-            return (action, i, after) if saves(after) else None
-        return None
+            yield [(action, i, after)]
+            return
 
-    def _narrow(self, arch: ArchConfig, saves: _Saves) -> tuple[str, int, ArchConfig] | None:
-        """Action 3: the least important stage, by as many steps of its widths as it takes to save anything."""
+    def _narrow(self, arch: ArchConfig) -> _Places:
+        """Action 3: the least important stage, by as many steps of its widths as it takes to gain anything."""
 
         def importance(i: int) -> float:
             blocks = enumerate(arch.stages[i].blocks)
@@ -312,13 +424,10 @@ class _Run:
 
         for i in sorted(range(len(arch.stages)), key=lambda i: (importance(i), i)):
             width = arch.stages[i].width
-            for narrower in sorted((w for w in self.space.stages[i].widths if w < width), reverse=True):
-                after = _with_width(arch, i, narrower)
-                if saves(after):
-                    return f"narrow stage {i + 1} from {width} to {narrower}", i, after
-        return None
+            narrower = sorted((w for w in self.space.stages[i].widths if w < width), reverse=True)
+            yield [(f"narrow stage {i + 1} from {width} to {w}", i, _with_width(arch, i, w)) for w in narrower]
 
-    def _swap(self, arch: ArchConfig, saves: _Saves) -> tuple[str, int, ArchConfig] | None:
+    def _swap(self, arch: ArchConfig) -> _Places:
         """Action 4: another candidate of the same form in the slot where the odds lose least by it."""
         ways = []
         for i, j in self.space.slots:
@@ -330,9 +439,7 @@ class _Run:
             ways += [(odds[now] - odds[kind], i, j, now, kind) for kind in map(choices.kind_of, others) if kind != now]
         for _, i, j, now, kind in sorted(ways):
             after = _with_block(arch, i, j, self.space.stages[i].candidate(kind, arch.stages[i].width))
-            if saves(after):
-                return f"{now} to {kind} in slot {j + 1} of stage {i + 1}", i, after
-        return None
+            yield [(f"{now} to {kind} in slot {j + 1} of stage {i + 1}", i, after)]
 
     def landing(self, begin: ArchConfig, steps: Sequence[Step]) -> list[Option]:
         """Return the ways that were tried from the loop's end to a network near under the target, the best first.
@@ -354,10 +461,12 @@ class _Run:
                 if (1 - self.within) * self.target.ms <= ms <= self.target.ms:
                     change = sum(abs(w - n) / n for w, n in zip(widths, end.arch.widths, strict=True))
                     found.append((change, -ms, widths, arch))
-                elif slowest[0] < ms <= self.target.ms:
+                elif slowest[0] < ms <= self.target.ms and not self.unmet(arch):
                     slowest = (ms, arch)
-            near += sorted(found, key=lambda item: item[:3])[:LANDING_TRIES]
-            groups += bool(found)
+            nearest = (item for item in sorted(found, key=lambda item: item[:3]) if not self.unmet(item[3]))
+            kept = list(itertools.islice(nearest, LANDING_TRIES))
+            near += kept
+            groups += bool(kept)
             if groups == LANDING_BLOCKS:
                 break
         if near:
@@ -378,7 +487,8 @@ class _Run:
         if changed := sum(a != b for before, after in pairs for a, b in zip(before, after, strict=True)):
             changes.insert(0, f"{changed} block{'s' if changed > 1 else ''} back")
         ms = self.table.predict_ms(arch)
-        return Option(f"land: {', '.join(changes)}", -1, arch, ms, end.ms - ms, self.evaluate(arch), math.nan)
+        action, evaluation, figures = f"land: {', '.join(changes)}", self.evaluate(arch), self.figures(arch, ms)
+        return Option(action, -1, arch, ms, end.ms - ms, evaluation, math.nan, figures=figures)
 
 
 def _kinds(arch: ArchConfig) -> tuple[tuple[str, ...], ...]:

@@ -22,9 +22,11 @@ from nas.data import ImageData, epoch_batches
 from nas.progress import progress, say
 from nas.slimming import Score
 from nas.training import (
+    PRECISIONS,
     accelerator,
     cosine,
     load_checkpoint,
+    mixed_precision,
     parameter_groups,
     save_checkpoint,
     set_layer_scale,
@@ -41,6 +43,18 @@ from supernet.weights import AnySupernet
 Paths = Literal["single", "fair", "elastic"]
 
 COUNTS = ("score_images", "recalibration_images", "finalist_epochs")
+OBJECTIVES = ("latency", "mes", "throughput")
+MES = ("mes_size_unit", "mes_latency_unit_ms", "mes_size_alpha", "mes_latency_alpha")
+NOT_NEGATIVE = (
+    "image_size",
+    "weight_epochs",
+    "mixture_epochs",
+    "images_per_epoch",
+    "recovery_steps",
+    "max_params",
+    "max_macs",
+)
+IMPORTANCES = ("auto", "logits", "drops")
 IDENTITY_SHARE = 0.25  # of sampled slots are empty while weights warm up on single paths
 MIXTURE_IMAGES = 1024  # an epoch of the mixture sees at least, or all that there are
 MIXTURE_COST = 3  # single paths that a mixture takes as long as, for the time left
@@ -82,8 +96,11 @@ class SupernetSettings:
     recalibration_images: int = 256
     accelerator: str = "auto"
     """auto, cpu, cuda or mps."""
+    precision: str = "auto"
+    """Of training: fp32, bf16 (matrix products in bfloat16), or auto: bf16 where the hardware multiplies it itself."""
     objective: str = "latency"
-    """latency, or throughput: images may share a pass in the ways that the space's `mux` has, and how is searched too."""
+    """latency; mes, size and latency together (EfficientFormerV2); or throughput: images may share a pass in the ways that the
+    space's `mux` has, and how is searched too."""
     finalist_epochs: int = 4
     """Of throughput: how long the networks found for each way, and their controls, are trained before one is chosen."""
     arrivals_per_second: float = 0.0
@@ -96,13 +113,34 @@ class SupernetSettings:
     checkpoint_activations: bool = False
     """Compute the activations inside blocks again for the backward pass and do not keep them: less memory, about a third more
     time, the same numbers."""
+    importance: str = "auto"
+    """Where slots' importance comes from: logits (the mixture's), drops (of single changes), or auto: the logits where a
+    mixture was trained."""
+    recovery_steps: int = 0
+    """Steps of training that each network gets, on its own copy of the weights, before it is scored."""
+    additivity_networks: int = 0
+    """Random networks with several changes on which the sum of the drops is checked; 0: none."""
+    max_params: int = 0
+    """Parameters that the network may have at most, beside its milliseconds; 0: any number."""
+    max_macs: int = 0
+    """Multiply-accumulates of an image; 0: any number."""
+    mes_size_unit: float = 3e6
+    """Of mes: parameters that count as one, in 100 (params / unit)^-alpha (ms / unit)^-alpha. The defaults are the source's."""
+    mes_latency_unit_ms: float = 1.0
+    """Of mes: milliseconds that count as one."""
+    mes_size_alpha: float = 0.5
+    """Of mes: how much size weighs."""
+    mes_latency_alpha: float = 1.0
+    """Of mes: how much latency weighs."""
 
     def __post_init__(self) -> None:
         choices = (
             ("noise", ("gumbel", "uniform")),
             ("score", ("loss", "accuracy")),
-            ("objective", ("latency", "throughput")),
+            ("objective", OBJECTIVES),
             ("paths", get_args(Paths)),
+            ("importance", IMPORTANCES),
+            ("precision", PRECISIONS),
         )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
@@ -113,10 +151,10 @@ class SupernetSettings:
         for name, least in (("batch_size", 2), *((name, 1) for name in COUNTS)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, but is {getattr(self, name)}")
-        for name in ("learning_rate", "logit_learning_rate", "tau_start", "tau_end", "layer_scale", "clip_norm"):
+        for name in ("learning_rate", "logit_learning_rate", "tau_start", "tau_end", "layer_scale", "clip_norm", *MES):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a positive number, but is {getattr(self, name)}")
-        for name in ("image_size", "weight_epochs", "mixture_epochs", "images_per_epoch"):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")
         if self.paths == "elastic" and self.mixture_epochs:
@@ -129,6 +167,10 @@ class SupernetSettings:
         for name in ("weight_decay", "arrivals_per_second"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number of at least 0, but is {getattr(self, name)}")
+        if self.importance == "logits" and not self.mixture_epochs:
+            raise InputError("importance logits needs a mixture that trains them: give mixture_epochs, or the importance drops")
+        if self.additivity_networks < 0 or self.additivity_networks == 1:
+            raise InputError(f"additivity_networks must be 0 or at least 2, but is {self.additivity_networks}")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing must be at least 0 and below 1, but is {self.label_smoothing}")
 
@@ -201,18 +243,12 @@ def sandwich(space: SearchSpace, generator: torch.Generator) -> list[ArchConfig]
     return [largest, space.smallest, space.sample(rng), space.sample(rng)]
 
 
-def logits_trained(settings: SupernetSettings) -> bool:
-    """Whether a supernet of these settings has logits that say something: only mixtures train them. Where they do not, the
-    importance of a candidate has to come from what the loss loses without it."""
-    return settings.mixture_epochs > 0
-
-
-def logit_importance(net: AnySupernet) -> list[dict[str, float]]:
-    """Return, for every slot, each candidate's log-odds against identity by the logits; 0 for all where there are none."""
-    if isinstance(net, Supernet):
-        return net.importance()
-    stages = net.space.stages
-    return [{kind: 0.0 for kind in stages[stage].kinds if kind != "identity"} for stage, _ in net.space.slots]
+def logits_of(net: AnySupernet, settings: SupernetSettings) -> list[dict[str, float]] | None:
+    """Return, for every slot, each candidate's log-odds against identity by the logits; None where importance is to come from
+    the drops of single changes: where the settings ask for it, and where no mixture trained the logits."""
+    if settings.importance == "drops" or not settings.mixture_epochs or not isinstance(net, Supernet):
+        return None
+    return net.importance()
 
 
 def passes(space: SearchSpace, settings: SupernetSettings) -> int:
@@ -238,13 +274,13 @@ def elastic_step(net: ElasticSupernet, x: Tensor, y: Tensor, settings: SupernetS
     The largest learns from the labels, the others from its probabilities on the same images, as they are.
     """
     largest, *others = sandwich(net.space, generator)
-    with _autocast(x):
+    with mixed_precision(x.device, settings.precision):
         logits = net(x, largest)
         loss = F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
         taught = logits.detach().softmax(1)
     loss.backward()
     for arch in others:
-        with _autocast(x):
+        with mixed_precision(x.device, settings.precision):
             distilled = F.cross_entropy(net(x, arch), taught)
         distilled.backward()
     return loss.detach()
@@ -270,14 +306,10 @@ def mixture_step(
 
 
 def _backward(net: Supernet, x: Tensor, y: Tensor, path: Sequence[Choice], settings: SupernetSettings) -> Tensor:
-    with _autocast(x):
+    with mixed_precision(x.device, settings.precision):
         loss = F.cross_entropy(net(x, path), y, label_smoothing=settings.label_smoothing)
     loss.backward()
     return loss.detach()
-
-
-def _autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda")
 
 
 def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettings, seed: int, folder: Path) -> AnySupernet:

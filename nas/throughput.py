@@ -204,6 +204,7 @@ def train_finalists(
         label_smoothing=settings.label_smoothing,
         images_per_epoch=epoch_size(settings, data),
         accelerator=settings.accelerator,
+        precision=settings.precision,
     )
     everything: dict[ArchConfig, Found] = {}
     for one in found:

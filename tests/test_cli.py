@@ -14,6 +14,7 @@ from tables import plain_calibration
 
 from nas import cli
 from nas.profilers.ort_session import cpu_id
+from nas.scores import Drops
 from nas.table import LatencyTable, Row, measured_layers
 from supernet.arch import ArchConfig
 from supernet.model import count
@@ -256,6 +257,8 @@ def test_from_images_to_a_network_within_its_target(
     assert result["provenance"] == "imported"
     assert result["skipped_images"] == 1
     assert result["params"] > 0
+    drops = Drops.load(run / "drops.csv", space)
+    assert drops.base == space.fit(drops.base) and result["importance"] == "logits"
     for name in ("importance.csv", "trajectory.csv", "evaluations.csv", "weights.safetensors", "supernet.pt"):
         assert (run / name).stat().st_size > 0
 
@@ -291,6 +294,40 @@ def test_from_images_to_a_network_within_its_target(
     profile = json.loads(capsys.readouterr().out)
     assert profile["measured_low_ms"] <= profile["measured_ms"] <= profile["measured_high_ms"]
     assert profile["predicted_ms"] is None
+
+
+def test_size_is_limited_and_counts_where_asked_and_importance_may_come_from_drops(
+    photos: Path, space_file: Path, settings_file: Path, phone_table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = SearchSpace.load(space_file).with_classes(2)
+    table = LatencyTable.load(phone_table)
+    smallest, largest = count(space.smallest), count(space.largest)
+    most = (smallest.params + largest.params) // 2
+    target = 1.1 * table.predict_ms(space.largest)  # only the parameters are too many
+    settings = {
+        **yaml.safe_load(SETTINGS),
+        "mixture_epochs": 0,
+        "objective": "mes",
+        "mes_size_unit": 1e4,
+        "recovery_steps": 2,
+        "additivity_networks": 5,
+    }
+    arguments = ["--target-ms", f"{target:.6f}", "--space", str(space_file), "--config", str(settings_file), "--out", "run"]
+    arguments += ["--table", str(phone_table), "--device", "phone-npu", "--data", str(photos)]
+    settings_file.write_text(yaml.safe_dump({**settings, "max_macs": smallest.macs - 1}))
+    line = refused(cli.search, arguments, capsys)
+    assert f"give at least {smallest.macs}" in line and not Path("run").exists()
+
+    settings_file.write_text(yaml.safe_dump({**settings, "max_params": most}))
+    cli.search(arguments)
+    result = json.loads(Path("run/result.json").read_text())
+    arch = ArchConfig.load("run/searched.yaml")
+    assert result["params"] == count(arch).params <= most < largest.params
+    assert (result["max_params"], result["max_macs"], result["importance"]) == (most, None, "drops")
+    assert result["mes"] == pytest.approx(100 * (result["params"] / 1e4) ** -0.5 / result["predicted_ms"])
+    assert result["additivity"]["networks"] == 5 == len(Path("run/additivity.csv").read_text().splitlines()) - 1
+    assert "gain_mes" in Path("run/trajectory.csv").read_text().splitlines()[0]
+    assert Drops.load(Path("run/drops.csv"), space).base == space.arch(space.largest.widths, [["mb4d"] * 2, ["mb4d"] * 2])
 
 
 def test_a_network_found_in_another_family_is_of_its_space(space_file: Path, settings_file: Path, tmp_path: Path) -> None:

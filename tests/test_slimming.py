@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 from refusals import refusal
 
-from nas.slimming import LANDING, MIN_SAVING, Evaluation, Step, Trajectory, slim, slot_score, start_network
+from nas.slimming import (
+    COLUMNS,
+    LANDING,
+    MIN_SAVING,
+    Evaluation,
+    Limit,
+    MobileEfficiency,
+    Step,
+    Trajectory,
+    slim,
+    slot_score,
+    start_network,
+)
 from supernet.arch import ArchConfig
 from supernet.space import SearchSpace, StageSpace
 from supernet.specs import MB3D, MB4D, Block, Embedding, Identity
@@ -544,3 +556,206 @@ def test_a_cheaper_candidate_of_the_same_form_is_offered_where_the_odds_lose_lea
 def _gelu_is_dear(arch: ArchConfig) -> float:
     """Empty slots cost a lot, activations next to nothing."""
     return sum(1.0 if isinstance(block, Identity) else 0.0 for stage in arch.stages for block in stage.blocks)
+
+
+# -- Limits ------------------------------------------------------------------------------------------------------------
+
+
+def params_of(arch: ArchConfig) -> float:
+    """A made-up size: 100 for a channel of a stage, and its square for each block, twice for one on tokens."""
+    blocks = sum(b.dim**2 * (1 + b.tokens) for stage in arch.stages for b in stage.blocks if not isinstance(b, Identity))
+    return blocks + 100.0 * sum(arch.widths)
+
+
+def test_what_saves_parameters_and_no_time_is_offered_while_they_are_too_many() -> None:
+    class Rounded(Table):
+        """No width of stage 1 is quicker than another."""
+
+        def predict_ms(self, arch: ArchConfig) -> float:
+            return super().predict_ms(arch) + sum((16 - b.dim) / 16 for b in arch.stages[0].blocks if b.kind == "mb4d")
+
+    # The start: 1 + 1 + 4 + 4 = 10 ms; widths 16 + 32 = 48 channels, of which 40 are allowed.
+    limit = Limit("channels", lambda arch: float(sum(arch.widths)), 40.0)
+    found = slim(TWO, IMPORTANCE, loss_by_hand(), Rounded(), 11.0, limits=[limit])
+    (step,) = found.steps
+    # Blocks have no part in it, so neither emptying a slot nor turning one is offered.
+    assert [(o.action, o.saved_ms) for o in step.options] == [("narrow stage 1 from 16 to 8", 0.0)]
+    # 8 of 40 channels, a fifth of the limit, counts like a fifth of the target: 0.10 for 2.2 ms.
+    assert step.taken.gain == pytest.approx(2.2)
+    assert step.taken.score == pytest.approx(0.10 / 2.2)
+    assert found.arch == TWO.arch((8, 32), (("mb4d",), ("mb3d", "mb3d")), "two-start")
+    assert (found.ms, step.figures, step.taken.figures) == (10.0, {"channels": 48.0}, {"channels": 40.0})
+
+
+def test_time_and_a_limit_count_together_until_one_is_met() -> None:
+    # Target 9 of 10 ms, 40 of 48 channels. Narrowing stage 1 saves 0.5 ms and 8 channels: 0.5 + 9 x 8/40 = 2.3 ms.
+    limit = Limit("channels", lambda arch: float(sum(arch.widths)), 40.0)
+    found = slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 9.0, limits=[limit])
+    assert [(o.action, o.gain) for o in found.steps[0].options] == [
+        ("narrow stage 1 from 16 to 8", pytest.approx(2.3)),  # 0.10 / 2.3
+        ("mb3d to mb4d in slot 1 of stage 2", pytest.approx(2.0)),  # 0.20 / 2
+        ("empty slot 1 of stage 1", pytest.approx(1.0)),  # 0.30
+    ]
+    # The channels are met now: milliseconds alone count, and narrowing stage 2 saves 2 x 4 - 2 x 3 of them.
+    assert [(o.action, o.gain) for o in found.steps[1].options] == [
+        ("mb3d to mb4d in slot 1 of stage 2", pytest.approx(2.0)),
+        ("narrow stage 2 from 32 to 24", pytest.approx(2.0)),
+        ("empty slot 1 of stage 1", pytest.approx(0.5)),
+    ]
+    assert len(found.steps) == 2 and found.ms == 7.5, "40 channels are as near to the limit as landing would end"
+
+
+def test_no_action_breaks_what_is_met() -> None:
+    # A block on maps has more of something than one on tokens: 4 allowed, 4 there, and 5 after the cheapest action.
+    limit = Limit("maps", lambda arch: float(sum(2 if b.kind == "mb4d" else 1 for s in arch.stages for b in s.blocks)), 4.0)
+    found = slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 8.0, limits=[limit])
+    assert not any(" to mb4d " in option.action for option in found.steps[0].options)
+    assert all(limit.of(option.arch) <= 4 for step in found.steps for option in step.options)
+    assert slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 8.0).steps[0].taken.action.startswith("mb3d to mb4d")
+
+
+def test_a_limit_that_all_networks_keep_changes_nothing() -> None:
+    limit = Limit("params", params_of, 1e9)
+    for budget in (4.0, 4.45, 5.1, 7.0, 11.0):
+        free = slim(TWO, IMPORTANCE, loss_by_hand(), Table(), budget)
+        kept = slim(TWO, IMPORTANCE, loss_by_hand(), Table(), budget, limits=[limit])
+        rows = [[(o.action, o.ms, o.score, o.gain) for o in step.options] for run in (free, kept) for step in run.steps]
+        assert str(rows[: len(free.steps)]) == str(rows[len(free.steps) :]), "as text, as landing has no score (NaN)"
+        assert kept.arch == free.arch
+
+
+def limited_run(seed: int, share: float) -> tuple[Trajectory, RandomTable, float, Limit]:
+    """Slim to a random budget and `share` of the way from the smallest network's parameters to the largest's."""
+    rng = random.Random(f"limited {seed}")
+    table = RandomTable(seed)
+    importance = [
+        {kind: rng.uniform(-2, 2) for kind in THREE.stages[stage].kinds if kind != "identity"} for stage, _ in THREE.slots
+    ]
+    low, high = table.predict_ms(THREE.smallest), table.predict_ms(start_network(THREE, importance))
+    least, most = params_of(THREE.smallest), params_of(start_network(THREE, importance))
+    limit = Limit("params", params_of, least + share * (most - least))
+    budget = low + rng.uniform(0.05, 1.2) * (high - low)
+    cost = {(i, j, k): rng.random() for (i, j), k in itertools.product(THREE.slots, ("identity", "mb4d"))}
+    widths = {(i, w): rng.random() * (s.widths[-1] - w) / 16 for i, s in enumerate(THREE.stages) for w in s.widths}
+    return slim(THREE, importance, Additive(cost, widths), table, budget, limits=[limit]), table, budget, limit
+
+
+def test_target_and_limit_are_met_wherever_they_lie_and_landing_keeps_to_both() -> None:
+    landed = 0
+    for seed, share in itertools.product(range(12), (0.0, 0.1, 0.4, 0.8)):
+        found, table, budget, limit = limited_run(seed, share)
+        assert table.predict_ms(found.arch) <= budget
+        assert limit.of(found.arch) <= limit.at_most
+        for step in found.steps:
+            if step.taken.action.startswith("land"):
+                landed += 1
+                assert all(limit.of(option.arch) <= limit.at_most for option in step.options)
+    assert landed >= 5
+
+
+def test_a_limit_below_the_smallest_network_is_refused_with_the_least_that_it_can_be() -> None:
+    least = int(params_of(TWO.smallest))
+    line = refusal(lambda: slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 4.0, limits=[Limit("params", params_of, least - 1)]))
+    assert f"at most {least - 1} params is below the smallest network of two: give at least {least}" in line
+    found = slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 11.0, limits=[Limit("params", params_of, least)])
+    assert params_of(found.arch) == least
+
+
+def test_records_name_what_the_score_is_per() -> None:
+    assert slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 5.1).columns == COLUMNS
+    limits = [Limit("params", params_of, 3000.0), Limit("channels", lambda arch: float(sum(arch.widths)), 40.0)]
+    found = slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 9.0, limits=limits)
+    extra = ("gain_ms", "params_before", "params_after", "channels_before", "channels_after")
+    assert found.columns == (*COLUMNS, *extra)
+    rows = list(found.records())
+    assert all(tuple(row) == found.columns for row in rows)
+    for row in rows:
+        rise = max(0.0, row["loss_after"] - row["loss_before"])  # type: ignore[operator]
+        assert row["score"] == pytest.approx(rise / row["gain_ms"])  # type: ignore[operator]
+    assert (rows[0]["channels_before"], rows[0]["params_before"]) == (48.0, params_of(start_network(TWO, IMPORTANCE)))
+    mes = slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 4.0, mes=MobileEfficiency(params_of))
+    assert mes.columns == (*COLUMNS, "gain_mes", "mes_before", "mes_after")
+
+
+# -- Size and latency together -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "ms", "published"),
+    [(3.5e6, 0.9, 102.9), (6.1e6, 1.1, 63.8), (12.6e6, 1.6, 30.5), (26.1e6, 2.7, 12.6), (12.3e6, 1.4, 35.3)],
+    ids=["V2-S0", "V2-S1", "V2-S2", "V2-L", "L1"],
+)
+def test_the_mobile_efficiency_score_is_the_published_one(params: float, ms: float, published: float) -> None:
+    assert MobileEfficiency(params_of).of(params, ms) == pytest.approx(published, abs=0.1)
+
+
+def test_the_constants_are_settings() -> None:
+    score = MobileEfficiency(params_of, size_unit=1e6, latency_unit_ms=2.0, size_alpha=1.0, latency_alpha=2.0)
+    assert score.of(1e6, 2.0) == 100
+    assert score.of(2e6, 2.0) == 50 and score.of(1e6, 4.0) == 25
+
+
+def single_actions(arch: ArchConfig) -> set[ArchConfig]:
+    """Every slot emptied, every stage one step narrower, the first token block as a map block: of TWO, by other code."""
+    widths, kinds = list(arch.widths), kinds_of(arch)
+    found = set()
+    for i, stage in enumerate(kinds):
+        for j, kind in enumerate(stage):
+            if kind != "identity":
+                other = [list(s) for s in kinds]
+                other[i][j] = "identity"
+                found.add(TWO.arch(widths, other, arch.name))
+        if smaller := [w for w in TWO.stages[i].widths if w < widths[i]]:
+            found.add(TWO.arch([*widths[:i], max(smaller), *widths[i + 1 :]], kinds, arch.name))
+    if tokens := [j for j, kind in enumerate(kinds[1]) if kind == "mb3d"]:
+        other = [list(s) for s in kinds]
+        other[1][tokens[0]] = "mb4d"
+        found.add(TWO.arch(widths, other, arch.name))
+    return found
+
+
+def test_every_single_action_is_evaluated_and_the_smallest_drop_per_mes_is_taken() -> None:
+    mes = MobileEfficiency(params_of)
+    evaluate = loss_by_hand()
+    found = slim(TWO, IMPORTANCE, evaluate, Table(), 4.0, mes=mes)
+    arch = found.start
+    for step in found.steps:
+        if step.taken.action.startswith("land"):
+            break
+        assert {option.arch for option in step.options} == single_actions(arch)
+        now = mes.of(params_of(arch), Table().predict_ms(arch))
+        for option in step.options:
+            gain = mes.of(params_of(option.arch), Table().predict_ms(option.arch)) - now
+            drop = max(0.0, evaluate(option.arch) - evaluate(arch))
+            assert (option.gain, option.score) == (pytest.approx(gain), pytest.approx(drop / gain))
+        assert step.taken.score == min(option.score for option in step.options)
+        arch = step.taken.arch
+    assert found.ms <= 4.0
+
+
+def test_mes_and_milliseconds_choose_otherwise_where_size_and_time_do() -> None:
+    # Emptying stage 1 saves 1 of 6 ms and hardly any parameters, emptying stage 2 saves 4 ms and most of them.
+    space = SearchSpace(
+        "other", 16, 10, (stage_space((16,), 2, 1, "mb4d", "identity"), stage_space((64,), 2, 1, "mb4d", "identity"))
+    )
+    table = Table({"mb4d": 1 / 16, "identity": 0})  # 1 + 1 + 4 ms
+
+    def loss(arch: ArchConfig) -> float:
+        return 0.2 * (kinds_of(arch)[0] == ["identity"]) + 0.9 * (kinds_of(arch)[1] == ["identity"])
+
+    importance = [{"mb4d": 0.0}, {"mb4d": 1.0}]
+    by_time = slim(space, importance, loss, table, 5.0).steps[0].taken
+    assert (by_time.action, by_time.score) == ("empty slot 1 of stage 1", pytest.approx(0.2))
+    # 0.2 for 6 to 5 ms and 256 of 12,352 parameters less; 0.9 for 6 to 2 ms and 4,096 less.
+    options = slim(space, importance, loss, table, 5.0, mes=MobileEfficiency(params_of)).steps[0].options
+    assert [option.action for option in options] == ["empty slot 1 of stage 2", "empty slot 1 of stage 1"]
+    assert all(option.arch in space for option in options)
+
+
+def test_target_and_limits_stop_the_mes_loop_too() -> None:
+    limit = Limit("channels", lambda arch: float(sum(arch.widths)), 24.0)
+    found = slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 11.0, limits=[limit], mes=MobileEfficiency(params_of))
+    assert found.arch.widths == (8, 16) and len(found.steps) > 1
+    assert "mes_after" in found.columns and "channels_after" in found.columns
+    further = slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 4.0, start=found, limits=[limit], mes=MobileEfficiency(params_of))
+    assert further.ms <= 4.0 and further.steps[: len(found.steps)] == found.steps

@@ -19,8 +19,7 @@ from nas.supernet_training import (
     elastic_step,
     fair_paths,
     fair_step,
-    logit_importance,
-    logits_trained,
+    logits_of,
     passes,
     sandwich,
     single_path,
@@ -177,15 +176,14 @@ def test_mixtures_alone_train_weights_and_logits(noise: ImageData, tmp_path: Pat
     before, after = Supernet(SPACE).state_dict(), trained(noise, tmp_path, settings=settings)
     assert all(after[f"logits.{slot}"].any() for slot in range(3))
     assert not torch.equal(before["stages.1.0.candidates.1.mlp.fc1.weight"], after["stages.1.0.candidates.1.mlp.fc1.weight"])
-    assert logits_trained(settings)
 
 
-def test_without_mixtures_the_logits_say_nothing(noise: ImageData, tmp_path: Path) -> None:
-    net = train_supernet(SPACE, noise, WAYS["elastic"], 0, tmp_path)
-    assert isinstance(net, ElasticSupernet)
-    assert not logits_trained(WAYS["elastic"]) and not logits_trained(replace(SETTINGS, mixture_epochs=0))
-    assert logit_importance(net) == [{"mb4d": 0.0}, {"mb4d": 0.0, "mb3d": 0.0}, {"mb4d": 0.0, "mb3d": 0.0}]
-    assert logit_importance(net) == logit_importance(Supernet(SPACE))
+def test_importance_is_of_logits_only_where_mixtures_trained_them() -> None:
+    net = Supernet(SPACE)
+    assert logits_of(net, SETTINGS) == net.importance()
+    assert logits_of(net, replace(SETTINGS, mixture_epochs=0)) is None
+    assert logits_of(net, replace(SETTINGS, importance="drops")) is None
+    assert logits_of(ElasticSupernet(SPACE), WAYS["elastic"]) is None
 
 
 def test_logits_learn_on_mixtures_only(noise: ImageData, tmp_path: Path) -> None:

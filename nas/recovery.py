@@ -1,0 +1,62 @@
+"""Loss and accuracy of a sub-network after a short training of its own: what an action costs once the rest has adapted."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nas.data import ImageData, epoch_batches
+from nas.evaluation import CHUNK, Evaluator, recalibrated
+from nas.slimming import Evaluation
+from nas.supernet_training import SupernetSettings
+from nas.training import cosine, mixed_precision, parameter_groups, training_batch
+from supernet.arch import ArchConfig
+from supernet.weights import subnetwork
+
+
+class Recovered:
+    """Calling it with a network of the supernet's space returns its loss and accuracy on the scoring images, after
+    `recovery_steps` steps of training on its own copy of the inherited weights.
+
+    Every network is trained on the same batches with the same augmentation (by the seed), with AdamW from half the
+    supernet's learning rate; statistics of batch norm are recomputed afterwards, as everywhere. The supernet stays as it is,
+    and the same network gives the same result whatever was evaluated before. Nothing can be shared between networks: an
+    evaluation takes as long as its training.
+    """
+
+    def __init__(self, evaluator: Evaluator, data: ImageData, settings: SupernetSettings, seed: int) -> None:
+        self.evaluator = evaluator
+        self.data = data
+        self.settings = settings
+        self.seed = seed
+
+    def __call__(self, arch: ArchConfig) -> Evaluation:
+        supernet, device = self.evaluator.supernet, self.evaluator.device
+        model = subnetwork(supernet, arch.at(supernet.space.image_size))
+        self._train(model.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+        fit, score = self.evaluator.recalibration, self.evaluator.images
+        with torch.no_grad():
+            for module in model.children():
+                fit = recalibrated(module, fit)
+                score = torch.cat([module(chunk) for chunk in score.split(CHUNK)])
+        logits, labels = score.cpu().double(), self.evaluator.labels
+        loss = F.cross_entropy(logits, labels).item()
+        return Evaluation(loss, (logits.argmax(1) == labels).double().mean().item())
+
+    def _train(self, model: nn.Sequential) -> None:
+        settings, steps = self.settings, self.settings.recovery_steps
+        optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), settings.weight_decay))
+        generator = torch.Generator().manual_seed(self.seed)
+        batches = epoch_batches(len(self.data.train), settings.batch_size, self.seed, 0, steps * settings.batch_size)
+        model.train()
+        for step, indices in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate / 2 * cosine(step, steps)
+            x, y = training_batch(self.data, indices, generator, self.evaluator.device)
+            with mixed_precision(x.device, settings.precision):
+                loss = F.cross_entropy(model(x), y, label_smoothing=settings.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+            optimizer.step()
