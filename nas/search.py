@@ -26,6 +26,7 @@ from nas.request import claim
 from nas.slimming import COLUMNS, Step, Trajectory, rounded_up, slim, start_network
 from nas.supernet_training import SupernetSettings, train_supernet, training_size
 from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, table_folders, user_folder
+from nas.taylor import channels
 from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
 from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, table_of, train_finalists, usable_ways
 from supernet.arch import ArchConfig, MultiplexSpec
@@ -35,6 +36,7 @@ from supernet.metapath import Supernet
 from supernet.model import build_model, count
 from supernet.space import SearchSpace, space_names
 from supernet.specs import knobs_of
+from supernet.units import UnitScores
 from supernet.weights import at_size, subnetwork
 
 CANDIDATE = "candidate.yaml"  # a network that might be better and is to be measured on a device that is elsewhere
@@ -133,7 +135,9 @@ def _search(
         ),
         ("stage", "slot", "kind", "log_odds"),
     )
-    evaluator = Evaluator(supernet, data, settings.recalibration_images)
+    start = start_network(supernet.space, importance)
+    kept = channels(folder / "channels.json", supernet, start, data, settings.recalibration_images, settings.channels)
+    evaluator = Evaluator(supernet, data, settings.recalibration_images, kept=kept)
     evaluate = Remembered(evaluator, folder / "evaluations.csv")
     report_signal(space, start_network(space, importance), evaluate, len(data.score))
 
@@ -178,7 +182,7 @@ def _search(
         model = best.model
         loss, accuracy = accuracy_of(model, data.val.shuffled(request.seed))[0], best.val.mean
     else:
-        model = found_network(supernet, trajectory.arch, evaluator.recalibration)
+        model = found_network(supernet, trajectory.arch, evaluator.recalibration, kept)
         loss, accuracy = accuracy_of(model, data.val)
     complexity = count(deployed)
     deployed.save(folder / "searched.yaml")
@@ -243,7 +247,7 @@ def _finalists(
     def inherited(arch: ArchConfig) -> Path:
         path = folder / "throughput" / f"inherited-{hashlib.sha256(described(arch).encode()).hexdigest()[:12]}.safetensors"
         if not path.exists():
-            model = found_network(supernet, arch, evaluator.recalibration)
+            model = found_network(supernet, arch, evaluator.recalibration, evaluator.kept)
             write_atomically(path, save_safetensors(deployed_weights(model, arch.without_identity())))
         return path
 
@@ -364,9 +368,12 @@ def report_signal(space: SearchSpace, largest: ArchConfig, evaluate: Remembered,
         )
 
 
-def found_network(supernet: Supernet, arch: ArchConfig, images: torch.Tensor) -> torch.nn.Sequential:
+def found_network(
+    supernet: Supernet, arch: ArchConfig, images: torch.Tensor, kept: UnitScores | None = None
+) -> torch.nn.Sequential:
     """Return the found network at the supernet's image size, with inherited weights and statistics recomputed on `images`."""
-    model = subnetwork(supernet, arch.at(supernet.space.image_size)).to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = subnetwork(supernet, arch.at(supernet.space.image_size), kept)
+    model = model.to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     recalibrate(model, images)
     return model.eval()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import nn
 from nas.data import ImageData, epoch_batches
 from nas.progress import progress, say
 from nas.slimming import Score
+from nas.taylor import Method
 from nas.training import (
     accelerator,
     cosine,
@@ -74,9 +75,17 @@ class SupernetSettings:
     """Of throughput: how long the networks found for each way, and their controls, are trained before one is chosen."""
     arrivals_per_second: float = 0.0
     """Of throughput: images that come in, for the time that one waits for its group; 0: as many as are worked off."""
+    channels: Method = "taylor"
+    """Which channels a narrowed stage inherits: those that matter most, by gradient times weight (taylor) or by the norm of
+    their weights (magnitude), or the first ones."""
 
     def __post_init__(self) -> None:
-        choices = (("noise", ("gumbel", "uniform")), ("score", ("loss", "accuracy")), ("objective", ("latency", "throughput")))
+        choices = (
+            ("noise", ("gumbel", "uniform")),
+            ("score", ("loss", "accuracy")),
+            ("objective", ("latency", "throughput")),
+            ("channels", get_args(Method)),
+        )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)

@@ -128,7 +128,7 @@ def _summed(values: dict[str, Tensor], arch: ArchConfig, layers: dict[str, Layer
         for axis, runs in enumerate(axes(layers[layer])[own]):
             if not runs:
                 continue
-            along = value.sum([other for other in range(value.ndim) if other != axis]).cpu()
+            along = value.movedim(axis, 0).reshape(value.shape[axis], -1).sum(1).cpu()
             for run, part in zip(runs, along.split([run.size for run in runs]), strict=True):
                 found[_unit(layer, run.role, arch)][run.start : run.start + run.size] += part
     return found
@@ -138,8 +138,8 @@ def supernet_scores(supernet: Supernet, start: ArchConfig, batches: Sequence[Bat
     """Return the importance of every unit of a supernet's candidates at their largest widths, for `subnetwork(kept=...)`.
 
     The channels of the stages, and what is inside its blocks, are judged in `start`, the network that slimming begins with, as
-    it is this one, and what is left of it, that is narrowed. What is inside other candidates is judged in the networks that have
-    one candidate in all slots of a stage. Batch-norm statistics are recomputed on the images of the batches first.
+    it is this one, and what is left of it, that is narrowed. What is inside other candidates is judged in the networks that
+    have one candidate in all slots of a stage. Batch-norm statistics are recomputed on the images of the batches first.
 
     Args:
         start: a member of the space at its largest widths.

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from supernet.arch import ArchConfig, Stage
 from supernet.blocks import build_layer
 from supernet.blocks.layers import Layout, Run
-from supernet.errors import InputError
+from supernet.errors import InputError, placed
 from supernet.specs import Block, Identity, Layer, Spec, at_width, is_embedding, label
 
 RATIOS = ("mlp_ratio", "ffn_ratio")  # the knobs that say how often `dim` an FFN's hidden width is
@@ -268,16 +268,11 @@ def narrowed(
     for name, tensor in state.items():
         layer_name, _, own = name.partition(".")
         by_layer.setdefault(layer_name, {})[own] = tensor
-    kept = [
-        kept_channels(
-            scores.stages[at] if scores else None,
-            choices[at] if choices else stage.blocks,
-            source.resolutions[at],
-            stage.width,
-            target.stages[at].width,
-        )
-        for at, stage in enumerate(source.stages)
-    ]
+    kept = []
+    for at, (stage, narrower) in enumerate(zip(source.stages, target.stages, strict=True)):
+        of, blocks = scores.stages[at] if scores else None, choices[at] if choices else stage.blocks
+        with placed(f"stage {at + 1} of {target.name}"):
+            kept.append(kept_channels(of, blocks, source.resolutions[at], stage.width, narrower.width))
     found: dict[str, Tensor] = {}
     for name, layer in target.named_layers():
         if not _layer_shapes(layer):
