@@ -79,7 +79,7 @@ def unit_scores(
     if method == "first":
         found = {unit: -torch.arange(size, dtype=torch.float64) for unit, size in _units(arch, layers).items()}
     elif method == "magnitude":
-        squares = {name: weight.detach().double().square() for name, weight in parameters.items()}
+        squares = {name: weight.detach().square() for name, weight in parameters.items()}
         found = {unit: total.sqrt() for unit, total in _summed(squares, arch, layers).items()}
     else:
         found, count = {}, 0
@@ -87,7 +87,7 @@ def unit_scores(
             loss = F.cross_entropy(model(x), y)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             products = {
-                name: (weight.detach() * gradient).double()
+                name: weight.detach() * gradient
                 for (name, weight), gradient in zip(parameters.items(), gradients, strict=True)
                 if gradient is not None
             }
@@ -121,14 +121,14 @@ def _units(arch: ArchConfig, layers: dict[str, Layer]) -> dict[_Unit, int]:
 
 
 def _summed(values: dict[str, Tensor], arch: ArchConfig, layers: dict[str, Layer]) -> dict[_Unit, Tensor]:
-    """Return what the parts of every unit sum up to, of values that are shaped as the network's parameters (float64)."""
+    """Return what the parts of every unit sum up to, of values that are shaped as the network's parameters."""
     found = {unit: torch.zeros(size, dtype=torch.float64) for unit, size in _units(arch, layers).items()}
     for name, value in values.items():
         layer, _, own = name.partition(".")
         for axis, runs in enumerate(axes(layers[layer])[own]):
             if not runs:
                 continue
-            along = value.movedim(axis, 0).reshape(value.shape[axis], -1).sum(1).cpu()
+            along = value.movedim(axis, 0).reshape(value.shape[axis], -1).sum(1).cpu().double()  # Apple's GPU has no float64
             for run, part in zip(runs, along.split([run.size for run in runs]), strict=True):
                 found[_unit(layer, run.role, arch)][run.start : run.start + run.size] += part
     return found
@@ -173,14 +173,15 @@ def supernet_scores(supernet: Supernet, start: ArchConfig, batches: Sequence[Bat
 def channels(
     path: Path, supernet: Supernet, start: ArchConfig, data: ImageData, images: int, method: Method
 ) -> UnitScores | None:
-    """Return what decides which channels the sub-networks of a search keep; None for `first`, the leading slices.
+    """Return what decides which channels the sub-networks of a search keep; None, the leading slices, for `first`, and where no
+    stage has several widths.
 
     Kept in the file `path`, so that a search that was killed goes on with the same.
 
     Raises:
         InputError: the file is damaged.
     """
-    if method == "first":
+    if method == "first" or all(len(stage.widths) == 1 for stage in supernet.space.stages):
         return None
     if not path.exists():
         device = next(supernet.parameters()).device

@@ -46,16 +46,18 @@ def axes(layer: Layer) -> Mapping[str, Axes]:
     module = _on_meta(layer)
     shapes = _layer_shapes(layer)
     ratio = next((knob for knob in RATIOS if hasattr(spec, knob)), None)
-    wider = {knob: _shapes_with(layer, knob, 2 * getattr(spec, knob)) for knob in ("dim", "dim_in") if hasattr(spec, knob)}
-    expanded = _shapes_with(layer, ratio, getattr(spec, ratio) + 1) if ratio else shapes
+    widths = [(knob, getattr(spec, knob)) for knob in ("dim", "dim_in") if hasattr(spec, knob)]
+    resized = [(knob, width, *_shapes_with(layer, knob, 2 * width, width // 2)) for knob, width in widths]
+    factor = getattr(spec, ratio) if ratio else 0
+    larger, expanded = _shapes_with(layer, ratio, factor + 1) if ratio else (0, shapes)
     layout: Layout = module.unit_layout(spec) if hasattr(type(module), "unit_layout") else {}  # type: ignore[operator]
 
     def runs(name: str, axis: int) -> tuple[Run, ...]:
         size = shapes[name][axis]
-        if ratio and expanded[name][axis] * getattr(spec, ratio) == size * (getattr(spec, ratio) + 1):
+        if larger != factor and expanded[name][axis] * factor == size * larger:
             return (Run("hidden", 0, size),)
-        for knob, of in wider.items():
-            if size == getattr(spec, knob) and of[name][axis] == 2 * size:
+        for knob, width, other, at_other in resized:
+            if other != width == size and at_other[name][axis] == other:
                 return (Run(knob, 0, size),)
         return ()
 
@@ -75,14 +77,17 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def _shapes_with(layer: Layer, knob: str, value: int) -> dict[str, tuple[int, ...]]:
-    try:
-        changed: Any = replace(layer.spec, **{knob: value})  # type: ignore[type-var]
-        return _shapes(_on_meta(Layer(changed, layer.resolution)))
-    except Exception:
-        if hasattr(layer.spec, "module"):  # a user's own block that does not take the value: nothing is known of it
-            return _layer_shapes(layer)
-        raise
+def _shapes_with(layer: Layer, knob: str, *values: int) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Return the first of the values that the layer's knob can have, and the shapes then; where a user's own block takes none
+    of them, the knob's own value."""
+    for value in values:
+        try:
+            changed: Any = replace(layer.spec, **{knob: value})  # type: ignore[type-var]
+            return value, _shapes(_on_meta(Layer(changed, layer.resolution)))
+        except Exception:  # whatever a user's block raises
+            if not hasattr(layer.spec, "module"):
+                raise
+    return getattr(layer.spec, knob), _layer_shapes(layer)
 
 
 @cache
@@ -175,12 +180,12 @@ def cut(
     """
     if type(source.spec) is not type(target.spec) or source.resolution != target.resolution:
         raise InputError(f"{target} cannot be cut out of {source}: give the same kind of layer, at the same resolution")
-    theirs = sections(target)
-    if sections(source).keys() != theirs.keys():
+    ours, theirs = sections(source), sections(target)
+    if ours and ours.keys() != theirs.keys():
         raise InputError(f"{target} cannot be cut out of {source}: give a layer with as many heads")
     chosen = dict(kept or {})
     try:
-        for role, bounds in sections(source).items():
+        for role, bounds in ours.items():
             if role not in chosen and bounds != theirs[role]:
                 chosen[role] = best(scores.get(role), bounds, theirs[role])
     except InputError as error:
