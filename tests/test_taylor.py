@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from nas import taylor
 from nas.data import ImageData, Images
 from nas.evaluation import Evaluator
+from nas.slimming import slim
 from nas.supernet_training import SupernetSettings
-from nas.taylor import BATCH, Method, calibration_batches, channels, from_json, supernet_scores, to_json, unit_scores
+from nas.taylor import BATCH, calibration_batches, channels, from_json, supernet_scores, to_json, unit_scores
 from supernet.arch import ArchConfig
 from supernet.metapath import Supernet
 from supernet.model import build_model
@@ -252,17 +252,41 @@ def test_what_cannot_be_judged_is_refused(model: nn.Sequential, data: ImageData)
     assert SupernetSettings().channels == "taylor"
 
 
-def network_of(arch: ArchConfig) -> ArchConfig:
-    return replace(arch, name="network")
-
-
-@pytest.mark.parametrize("method", ["taylor", "magnitude"])
-def test_a_published_network_is_judged(method: Method) -> None:
-    """EfficientFormer-L1's blocks, with layer norms and tokens."""
-    arch = SearchSpace.load("efficientformer-tiny").smallest
+def test_a_network_with_tokens_and_layer_norms_is_judged() -> None:
+    tiny = SearchSpace.load("efficientformer-tiny")
     kinds = [["identity"] * 2, ["mb4d", "identity"], ["mb4d"] * 3 + ["mb3d"], ["mb3d"] * 3]
-    arch = network_of(SearchSpace.load("efficientformer-tiny").arch(arch.widths, kinds))
-    net = build_model(arch)
-    batches = [(torch.randn(4, 3, 32, 32), torch.arange(4))]
-    scores = unit_scores(net, arch, batches, method)
+    arch = tiny.arch(tiny.smallest.widths, kinds)
+    scores = unit_scores(build_model(arch), arch, [(torch.randn(4, 3, 32, 32), torch.arange(4))])
     assert [len(of) for of in scores.stages] == list(arch.widths)
+    assert scores.inside[key("stage4_block3", arch.stages[3].blocks[2])].keys() == sections(arch.layers()[-2]).keys() - {"dim"}
+
+
+class Units:
+    """A thousandth of a millisecond for every hidden channel and every key dimension."""
+
+    def predict_ms(self, arch: ArchConfig) -> float:
+        blocks = [block for stage in arch.stages for block in stage.blocks]
+        return sum(getattr(b, "mlp_ratio", 0) * b.dim + 8 * getattr(b, "key_dim", 0) for b in blocks) / 1000 + 0.01
+
+
+def test_slimming_lowers_expansions_and_keys_around_a_network() -> None:
+    """Where an empty slot would cost most, another candidate of the same form is taken: a smaller one, as it costs less."""
+    tiny = SearchSpace.load("efficientformer-tiny")
+    arch = tiny.arch((16, 32, 64, 96), (["mb4d"] * 2, ["mb4d"] * 2, ["mb4d"] * 4, ["mb3d"] * 3))
+    space = SearchSpace.around(arch, ffn_ratios=(3, 2), key_dims=(16,))
+    # the network's own blocks score best, and the smaller ones by their size
+    odds = [{kind: -float(at) for at, kind in enumerate(space.stages[i].kinds) if kind != "identity"} for i, _ in space.slots]
+    worth = Units()
+
+    def loss(found: ArchConfig) -> float:
+        empty = sum(isinstance(block, Identity) for stage in found.stages for block in stage.blocks)
+        tokens = sum(block.tokens for block in found.stages[-1].blocks)
+        return 10 * empty - 10 * tokens - worth.predict_ms(found)
+
+    found = slim(space, odds, loss, worth, 0.55 * worth.predict_ms(arch))
+    assert found.start.stages == arch.stages
+    blocks = [block for stage in found.arch.stages for block in stage.blocks]
+    assert sorted({block.kind for block in blocks}) == ["mb3d", "mb4d"] and found.arch.widths == arch.widths
+    assert any(isinstance(block, MB3D) and block.key_dim == 16 for block in blocks)
+    assert any(isinstance(block, MB4D) and block.mlp_ratio < 4 for block in blocks)
+    assert "mb4d to mb4d(mlp_ratio=3) in slot 1 of stage 1" in [step.taken.action for step in found.steps]
