@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -157,7 +158,8 @@ def supernet_scores(supernet: Supernet, start: ArchConfig, batches: Sequence[Bat
         space.arch(start.widths, [[kinds[at % len(kinds)]] * s.depth for kinds, s in zip(choices, space.stages, strict=True)])
         for at in range(max(map(len, choices)))
     )
-    networks = list(dict.fromkeys([space.fit(start.at(space.image_size)), *uniform]))
+    first = replace(space.fit(start.at(space.image_size)), name=space.name)
+    networks = list(dict.fromkeys([first, *uniform]))
     found: list[UnitScores] = []
     images = torch.cat([x for x, _ in batches])
     with progress(f"judging channels ({method})", len(networks) * len(batches)) as tick:
