@@ -256,7 +256,7 @@ def test_from_images_to_a_network_within_its_target(
     assert result["provenance"] == "imported"
     assert result["skipped_images"] == 1
     assert result["params"] > 0
-    for name in ("importance.csv", "trajectory.csv", "evaluations.csv", "weights.safetensors", "supernet.pt"):
+    for name in ("importance.csv", "channels.json", "trajectory.csv", "evaluations.csv", "weights.safetensors", "supernet.pt"):
         assert (run / name).stat().st_size > 0
 
     # The same request again only prints; another one is refused, and nothing is lost.
