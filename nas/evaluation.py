@@ -18,6 +18,7 @@ from nas.data import ImageData, Images, normalise
 from nas.slimming import Evaluation
 from supernet.arch import ArchConfig
 from supernet.specs import Layer
+from supernet.units import UnitScores
 from supernet.weights import AnySupernet, subnetwork
 
 MEMORY_BYTES = 1 << 30  # of activations that are kept
@@ -30,13 +31,20 @@ class Evaluator:
     """Calling it with a network of the supernet's space returns its loss and accuracy on the scoring images.
 
     The network may be given at any image size: it is evaluated at the supernet's. The same network gives the same
-    result whatever was evaluated before.
+    result whatever was evaluated before. `kept` decides which channels a narrowed stage inherits, as in `subnetwork`: as they
+    depend on the stage's width alone, and never on later layers, what was computed for a prefix stays true.
     """
 
     def __init__(
-        self, supernet: AnySupernet, data: ImageData, recalibration_images: int = 256, memory_bytes: int = MEMORY_BYTES
+        self,
+        supernet: AnySupernet,
+        data: ImageData,
+        recalibration_images: int = 256,
+        memory_bytes: int = MEMORY_BYTES,
+        kept: UnitScores | None = None,
     ) -> None:
         self.supernet = supernet.eval()
+        self.kept = kept
         self.device = next(supernet.parameters()).device
         count = min(recalibration_images, len(data.train))
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
@@ -55,7 +63,7 @@ class Evaluator:
     def __call__(self, arch: ArchConfig) -> Evaluation:
         arch = arch.at(self.supernet.space.image_size)
         named = self.supernet.space.fit(arch).named_layers()
-        model = subnetwork(self.supernet, arch).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = subnetwork(self.supernet, arch, self.kept).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         start, fit, score = self._longest_prefix(named)
         modules = list(model.children())
         for at in range(start, len(named)):

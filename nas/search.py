@@ -26,8 +26,9 @@ from nas.recovery import Recovered
 from nas.request import claim
 from nas.scores import ADDITIVITY_COLUMNS, Drops, Evaluate, additivity, measure_drops, single_changes
 from nas.slimming import Limit, MobileEfficiency, Step, Trajectory, check_limits, rounded_up, slim, start_network
-from nas.supernet_training import SupernetSettings, logits_of, train_supernet, training_size
+from nas.supernet_training import SupernetSettings, channel_method, logits_of, train_supernet, training_size
 from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, table_folders, user_folder
+from nas.taylor import channels
 from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
 from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, table_of, train_finalists, usable_ways
 from supernet.arch import ArchConfig, MultiplexSpec
@@ -36,6 +37,7 @@ from supernet.files import write_atomically
 from supernet.model import build_model, count
 from supernet.space import SearchSpace, space_names
 from supernet.specs import knobs_of
+from supernet.units import UnitScores
 from supernet.weights import AnySupernet, at_size, subnetwork
 
 CANDIDATE = "candidate.yaml"  # a network that might be better and is to be measured on a device that is elsewhere
@@ -126,11 +128,14 @@ def _search(
         own_pass = f"the objective is {settings.objective}, so each image has a pass of its own"
         say(f"{own_pass}: the groups (mux) of {space.name} are left out")
     supernet = train_supernet(space.at(train_size), data, settings, request.seed, folder)
-    evaluator = Evaluator(supernet, data, settings.recalibration_images)
+    logits = logits_of(supernet, settings)
+    base = start_network(space, logits) if logits is not None else space.largest
+    scored_file, images = folder / "channels.json", settings.recalibration_images
+    kept = channels(scored_file, supernet, base.at(train_size), data, images, channel_method(settings))
+    evaluator = Evaluator(supernet, data, settings.recalibration_images, kept=kept)
     scored = Recovered(evaluator, data, settings, request.seed) if settings.recovery_steps else evaluator
     evaluate = Remembered(scored, folder / "evaluations.csv")
-    logits = logits_of(supernet, settings)
-    drops = drops_of(space, start_network(space, logits) if logits is not None else space.largest, evaluate)
+    drops = drops_of(space, base, evaluate)
     drops.save(folder / "drops.csv")
     importance = logits if logits is not None else drops.importance()
     write_csv(
@@ -188,7 +193,7 @@ def _search(
         model = best.model
         loss, accuracy = accuracy_of(model, data.val.shuffled(request.seed))[0], best.val.mean
     else:
-        model = found_network(supernet, trajectory.arch, evaluator.recalibration)
+        model = found_network(supernet, trajectory.arch, evaluator.recalibration, kept)
         loss, accuracy = accuracy_of(model, data.val)
     complexity = count(deployed)
     deployed.save(folder / "searched.yaml")
@@ -305,7 +310,7 @@ def _finalists(
     def inherited(arch: ArchConfig) -> Path:
         path = folder / "throughput" / f"inherited-{hashlib.sha256(described(arch).encode()).hexdigest()[:12]}.safetensors"
         if not path.exists():
-            model = found_network(supernet, arch, evaluator.recalibration)
+            model = found_network(supernet, arch, evaluator.recalibration, evaluator.kept)
             write_atomically(path, save_safetensors(deployed_weights(model, arch.without_identity())))
         return path
 
@@ -426,9 +431,12 @@ def report_signal(space: SearchSpace, largest: ArchConfig, evaluate: Remembered,
         )
 
 
-def found_network(supernet: AnySupernet, arch: ArchConfig, images: torch.Tensor) -> torch.nn.Sequential:
+def found_network(
+    supernet: AnySupernet, arch: ArchConfig, images: torch.Tensor, kept: UnitScores | None = None
+) -> torch.nn.Sequential:
     """Return the found network at the supernet's image size, with inherited weights and statistics recomputed on `images`."""
-    model = subnetwork(supernet, arch.at(supernet.space.image_size)).to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = subnetwork(supernet, arch.at(supernet.space.image_size), kept)
+    model = model.to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     recalibrate(model, images)
     return model.eval()
 

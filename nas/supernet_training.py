@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nas.data import ImageData, epoch_batches
 from nas.progress import progress, say
 from nas.slimming import Score
+from nas.taylor import Method
 from nas.training import (
     PRECISIONS,
     accelerator,
@@ -132,6 +133,10 @@ class SupernetSettings:
     """Of mes: how much size weighs."""
     mes_latency_alpha: float = 1.0
     """Of mes: how much latency weighs."""
+    channels: Literal["auto"] | Method = "auto"
+    """Which channels a narrowed stage inherits: those that matter most, by gradient times weight (taylor) or by the norm of
+    their weights (magnitude), or the first ones. auto: taylor; first for `paths: elastic`, whose first channels were trained to
+    do without the others."""
 
     def __post_init__(self) -> None:
         choices = (
@@ -141,6 +146,7 @@ class SupernetSettings:
             ("paths", get_args(Paths)),
             ("importance", IMPORTANCES),
             ("precision", PRECISIONS),
+            ("channels", ("auto", *get_args(Method))),
         )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
@@ -161,6 +167,11 @@ class SupernetSettings:
             raise InputError(
                 f"paths: elastic has no logits for mixtures to train, but mixture_epochs is {self.mixture_epochs}: give "
                 "mixture_epochs: 0"
+            )
+        if self.paths == "elastic" and self.channels not in ("auto", "first"):
+            raise InputError(
+                f"paths: elastic trains narrow networks on the first channels, but channels is {self.channels}: give first, or "
+                "leave it out"
             )
         if not self.weight_epochs + self.mixture_epochs:
             raise InputError("weight_epochs and mixture_epochs are both 0: give one of them at least 1")
@@ -249,6 +260,13 @@ def logits_of(net: AnySupernet, settings: SupernetSettings) -> list[dict[str, fl
     if settings.importance == "drops" or not settings.mixture_epochs or not isinstance(net, Supernet):
         return None
     return net.importance()
+
+
+def channel_method(settings: SupernetSettings) -> Method:
+    """Return how the channels of a narrowed stage are chosen."""
+    if settings.channels == "auto":
+        return "first" if settings.paths == "elastic" else "taylor"
+    return settings.channels
 
 
 def passes(space: SearchSpace, settings: SupernetSettings) -> int:

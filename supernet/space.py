@@ -17,6 +17,7 @@ from supernet.errors import InputError, placed, unknown
 from supernet.files import checked_fields, checked_list, read_yaml, write_atomically
 from supernet.specs import (
     MB4D,
+    WIDTH_STEP,
     AttnFFN,
     Block,
     Entry,
@@ -32,6 +33,7 @@ from supernet.specs import (
     entry_from_entry,
     knobs_of,
     label,
+    placed_entry,
     unplaced,
 )
 
@@ -351,18 +353,69 @@ class SearchSpace:
             return cls(**given)
 
     @classmethod
-    def around(cls, arch: ArchConfig) -> SearchSpace:
-        """Return the space of `arch` and what is left of it when any of its blocks are removed.
+    def around(
+        cls,
+        arch: ArchConfig,
+        ffn_ratios: Sequence[int] = (),
+        key_dims: Sequence[int] = (),
+        width_shares: Sequence[float] = (),
+    ) -> SearchSpace:
+        """Return the space of `arch` and what is left of it when any of its blocks are removed, or made smaller.
 
-        A stage without blocks gets one pool block to choose.
+        A stage without blocks gets one pool block to choose. The network's own blocks come first among the candidates, then
+        the smaller ones, identity last. Which weights a smaller block has, and a narrower stage, `supernet.units.cut` says.
+
+        Args:
+            ffn_ratios: expansions (`mlp_ratio`, `ffn_ratio`) that a block may have where its own is larger.
+            key_dims: key dimensions that a block's heads may have where its own is larger; in mb3d and attn_ffn, whose values
+                are a multiple of it, the values shrink too. Every smaller expansion goes with every smaller key dimension.
+            width_shares: shares of a stage's width, above 0 and below 1, that it may have too: each becomes the nearest
+                narrower width that its blocks and its entry can have. Stages with vit blocks keep theirs.
+
+        Raises:
+            InputError: an argument is not of those.
         """
+        for what, values in (("ffn_ratios", ffn_ratios), ("key_dims", key_dims)):
+            if not all(type(value) is int and value > 0 for value in values):
+                raise InputError(f"{what} must be whole numbers of at least 1, but are {list(values)}")
+        if not all(0 < share < 1 for share in width_shares):
+            raise InputError(f"width_shares must be above 0 and below 1, but are {list(width_shares)}")
         stages = []
-        for stage in arch.without_identity().stages:
+        for number, stage in enumerate(arch.without_identity().stages):
             blocks = stage.blocks or (MB4D(stage.width),)
-            candidates = tuple(dict.fromkeys((*blocks, Identity(stage.width))))
-            stages.append(StageSpace((stage.width,), stage.stride, len(blocks), candidates, stage.entry))
+            smaller = (found for block in dict.fromkeys(blocks) for found in _smaller(block, ffn_ratios, key_dims))
+            candidates = tuple(dict.fromkeys((*blocks, *smaller, Identity(stage.width))))
+            possible = _possible_widths(stage, candidates, first=number == 0)
+            near = {min(possible, key=lambda w: abs(w - share * stage.width)) for share in width_shares if possible}
+            stages.append(StageSpace((*sorted(near), stage.width), stage.stride, len(blocks), candidates, stage.entry))
         mux = (arch.mux,) if arch.mux is not None and arch.multiplexes else ()
         return cls(arch.name, arch.image_size, arch.num_classes, tuple(stages), arch.head, mux)
+
+
+def _smaller(block: Block, ffn_ratios: Sequence[int], key_dims: Sequence[int]) -> list[Block]:
+    """Return a block with smaller expansions and key dimensions, the nearest to its own first."""
+    choices: list[list[dict[str, int]]] = []
+    for knobs, values in ((("mlp_ratio", "ffn_ratio"), ffn_ratios), (("key_dim",), key_dims)):
+        knob = next((name for name in knobs if hasattr(block, name)), None)
+        own = getattr(block, knob) if knob else 0
+        choices.append([{}, *({knob: value} for value in sorted(set(values), reverse=True) if knob and value < own)])
+    return [replace(block, **ffn, **keys) for ffn, keys in itertools.product(*choices) if ffn or keys]  # type: ignore[type-var]
+
+
+def _possible_widths(stage: Stage, candidates: Sequence[Block], *, first: bool) -> list[int]:
+    """Return the widths below a stage's own that its entry and all of the candidates can have."""
+    if any(isinstance(candidate, ViT) for candidate in candidates):
+        return []
+    found = []
+    for width in range(WIDTH_STEP, stage.width, WIDTH_STEP):
+        try:
+            placed_entry(stage.entry, width, None if first else WIDTH_STEP, stage.stride)
+            for candidate in candidates:
+                at_width(candidate, width)
+        except InputError:
+            continue
+        found.append(width)
+    return found
 
 
 def space_names() -> list[str]:

@@ -18,6 +18,7 @@ from supernet.elastic import ElasticSupernet
 from supernet.errors import InputError
 from supernet.metapath import Supernet
 from supernet.model import build_model
+from supernet.units import UnitScores, at_widths, narrowed
 
 AnySupernet = Supernet | ElasticSupernet
 """What sub-networks inherit their weights from."""
@@ -222,20 +223,30 @@ def at_size(name: str, tensor: Tensor, like: Tensor) -> Tensor:
     return tensor
 
 
-def subnetwork(supernet: AnySupernet, arch: ArchConfig) -> nn.Sequential:
+def subnetwork(supernet: AnySupernet, arch: ArchConfig, kept: UnitScores | None = None) -> nn.Sequential:
     """Return the network `arch`, a member of the supernet's space, with weights inherited from the supernet.
 
-    A narrowed stage keeps its first channels: every tensor is the leading slice of the supernet's. Batch-norm
-    statistics are sliced too and do not fit a narrowed network until they are recomputed. `arch` has the supernet's
-    image size.
+    A narrowed stage, and what is inside its blocks, keeps the units that score highest in `kept`, the same channels whatever
+    blocks it has (`supernet.units.kept_channels`). Without `kept` every tensor is the leading slice of the supernet's, as an
+    elastic supernet is trained. Batch-norm statistics are sliced too and do not fit a narrowed network until they are
+    recomputed. `arch` has the supernet's image size.
     """
     space = supernet.space
     if arch.image_size != space.image_size:
         raise ValueError(f"{arch.name} is for {arch.image_size} px, the supernet for {space.image_size} px: use arch.at")
     member = space.fit(arch.without_mux())
     model = build_model(member)
-    for (name, layer), module in zip(member.named_layers(), model.children(), strict=True):
-        module.load_state_dict(_leading(supernet.source(name, layer).state_dict(), module.state_dict()))
+    if kept is None:
+        for (name, layer), module in zip(member.named_layers(), model.children(), strict=True):
+            module.load_state_dict(_leading(supernet.source(name, layer).state_dict(), module.state_dict()))
+        return model
+    wide = at_widths(member, [stage.widths[-1] for stage in space.stages])
+    state = {
+        f"{name}.{own}": tensor
+        for name, layer in wide.named_layers()
+        for own, tensor in supernet.source(name, layer).state_dict().items()
+    }
+    model.load_state_dict(narrowed(state, wide, member, kept, [stage.candidates for stage in space.stages]))
     return model
 
 

@@ -259,7 +259,8 @@ def test_from_images_to_a_network_within_its_target(
     assert result["params"] > 0
     drops = Drops.load(run / "drops.csv", space)
     assert drops.base == space.fit(drops.base) and result["importance"] == "logits"
-    for name in ("importance.csv", "trajectory.csv", "evaluations.csv", "weights.safetensors", "supernet.pt"):
+    names = ("importance.csv", "channels.json", "trajectory.csv", "evaluations.csv", "weights.safetensors", "supernet.pt")
+    for name in names:
         assert (run / name).stat().st_size > 0
 
     # The same request again only prints; another one is refused, and nothing is lost.

@@ -19,6 +19,7 @@ from supernet.errors import InputError
 from supernet.metapath import Supernet
 from supernet.space import SearchSpace
 from supernet.specs import Layer
+from supernet.units import UnitScores, axes, cut, sections
 from supernet.weights import subnetwork
 
 BLOCK = """
@@ -98,6 +99,66 @@ def test_its_weights_are_inherited_from_a_supernet(space: SearchSpace) -> None:
             wide = space.arch([s.widths[-1] for s in space.stages], [[b.kind for b in s.blocks] for s in arch.stages])
             torch.testing.assert_close(subnetwork(net, wide).eval()(x), net(x, space.path(wide)))
             assert subnetwork(net, arch).eval()(x).shape == (2, 10)
+
+
+def test_its_channels_are_kept_with_those_of_its_stage(space: SearchSpace) -> None:
+    block = space.stages[0].candidates[0]
+    assert all(along[0][0].role == "dim" for name, along in axes(Layer(block, 8)).items() if "num_batches" not in name)
+    net = Supernet(space)
+    scores = UnitScores((torch.arange(32.0), torch.arange(48.0)), {})
+    arch = space.arch((16, 32), ((block.kind, "mb4d"), (block.kind, "mb3d")))
+    model, wide = subnetwork(net, arch, scores), net.get_submodule("stages.0.0.candidates.0")
+    assert torch.equal(model.get_parameter("stage1_block1.conv.weight"), wide.get_parameter("conv.weight")[16:])
+    assert torch.equal(
+        model.get_parameter("stage2_embedding.conv.weight"), net.get_parameter("embeddings.0.conv.weight")[16:, 16:]
+    )
+
+
+def test_what_is_inside_it_keeps_its_first_units_unless_its_module_knows_them() -> None:
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from supernet.blocks.layers import Layout, Run
+
+    class Mlp(torch.nn.Sequential):
+        def __init__(self, dim: int) -> None:
+            super().__init__(torch.nn.Conv2d(dim, 2 * dim, 1), torch.nn.ReLU(), torch.nn.Conv2d(2 * dim, dim, 1))
+
+    class Known(Mlp):
+        @staticmethod
+        def unit_layout(spec: "Block") -> Layout:
+            inner = (Run("inner", 0, 2 * spec.dim),)
+            return {"0.": {0: inner}, "2.weight": {1: inner}}
+
+    @dataclass(frozen=True)
+    class Block:
+        kind: ClassVar[str] = "mine"
+        tokens: ClassVar[bool] = False
+        dim: int
+        known: bool = False
+        narrowest: int = 1
+        widest: int = 99
+
+        def __post_init__(self) -> None:
+            if not self.narrowest <= self.dim <= self.widest:
+                raise ValueError("no such width")
+
+        def module(self, resolution: int) -> torch.nn.Module:
+            return Known(self.dim) if self.known else Mlp(self.dim)
+
+    scores = {"dim": torch.arange(8.0), "inner": torch.arange(16.0)}
+    for known, inner in ((False, slice(8)), (True, slice(8, 16))):
+        wide, narrow = (Layer(Block(dim, known), 4) for dim in (8, 4))
+        state = build_layer(wide).state_dict()
+        found = cut(state, wide, narrow, scores)
+        assert torch.equal(found["0.weight"], state["0.weight"][inner, 4:])
+        assert torch.equal(found["2.bias"], state["2.bias"][4:])
+    # A block that cannot be wider is built narrower; of one that can be neither nothing is known.
+    for narrowest, kept in ((1, slice(4, 8)), (5, slice(4))):
+        wide = Layer(Block(8, widest=8, narrowest=narrowest), 4)
+        assert sections(wide) == ({"dim": (0, 8)} if narrowest == 1 else {})
+        found = cut(state, wide, Layer(Block(4, widest=8), 4), scores)
+        assert torch.equal(found["2.bias"], state["2.bias"][kept])
 
 
 def test_it_has_rows_and_is_searched(space: SearchSpace, tmp_path: Path) -> None:

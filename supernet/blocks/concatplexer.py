@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supernet.blocks.efficientformer import MB3DModule
-from supernet.blocks.layers import HeadModule
+from supernet.blocks.layers import HeadModule, Layout, Run
 from supernet.blocks.vit import ViTModule
 from supernet.specs import Group, GroupedMB3D, GroupedViT, GroupHead, Join
 
@@ -201,3 +201,12 @@ class GroupHeadModule(HeadModule):
         x = torch.stack([demultiplexer(x[:, slot]) for slot, demultiplexer in enumerate(self.demultiplexers)], 1)
         logits: Tensor = self.fc(x.flatten(0, 1))
         return logits
+
+    @staticmethod
+    def unit_layout(spec: GroupHead) -> Layout:
+        found: dict[str, dict[int, tuple[Run, ...]]] = {}
+        for slot in range(spec.n):
+            hidden = (Run(f"demultiplexer{slot}", 0, spec.dim),)
+            found[f"demultiplexers.{slot}.fc1."] = {0: hidden}
+            found[f"demultiplexers.{slot}.fc2.weight"] = {1: hidden}
+        return found

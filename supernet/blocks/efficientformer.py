@@ -7,7 +7,7 @@ key_dim ** -0.5.
 import torch
 from torch import Tensor, nn
 
-from supernet.blocks.layers import activation, offset_index
+from supernet.blocks.layers import Layout, Run, activation, offset_index, query
 from supernet.specs import MB3D, MB4D
 
 LAYER_SCALE = 1e-5  # the published initial value; a recipe may set another
@@ -128,6 +128,16 @@ class MB3DModule(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         x = x + self.ls1(self.token_mixer(self.norm1(x), bias))
         return x + self.ls2(self.mlp(self.norm2(x)))
+
+    @staticmethod
+    def unit_layout(spec: MB3D) -> Layout:
+        keys = [Run(f"key{head}", 0, spec.key_dim) for head in range(spec.num_heads)]
+        values = [Run(f"value{head}", 0, spec.attn_ratio * spec.key_dim) for head in range(spec.num_heads)]
+        by_head = [(*query(key), key, value) for key, value in zip(keys, values, strict=True)]
+        return {
+            "token_mixer.qkv.": {0: tuple(run for head in by_head for run in head)},
+            "token_mixer.proj.weight": {1: tuple(values)},
+        }
 
 
 def _init_linear(*layers: nn.Linear) -> None:

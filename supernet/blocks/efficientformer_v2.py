@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from supernet.blocks.efficientformer import LayerScale
-from supernet.blocks.layers import activation, offset_index
+from supernet.blocks.layers import Layout, Run, activation, offset_index, query
 from supernet.errors import InputError
 from supernet.specs import FFN, AttnEmbedding, AttnFFN
 
@@ -113,6 +113,10 @@ class AttnFFNModule(nn.Module):
         x = x + self.ls1(self.token_mixer(x))
         return x + self.ls2(self.mlp(x))
 
+    @staticmethod
+    def unit_layout(spec: AttnFFN) -> Layout:
+        return _attention_layout(spec, "token_mixer", "q")
+
 
 class LocalGlobalQuery(nn.Module):
     """Queries of every second position, and of what is around it: (N, C, H, W) to (N, keys, H/2, W/2)."""
@@ -167,6 +171,25 @@ class AttnEmbeddingModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attn(x) + self.conv(x)
+
+    @staticmethod
+    def unit_layout(spec: AttnEmbedding) -> Layout:
+        return _attention_layout(spec, "attn", "q.proj")
+
+
+def _attention_layout(spec: AttnFFN | AttnEmbedding, attention: str, queries: str) -> Layout:
+    """Heads one after the other, in queries, keys and values."""
+    keys = tuple(Run(f"key{head}", 0, spec.key_dim) for head in range(spec.num_heads))
+    values = tuple(Run(f"value{head}", 0, spec.attn_ratio * spec.key_dim) for head in range(spec.num_heads))
+    return {
+        f"{attention}.{queries}.": {0: keys},
+        f"{attention}.{queries}.bn.weight": {0: query(*keys)},
+        f"{attention}.{queries}.bn.bias": {0: query(*keys)},
+        f"{attention}.k.": {0: keys},
+        f"{attention}.v.": {0: values},
+        f"{attention}.v_local.": {0: values},
+        f"{attention}.proj.conv.weight": {1: values},
+    }
 
 
 def _dims(spec: AttnFFN | AttnEmbedding) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supernet.blocks.layers import activation, offset_index
+from supernet.blocks.layers import Layout, Run, activation, offset_index, query
 from supernet.specs import ConvStem, Sandwich, Subsample
 
 
@@ -123,6 +123,24 @@ class SandwichModule(nn.Sequential):
         self.dw1 = Residual(ConvNorm(dim, dim, 3, groups=dim, zero=True))
         self.ffn1 = Residual(ConvMlp(dim, hidden, spec.act))
 
+    @staticmethod
+    def unit_layout(spec: Sandwich) -> Layout:
+        """What a head gives is added to the next head's chunk, so its values are that chunk's channels; the last head's are its
+        own."""
+        heads, width, attention = spec.num_heads, spec.dim // spec.num_heads, "mixer.m.attn"
+        chunks = [Run("dim", head * width, width) for head in range(heads)]
+        values = [*chunks[1:], Run("value", 0, width)]
+        found: dict[str, dict[int, tuple[Run, ...]]] = {f"{attention}.proj.1.conv.weight": {1: tuple(values)}}
+        for head in range(heads):
+            key = Run(f"key{head}", 0, spec.key_dim)
+            found[f"{attention}.qkvs.{head}."] = {0: (key, key, values[head]), 1: (chunks[head],)}
+            found[f"{attention}.dws.{head}."] = {0: (key,)}
+            found[f"{attention}.dws.{head}.bn.weight"] = found[f"{attention}.dws.{head}.bn.bias"] = {0: query(key)}
+        for name in ("ffn0", "ffn1"):
+            hidden = (Run(f"{name}.hidden", 0, spec.ffn_ratio * spec.dim),)
+            found |= {f"{name}.m.pw1.": {0: hidden}, f"{name}.m.pw2.conv.weight": {1: hidden}}
+        return found
+
 
 class SqueezeExcite(nn.Module):
     """A factor in (0, 1) for every channel, from the channels' means through `hidden` values: (N, C, H, W) to the same."""
@@ -167,6 +185,24 @@ class SubsampleModule(nn.Sequential):
         self.patchmerge = PatchMerging(spec)
         self.res2 = mixing(spec.dim)
 
+    @staticmethod
+    def unit_layout(spec: Subsample) -> Layout:
+        before = (Run("before", 0, 2 * spec.dim_in),)
+        merged = (Run("merged", 0, 4 * spec.dim_in),)
+        squeezed = (Run("squeezed", 0, spec.dim_in),)
+        after = (Run("after", 0, 2 * spec.dim),)
+        return {
+            "res1.1.m.pw1.": {0: before},
+            "res1.1.m.pw2.conv.weight": {1: before},
+            "patchmerge.conv1.": {0: merged},
+            "patchmerge.conv2.": {0: merged},
+            "patchmerge.se.fc1.": {0: squeezed, 1: merged},
+            "patchmerge.se.fc2.": {0: merged, 1: squeezed},
+            "patchmerge.conv3.conv.weight": {1: merged},
+            "res2.1.m.pw1.": {0: after},
+            "res2.1.m.pw2.conv.weight": {1: after},
+        }
+
 
 class ConvStemModule(nn.Sequential):
     """3x3 convolutions of stride 2 with batch norm, activation between them: (N, 3, S, S) to (N, dim, S/stride, S/stride)."""
@@ -181,3 +217,12 @@ class ConvStemModule(nn.Sequential):
                 self.add_module(f"act{number - 1}", activation(spec.act))
             self.add_module(f"conv{number}", ConvNorm(dim_in, dim, 3, 2))
             dim_in = dim
+
+    @staticmethod
+    def unit_layout(spec: ConvStem) -> Layout:
+        convolutions = spec.stride.bit_length() - 1
+        found: dict[str, dict[int, tuple[Run, ...]]] = {f"conv{number}.": {} for number in range(1, convolutions + 1)}
+        for number in range(1, convolutions):
+            between = (Run(f"between{number}", 0, spec.dim >> (convolutions - number)),)
+            found[f"conv{number}."][0] = found[f"conv{number + 1}."][1] = between
+        return found

@@ -3,15 +3,40 @@
 Shapes: N images, C channels, H = W = the resolution that the layer is built for, L = H * W tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supernet.specs import Embedding, Flat, Head, Identity, Stem, Unflat
+
+
+class Run(NamedTuple):
+    """Consecutive positions of a tensor's axis that stand for the units `start` to `start + size` of one role.
+
+    A role is a set of units that are cut together wherever they stand: `dim` and `dim_in` are the channels of the layer's stage
+    and of the stage before, any other name is of the layer alone.
+    """
+
+    role: str
+    start: int
+    size: int
+    query: bool = False
+    """Whether the values here are a factor of queries, which attention divides by the square root of how many there are."""
+
+
+Layout = Mapping[str, Mapping[int, tuple[Run, ...]]]
+"""How a name of a tensor begins (the longest that fits counts), to the runs along its axes. A module class whose tensors have
+axes that are neither a width nor an expansion of it says so by a static method `unit_layout(spec)` (supernet.units)."""
+
+
+def query(*runs: Run) -> tuple[Run, ...]:
+    """Return the same runs, of values that are a factor of queries."""
+    return tuple(run._replace(query=True) for run in runs)
+
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "hardswish": nn.Hardswish}
 
@@ -34,6 +59,11 @@ class StemModule(nn.Sequential):
         self.conv2 = nn.Conv2d(middle, spec.dim, 3, second, 1)
         self.norm2 = nn.BatchNorm2d(spec.dim)
         self.act2 = activation(spec.act)
+
+    @staticmethod
+    def unit_layout(spec: Stem) -> Layout:
+        middle = (Run("middle", 0, spec.dim // 2),)
+        return {"conv1.": {0: middle}, "norm1.": {0: middle}, "conv2.weight": {1: middle}}
 
 
 class EmbeddingModule(nn.Sequential):

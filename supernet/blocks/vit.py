@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from supernet.blocks.efficientformer import Mlp
+from supernet.blocks.layers import Layout, Run, query
 from supernet.errors import InputError
 from supernet.specs import PatchStem, ViT
 
@@ -78,3 +79,9 @@ class ViTModule(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.norm1(x), bias)
         return x + self.mlp(self.norm2(x))
+
+    @staticmethod
+    def unit_layout(spec: ViT) -> Layout:
+        keys = tuple(Run(f"key{head}", 0, spec.dim // spec.num_heads) for head in range(spec.num_heads))
+        values = tuple(key._replace(role=f"value{head}") for head, key in enumerate(keys))
+        return {"attn.qkv.": {0: (*query(*keys), *keys, *values)}, "attn.proj.weight": {1: values}}
