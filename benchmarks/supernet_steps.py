@@ -236,10 +236,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if on_gpu else f"{setup.device.type}, {torch.get_num_threads()} threads"
     measure = "torch.cuda.max_memory_allocated" if on_gpu else "highest resident set size"
     print(f"{space.name}, batches of {setup.batch} at {space.image_size} px, {where}, torch {torch.__version__}")
-    print(
-        f"medians of {given.rounds} rounds (quartiles) in {given.clock} time; "
-        f"peak memory above what was taken before: {measure}"
-    )
+    print(f"medians of {given.rounds} rounds (quartiles) in {given.clock} time; peak memory above the start: {measure}")
     print("\n| step | ms, forward and backward | ms, optimizer | peak MiB |\n|---|---|---|---|")
     for name in NAMES:
         print(f"| {name} | {spread(steps[name], 1)} | {spread(optimizers[name], 1)} | {memory.get(name, '')} |")
