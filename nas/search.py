@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,16 +266,13 @@ def additivity_of(
     return {"networks": len(found.records), **{k: None if math.isnan(v) else v for k, v in figures.items()}}
 
 
-_counted = cache(count)
-
-
 def limits_of(settings: SupernetSettings, space: SearchSpace, mux: MultiplexSpec | None) -> list[Limit]:
     """Return the hard limits of the settings, on the networks of the space with their images grouped by `mux`."""
     limits = []
     if settings.max_params:
-        limits.append(Limit("params", lambda arch: _counted(space.multiplexed(arch, mux)).params, settings.max_params))
+        limits.append(Limit("params", lambda arch: count(space.multiplexed(arch, mux)).params, settings.max_params))
     if settings.max_macs:
-        limits.append(Limit("macs", lambda arch: _counted(space.multiplexed(arch, mux)).macs, settings.max_macs))
+        limits.append(Limit("macs", lambda arch: count(space.multiplexed(arch, mux)).macs, settings.max_macs))
     return limits
 
 
@@ -284,7 +281,7 @@ def efficiency_of(settings: SupernetSettings) -> MobileEfficiency | None:
     if settings.objective != "mes":
         return None
     constants = (settings.mes_size_unit, settings.mes_latency_unit_ms, settings.mes_size_alpha, settings.mes_latency_alpha)
-    return MobileEfficiency(lambda arch: _counted(arch).params, *constants)
+    return MobileEfficiency(lambda arch: count(arch).params, *constants)
 
 
 def _finalists(

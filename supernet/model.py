@@ -1,6 +1,7 @@
 """From an ArchConfig to a torch module, and what it counts."""
 
 from collections import OrderedDict
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
 from supernet.blocks.concatplexer import Multiplexed
+from supernet.specs import Layer
 
 
 class Complexity(NamedTuple):
@@ -37,10 +39,17 @@ def count(arch: ArchConfig) -> Complexity:
     MACs are those of convolutions, linear layers and the two products of attention, for one image; pooling, norms and
     activations are not counted.
     """
+    images = arch.group_size
+    layers = [_counted(layer, images) for layer in arch.layers()]
+    return Complexity(sum(params for params, _ in layers), sum(macs for _, macs in layers) // images)
+
+
+@cache
+def _counted(layer: Layer, images: int) -> Complexity:
+    """Return a layer's parameters, and its MACs for a number of images: a search counts many networks of few layers."""
     with torch.device("meta"):
-        model = build_model(arch).eval()
-        images = arch.group_size
-        batch = torch.empty(images, 3, arch.image_size, arch.image_size)
+        module = build_layer(layer).eval()
+        entering = torch.empty(layer.entering.shape(images))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(batch)
-    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2 // images)
+        module(entering)
+    return Complexity(sum(p.numel() for p in module.parameters()), counter.get_total_flops() // 2)

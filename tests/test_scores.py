@@ -212,6 +212,7 @@ def test_pairs_of_what_adds_up_are_zero() -> None:
     assert with_pairs.pairs
     assert max(abs(drop.drop_loss) for drop in with_pairs.pairs.values()) < EXACT
     assert all(first.stage == second.stage for first, second in with_pairs.pairs)
+    assert len(set(truth.asked)) == len(truth.asked), "a pair that is the network of a single change is none"
 
 
 def test_a_count_of_pairs_takes_the_cheapest_in_the_same_order_each_time() -> None:

@@ -614,6 +614,19 @@ def test_no_action_breaks_what_is_met() -> None:
     assert slim(TWO, IMPORTANCE, loss_by_hand(), Table(), 8.0).steps[0].taken.action.startswith("mb3d to mb4d")
 
 
+def test_no_action_that_saves_of_a_limit_breaks_the_target() -> None:
+    class Perverse(Table):
+        """Stage 1 is slower at 8 channels than at 16."""
+
+        def predict_ms(self, arch: ArchConfig) -> float:
+            return super().predict_ms(arch) + (3 if arch.widths[0] == 8 else 0)
+
+    limit = Limit("channels", lambda arch: float(sum(arch.widths)), 40.0)
+    found = slim(TWO, IMPORTANCE, loss_by_hand(), Perverse(), 10.5, limits=[limit])
+    assert found.steps[0].taken.action == "narrow stage 2 from 32 to 24", "narrowing stage 1 would take 12.5 ms"
+    assert found.arch.widths == (16, 24) and found.ms <= 10.5
+
+
 def test_a_limit_that_all_networks_keep_changes_nothing() -> None:
     limit = Limit("params", params_of, 1e9)
     for budget in (4.0, 4.45, 5.1, 7.0, 11.0):
