@@ -28,7 +28,7 @@ from supernet.files import checked_fields, read_yaml
 from supernet.metapath import Noise, Supernet, sample_path
 from supernet.space import SearchSpace
 
-COUNTS = ("weight_epochs", "score_images", "recalibration_images", "finalist_epochs")
+COUNTS = ("weight_epochs", "score_images", "recalibration_images", "finalist_epochs", "init_epochs")
 IDENTITY_SHARE = 0.25  # of sampled slots are empty while weights warm up on single paths
 MIXTURE_IMAGES = 1024  # an epoch of the mixture sees at least, or all that there are
 
@@ -74,6 +74,10 @@ class SupernetSettings:
     """Of throughput: how long the networks found for each way, and their controls, are trained before one is chosen."""
     arrivals_per_second: float = 0.0
     """Of throughput: images that come in, for the time that one waits for its group; 0: as many as are worked off."""
+    init_epochs: int = 4
+    """Of --init: how long the network is trained as a whole before slimming, where its classifier is new to the data."""
+    distillation_steps: int = 200
+    """Of --init: steps of block-wise distillation of the blocks that may replace the network's own; 0: none."""
 
     def __post_init__(self) -> None:
         choices = (("noise", ("gumbel", "uniform")), ("score", ("loss", "accuracy")), ("objective", ("latency", "throughput")))
@@ -89,7 +93,7 @@ class SupernetSettings:
         for name in ("learning_rate", "logit_learning_rate", "tau_start", "tau_end", "layer_scale", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a positive number, but is {getattr(self, name)}")
-        for name in ("image_size", "mixture_epochs", "images_per_epoch"):
+        for name in ("image_size", "mixture_epochs", "images_per_epoch", "distillation_steps"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")
         for name in ("weight_decay", "arrivals_per_second"):

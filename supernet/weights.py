@@ -235,6 +235,15 @@ def subnetwork(supernet: Supernet, arch: ArchConfig) -> nn.Sequential:
     return model
 
 
+def fill(supernet: Supernet, model: nn.Module, arch: ArchConfig) -> None:
+    """Copy the weights of `model`, the network `arch` with the supernet's largest widths, into the supernet's layers and into
+    the candidates of its path, so that this path gives the network's logits. `arch` has the supernet's image size and classes,
+    and no empty slot."""
+    path = dict(zip(supernet.space.slots, supernet.space.path(arch), strict=True))
+    for name, module in model.named_children():
+        _source(supernet, name, path).load_state_dict(module.state_dict())
+
+
 def _source(supernet: Supernet, name: str, path: dict[tuple[int, int], int]) -> nn.Module:
     """Return the supernet's module for the layer of this name."""
     if name in ("stem", "head"):
