@@ -51,7 +51,7 @@ from supernet.zoo import load_arch
 
 TIMM = "timm:"
 EIGHTHS = (4, 5, 6, 7)  # of a stage's width that a search may choose from
-DISTILLATION_RATE = 1e-3  # AdamW's highest learning rate
+DISTILLATION_RATE = 5e-3  # AdamW's highest learning rate
 ROUND = 25  # steps of distillation between two checkpoints
 LEAST_VARIANCE = 1e-6  # of a channel that is as good as constant
 
@@ -148,10 +148,8 @@ def requested(network: str, weights: str, space: str | None, settings: SupernetS
     Raises:
         InputError: what is asked for does not go together, or one of the files cannot be used.
     """
-    if settings.objective != "latency":
-        raise InputError(
-            f"with --init the objective is latency, but the settings say {settings.objective}: leave one of them out"
-        )
+    if settings.objective == "throughput":
+        raise InputError("--init does not go with the objective throughput: leave one of them out")
     arch = load_arch(network)
     around = space_of(arch, SearchSpace.load(space) if space is not None else None)
     return load_pretrained(network, weights, arch), around
@@ -418,14 +416,13 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _begin_as(block: nn.Module, other: nn.Module) -> None:
-    """Give a block the leading part of those of another's tensors that have the same name: their MLPs and layer scales."""
+    """Give a block the leading part of those of another's tensors that have the same name and form: layer scales, which would
+    otherwise begin where nothing wakes them, and MLPs of the same kind."""
     theirs = other.state_dict()
     for name, tensor in block.state_dict().items():
         source = theirs.get(name)
         if source is None or not source.is_floating_point():
             continue
-        if source.ndim == 2 and tensor.ndim == 4:  # a linear layer is a 1x1 convolution
-            source = source[..., None, None]
         if source.ndim == tensor.ndim and all(a >= b for a, b in zip(source.shape, tensor.shape, strict=True)):
             tensor.copy_(source[tuple(slice(n) for n in tensor.shape)])
 
@@ -445,7 +442,8 @@ def measured_importance(
     space: SearchSpace, arch: ArchConfig, evaluate: Callable[[ArchConfig], Evaluation]
 ) -> list[dict[str, float]]:
     """Return, for every slot, what the loss rises by where it is emptied, less what it rises by where a candidate stands there,
-    in multiples of the mean rise; 0 for a candidate that cannot come to stand there."""
+    in multiples of the mean rise; 0 for a candidate that cannot come to stand there. Each less the log of the number of
+    kinds, whose odds slimming sums: more candidates are not more importance."""
     member = space.fit(arch)
     path = space.path(arch)
     before = evaluate(member).loss
@@ -470,5 +468,10 @@ def measured_importance(
     empty = [row["identity"] for row in rises]
     scale = sum(map(abs, empty)) / len(empty) or 1.0
     return [
-        {k: 0.0 if math.isnan(v) else (row["identity"] - v) / scale for k, v in row.items() if k != "identity"} for row in rises
+        {
+            kind: (0.0 if math.isnan(rise) else (row["identity"] - rise) / scale) - math.log(len(row) - 1)
+            for kind, rise in row.items()
+            if kind != "identity"
+        }
+        for row in rises
     ]
