@@ -359,11 +359,13 @@ def _distil(
     first = load_checkpoint(checkpoint, extras=extras, optimizer=optimizer)
     rounds = -(-steps // ROUND)
     batch = min(settings.batch_size, len(data.train))
+    if first >= rounds:
+        extras.eval()
+        return
     say(
         f"block-wise distillation: {len(wanted)} blocks that may replace others learn for {steps} steps of {batch} images what "
         "those give"
     )
-    error = math.nan
     with progress("distillation", steps, min(steps, ROUND * first)) as tick:
         for number in range(first, rounds):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -381,8 +383,7 @@ def _distil(
                 raise FloatingPointError("block-wise distillation diverged: a block's output is not finite")
             save_checkpoint(checkpoint, number + 1, extras=extras, optimizer=optimizer)
     extras.eval()
-    if not math.isnan(error):
-        say(f"what they give is off by {100 * error:.1f} % of the variance of what those give, on average")
+    say(f"what they give is off by {100 * error:.1f} % of the variance of what those give, on average")
 
 
 def _errors(

@@ -347,8 +347,12 @@ def test_from_a_network_with_weights_to_a_smaller_one_that_learns_from_it(
     before = Path("run/result.json").read_bytes()
     cli.search(arguments)
     assert Path("run/result.json").read_bytes() == before
+    Path("run/result.json").unlink()
+    cli.search(arguments)
+    assert Path("run/result.json").read_bytes() == before, "what was killed before its end comes to the same"
     other = [a if a != "trained/model.safetensors" else "run/other.safetensors" for a in arguments]
     save_file({name: tensor + 0.1 if tensor.is_floating_point() else tensor for name, tensor in given.items()}, other[3])
+    capsys.readouterr()
     assert "another request (weights " in refused(cli.search, other, capsys)
 
     # The command that is printed is the next one.
