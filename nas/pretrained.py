@@ -360,7 +360,6 @@ def _distil(
     rounds = -(-steps // ROUND)
     batch = min(settings.batch_size, len(data.train))
     if first >= rounds:
-        extras.eval()
         return
     say(
         f"block-wise distillation: {len(wanted)} blocks that may replace others learn for {steps} steps of {batch} images what "

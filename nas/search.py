@@ -161,7 +161,8 @@ def _search(
         ),
         ("stage", "slot", "kind", "log_odds"),
     )
-    report_signal(space, begin or start_network(space, importance), evaluate, len(data.score))
+    start = begin or start_network(space, importance)
+    report_signal(space, start, evaluate, len(data.score), trained_here=begin is None)
 
     checks = Checks(folder / "measurements.csv", table)
 
@@ -206,8 +207,8 @@ def _search(
         model = best.model
         loss, accuracy = accuracy_of(model, data.val.shuffled(request.seed))[0], best.val.mean
     else:
-        kept = layers_kept(begin, trajectory.arch) if begin is not None else 0
-        model = found_network(supernet, trajectory.arch, evaluator.recalibration, kept)
+        unchanged = layers_kept(begin, trajectory.arch) if begin is not None else 0
+        model = found_network(supernet, trajectory.arch, evaluator.recalibration, unchanged)
         loss, accuracy = accuracy_of(model, data.val)
     complexity = count(deployed)
     deployed.save(folder / "searched.yaml")
@@ -384,7 +385,9 @@ def usable_table(device: str, path: Path | None, space: SearchSpace, request: Re
     return table.calibrated_for(space), folder / f"{device}.csv"
 
 
-def report_signal(space: SearchSpace, largest: ArchConfig, evaluate: Remembered, images: int) -> None:
+def report_signal(
+    space: SearchSpace, largest: ArchConfig, evaluate: Remembered, images: int, *, trained_here: bool = True
+) -> None:
     """Say how far the largest network and the one without blocks are apart: what the scores have to go by."""
     kinds = [["identity"] * stage.depth for stage in space.stages]
     empty = space.arch(largest.widths, kinds)
@@ -396,16 +399,20 @@ def report_signal(space: SearchSpace, largest: ArchConfig, evaluate: Remembered,
     noise = 2 * math.sqrt(2 * full.accuracy * (1 - full.accuracy) / images)
     if full.accuracy - bare.accuracy <= noise or full.loss >= bare.loss:
         say(
-            "warning: they are as good as equal, so the scores carry no signal and which blocks go is chance; train the "
-            "supernet for longer (weight_epochs in --config) or on larger images"
+            "warning: they are as good as equal, so the scores carry no signal and which blocks go is chance; "
+            + (
+                "train the supernet for longer (weight_epochs in --config) or on larger images"
+                if trained_here
+                else "give --init a network that was trained on such images, or train it for longer (init_epochs in --config)"
+            )
         )
 
 
-def found_network(supernet: Supernet, arch: ArchConfig, images: torch.Tensor, kept: int = 0) -> torch.nn.Sequential:
+def found_network(supernet: Supernet, arch: ArchConfig, images: torch.Tensor, unchanged: int = 0) -> torch.nn.Sequential:
     """Return the found network at the supernet's image size, with inherited weights, and statistics recomputed on `images` but
-    for those of the first `kept` layers."""
+    for those of the first `unchanged` layers."""
     model = subnetwork(supernet, arch.at(supernet.space.image_size)).to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    recalibrate(model, images, kept)
+    recalibrate(model, images, unchanged)
     return model.eval()
 
 

@@ -358,7 +358,7 @@ def test_statistics_hold_up_to_the_first_change(digits: ImageData) -> None:
     net = Supernet(space)
     model = subnetwork(net, last_gone)
     before = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    recalibrate(model, images(64, 16), kept=3)
+    recalibrate(model, images(64, 16), unchanged=3)
     changed = {name.split(".")[0] for name, tensor in model.named_buffers() if not torch.equal(tensor, before[name])}
     assert changed == {"stage2_embedding", "stage2_block1"}
 
