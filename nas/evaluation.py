@@ -105,8 +105,8 @@ def recalibrated(module: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def recalibrate(model: nn.Sequential, x: Tensor, unchanged: int = 0) -> None:
-    """Fit a network's batch-norm statistics to the normalised images `x` (N, 3, S, S), those of the first `unchanged` layers aside;
-    leave it in eval mode."""
+    """Fit a network's batch-norm statistics to the normalised images `x` (N, 3, S, S), those of the first `unchanged` layers
+    aside; leave it in eval mode."""
     model.eval()
     for at, module in enumerate(model.children()):
         x = recalibrated(module, x) if at >= unchanged else torch.cat([module(chunk) for chunk in x.split(CHUNK)])
