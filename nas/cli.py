@@ -194,10 +194,12 @@ def search(arguments: Sequence[str] | None = None) -> None:
         "nas-search",
         "Find a network that runs in a given time on a device: train a supernet on your images, take blocks and width away\n"
         "by accuracy drop per millisecond until the device's latency table says that the target is met, then measure the\n"
-        "network that was found. Without --data it demonstrates itself on handwritten digits. A search that is killed\n"
-        "goes on where it was when the same command is given again.",
+        "network that was found. With --init it begins with a network that has its weights, and trains no supernet. Without\n"
+        "--data it demonstrates itself on handwritten digits. A search that is killed goes on where it was when the same\n"
+        "command is given again.",
         "  nas-search --target-ms 1.6\n"
         "  nas-search --target-ms 8 --data ~/flowers --space efficientformer-s --out flowers-8ms\n"
+        "  nas-search --init efficientformer_l3 --weights l3.safetensors --target-ms 8 --data ~/flowers --out run\n"
         "  nas-search --from flowers-8ms --verify",
     )
     parser.add_argument("--target-ms", type=_milliseconds, metavar="T", help="milliseconds a call may take")
@@ -221,6 +223,19 @@ def search(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, metavar="DIR", help="where the results go (default: runs/<space>-<target>ms-seed<seed>)"
     )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of everything random (default: 0)")
+    start = parser.add_argument_group("start from a network that has its weights")
+    start.add_argument(
+        "--init",
+        metavar="NET",
+        help="the network, a YAML file or the name of a published one: its blocks are kept, replaced by cheaper ones or taken "
+        "away, and --space, if given, is one that it is a member of",
+    )
+    start.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="its weights: timm's state dict (.pth, .pt, .safetensors), a model.safetensors or checkpoint.pt of nas-train, or "
+        "timm:NAME where timm is installed",
+    )
     later = parser.add_argument_group("a device that is elsewhere")
     later.add_argument("--from", dest="from_run", type=Path, metavar="RUN", help="the folder of a search that ended")
     later.add_argument(
@@ -254,6 +269,8 @@ def search(arguments: Sequence[str] | None = None) -> None:
                 config=given.config,
                 out=given.out,
                 seed=given.seed,
+                init=given.init,
+                weights=given.weights,
             )
         )
         if result["met"] is False:
@@ -309,29 +326,43 @@ def train(arguments: Sequence[str] | None = None) -> None:
         "nas-train",
         "Train a network on your images, from nothing or from given weights. Training that is killed goes on after its\n"
         "last epoch when the same command is given again.",
-        "  nas-train runs/efficientformer-tiny-1.6ms-seed0/searched.yaml --data ~/flowers --out trained",
+        "  nas-train runs/efficientformer-tiny-1.6ms-seed0/searched.yaml --data ~/flowers --out trained\n"
+        "  nas-train run/searched.yaml --weights run/weights.safetensors --teacher run/teacher.yaml --recipe finetune "
+        "--data ~/flowers --out tuned",
     )
     parser.add_argument("arch", metavar="ARCH", help=ARCH_HELP)
     parser.add_argument(
         "--data", type=Path, metavar="PATH", help="images, as for nas-search (default: handwritten digits, a demonstration)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where checkpoints, metrics and weights go")
-    parser.add_argument("--recipe", default="quick", metavar="R", help="quick (default), or a YAML file of settings")
+    parser.add_argument(
+        "--recipe",
+        default="quick",
+        metavar="R",
+        help="quick (default), finetune (for given weights), or a YAML file of settings",
+    )
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="start from these weights (such as a search's weights.safetensors)"
+    )
+    parser.add_argument(
+        "--teacher",
+        metavar="NET",
+        help="learn from this network too: a YAML file with its weights beside it (the teacher.yaml of nas-search --init, the "
+        "arch.yaml of nas-train)",
     )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of everything random (default: 0)")
     given = parser.parse_args(arguments)
 
     def work() -> None:
         from nas.data import load_data
-        from nas.training import load_recipe, train_network
+        from nas.training import load_recipe, load_teacher, train_network
         from supernet.zoo import load_arch
 
         arch = load_arch(given.arch)
         recipe = load_recipe(given.recipe)
         data = load_data(given.data, arch.image_size, given.seed, score_images=1)  # nothing is scored: train on all
-        result = train_network(arch, data, recipe, given.out, given.seed, weights=given.weights)
+        teacher = load_teacher(given.teacher, arch.image_size, len(data.classes)) if given.teacher is not None else None
+        result = train_network(arch, data, recipe, given.out, given.seed, weights=given.weights, teacher=teacher)
         print(f"top-1 {100 * result.accuracy:.2f} %, loss {result.loss:.4f} after {result.epochs} epochs: {result.folder}")
 
     _run(parser.prog, work)

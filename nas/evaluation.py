@@ -110,11 +110,13 @@ def recalibrated(module: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def recalibrate(model: nn.Sequential, x: Tensor) -> None:
-    """Fit a network's batch-norm statistics to the normalised images `x` (N, 3, S, S); leave it in eval mode."""
-    for module in model.children():
-        x = recalibrated(module, x)
+@torch.no_grad()
+def recalibrate(model: nn.Sequential, x: Tensor, unchanged: int = 0) -> None:
+    """Fit a network's batch-norm statistics to the normalised images `x` (N, 3, S, S), those of the first `unchanged` layers
+    aside; leave it in eval mode."""
     model.eval()
+    for at, module in enumerate(model.children()):
+        x = recalibrated(module, x) if at >= unchanged else torch.cat([module(chunk) for chunk in x.split(CHUNK)])
 
 
 def _batch_norms(module: nn.Module) -> Iterator[_BatchNorm]:

@@ -67,7 +67,7 @@ def _image(shape: tuple[int, ...]) -> torch.Tensor:
 def _timm_model(network: str) -> NamedModel:
     """Export a timm model, `timm:NAME` or a bare name, at its own input size, with ordinary weights: nothing is downloaded."""
     name = network.removeprefix("timm:")
-    timm, why_not = _import_timm()
+    timm, why_not = import_timm()
     if timm is None:
         near = "" if network.startswith("timm:") else f"{_nearest(name, zoo_names())}the zoo has {', '.join(zoo_names())}; "
         raise InputError(
@@ -91,7 +91,7 @@ def _timm_model(network: str) -> NamedModel:
     return NamedModel(data)
 
 
-def _import_timm() -> tuple[Any, str]:
+def import_timm() -> tuple[Any, str]:
     """Return timm, or None and why it cannot be imported. A torchvision that does not fit torch raises RuntimeError."""
     try:
         with warnings.catch_warnings():

@@ -20,6 +20,7 @@ from nas.evaluation import Evaluator, accuracy_of, recalibrate
 from nas.guarantee import Outcome, meet
 from nas.kept import Checks, Remembered, described, write_csv
 from nas.plan import for_batch
+from nas.pretrained import Pretrained, layers_kept, on_data, pretrained_supernet, requested
 from nas.profile import per_image
 from nas.progress import progress, say
 from nas.recovery import Recovered
@@ -56,6 +57,8 @@ class Request:
     config: Path | None = None
     out: Path | None = None
     seed: int = 0
+    init: str | None = None
+    weights: str | None = None
 
 
 def run_search(
@@ -71,13 +74,27 @@ def run_search(
     """
     target = Target(request.target_ms)
     settings = settings or SupernetSettings.load(request.config)
-    default = "efficientformer-s" if request.data else "efficientformer-tiny"
-    space = space or SearchSpace.load(request.space or default)
-    train_size = training_size(space, natural_size(request.data), settings.image_size)
+    given: Pretrained | None = None
+    if request.init is not None and request.weights is not None:
+        given, around = requested(request.init, request.weights, request.space, settings)
+        space = space or around
+        # At its own size, whatever that of the images: there its weights mean something.
+        train_size = training_size(space, space.image_size, settings.image_size)
+    elif request.init is not None or request.weights is not None:
+        raise InputError("--init NET and --weights FILE go together: a network, and the weights that it has")
+    else:
+        default = "efficientformer-s" if request.data else "efficientformer-tiny"
+        space = space or SearchSpace.load(request.space or default)
+        train_size = training_size(space, natural_size(request.data), settings.image_size)
     device, table_path = resolve_table(request.device, request.table)
     space = groups_of(space, settings.objective, device, table_path)
     data = load_data(request.data, train_size, request.seed, settings.score_images)
     space = space.with_classes(len(data.classes))
+    folder = request.out or Path("runs") / f"{space.name}-{target.ms:g}ms-seed{request.seed}"
+    if given is not None:
+        request = replace(request, space=str(folder / "space.yaml"))
+        if not (folder / "request.json").exists():
+            space.save(folder / "space.yaml")  # a refusal of the table names the command that measures this space
     table, table_path = usable_table(device, table_path, space, request)
     smallest_ms = table.predict_ms(space.smallest)
     if target.ms < smallest_ms:
@@ -86,7 +103,6 @@ def run_search(
             f"give at least {rounded_up(smallest_ms)} ms"
         )
     check_limits(space, limits_of(settings, space, None))
-    folder = request.out or Path("runs") / f"{space.name}-{target.ms:g}ms-seed{request.seed}"
     claim(
         folder,
         {
@@ -100,11 +116,12 @@ def run_search(
             "strategy": request.strategy,
             "settings": asdict(settings),
             "seed": request.seed,
+            **({"init": given.arch.to_yaml(), "weights": given.source, "digest": given.digest} if given is not None else {}),
         },
     )
     finished = folder / "result.json"
     if again or not finished.exists():
-        _search(target, space, train_size, data, table, table_path, settings, request, folder)
+        _search(target, space, train_size, data, table, table_path, settings, request, folder, given)
     result: dict[str, Any] = json.loads(finished.read_text())
     _print_result(result, folder, data)
     return result
@@ -120,6 +137,7 @@ def _search(
     settings: SupernetSettings,
     request: Request,
     folder: Path,
+    given: Pretrained | None,
 ) -> None:
     ways: tuple[MultiplexSpec | None, ...] = (None,)
     if settings.objective == "throughput":
@@ -127,9 +145,19 @@ def _search(
     elif space.mux:
         own_pass = f"the objective is {settings.objective}, so each image has a pass of its own"
         say(f"{own_pass}: the groups (mux) of {space.name} are left out")
-    supernet = train_supernet(space.at(train_size), data, settings, request.seed, folder)
-    logits = logits_of(supernet, settings)
-    base = start_network(space, logits) if logits is not None else space.largest
+    supernet: AnySupernet
+    if given is None:
+        begin = None
+        supernet = train_supernet(space.at(train_size), data, settings, request.seed, folder)
+        logits = logits_of(supernet, settings)
+    else:
+        begin = space.fit(given.arch.with_classes(len(data.classes)))
+        original = on_data(given, data, settings, request.seed, folder)
+        supernet = pretrained_supernet(
+            original, begin.at(train_size), space.at(train_size), data, settings, request.seed, folder
+        )
+        logits = None
+    base = begin or (space.largest if logits is None else start_network(space, logits))
     scored_file, images = folder / "channels.json", settings.recalibration_images
     kept = channels(scored_file, supernet, base.at(train_size), data, images, channel_method(settings))
     evaluator = Evaluator(supernet, data, settings.recalibration_images, kept=kept)
@@ -147,7 +175,7 @@ def _search(
         ),
         ("stage", "slot", "kind", "log_odds"),
     )
-    report_signal(space, start_network(space, importance), evaluate, len(data.score))
+    report_signal(space, begin or start_network(space, importance), evaluate, len(data.score), trained_here=begin is None)
     check_of_drops = additivity_of(space, drops, evaluate, settings, request.seed, folder)
 
     checks = Checks(folder / "measurements.csv", table)
@@ -158,6 +186,8 @@ def _search(
         limits = limits_of(settings, space, mux)
 
         def slim_to(budget_ms: float, start: Trajectory | None, landing: float) -> Trajectory:
+            if start is None and begin is not None:
+                start = Trajectory(begin, (), begin, predictor.predict_ms(begin), evaluate(begin))
             slimmed = partial(slim, space, importance, evaluate, predictor, score=settings.score, on_step=_say_step)
             found = slimmed(budget_ms, start=start, landing=landing, limits=limits, mes=mes)
             write_csv(folder / "trajectory.csv", found.records(), found.columns)
@@ -193,7 +223,8 @@ def _search(
         model = best.model
         loss, accuracy = accuracy_of(model, data.val.shuffled(request.seed))[0], best.val.mean
     else:
-        model = found_network(supernet, trajectory.arch, evaluator.recalibration, kept)
+        unchanged = layers_kept(begin, trajectory.arch) if begin is not None else 0
+        model = found_network(supernet, trajectory.arch, evaluator.recalibration, kept, unchanged)
         loss, accuracy = accuracy_of(model, data.val)
     complexity = count(deployed)
     deployed.save(folder / "searched.yaml")
@@ -233,6 +264,14 @@ def _search(
         "mes": mes.of(complexity.params, check.ms or table.predict_ms(deployed)) if mes is not None else None,
         "additivity": check_of_drops,
     }
+    if given is not None and begin is not None:
+        result["init"] = {
+            "network": given.arch.name,
+            "weights": given.source,
+            "predicted_ms": table.predict_ms(begin),
+            "accuracy": accuracy_of(original, data.val)[1],
+            "teacher": str(folder / "teacher.yaml"),
+        }
     if finalists:
         rows = records(finalists, best_of(finalists), table, settings.arrivals_per_second)
         write_csv(folder / "throughput.csv", rows, THROUGHPUT_COLUMNS)
@@ -411,7 +450,9 @@ def usable_table(device: str, path: Path | None, space: SearchSpace, request: Re
     return table.calibrated_for(space), folder / f"{device}.csv"
 
 
-def report_signal(space: SearchSpace, largest: ArchConfig, evaluate: Remembered, images: int) -> None:
+def report_signal(
+    space: SearchSpace, largest: ArchConfig, evaluate: Remembered, images: int, *, trained_here: bool = True
+) -> None:
     """Say how far the largest network and the one without blocks are apart: what the scores have to go by."""
     kinds = [["identity"] * stage.depth for stage in space.stages]
     empty = space.arch(largest.widths, kinds)
@@ -423,18 +464,23 @@ def report_signal(space: SearchSpace, largest: ArchConfig, evaluate: Remembered,
     noise = 2 * math.sqrt(2 * full.accuracy * (1 - full.accuracy) / images)
     if full.accuracy - bare.accuracy <= noise or full.loss >= bare.loss:
         say(
-            "warning: they are as good as equal, so the scores carry no signal and which blocks go is chance; train the "
-            "supernet for longer (weight_epochs in --config) or on larger images"
+            "warning: they are as good as equal, so the scores carry no signal and which blocks go is chance; "
+            + (
+                "train the supernet for longer (weight_epochs in --config) or on larger images"
+                if trained_here
+                else "give --init a network that was trained on such images, or train it for longer (init_epochs in --config)"
+            )
         )
 
 
 def found_network(
-    supernet: AnySupernet, arch: ArchConfig, images: torch.Tensor, kept: UnitScores | None = None
+    supernet: AnySupernet, arch: ArchConfig, images: torch.Tensor, kept: UnitScores | None = None, unchanged: int = 0
 ) -> torch.nn.Sequential:
-    """Return the found network at the supernet's image size, with inherited weights and statistics recomputed on `images`."""
+    """Return the found network at the supernet's image size, with inherited weights, and statistics recomputed on `images` but
+    for those of the first `unchanged` layers."""
     model = subnetwork(supernet, arch.at(supernet.space.image_size), kept)
     model = model.to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    recalibrate(model, images)
+    recalibrate(model, images, unchanged)
     return model.eval()
 
 
@@ -474,20 +520,28 @@ def _print_result(result: Mapping[str, Any], folder: Path, data: ImageData) -> N
         print(f"  over 3 % is left: a slower network might fit ({result['candidate']}); --verify again measures it")
     mes = "" if result["mes"] is None else f", MES {result['mes']:.4g}"
     print(f"  {result['params'] / 1e6:.3g} M parameters, {result['macs'] / 1e6:.4g} M MACs at {result['image_size']} px{mes}")
+    init = result.get("init")
+    inherited = "the supernet" if init is None else init["network"]
     print(
         f"  top-1 {100 * result['accuracy']:.1f} % on {len(data.val)} validation images that the search did not see, with "
-        f"weights inherited from the supernet{' and trained a little' if 'throughput' in result else ''}"
+        f"weights inherited from {inherited}{' and trained a little' if 'throughput' in result else ''}"
     )
+    if init is not None:
+        print(f"  {init['network']} itself: predicted {init['predicted_ms']:.4g} ms, top-1 {100 * init['accuracy']:.1f} %")
     if "throughput" in result:
         print(table_of(result["throughput"], result["batch"]))
         print("  control: the same reduction without concatenation; whatever it is as good at is not the sharing's doing")
-    if result["largest_of_space"]:
+    if result["largest_of_space"] and init is not None:
+        print(f"  {init['network']} meets the target as it is: nothing was taken away; give a lower --target-ms for less")
+    elif result["largest_of_space"]:
         spaces = {name: count(SearchSpace.load(name).largest).macs for name in space_names()}
         larger = sorted((macs, name) for name, macs in spaces.items() if macs > result["macs"] and name != result["space"])
         advice = f"for the rest of the time, try --space {larger[0][1]}" if larger else "no larger space ships"
         print(f"  this is the largest network of {result['space']}: {advice}")
     if result["demonstration"]:
         print("  found on the embedded digits: a demonstration; give --data PATH for a network to ship")
-    print(
-        f"  next: nas-train {folder / 'searched.yaml'} --out trained" + ("" if data.demonstration else f" --data {data.source}")
-    )
+    more = ""
+    if init is not None:
+        more = f" --weights {folder / 'weights.safetensors'} --teacher {init['teacher']} --recipe finetune"
+    images = "" if data.demonstration else f" --data {data.source}"
+    print(f"  next: nas-train {folder / 'searched.yaml'}{more}{images} --out {'tuned' if more else 'trained'}")

@@ -43,7 +43,7 @@ from supernet.weights import AnySupernet
 
 Paths = Literal["single", "fair", "elastic"]
 
-COUNTS = ("score_images", "recalibration_images", "finalist_epochs")
+COUNTS = ("score_images", "recalibration_images", "finalist_epochs", "init_epochs")
 OBJECTIVES = ("latency", "mes", "throughput")
 MES = ("mes_size_unit", "mes_latency_unit_ms", "mes_size_alpha", "mes_latency_alpha")
 NOT_NEGATIVE = (
@@ -52,6 +52,7 @@ NOT_NEGATIVE = (
     "mixture_epochs",
     "images_per_epoch",
     "recovery_steps",
+    "distillation_steps",
     "max_params",
     "max_macs",
 )
@@ -137,6 +138,10 @@ class SupernetSettings:
     """Which channels a narrowed stage inherits: those that matter most, by gradient times weight (taylor) or by the norm of
     their weights (magnitude), or the first ones. auto: taylor; first for `paths: elastic`, whose first channels were trained to
     do without the others."""
+    init_epochs: int = 4
+    """Of --init: how long the network is trained as a whole before slimming, where its classifier is new to the data."""
+    distillation_steps: int = 200
+    """Of --init: steps of block-wise distillation of the blocks that may replace the network's own; 0: none."""
 
     def __post_init__(self) -> None:
         choices = (

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import safetensors.torch
 import torch
@@ -49,7 +49,7 @@ class Recipe:
     learning_rate: float
     """The highest, after the warm-up."""
     layer_scale: float
-    """Initial layer scale; the published 1e-5 suits trainings of hundreds of epochs."""
+    """Initial layer scale; the published 1e-5 suits trainings of hundreds of epochs. Given weights keep theirs."""
     clip_norm: float
     """The norm to which a longer gradient is shortened."""
     weight_decay: float = 0.025
@@ -62,15 +62,25 @@ class Recipe:
     """auto, cpu, cuda or mps."""
     precision: str = "auto"
     """fp32, bf16 (matrix products in bfloat16, weights in fp32), or auto: bf16 where the hardware multiplies it itself."""
+    distillation: Literal["soft", "hard"] = "soft"
+    """What is learned from a teacher: soft, its probabilities (Hinton et al. 2015); hard, its decisions (DeiT)."""
+    teacher_weight: float = 0.5
+    """Share of the loss that is the teacher's; the labels have the rest."""
+    teacher_temperature: float = 2.0
+    """Of soft distillation: both sides' logits are divided by it."""
 
     def __post_init__(self) -> None:
         # Batch norm cannot train on one value, which is what one image is at the end of a small network.
         for name, least in (("epochs", 1), ("batch_size", 2), ("images_per_epoch", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, but is {getattr(self, name)}")
-        for name in ("learning_rate", "layer_scale", "clip_norm"):
+        for name in ("learning_rate", "layer_scale", "clip_norm", "teacher_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a positive number, but is {getattr(self, name)}")
+        if self.distillation not in ("soft", "hard"):
+            raise unknown("distillation", self.distillation, ("soft", "hard"))
+        if not 0 <= self.teacher_weight <= 1:
+            raise InputError(f"teacher_weight must be from 0 to 1, but is {self.teacher_weight}")
         if not 0 <= self.weight_decay < math.inf:
             raise InputError(f"weight_decay must be a number from 0 on, but is {self.weight_decay}")
         if not 0 <= self.label_smoothing < 1:
@@ -83,6 +93,8 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "quick": Recipe(epochs=30, batch_size=128, learning_rate=2e-3, layer_scale=0.1, clip_norm=5.0),
+    # For a network that has its weights: they are to be mended, not learned anew.
+    "finetune": Recipe(epochs=10, batch_size=128, learning_rate=5e-4, layer_scale=0.1, clip_norm=5.0),
 }
 
 
@@ -105,6 +117,50 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise InputError(f"{where}: {error}") from error
 
 
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A trained network whose outputs another one learns from."""
+
+    network: nn.Module
+    """In eval mode, its weights frozen: normalised images (B, 3, S, S) to logits (B, classes), S the student's image size."""
+    digest: str
+    """Of the architecture and its weights."""
+
+
+def load_teacher(network: str | Path, image_size: int, num_classes: int) -> Teacher:
+    """Return the network of a YAML file that has its weights beside it, at this image size.
+
+    The weights of `teacher.yaml` are `teacher.safetensors`, and so on; those of nas-train's `arch.yaml` are
+    `model.safetensors`, those of nas-search's `searched.yaml` are `weights.safetensors`. What of them depends on the image size
+    is resized.
+
+    Raises:
+        InputError: one of the two files is missing or cannot be used, or the network has other classes.
+    """
+    path = Path(network)
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(
+            f"the teacher {network} is no YAML file: give one that has its weights beside it, such as the teacher.yaml of "
+            "nas-search --init, or the arch.yaml of nas-train"
+        )
+    arch = ArchConfig.load(path).without_identity()
+    weights = path.with_suffix(".safetensors")
+    if not weights.exists():
+        weights = path.with_name({"arch": "model", "searched": "weights"}.get(path.stem, path.stem) + ".safetensors")
+    if arch.num_classes != num_classes:
+        raise InputError(
+            f"the teacher {path} knows {arch.num_classes} classes, but the data have {num_classes}: give one that was "
+            "trained on them"
+        )
+    own = build_model(arch)
+    load_weights(own, weights)
+    model = build_model(arch.at(image_size))
+    given = own.state_dict()
+    model.load_state_dict({name: at_size(name, given[name], like) for name, like in model.state_dict().items()})
+    text = f"{arch.to_yaml()}{_digest(weights)}"
+    return Teacher(model.eval().requires_grad_(False), f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}")
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """A trained network: `folder/arch.yaml` with the weights `folder/model.safetensors`."""
@@ -120,13 +176,21 @@ class TrainingResult:
 
 
 def train_network(
-    arch: ArchConfig, data: ImageData, recipe: Recipe, folder: Path, seed: int, *, weights: Path | None = None
+    arch: ArchConfig,
+    data: ImageData,
+    recipe: Recipe,
+    folder: Path,
+    seed: int,
+    *,
+    weights: Path | None = None,
+    teacher: Teacher | None = None,
 ) -> TrainingResult:
     """Train a network at its own image size, which is also the data's, and return how it does on `data.val`.
 
     The network gets the data's number of classes and loses its empty slots. It starts from random weights, or from
-    the file `weights` (see `load_weights`). `folder` then holds `arch.yaml`, `model.safetensors`, `metrics.csv` (a
-    row for each epoch; the learning rate is that of its last step, the training loss is smoothed) and
+    the file `weights` (see `load_weights`), whose layer scales stay as they are. With a `teacher`, which sees the same
+    augmented images, it learns from that too, as the recipe says. `folder` then holds `arch.yaml`, `model.safetensors`,
+    `metrics.csv` (a row for each epoch; the learning rate is that of its last step, the training loss is smoothed) and
     `checkpoint.pt`, written after each epoch. The next call with the same arguments goes on from there, to the same
     weights as if it had never stopped; if the training is finished, it returns its result. On one machine with one
     number of threads, the same seed gives the same weights.
@@ -149,16 +213,17 @@ def train_network(
         torch.manual_seed(seed)
         model = build_model(arch)
     set_layer_scale(model, recipe.layer_scale)
+    # After the layer scales, which are part of the weights.
     if weights is not None and not checkpoint.exists():
         load_weights(model, weights, adapt=True)
     # Claimed only now: what was refused so far leaves the folder free for the corrected request.
-    claim(folder, _request(arch, data, recipe, seed, weights))
+    claim(folder, _request(arch, data, recipe, seed, weights, teacher))
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), recipe.weight_decay), lr=recipe.learning_rate)
     history = History()
     first = load_checkpoint(checkpoint, net=model, optimizer=optimizer, history=history)
     if first < recipe.epochs:
-        _run_epochs(model, optimizer, history, first, arch, data, recipe, checkpoint, seed)
+        _run_epochs(model, optimizer, history, first, arch, data, recipe, checkpoint, seed, teacher)
     else:
         say(f"the training in {folder} has finished before: its result is returned")
 
@@ -181,6 +246,7 @@ def _run_epochs(
     recipe: Recipe,
     checkpoint: Path,
     seed: int,
+    teacher: Teacher | None = None,
 ) -> None:
     """Train from epoch `first` (counted from 0) to the recipe's last, each followed by a checkpoint and a row."""
     device = next(model.parameters()).device
@@ -188,6 +254,8 @@ def _run_epochs(
     per_epoch = max(1, size // recipe.batch_size)
     steps, step = per_epoch * recipe.epochs, per_epoch * first
     start = step
+    if teacher is not None:
+        teacher.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     say(
         f"training {arch.name} at {arch.image_size} px for {len(data.classes)} classes on {len(data.train):,} images: "
         f"epochs {first + 1} to {recipe.epochs}, {per_epoch} steps of {min(size, recipe.batch_size)}, on {device.type}"
@@ -205,7 +273,7 @@ def _run_epochs(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 x, y = training_batch(data, indices, generator, device)
-                losses.append(_train_step(model, optimizer, x, y, recipe))
+                losses.append(_train_step(model, optimizer, x, y, recipe, teacher))
                 if not math.isfinite(losses[-1]):
                     raise FloatingPointError(
                         f"the loss of {arch.name} is not finite in epoch {epoch + 1}: lower the recipe's learning_rate"
@@ -236,10 +304,21 @@ def _run_epochs(
                 say(f"epoch {epoch + 1} of {recipe.epochs}: validation loss {loss:.4f}, top-1 {100 * accuracy:.2f} %")
 
 
-def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, recipe: Recipe) -> float:
+def _train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    recipe: Recipe,
+    teacher: Teacher | None = None,
+) -> float:
     """Take one step on the normalised images `x` (B, 3, S, S) with labels `y` (B,); return the loss before it."""
     with mixed_precision(x.device, recipe.precision):
-        loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
+        taught = None
+        if teacher is not None:
+            with torch.no_grad():
+                taught = teacher.network(x)
+        loss = training_loss(model(x), y, recipe, taught)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
@@ -265,6 +344,24 @@ def _cpu_has_bfloat16() -> bool:
     except AttributeError:  # an older torch cannot say
         return False
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def training_loss(logits: Tensor, labels: Tensor, recipe: Recipe, taught: Tensor | None = None) -> Tensor:
+    """Return the loss of logits (B, classes) against labels (B,), and against a teacher's logits `taught` (B, classes).
+
+    Source of the teacher's part: soft, Hinton et al. 2015, the divergence from its probabilities at a temperature T, times T^2;
+    hard, DeiT (Touvron et al., ICML 2021), cross-entropy to the class that it decides for.
+    """
+    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+    if taught is None:
+        return loss
+    if recipe.distillation == "hard":
+        other = F.cross_entropy(logits, taught.argmax(1))
+    else:
+        t = recipe.teacher_temperature
+        own, theirs = (logits.float() / t).log_softmax(1), (taught.float() / t).log_softmax(1)
+        other = t * t * F.kl_div(own, theirs, reduction="batchmean", log_target=True)
+    return (1 - recipe.teacher_weight) * loss + recipe.teacher_weight * other
 
 
 def training_batch(data: ImageData, indices: Tensor, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -295,7 +392,9 @@ class History:
         write_atomically(path, text.getvalue())
 
 
-def _request(arch: ArchConfig, data: ImageData, recipe: Recipe, seed: int, weights: Path | None) -> dict[str, Any]:
+def _request(
+    arch: ArchConfig, data: ImageData, recipe: Recipe, seed: int, weights: Path | None, teacher: Teacher | None
+) -> dict[str, Any]:
     """Return what decides the outcome of a training, as `nas.request.claim` takes it."""
     return {
         "command": "nas-train",
@@ -305,6 +404,7 @@ def _request(arch: ArchConfig, data: ImageData, recipe: Recipe, seed: int, weigh
         "data_fingerprint": data.fingerprint,
         "training_images": len(data.train),
         "weights": None if weights is None else _digest(weights),
+        "teacher": None if teacher is None else teacher.digest,
         "arch": arch.to_yaml(),
     }
 
@@ -327,8 +427,11 @@ def load_weights(model: nn.Module, path: str | Path, *, adapt: bool = False) -> 
     Raises:
         InputError: the file cannot be read or does not fit. The network is then as it was.
     """
-    path = Path(path)
-    given = _read_weights(path)
+    load_state(model, _read_weights(Path(path)), Path(path), adapt=adapt)
+
+
+def load_state(model: nn.Module, given: Mapping[str, Tensor], path: str | Path, *, adapt: bool = False) -> None:
+    """Load weights that were read from `path` (which messages name), as `load_weights` does."""
     own = model.state_dict()
     if adapt:
         given = _adapted(given, own, path)
@@ -365,7 +468,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return dict(found)
 
 
-def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """Return the weights with the network's own classifier, resized attention biases and its own parts for groups of images,
     where that makes them fit."""
     adapted = dict(given)

@@ -21,6 +21,7 @@ from nas.supernet_training import SupernetSettings
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
+from supernet.files import write_atomically
 from supernet.space import SearchSpace
 
 VISITS = (12, 36, 60)  # of the network, by the end of each pass
@@ -73,11 +74,21 @@ def verify(run: Path, device: str | None = None, results: Path | None = None) ->
             strategy=request["strategy"],
             out=run,
             seed=request["seed"],
+            **_start(run, request),
         ),
         space=SearchSpace.from_dict(yaml.safe_load(request["space"]), f"the space of {run}"),
         settings=SupernetSettings(**request["settings"]),
         again=True,
     )
+
+
+def _start(run: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """The network and the weights that the search began with, if it did (--init)."""
+    if "init" not in request:
+        return {}
+    path = run / "init.yaml"
+    write_atomically(path, request["init"])
+    return {"init": str(path), "weights": request["weights"]}
 
 
 def _finished(run: Path) -> tuple[dict[str, Any], str]:

@@ -250,5 +250,13 @@ def subnetwork(supernet: AnySupernet, arch: ArchConfig, kept: UnitScores | None 
     return model
 
 
+def fill(supernet: Supernet, model: nn.Module, arch: ArchConfig) -> None:
+    """Copy the weights of `model`, the network `arch` with the supernet's largest widths, into the supernet's layers and into
+    the candidates of its path, so that this path gives the network's logits. `arch` has the supernet's image size and classes,
+    and no empty slot."""
+    for (name, layer), module in zip(arch.named_layers(), model.children(), strict=True):
+        supernet.source(name, layer).load_state_dict(module.state_dict())
+
+
 def _leading(source: Mapping[str, Tensor], shaped: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: source[name][tuple(slice(n) for n in like.shape)] for name, like in shaped.items()}

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tables import plain_calibration
 
 from nas import cli
+from nas.pretrained import space_of
 from nas.profilers.ort_session import cpu_id
 from nas.scores import Drops
 from nas.table import LatencyTable, Row, measured_layers
 from supernet.arch import ArchConfig
-from supernet.model import count
+from supernet.model import build_model, count
 from supernet.space import SearchSpace, space_names
 from supernet.specs import Head, Identity, Layer
 from supernet.zoo import zoo
@@ -149,6 +151,11 @@ def test_a_target_that_is_no_time_is_refused(target: str, capsys: pytest.Capture
         (["--data", "nowhere"], "does not exist"),
         (["--seed", "-1"], "not a seed"),
         (["--sede", "1"], "unrecognized arguments"),
+        (["--init", "efficientformer_l1"], "--init NET and --weights FILE go together"),
+        (["--weights", "l1.pth"], "--init NET and --weights FILE go together"),
+        (["--init", "efficientformer_l1", "--weights", "none.pth"], "none.pth does not exist"),
+        (["--init", "efficientformer_l1", "--weights", "none.pth", "--strategy", "exact"], "unknown strategy"),
+        (["--init", "efficientformer_l1", "--weights", "none.pth", "--space", "efficientvit"], "leave --space out"),
     ],
 )
 def test_nas_search_refuses_in_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,6 +338,100 @@ def test_size_is_limited_and_counts_where_asked_and_importance_may_come_from_dro
     assert Drops.load(Path("run/drops.csv"), space).base == space.arch(space.largest.widths, [["mb4d"] * 2, ["mb4d"] * 2])
 
 
+TINY = """
+name: mine
+image_size: 32
+num_classes: 10
+stages:
+- {width: 16, stride: 2, blocks: [mb4d, mb4d]}
+- {width: 32, stride: 2, blocks: [mb4d, {kind: mb3d, num_heads: 2, key_dim: 8, attn_ratio: 2}]}
+"""
+INIT_SETTINGS = """
+{images_per_epoch: 256, recalibration_images: 64, score_images: 64, distillation_steps: 30, init_epochs: 1, batch_size: 32}
+"""
+
+
+def test_from_a_network_with_weights_to_a_smaller_one_that_learns_from_it(
+    tmp_path: Path, settings_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text(TINY)
+    Path("recipe.yaml").write_text("{epochs: 2, batch_size: 64, learning_rate: 0.004, layer_scale: 0.5, clip_norm: 5}")
+    settings_file.write_text(INIT_SETTINGS)
+    cli.train(["mine.yaml", "--out", "trained", "--recipe", "recipe.yaml"])
+    whole = ArchConfig.load("trained/arch.yaml")
+    space = space_of(whole)
+    table = additive_table(space, "phone-npu")
+    target = 0.6 * table.predict_ms(whole)
+    arguments = ["--init", "trained/arch.yaml", "--weights", "trained/model.safetensors", "--target-ms", f"{target:.6f}"]
+    arguments += ["--config", str(settings_file), "--out", "run", "--device", "phone-npu"]
+    arguments += ["--table", str(table.save(tmp_path / "phone"))]
+    capsys.readouterr()
+    cli.search(arguments)
+    out = capsys.readouterr()
+    assert "training" not in out.err, "it knows the data, so that nothing is trained but its replacements"
+    assert "block-wise distillation: 1 blocks" in out.err
+    arch = ArchConfig.load("run/searched.yaml")
+    assert arch in space
+    assert table.predict_ms(arch) <= target
+    result = json.loads(Path("run/result.json").read_text())
+    assert result["init"]["network"] == "mine"
+    assert result["init"]["predicted_ms"] == pytest.approx(table.predict_ms(whole))
+    assert ArchConfig.load("run/teacher.yaml") == whole
+    teacher, given = load_file("run/teacher.safetensors"), load_file("trained/model.safetensors")
+    assert all((teacher[name] == given[name]).all() for name in given)
+    assert SearchSpace.load("run/space.yaml") == space
+
+    # The same request goes on; with other weights it is another one.
+    before = Path("run/result.json").read_bytes()
+    cli.search(arguments)
+    assert Path("run/result.json").read_bytes() == before
+    Path("run/result.json").unlink()
+    cli.search(arguments)
+    assert Path("run/result.json").read_bytes() == before, "what was killed before its end comes to the same"
+    other = [a if a != "trained/model.safetensors" else "run/other.safetensors" for a in arguments]
+    save_file({name: tensor + 0.1 if tensor.is_floating_point() else tensor for name, tensor in given.items()}, other[3])
+    capsys.readouterr()
+    assert "another request (weights " in refused(cli.search, other, capsys)
+
+    # The command that is printed is the next one.
+    command = out.out.split("next: nas-train ")[1].split("\n")[0].split()
+    assert command[1:5] == ["--weights", "run/weights.safetensors", "--teacher", "run/teacher.yaml"]
+    Path("short.yaml").write_text("{epochs: 1, batch_size: 64, learning_rate: 0.0005, layer_scale: 0.1, clip_norm: 5}")
+    cli.train(["short.yaml" if word == "finetune" else word for word in command])
+    assert "top-1" in capsys.readouterr().out
+    assert ArchConfig.load("tuned/arch.yaml").stages == arch.stages
+
+
+def test_a_network_that_meets_the_target_as_it_is_stays_as_it_is(
+    tmp_path: Path, settings_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text(TINY)
+    settings_file.write_text(INIT_SETTINGS)
+    whole = ArchConfig.load("mine.yaml")
+    table = additive_table(space_of(whole), "phone-npu")
+    save_file(build_model(whole.with_classes(3)).state_dict(), "three.safetensors")
+    arguments = ["--init", "mine.yaml", "--weights", "three.safetensors", "--target-ms", "99", "--out", "run"]
+    arguments += ["--config", str(settings_file), "--device", "phone-npu", "--table", str(table.save(tmp_path / "phone"))]
+    cli.search(arguments)
+    out = capsys.readouterr()
+    assert "mine knows 3 classes, the data have 10" in out.err
+    assert "meets the target as it is" in out.out
+    assert ArchConfig.load("run/searched.yaml").stages == whole.stages
+    found, teacher = load_file("run/weights.safetensors"), load_file("run/teacher.safetensors")
+    assert all((found[name] == teacher[name]).all() for name in teacher), "batch-norm statistics too"
+
+
+def test_a_table_without_the_rows_of_a_network_names_the_command_that_measures_them(
+    tmp_path: Path, space_file: Path, phone_table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text(TINY)
+    save_file(build_model(ArchConfig.load("mine.yaml")).state_dict(), "w.safetensors")
+    arguments = ["--init", "mine.yaml", "--weights", "w.safetensors", "--target-ms", "1", "--out", "run"]
+    line = refused(cli.search, [*arguments, "--device", "phone-npu", "--table", str(phone_table)], capsys)
+    assert "--missing --space run/space.yaml" in line
+    assert SearchSpace.load("run/space.yaml") == space_of(ArchConfig.load("mine.yaml"))
+
+
 def test_a_network_found_in_another_family_is_of_its_space(space_file: Path, settings_file: Path, tmp_path: Path) -> None:
     space_file.write_text(V2_SPACE)
     space = SearchSpace.load(space_file)
@@ -427,6 +528,7 @@ def test_nas_profile_predicts_by_layer_for_a_device_that_is_not_here(
         (cli.profile, ["efficientformer_l1", "--device", "gpu"], "unknown device 'gpu'"),
         (cli.train, ["efficientformer_l9", "--out", "t"], "unknown network"),
         (cli.train, ["efficientformer_l1", "--out", "t", "--recipe", "quik"], "did you mean quick"),
+        (cli.train, ["efficientformer_l1", "--out", "t", "--recipe", "finetun"], "did you mean finetune"),
         (cli.export, ["efficientformer_l1", "--format", "onyx", "--out", "m"], "did you mean onnx"),
         (cli.export, ["efficientformer_l1", "--format", "onnx", "--out", "m", "--weights", "no.safetensors"], "no.safetensors"),
         (cli.build_lut, [], "--device cpu"),

@@ -14,10 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nas import training
-from nas.data import ImageData, load_images
+from nas.data import ImageData, load_images, normalise
 from nas.evaluation import accuracy_of
 from nas.request import claim
-from nas.training import RECIPES, Recipe, TrainingResult, cosine, load_recipe, load_weights, mixed_precision, parameter_groups
+from nas.training import (
+    RECIPES,
+    Recipe,
+    TrainingResult,
+    cosine,
+    load_recipe,
+    load_teacher,
+    load_weights,
+    mixed_precision,
+    parameter_groups,
+    training_loss,
+)
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.model import build_model
@@ -175,10 +186,10 @@ def test_data_of_another_size_are_refused(digits: ImageData, tmp_path: Path) -> 
 def test_non_finite_loss_names_the_epoch(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, steps = training._train_step, 0
 
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, recipe: Recipe) -> float:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, *rest: Any) -> float:
         nonlocal steps
         steps += 1
-        return original(model, optimizer, x * math.nan if steps == 7 else x, y, recipe)
+        return original(model, optimizer, x * math.nan if steps == 7 else x, *rest)
 
     monkeypatch.setattr(training, "_train_step", step)
     with pytest.raises(FloatingPointError, match="not finite in epoch 2: lower the recipe's learning_rate"):
@@ -312,6 +323,119 @@ def test_training_starts_from_given_weights(digits: ImageData, whole: TrainingRe
     assert result.arch == whole.arch
 
 
+# -- Teachers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher_file(whole: TrainingResult) -> Path:
+    return whole.folder / "arch.yaml"
+
+
+def test_the_loss_has_the_labels_share_and_the_teachers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, taught = torch.randn(2, 6, 4, generator=generator)
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    alone = training_loss(logits, labels, RECIPE)
+    assert alone == nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    none, all_soft, all_hard = (
+        replace(RECIPE, distillation=kind, teacher_weight=share)  # type: ignore[arg-type]
+        for kind, share in (("soft", 0.0), ("soft", 1.0), ("hard", 1.0))
+    )
+    assert training_loss(logits, labels, none, taught) == alone
+    t = RECIPE.teacher_temperature
+    p, q = (taught / t).softmax(1), (logits / t).softmax(1)
+    divergence = t * t * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(training_loss(logits, labels, all_soft, taught), divergence)
+    assert training_loss(taught, labels, all_soft, taught).abs() < 1e-6, "nothing is left to learn"
+    decided = nn.functional.cross_entropy(logits, taught.argmax(1))
+    torch.testing.assert_close(training_loss(logits, labels, all_hard, taught), decided)
+    half = replace(all_soft, teacher_weight=0.5)
+    torch.testing.assert_close(training_loss(logits, labels, half, taught), (alone + divergence) / 2)
+
+
+def test_a_teacher_alone_makes_a_student_agree_with_it(digits: ImageData, teacher_file: Path, tmp_path: Path) -> None:
+    """Of a teacher whose answers are all other ones: the labels play no part."""
+    state = load_file(teacher_file.with_name("model.safetensors"))
+    for name in ("head.fc.weight", "head.fc.bias"):
+        state[name] = state[name].roll(1, 0)
+    save_file(state, tmp_path / "wrong.safetensors")
+    ArchConfig.load(teacher_file).save(tmp_path / "wrong.yaml")
+    teacher = load_teacher(tmp_path / "wrong.yaml", 16, 10)
+    before = {name: tensor.clone() for name, tensor in teacher.network.state_dict().items()}
+    recipe = replace(RECIPE, epochs=2, teacher_weight=1.0, images_per_epoch=0, distillation="hard")
+    training.train_network(ARCH, digits, recipe, tmp_path / "out", seed=0, teacher=teacher)
+    student = build_model(ArchConfig.load(tmp_path / "out" / "arch.yaml"))
+    load_weights(student, tmp_path / "out" / "model.safetensors")
+    pixels, labels = digits.val.batch(torch.arange(len(digits.val)))
+    with torch.no_grad():
+        said, taught = (net.eval()(normalise(pixels)).argmax(1) for net in (student, teacher.network))
+    assert (said == taught).double().mean() > 2 * (said == labels).double().mean()
+    assert not teacher.network.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.network.state_dict().items()), "it is frozen"
+
+
+def test_resumed_training_with_a_teacher_equals_uninterrupted(
+    digits: ImageData, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(folder: str) -> dict[str, Tensor]:
+        teacher = load_teacher(teacher_file, 16, 10)
+        training.train_network(ARCH, digits, replace(RECIPE, epochs=2), tmp_path / folder, seed=3, teacher=teacher)
+        return load_file(tmp_path / folder / "model.safetensors")
+
+    expected, original, steps = run("whole"), training._train_step, 0
+
+    def killed(*args: Any) -> float:
+        nonlocal steps
+        steps += 1
+        if steps == 8:  # in the second epoch
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "_train_step", killed)
+        run("killed")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in run("killed").items())
+    with pytest.raises(InputError, match=r"\(teacher sha256 [0-9a-f]{16}, now null\)"):
+        training.train_network(ARCH, digits, replace(RECIPE, epochs=2), tmp_path / "whole", seed=3)
+
+
+def test_a_teacher_is_a_file_with_its_weights_beside_it(teacher_file: Path, tmp_path: Path) -> None:
+    arch = ArchConfig.load(teacher_file)
+    state = load_file(teacher_file.with_name("model.safetensors"))
+    for yaml, weights in (("teacher.yaml", "teacher.safetensors"), ("searched.yaml", "weights.safetensors")):
+        arch.save(tmp_path / yaml)
+        with pytest.raises(InputError, match=rf"{weights} does not exist"):
+            load_teacher(tmp_path / yaml, 16, 10)
+        save_file(state, tmp_path / weights)
+        found = load_teacher(tmp_path / yaml, 16, 10)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in found.network.state_dict().items())
+    assert found.digest == load_teacher(tmp_path / "teacher.yaml", 16, 10).digest
+    larger = load_teacher(tmp_path / "teacher.yaml", 24, 10).network
+    assert larger(torch.zeros(1, 3, 24, 24)).shape == (1, 10), "at the student's size"
+    with pytest.raises(InputError, match="knows 10 classes, but the data have 3"):
+        load_teacher(tmp_path / "teacher.yaml", 16, 3)
+    with pytest.raises(InputError, match="no YAML file"):
+        load_teacher("efficientformer_l1", 16, 10)
+
+
+def test_given_weights_keep_their_layer_scales(
+    digits: ImageData, whole: TrainingResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, Tensor]] = []
+
+    def step(model: nn.Module, *args: object) -> float:
+        seen.extend((n, p.detach().clone()) for n, p in model.named_parameters() if n.endswith("gamma"))
+        return 1.0
+
+    monkeypatch.setattr(training, "_train_step", step)
+    weights = whole.folder / "model.safetensors"
+    recipe = replace(RECIPES["finetune"], epochs=1, images_per_epoch=32, batch_size=32)
+    training.train_network(ARCH, digits, recipe, tmp_path, seed=0, weights=weights)
+    given = load_file(weights)
+    assert len(seen) == 8
+    assert all(torch.equal(gamma, given[name]) for name, gamma in seen)
+
+
 def test_recipes_by_name_and_from_files(tmp_path: Path) -> None:
     assert load_recipe("quick") == RECIPES["quick"]
     path = tmp_path / "mine.yaml"
@@ -341,6 +465,9 @@ def test_recipes_by_name_and_from_files(tmp_path: Path) -> None:
         ("label_smoothing", 1.0),
         ("accelerator", "gpu"),
         ("precision", "fp16"),
+        ("distillation", "medium"),
+        ("teacher_weight", 1.5),
+        ("teacher_temperature", 0.0),
     ],
 )
 def test_impossible_recipes_are_refused(field: str, value: object) -> None:

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_cli import SETTINGS, SPACE, additive_table, refused
+from safetensors.torch import save_file
+from test_cli import INIT_SETTINGS, SETTINGS, SPACE, TINY, additive_table, refused
 
 from nas import cli
 from nas.measure import CACHED, STREAMING, name_of
+from nas.pretrained import space_of
 from nas.profilers.ort_cpu import OrtCpu
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
+from supernet.model import build_model
 from supernet.space import SearchSpace
 
 REFERENCES = (0.25, 0.3)  # what the made-up table says that they take
@@ -98,6 +101,25 @@ def test_a_network_that_misses_there_is_searched_again_until_it_meets(target: fl
     assert rounds >= 2
     assert result()["measured_high_ms"] <= target
     assert result()["measured_ms"] == pytest.approx(1.3 * result()["predicted_ms"], rel=1e-3)
+
+
+def test_a_search_that_began_with_a_network_goes_on_with_it(table: LatencyTable, tmp_path: Path) -> None:
+    Path("mine.yaml").write_text(TINY)
+    Path("init.yaml").write_text(INIT_SETTINGS)
+    whole = ArchConfig.load("mine.yaml")
+    save_file(build_model(whole).state_dict(), "w.safetensors")
+    own = additive_table(space_of(whole), "board-cpu")
+    own.save(tmp_path / "tables")
+    target = 0.8 * own.predict_ms(whole)
+    where = ["--device", "board-cpu", "--config", "init.yaml", "--out", "run"]
+    cli.search(["--target-ms", f"{target:.6f}", "--init", "mine.yaml", "--weights", "w.safetensors", *where])
+    teacher = Path("run/teacher.safetensors").read_bytes()
+    cli.search(["--from", "run", "--verify"])
+    found = 0.985 * target
+    cli.search(["--from", "run", "--verify", str(board_says(found))])
+    assert result()["measured_ms"] == pytest.approx(found, rel=1e-3)
+    assert result()["init"]["network"] == "mine"  # type: ignore[index]
+    assert Path("run/teacher.safetensors").read_bytes() == teacher
 
 
 def test_results_of_another_machine_are_refused(

@@ -1,0 +1,438 @@
+"""Start a search from a network that has its weights: its blocks become the supernet's, which is then not trained at all.
+
+Blocks that the network does not have, but might have in the place of its own, are warmed up by block-wise distillation: each is
+trained alone to give what the block that it would replace gives on the same input. Source: DNA (Li et al., CVPR 2020) and
+DONNA (Moons et al., ICCV 2021), whose error is the squared difference by the variance of the output, channel by channel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from nas.data import ImageData, epoch_batches
+from nas.evaluation import accuracy_of
+from nas.networks import import_timm
+from nas.progress import progress, say
+from nas.supernet_training import SupernetSettings, epoch_size
+from nas.training import (
+    CLASSIFIER,
+    Recipe,
+    accelerator,
+    cosine,
+    load_checkpoint,
+    load_state,
+    load_weights,
+    parameter_groups,
+    save_checkpoint,
+    train_network,
+    training_batch,
+)
+from supernet.arch import ArchConfig
+from supernet.errors import InputError, first_line, placed
+from supernet.files import write_atomically
+from supernet.metapath import MetaPath, Supernet
+from supernet.model import build_model
+from supernet.space import SearchSpace, StageSpace
+from supernet.specs import FFN, MB3D, MB4D, AttnFFN, Block, Identity, Sandwich, ViT, at_width, placed_entry
+from supernet.weights import at_size, fill, load_timm_weights
+from supernet.zoo import load_arch
+
+TIMM = "timm:"
+EIGHTHS = (4, 5, 6, 7)  # of a stage's width that a search may choose from
+DISTILLATION_RATE = 5e-3  # AdamW's highest learning rate
+ROUND = 25  # steps of distillation between two checkpoints
+LEAST_VARIANCE = 1e-6  # of a channel that is as good as constant
+
+_OURS = re.compile(r"stage\d+_")  # names in our state dicts
+_THEIRS = re.compile(r"(stages|blocks|patch_embed)\.")  # in timm's
+_CLASSIFIERS_OF_TIMM = ("head.linear.bias", "head.bias")
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A network with its weights, as a person gave them."""
+
+    arch: ArchConfig
+    """At its own image size, with the classes that its weights know, without empty slots."""
+    state: Mapping[str, Tensor]
+    """Under the names of `build_model(arch)`."""
+    source: str
+    """Where the weights are from: a resolved path, or timm:NAME."""
+
+    @property
+    def digest(self) -> str:
+        """What tells these weights from others."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.state.items()}
+        return f"sha256 {hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()[:16]}"
+
+
+def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:
+    """Read the weights of `arch`, which a person calls `network`: a file of timm's or of this package's (a state dict, a
+    checkpoint), or `timm:NAME` where timm is installed. Whose they are is told by their names.
+
+    Raises:
+        InputError: the file cannot be read, is neither's, or does not fit the network; or timm cannot give the weights.
+    """
+    arch = arch.without_identity()
+    given = _timm_state(weights) if weights.startswith(TIMM) else _read_state(Path(weights))
+    source = weights if weights.startswith(TIMM) else str(Path(weights).resolve())
+    with placed(weights):
+        if any(_OURS.match(name) for name in given):
+            classes = given.get(CLASSIFIER[1])
+            arch = arch.with_classes(arch.num_classes if classes is None else len(classes))
+            model = build_model(arch)
+            load_state(model, given, weights, adapt=True)
+        elif any(_THEIRS.match(name) for name in given):
+            known = next((given[name] for name in _CLASSIFIERS_OF_TIMM if name in given), None)
+            arch = arch.with_classes(arch.num_classes if known is None else len(known))
+            model = build_model(arch)
+            load_timm_weights(model, given)
+        else:
+            found = ", ".join(list(given)[:3])
+            raise InputError(
+                f"these are neither timm's nor this package's weights of {network}: they have {found or 'nothing'}: give "
+                "timm.create_model(name).state_dict(), or the model.safetensors of nas-train"
+            )
+    return Pretrained(arch, model.state_dict(), source)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """Return the state dict of a file, also where it is a part of a checkpoint."""
+    if not path.is_file():
+        raise InputError(f"the weights file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        found: Any = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # neither library has one base for what damaged files raise
+        raise InputError(
+            f"the weights file {path} cannot be read: give a state dict as .safetensors, or as .pt of tensors alone"
+        ) from error
+    for part in ("net", "state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(part), dict):
+            found = found[part]
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        held = ", ".join(map(str, list(found)[:3])) if isinstance(found, dict) else type(found).__name__
+        raise InputError(f"the weights file {path} holds no state dict, but {held}: give one of timm or of nas-train")
+    return found
+
+
+def _timm_state(weights: str) -> dict[str, Tensor]:
+    name = weights.removeprefix(TIMM)
+    timm, why_not = import_timm()
+    if timm is None:
+        raise InputError(f"{weights} needs timm, which is not usable here ({why_not}): pip install timm, or give a file")
+    try:
+        return dict(timm.create_model(name, pretrained=True).state_dict())
+    except Exception as error:  # an unknown name, no pretrained weights, no network: each has its own exception
+        raise InputError(
+            f"timm cannot give the weights of {name} ({first_line(error)}): give a name of timm.list_pretrained(), or a file"
+        ) from error
+
+
+def requested(network: str, weights: str, space: str | None, settings: SupernetSettings) -> tuple[Pretrained, SearchSpace]:
+    """Return the network of `--init` with its weights, and the space that is searched from it.
+
+    Raises:
+        InputError: what is asked for does not go together, or one of the files cannot be used.
+    """
+    if settings.objective == "throughput":
+        raise InputError("--init does not go with the objective throughput: leave one of them out")
+    if settings.importance == "logits" or settings.paths == "elastic":
+        raise InputError("--init trains no supernet, so that importance: logits and paths: elastic say nothing: leave them out")
+    arch = load_arch(network)
+    around = space_of(arch, SearchSpace.load(space) if space is not None else None)
+    return load_pretrained(network, weights, arch), around
+
+
+# -- The space ---------------------------------------------------------------------------------------------------------
+
+
+def space_of(arch: ArchConfig, within: SearchSpace | None = None) -> SearchSpace:
+    """Return the networks that may come of `arch`: any of its blocks removed, its attention blocks also replaced by blocks on
+    maps, its stages narrowed by eighths down to a half.
+
+    With `within`, a space that the network is a member of, what may replace its blocks is that space's candidates, and how far
+    its stages are narrowed that space's widths.
+
+    Raises:
+        InputError: the network groups its images, or is no member of `within`.
+    """
+    if arch.multiplexes:
+        raise InputError(f"{arch.name} groups its images (mux), from which no search starts: give the network without mux")
+    arch = replace(arch.without_identity(), mux=None)
+    if within is not None:
+        return _within(arch, within)
+    around = SearchSpace.around(arch)
+    stages: list[StageSpace] = []
+    for stage in around.stages:
+        blocks = [c for c in stage.candidates if not isinstance(c, Identity)]
+        candidates = tuple(dict.fromkeys((*blocks, *(m for m in map(_on_map, blocks) if m), Identity(stage.widths[-1]))))
+        stages.append(replace(stage, candidates=candidates))
+    widths = [_narrower(around, stages, number) for number in range(len(stages))]
+    return replace(around, stages=tuple(replace(s, widths=w) for s, w in zip(stages, widths, strict=True)))
+
+
+def _within(arch: ArchConfig, space: SearchSpace) -> SearchSpace:
+    try:
+        space.fit(arch)
+    except InputError as error:
+        raise InputError(
+            f"with --init, --space must be one that the network is a member of, but {error}: leave --space out"
+        ) from error
+    stages = []
+    for stage, choices in zip(arch.stages, space.stages, strict=True):
+        candidates = tuple(at_width(c, stage.width) for c in choices.candidates)
+        widths = tuple(w for w in choices.widths if w <= stage.width)
+        stages.append(replace(choices, widths=widths, depth=max(1, len(stage.blocks)), candidates=candidates))
+    return SearchSpace(arch.name, arch.image_size, arch.num_classes, tuple(stages), arch.head)
+
+
+def _on_map(block: Block) -> Block | None:
+    """Return the block on maps that may stand in the place of an attention block, with the same MLP where it has one."""
+    match block:
+        case MB3D():
+            return MB4D(block.dim, block.mlp_ratio, act=block.act)
+        case AttnFFN():
+            return FFN(block.dim, block.mlp_ratio, act=block.act)
+        case Sandwich():
+            return MB4D(block.dim, block.ffn_ratio, act=block.act)
+    return None
+
+
+def _narrower(space: SearchSpace, stages: list[StageSpace], number: int) -> tuple[int, ...]:
+    """Return the widths to choose from of a stage, ascending: for each number of eighths the next lower one that its blocks and
+    its entry can have, a multiple of 16 if possible where it is wide."""
+    full = space.stages[number].widths[-1]
+    step = 16 if full >= 64 else 8
+    found = {full}
+    for eighths in EIGHTHS:
+        most = full * eighths // 8 // step * step
+        lower = (w for w in range(most, full // 2 - 1, -8) if _can_be(space, stages, number, w))
+        found.update(itertools.islice(lower, 1))
+    return tuple(sorted(found))
+
+
+def _can_be(space: SearchSpace, stages: list[StageSpace], number: int, width: int) -> bool:
+    stage = stages[number]
+    if any(isinstance(candidate, ViT) for candidate in stage.candidates):
+        return False  # the leading rows of its qkv are another division into heads
+    try:
+        for candidate in stage.candidates:
+            at_width(candidate, width)
+        placed_entry(stage.entry, width, space.stages[number - 1].widths[-1] if number else None, stage.stride)
+        return True
+    except InputError:
+        return False
+
+
+# -- The network on the data -------------------------------------------------------------------------------------------
+
+
+def on_data(given: Pretrained, data: ImageData, settings: SupernetSettings, seed: int, folder: Path) -> nn.Sequential:
+    """Return the network at the data's image size, with their classes, in eval mode: as it was given, or trained a little.
+
+    It is trained, for `init_epochs` as a whole, where its classifier is new or no better than chance: scores would mean
+    nothing. The training is kept in `folder/init`, where the same call goes on. `folder` then holds `teacher.yaml` and
+    `teacher.safetensors`, the network at the size that it is deployed at.
+    """
+    device = accelerator(settings.accelerator)
+    arch = given.arch.at(data.image_size).with_classes(len(data.classes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(arch)
+    load_state(model, given.state, given.source, adapt=True)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    reason = _why_train(given, model, data)
+    if reason:
+        say(f"{reason}: it is trained for {settings.init_epochs} epochs (init_epochs) before anything is taken away")
+        recipe = Recipe(
+            epochs=settings.init_epochs,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate / 4,  # all but the classifier is to be kept
+            layer_scale=settings.layer_scale,  # of no account: the weights have their own
+            clip_norm=settings.clip_norm,
+            weight_decay=settings.weight_decay,
+            label_smoothing=settings.label_smoothing,
+            images_per_epoch=epoch_size(settings, data),
+            accelerator=settings.accelerator,
+        )
+        start = folder / "init" / "given.safetensors"
+        if not start.exists():
+            write_atomically(start, safetensors.torch.save({n: t.contiguous() for n, t in given.state.items()}))
+        train_network(arch, data, recipe, folder / "init", seed, weights=start)
+        load_weights(model, folder / "init" / "model.safetensors")
+    teacher = given.arch.with_classes(len(data.classes))
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    shaped = build_model(teacher).state_dict()
+    tensors = {name: at_size(name, state[name], like).contiguous() for name, like in shaped.items()}
+    teacher.save(folder / "teacher.yaml")
+    write_atomically(folder / "teacher.safetensors", safetensors.torch.save(tensors))
+    return model.eval()
+
+
+def _why_train(given: Pretrained, model: nn.Module, data: ImageData) -> str:
+    classes = len(data.classes)
+    if given.arch.num_classes != classes:
+        return f"{given.arch.name} knows {given.arch.num_classes} classes, the data have {classes}, so its classifier is new"
+    _, accuracy = accuracy_of(model, data.score)
+    chance = 1 / classes
+    if accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / len(data.score)):
+        return (
+            f"{given.arch.name} is right on {100 * accuracy:.1f} % of the scoring images, which is chance, so its classes "
+            "are not the data's"
+        )
+    return ""
+
+
+# -- The supernet ------------------------------------------------------------------------------------------------------
+
+
+def pretrained_supernet(
+    model: nn.Sequential,
+    arch: ArchConfig,
+    space: SearchSpace,
+    data: ImageData,
+    settings: SupernetSettings,
+    seed: int,
+    folder: Path,
+) -> Supernet:
+    """Return the supernet of `space` with the network's own weights, and what may replace its blocks warmed up, in eval mode.
+
+    `model` is the network `arch`; both, the space and the data have one image size. Its path gives exactly its logits: its
+    weights and its batch-norm statistics are left as they are.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Supernet(space)
+    device = accelerator(settings.accelerator)
+    fill(net, model, arch)
+    net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _distil(net.eval(), space.path(arch), data, settings, seed, folder / "distillation.pt")
+    return net.eval()
+
+
+def replacements(space: SearchSpace, path: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return (slot, candidate) of what slimming may put in the place of a network's own blocks, identity aside: it never makes
+    a block on tokens of one on maps, nor a block of an empty slot."""
+    found = []
+    for slot, ((stage, _), own) in enumerate(zip(space.slots, path, strict=True)):
+        candidates = space.stages[stage].candidates
+        if isinstance(candidates[own], Identity):
+            continue
+        for index, candidate in enumerate(candidates):
+            if index != own and not isinstance(candidate, Identity) and (candidates[own].tokens or not candidate.tokens):
+                found.append((slot, index))
+    return found
+
+
+def _distil(
+    net: Supernet, path: tuple[int, ...], data: ImageData, settings: SupernetSettings, seed: int, checkpoint: Path
+) -> None:
+    """Train every replacement to give what the path's own block gives on the same input, all in the same pass of the network.
+
+    The network's own blocks are in eval mode and get no gradient. Goes on from `checkpoint`.
+    """
+    wanted = replacements(net.space, path)
+    steps = settings.distillation_steps
+    if not wanted or not steps:
+        return
+    slots = [cast(MetaPath, net.get_submodule(f"stages.{stage}.{slot}")) for stage, slot in net.space.slots]
+    by_slot: dict[int, list[int]] = {}
+    for slot, index in wanted:
+        by_slot.setdefault(slot, []).append(index)
+        _begin_as(slots[slot].candidates[index], slots[slot].candidates[path[slot]])
+    extras = nn.ModuleList(slots[slot].candidates[index] for slot, index in wanted)
+    device = next(net.parameters()).device
+    groups = parameter_groups(extras.named_parameters(), settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=DISTILLATION_RATE)
+    first = load_checkpoint(checkpoint, extras=extras, optimizer=optimizer)
+    rounds = -(-steps // ROUND)
+    batch = min(settings.batch_size, len(data.train))
+    if first >= rounds:
+        return
+    say(
+        f"block-wise distillation: {len(wanted)} blocks that may replace others learn for {steps} steps of {batch} images what "
+        "those give"
+    )
+    with progress("distillation", steps, min(steps, ROUND * first)) as tick:
+        for number in range(first, rounds):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            here = min(ROUND, steps - ROUND * number)
+            for at, indices in enumerate(epoch_batches(len(data.train), batch, seed, number, batch * here)):
+                for group in optimizer.param_groups:
+                    group["lr"] = DISTILLATION_RATE * cosine(ROUND * number + at, steps)
+                x, _ = training_batch(data, indices, generator, device)
+                optimizer.zero_grad(set_to_none=True)
+                errors = _errors(net, slots, path, by_slot, x)
+                optimizer.step()
+                error = sum(errors) / len(errors)
+                tick(1)
+            if not math.isfinite(error):
+                raise FloatingPointError("block-wise distillation diverged: a block's output is not finite")
+            save_checkpoint(checkpoint, number + 1, extras=extras, optimizer=optimizer)
+    extras.eval()
+    say(f"what they give is off by {100 * error:.1f} % of the variance of what those give, on average")
+
+
+def _errors(
+    net: Supernet, slots: list[MetaPath], path: tuple[int, ...], by_slot: Mapping[int, list[int]], x: Tensor
+) -> list[float]:
+    """Send images (B, 3, S, S) through the network; add to the gradients of all replacements and return their errors."""
+    errors = []
+    with torch.no_grad():
+        x = net.stem(x)
+    for at, ((stage, slot), module) in enumerate(zip(net.space.slots, slots, strict=True)):
+        with torch.no_grad():
+            if stage and not slot:
+                x = net.embeddings[stage - 1](x)
+            y = module(x, path[at])
+        for index in by_slot.get(at, ()):
+            module.candidates[index].train()
+            error = relative_error(module(x, index), y)
+            error.backward()
+            errors.append(error.item())
+        x = y
+    return errors
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean over channels of the squared error divided by the channel's variance: of maps (N, C, H, W), or of tokens
+    (N, L, C)."""
+    positions = (0, 2, 3) if wanted.ndim == 4 else (0, 1)
+    error = (found - wanted).square().mean(positions)
+    return (error / wanted.var(positions).clamp_min(LEAST_VARIANCE)).mean()
+
+
+@torch.no_grad()
+def _begin_as(block: nn.Module, other: nn.Module) -> None:
+    """Give a block the leading part of those of another's tensors that have the same name and form: layer scales, which would
+    otherwise begin where nothing wakes them, and MLPs of the same kind."""
+    theirs = other.state_dict()
+    for name, tensor in block.state_dict().items():
+        source = theirs.get(name)
+        if source is None or not source.is_floating_point():
+            continue
+        if source.ndim == tensor.ndim and all(a >= b for a, b in zip(source.shape, tensor.shape, strict=True)):
+            tensor.copy_(source[tuple(slice(n) for n in tensor.shape)])
+
+
+# -- What a search asks ------------------------------------------------------------------------------------------------
+
+
+def layers_kept(arch: ArchConfig, found: ArchConfig) -> int:
+    """Return how many leading layers two networks of a space, their empty slots kept, have in common: in `found`, which came of
+    `arch`, nothing changed what enters them, so that their batch-norm statistics hold."""
+    pairs = zip(arch.named_layers(), found.named_layers(), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
