@@ -11,7 +11,8 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from nas.evaluation import accuracy_of
 from nas.networks import import_timm
 from nas.progress import progress, say
 from nas.supernet_training import SupernetSettings, epoch_size
+from nas.taylor import calibration_batches, unit_scores
 from nas.training import (
     CLASSIFIER,
     Recipe,
@@ -43,13 +45,14 @@ from supernet.errors import InputError, first_line, placed
 from supernet.files import write_atomically
 from supernet.metapath import MetaPath, Supernet
 from supernet.model import build_model
-from supernet.space import SearchSpace, StageSpace
-from supernet.specs import FFN, MB3D, MB4D, AttnFFN, Block, Identity, Sandwich, ViT, at_width, placed_entry
+from supernet.space import SearchSpace
+from supernet.specs import FFN, MB3D, MB4D, AttnFFN, Block, Identity, Layer, Sandwich, at_width
+from supernet.units import UnitScores, cut
 from supernet.weights import at_size, fill, load_timm_weights
 from supernet.zoo import load_arch
 
 TIMM = "timm:"
-EIGHTHS = (4, 5, 6, 7)  # of a stage's width that a search may choose from
+WIDTHS = (1 / 2, 5 / 8, 3 / 4, 7 / 8)  # shares of a stage's width that a search may choose from
 DISTILLATION_RATE = 5e-3  # AdamW's highest learning rate
 ROUND = 25  # steps of distillation between two checkpoints
 LEAST_VARIANCE = 1e-6  # of a channel that is as good as constant
@@ -161,7 +164,7 @@ def requested(network: str, weights: str, space: str | None, settings: SupernetS
 
 def space_of(arch: ArchConfig, within: SearchSpace | None = None) -> SearchSpace:
     """Return the networks that may come of `arch`: any of its blocks removed, its attention blocks also replaced by blocks on
-    maps, its stages narrowed by eighths down to a half.
+    maps, its largest expansions and key dimensions halved, its stages narrowed by eighths down to a half.
 
     With `within`, a space that the network is a member of, what may replace its blocks is that space's candidates, and how far
     its stages are narrowed that space's widths.
@@ -174,14 +177,21 @@ def space_of(arch: ArchConfig, within: SearchSpace | None = None) -> SearchSpace
     arch = replace(arch.without_identity(), mux=None)
     if within is not None:
         return _within(arch, within)
-    around = SearchSpace.around(arch)
-    stages: list[StageSpace] = []
+    blocks = [block for stage in arch.stages for block in stage.blocks]
+    halved = [[_largest(blocks, *knobs) // 2] for knobs in (("mlp_ratio", "ffn_ratio"), ("key_dim",))]
+    ffn_ratios, key_dims = ([value for value in values if value] for values in halved)
+    around = SearchSpace.around(arch, ffn_ratios, key_dims, WIDTHS)
+    stages = []
     for stage in around.stages:
-        blocks = [c for c in stage.candidates if not isinstance(c, Identity)]
-        candidates = tuple(dict.fromkeys((*blocks, *(m for m in map(_on_map, blocks) if m), Identity(stage.widths[-1]))))
-        stages.append(replace(stage, candidates=candidates))
-    widths = [_narrower(around, stages, number) for number in range(len(stages))]
-    return replace(around, stages=tuple(replace(s, widths=w) for s, w in zip(stages, widths, strict=True)))
+        *smaller, identity = stage.candidates
+        on_maps = [block for block in map(_on_map, smaller) if block is not None]
+        stages.append(replace(stage, candidates=tuple(dict.fromkeys((*smaller, *on_maps, identity)))))
+    return replace(around, stages=tuple(stages))
+
+
+def _largest(blocks: Sequence[Block], *knobs: str) -> int:
+    """Return the largest value that any of the blocks has of any of the knobs; 0 where none has one."""
+    return max((getattr(block, knob) for block in blocks for knob in knobs if hasattr(block, knob)), default=0)
 
 
 def _within(arch: ArchConfig, space: SearchSpace) -> SearchSpace:
@@ -209,32 +219,6 @@ def _on_map(block: Block) -> Block | None:
         case Sandwich():
             return MB4D(block.dim, block.ffn_ratio, act=block.act)
     return None
-
-
-def _narrower(space: SearchSpace, stages: list[StageSpace], number: int) -> tuple[int, ...]:
-    """Return the widths to choose from of a stage, ascending: for each number of eighths the next lower one that its blocks and
-    its entry can have, a multiple of 16 if possible where it is wide."""
-    full = space.stages[number].widths[-1]
-    step = 16 if full >= 64 else 8
-    found = {full}
-    for eighths in EIGHTHS:
-        most = full * eighths // 8 // step * step
-        lower = (w for w in range(most, full // 2 - 1, -8) if _can_be(space, stages, number, w))
-        found.update(itertools.islice(lower, 1))
-    return tuple(sorted(found))
-
-
-def _can_be(space: SearchSpace, stages: list[StageSpace], number: int, width: int) -> bool:
-    stage = stages[number]
-    if any(isinstance(candidate, ViT) for candidate in stage.candidates):
-        return False  # the leading rows of its qkv are another division into heads
-    try:
-        for candidate in stage.candidates:
-            at_width(candidate, width)
-        placed_entry(stage.entry, width, space.stages[number - 1].widths[-1] if number else None, stage.stride)
-        return True
-    except InputError:
-        return False
 
 
 # -- The network on the data -------------------------------------------------------------------------------------------
@@ -319,6 +303,7 @@ def pretrained_supernet(
     device = accelerator(settings.accelerator)
     fill(net, model, arch)
     net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _begin_replacements(net, arch, unit_scores(model, arch, calibration_batches(data, settings.recalibration_images, device)))
     _distil(net.eval(), space.path(arch), data, settings, seed, folder / "distillation.pt")
     return net.eval()
 
@@ -348,11 +333,10 @@ def _distil(
     steps = settings.distillation_steps
     if not wanted or not steps:
         return
-    slots = [cast(MetaPath, net.get_submodule(f"stages.{stage}.{slot}")) for stage, slot in net.space.slots]
+    slots = _slots(net)
     by_slot: dict[int, list[int]] = {}
     for slot, index in wanted:
         by_slot.setdefault(slot, []).append(index)
-        _begin_as(slots[slot].candidates[index], slots[slot].candidates[path[slot]])
     extras = nn.ModuleList(slots[slot].candidates[index] for slot, index in wanted)
     device = next(net.parameters()).device
     groups = parameter_groups(extras.named_parameters(), settings.weight_decay)
@@ -415,13 +399,33 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     return (error / wanted.var(positions).clamp_min(LEAST_VARIANCE)).mean()
 
 
+def _slots(net: Supernet) -> list[MetaPath]:
+    return [cast(MetaPath, net.get_submodule(f"stages.{stage}.{slot}")) for stage, slot in net.space.slots]
+
+
+def _begin_replacements(net: Supernet, arch: ArchConfig, scores: UnitScores) -> None:
+    """Give every replacement of a block what it can have of that block: a smaller one of the same type is cut out of it by the
+    scores of its units; another one gets its layer scales, and its MLP where it has the same."""
+    path = net.space.path(arch)
+    layers = dict(arch.named_layers())
+    for slot, index in replacements(net.space, path):
+        stage, number = net.space.slots[slot]
+        own = layers[f"stage{stage + 1}_block{number + 1}"]
+        candidate = Layer(net.space.stages[stage].candidates[index], own.resolution)
+        module = _slots(net)[slot].candidates[index]
+        given = _slots(net)[slot].candidates[path[slot]].state_dict()
+        if type(candidate.spec) is type(own.spec):
+            with suppress(InputError):  # it has more of something: it begins with what they share
+                given = cut(given, own, candidate, scores.of(f"stage{stage + 1}_block{number + 1}", own.spec))
+        _begin_as(module, given)
+
+
 @torch.no_grad()
-def _begin_as(block: nn.Module, other: nn.Module) -> None:
-    """Give a block the leading part of those of another's tensors that have the same name and form: layer scales, which would
+def _begin_as(block: nn.Module, given: Mapping[str, Tensor]) -> None:
+    """Give a block the leading part of those of the given tensors that have the same name and form: layer scales, which would
     otherwise begin where nothing wakes them, and MLPs of the same kind."""
-    theirs = other.state_dict()
     for name, tensor in block.state_dict().items():
-        source = theirs.get(name)
+        source = given.get(name)
         if source is None or not source.is_floating_point():
             continue
         if source.ndim == tensor.ndim and all(a >= b for a, b in zip(source.shape, tensor.shape, strict=True)):
