@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ VAL_IMAGES = 10_000  # of CIFAR-10's 50,000: accuracy is known to half a point
 EPOCHS = 4  # of each phase of a supernet's training: how often it is checkpointed
 RECOVERY_STEPS = 30
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "mixture, uniform noise (the paper's)": {"weight_epochs": 0, "mixture_epochs": EPOCHS, "noise": "uniform"},
     "mixture, Gumbel noise": {"weight_epochs": 0, "mixture_epochs": EPOCHS, "noise": "gumbel"},
     "single paths": {"weight_epochs": EPOCHS, "mixture_epochs": 0},
@@ -133,7 +134,7 @@ def settings_of(space: SearchSpace, way: str, images: int) -> SupernetSettings:
     seen = round(images * macs_of_an_image(space, "single paths") / macs_of_an_image(space, way))
     # An epoch of a mixture sees a quarter of `images_per_epoch`.
     per_epoch = seen if WAYS[way]["mixture_epochs"] else seen // EPOCHS
-    return SupernetSettings(images_per_epoch=per_epoch, recovery_steps=RECOVERY_STEPS, **WAYS[way])  # type: ignore[arg-type]
+    return SupernetSettings(images_per_epoch=per_epoch, recovery_steps=RECOVERY_STEPS, **WAYS[way])
 
 
 def score_networks(

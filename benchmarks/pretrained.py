@@ -1,0 +1,302 @@
+"""A trained network made faster: slimmed from its own weights, beside what else one might do in the same time.
+
+    python benchmarks/pretrained.py --data cifar10 --table latency_tables/my-cpu.csv --out pretrained
+
+Trains a network on the images, then, for each share of its measured latency:
+
+- slimmed: `nas-search --init` from its own weights, then tuned with the original as the teacher
+- from nothing: the network that was found, trained for as long as the search and the tuning took
+- uniform, magnitude: every stage at one share of its width, the channels of largest norm, tuned the same way
+- Torch-Pruning: its MagnitudePruner at one ratio, tuned the same way (where `pip install torch-pruning` is there)
+
+The last two are as slow as they may be: the widest whose latency is at or under the target. Prints milliseconds at the pace
+that the table was built at, parameters, and top-1 on the validation images before and after tuning, mean over the seeds; n images
+know an accuracy p to about sqrt(p (1 - p) / n). The table must have the rows of the network's space: where it has not, the
+command that measures them is named. Goes on where it was killed.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from safetensors.torch import save as save_safetensors
+from torch import nn
+
+from nas.data import ImageData, epoch_batches, load_images
+from nas.devices import profiler_of
+from nas.evaluation import accuracy_of, recalibrate
+from nas.export import onnx_bytes
+from nas.measure import Profiler, measure_alone, table_reference
+from nas.profilers.ort_session import OrtModel
+from nas.progress import say
+from nas.search import Request, run_search
+from nas.table import LatencyTable
+from nas.taylor import calibration_batches, unit_scores
+from nas.training import (
+    RECIPES,
+    Recipe,
+    Teacher,
+    accelerator,
+    cosine,
+    load_teacher,
+    load_weights,
+    mixed_precision,
+    parameter_groups,
+    train_network,
+    training_batch,
+    training_loss,
+)
+from supernet.arch import ArchConfig
+from supernet.errors import InputError
+from supernet.files import write_atomically
+from supernet.model import build_model
+from supernet.space import SearchSpace
+from supernet.units import at_widths, narrowed
+from supernet.zoo import load_arch
+
+CALIBRATION_IMAGES = 256
+PROBE_IMAGES = 2560  # that tell how long an epoch from nothing takes
+PRUNING_STEP = 0.025
+SHARES_OF_WIDTH = [1 - number / 16 for number in range(1, 12)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One network of the comparison."""
+
+    name: str
+    ms: float
+    params: int
+    before: float | None
+    """Top-1 (0 to 1) before it was tuned; None for a training from nothing."""
+    after: float
+
+
+def default_network() -> ArchConfig:
+    """Return the network of `efficientformer-tiny` at its largest widths, with attention at the end of its last two stages."""
+    kinds = [["mb4d"] * 2, ["mb4d"] * 2, ["mb4d"] * 3 + ["mb3d"], ["mb4d", "mb3d", "mb3d"]]
+    space = SearchSpace.load("efficientformer-tiny")
+    return replace(space.arch([stage.widths[-1] for stage in space.stages], kinds), name="original")
+
+
+class Comparison:
+    """One seed's networks, each kept in its own folder when it is finished."""
+
+    def __init__(self, arch: ArchConfig, data: ImageData, table: LatencyTable, given: argparse.Namespace, seed: int) -> None:
+        profiler = profiler_of(table)
+        if profiler is None:
+            raise InputError(f"the table is of {table.device}, which is not this machine: give one that was measured here")
+        self.profiler: Profiler = profiler
+        self.data, self.table, self.given, self.seed = data, table, given, seed
+        self.folder = given.out / f"seed{seed}"
+        self.recipe = replace(RECIPES["quick"], epochs=given.epochs)
+        self.tuning = replace(RECIPES["finetune"], epochs=given.tune)
+        trained = train_network(arch, data, self.recipe, self.folder / "original", seed)
+        self.arch = trained.arch
+        self.weights = self.folder / "original" / "model.safetensors"
+        self.teacher = load_teacher(self.folder / "original" / "arch.yaml", arch.image_size, len(data.classes))
+        self.original = self.loaded(self.arch, self.weights)
+        batches = calibration_batches(data, CALIBRATION_IMAGES)
+        self.scores = unit_scores(self.original, self.arch, batches, "magnitude")
+        self.images = torch.cat([x for x, _ in batches])
+
+    def loaded(self, arch: ArchConfig, weights: Path) -> nn.Sequential:
+        model = build_model(arch)
+        load_weights(model, weights)
+        return model.eval()
+
+    def ms(self, model: nn.Module) -> float:
+        """Return the time of a call, at the pace that the machine had when the table was built."""
+        side = self.arch.image_size
+        workload = OrtModel(onnx_bytes(model.eval().cpu(), torch.randn(1, 3, side, side)))
+        return measure_alone(self.profiler, workload, table_reference(self.table)).ms
+
+    def kept(self, name: str, make: Callable[[], Outcome]) -> Outcome:
+        """Return an outcome, made now or read from its file."""
+        file = self.folder / f"{name}.json"
+        if not file.exists():
+            write_atomically(file, json.dumps(vars(make())) + "\n")
+        return Outcome(**json.loads(file.read_text()))
+
+    def whole(self) -> Outcome:
+        accuracy = accuracy_of(self.original, self.data.val)[1]
+        return Outcome("as it is", self.ms(self.original), parameters(self.original), accuracy, accuracy)
+
+    def slimmed(self, target_ms: float, name: str) -> Outcome:
+        """Search from the original's weights, tune what is found; `seconds.json` says how long both took."""
+        folder = self.folder / name
+        began = time.monotonic()
+        request = Request(
+            target_ms,
+            table=self.given.table,
+            data=self.given.data,
+            out=folder / "run",
+            seed=self.seed,
+            init=str(self.folder / "original" / "arch.yaml"),
+            weights=str(self.weights),
+        )
+        result = run_search(request)
+        arch = ArchConfig.load(folder / "run" / "searched.yaml")
+        tuned = self.tuned(arch, folder / "run" / "weights.safetensors", folder / "tuned")
+        write_atomically(folder / "seconds.json", json.dumps(time.monotonic() - began) + "\n")
+        return Outcome("slimmed", self.ms(tuned), parameters(tuned), result["accuracy"], accuracy_of(tuned, self.data.val)[1])
+
+    def tuned(self, arch: ArchConfig, weights: Path, folder: Path) -> nn.Sequential:
+        train_network(arch, self.data, self.tuning, folder, self.seed, weights=weights, teacher=self.teacher)
+        return self.loaded(arch.without_identity(), folder / "model.safetensors")
+
+    def from_nothing(self, slimmed: str, name: str) -> Outcome:
+        """Train the found network anew, for as long as the search and the tuning took."""
+        arch = ArchConfig.load(self.folder / slimmed / "run" / "searched.yaml")
+        seconds = float(json.loads((self.folder / slimmed / "seconds.json").read_text()))
+        probe = replace(self.recipe, epochs=1, images_per_epoch=PROBE_IMAGES)
+        began = time.monotonic()
+        train_network(arch, self.data, probe, self.folder / name / "probe", self.seed)
+        whole = len(self.data.train) / PROBE_IMAGES * (time.monotonic() - began)
+        recipe = replace(self.recipe, epochs=max(1, round(seconds / whole)))
+        say(f"{name}: {seconds:.0f} s are {recipe.epochs} epochs")
+        train_network(arch, self.data, recipe, self.folder / name / "trained", self.seed)
+        model = self.loaded(arch.without_identity(), self.folder / name / "trained" / "model.safetensors")
+        what = f"from nothing ({recipe.epochs} epochs)"
+        return Outcome(what, self.ms(model), parameters(model), None, accuracy_of(model, self.data.val)[1])
+
+    def uniform(self, target_ms: float, name: str) -> Outcome:
+        """Narrow all stages by one share, to the widest network whose latency is at or under the target."""
+        for share in SHARES_OF_WIDTH:
+            widths = [stage.widths[0] for stage in SearchSpace.around(self.arch, width_shares=(share,)).stages]
+            target = at_widths(self.arch, widths)
+            model = build_model(target)
+            model.load_state_dict(narrowed(self.original.state_dict(), self.arch, target, self.scores))
+            recalibrate(model, self.images)
+            if self.ms(model) <= target_ms:
+                break
+        else:
+            raise InputError(f"no uniform width is as fast as {target_ms:g} ms: give larger --shares")
+        before = accuracy_of(model, self.data.val)[1]
+        start = self.folder / name / "start.safetensors"
+        start.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(start, save_safetensors({n: t.contiguous() for n, t in model.state_dict().items()}))
+        tuned = self.tuned(replace(target, name=name), start, self.folder / name / "tuned")
+        what = f"uniform, magnitude ({share:g} of the width)"
+        return Outcome(what, self.ms(tuned), parameters(tuned), before, accuracy_of(tuned, self.data.val)[1])
+
+    def torch_pruned(self, target_ms: float) -> Outcome:
+        """Prune by Torch-Pruning's magnitude at one ratio, to the slowest network at or under the target, and tune it."""
+        import torch_pruning  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+        side = self.arch.image_size
+        steps = int(0.9 / PRUNING_STEP)
+        for ratio in (PRUNING_STEP * number for number in range(1, steps)):
+            model = self.loaded(self.arch, self.weights)
+            attentions = [m for m in model.modules() if hasattr(m, "qkv")]
+            pruner = torch_pruning.pruner.MagnitudePruner(
+                model,
+                torch.randn(1, 3, side, side),
+                importance=torch_pruning.importance.MagnitudeImportance(p=2),
+                pruning_ratio=ratio,
+                round_to=8,
+                # A head's queries, keys and values lie interleaved in one projection, which it cannot cut apart.
+                ignored_layers=[model.head.fc, *(m.qkv for m in attentions)],  # type: ignore[union-attr]
+                unwrapped_parameters=[(p, 0) for n, p in model.named_parameters() if n.endswith("gamma")],
+            )
+            pruner.step()
+            recalibrate(model, self.images)
+            if self.ms(model) <= target_ms:
+                break
+        else:
+            raise InputError(f"Torch-Pruning finds no network as fast as {target_ms:g} ms: give larger --shares")
+        before = accuracy_of(model, self.data.val)[1]
+        tune(model, self.data, self.tuning, self.teacher, self.seed)
+        what = f"Torch-Pruning (ratio {ratio:g})"
+        return Outcome(what, self.ms(model), parameters(model), before, accuracy_of(model, self.data.val)[1])
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tune(model: nn.Module, data: ImageData, recipe: Recipe, teacher: Teacher, seed: int) -> None:
+    """Train a network that no ArchConfig describes as `train_network` would."""
+    device = accelerator()
+    model.to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), recipe.weight_decay), lr=recipe.learning_rate)
+    steps, step = recipe.epochs * (len(data.train) // recipe.batch_size), 0
+    for epoch in range(recipe.epochs):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        model.train()
+        for indices in epoch_batches(len(data.train), recipe.batch_size, seed, epoch, len(data.train)):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * cosine(step, steps)
+            x, y = training_batch(data, indices, generator, device)
+            with mixed_precision(device, recipe.precision):
+                with torch.no_grad():
+                    taught = teacher.network(x)
+                loss = training_loss(model(x), y, recipe, taught)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            optimizer.step()
+            step += 1
+        say(f"epoch {epoch + 1} of {recipe.epochs}: loss {loss.item():.3f}")
+
+
+def print_table(rows: Sequence[tuple[str, list[Outcome]]]) -> None:
+    print("\n| target | network | ms | M parameters | top-1 before tuning, % | top-1, % |\n|---|---|---:|---:|---:|---:|")
+    for target, found in rows:
+        before = [100 * o.before for o in found if o.before is not None]
+        after = [100 * o.after for o in found]
+        spread = f" ± {stdev(after):.1f}" if len(after) > 1 else ""
+        print(
+            f"| {target} | {found[0].name} | {mean(o.ms for o in found):.3f} | {mean(o.params for o in found) / 1e6:.2f} | "
+            f"{f'{mean(before):.1f}' if before else ''} | {mean(after):.1f}{spread} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="an image folder")
+    parser.add_argument("--table", type=Path, required=True, help="a table that was measured on this machine")
+    parser.add_argument("--network", help="a YAML file or a network of the zoo (default: a large one of efficientformer-tiny)")
+    parser.add_argument("--epochs", type=int, default=15, help="of the original's training")
+    parser.add_argument("--tune", type=int, default=5, help="epochs of tuning")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5], help="of the original's measured latency")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("pretrained"))
+    given = parser.parse_args()
+    arch = load_arch(given.network) if given.network else default_network()
+    data = load_images(given.data, arch.image_size, seed=0, score_images=512)
+    table = LatencyTable.load(given.table)
+    by_name: dict[tuple[str, str], list[Outcome]] = {}
+    for seed in range(given.seeds):
+        one = Comparison(arch, data, table, given, seed)
+        whole = one.kept("whole", one.whole)
+        by_name.setdefault(("", "whole"), []).append(whole)
+        for share in given.shares:
+            target = share * whole.ms
+            slimmed, nothing, uniform = (f"{way}-{share:g}" for way in ("slimmed", "nothing", "uniform"))
+            ways = {
+                slimmed: partial(one.slimmed, target, slimmed),
+                nothing: partial(one.from_nothing, slimmed, nothing),
+                uniform: partial(one.uniform, target, uniform),
+                f"torch-pruning-{share:g}": partial(one.torch_pruned, target),
+            }
+            for way, make in ways.items():
+                try:
+                    by_name.setdefault((f"{share:.0%}", way), []).append(one.kept(way, make))
+                except ImportError:
+                    say("Torch-Pruning is not installed: left out (pip install torch-pruning)")
+    print(f"{arch.name} of {arch.image_size} px, {given.epochs} epochs on {len(data.train):,} images, tuned for {given.tune}")
+    print_table([(text, found) for (text, _), found in by_name.items()])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(str(error)) from None
