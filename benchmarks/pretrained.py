@@ -11,8 +11,8 @@ Trains a network on the images, then, for each share of its measured latency:
 
 The last two are as slow as they may be: the widest whose latency is at or under the target. Prints milliseconds at the pace
 that the table was built at, parameters, and top-1 on the validation images before and after tuning, mean over the seeds; by n
-images an accuracy p is known to about sqrt(p (1 - p) / n). The table must have the rows of the network's space: where it has not, the
-command that measures them is named. Goes on where it was killed.
+images an accuracy p is known to about sqrt(p (1 - p) / n). Where the table lacks rows of the network's space, the command that
+measures them is named. Goes on where it was killed.
 """
 
 import argparse
