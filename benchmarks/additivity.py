@@ -15,13 +15,15 @@ import numpy as np
 import yaml
 
 from nas.data import load_data, natural_size
-from nas.evaluation import Evaluator
 from nas.kept import Remembered
 from nas.progress import progress
 from nas.recovery import Recovered
 from nas.scores import Drops, additivity, measure_drops, measure_pairs, pairs_to_measure, single_changes
+from nas.search import evaluator_of
+from nas.slimming import start_network
 from nas.statistics import bootstrap, kendall_tau, line, r_squared
-from nas.supernet_training import SupernetSettings, train_supernet, training_size
+from nas.supernet_training import SupernetSettings, logits_of, train_supernet, training_size
+from supernet.errors import InputError
 from supernet.space import SearchSpace
 
 
@@ -39,6 +41,8 @@ def main() -> None:
 
     if given.run is not None:
         request = json.loads((given.run / "request.json").read_text())
+        if "init" in request:
+            raise InputError(f"{given.run} began with a network of its own (--init), which has no supernet to train: leave it")
         space = SearchSpace.from_dict(yaml.safe_load(request["space"]), f"the space of {given.run}")
         settings, seed = SupernetSettings(**request["settings"]), request["seed"]
         source, folder = None if request["data"] == "digits" else Path(request["data"]), given.run
@@ -49,15 +53,17 @@ def main() -> None:
     data = load_data(source, size, seed, settings.score_images)
     space = space.with_classes(len(data.classes))
     supernet = train_supernet(space.at(size), data, settings, seed, folder)
-    evaluator = Evaluator(supernet, data, settings.recalibration_images)
+    logits = logits_of(supernet, settings)
+    base = space.largest if logits is None else start_network(space, logits)
+    evaluator = evaluator_of(supernet, base, data, settings, folder)
     scored = Recovered(evaluator, data, settings, seed) if settings.recovery_steps else evaluator
-    evaluate = Remembered(scored, folder / "evaluations.csv")
+    evaluate = Remembered(scored, folder / "additivity-evaluations.csv")
 
     if (folder / "drops.csv").exists():
         drops = Drops.load(folder / "drops.csv", space)
     else:
-        with progress("drops of single changes", len(single_changes(space, space.largest)) + 1) as tick:
-            drops = measure_drops(space, space.largest, evaluate, tick)
+        with progress("drops of single changes", len(single_changes(space, base)) + 1) as tick:
+            drops = measure_drops(space, base, evaluate, tick)
         drops.save(folder / "drops.csv")
     with progress("pairs", len(pairs_to_measure(drops, given.pairs))) as tick:
         with_pairs = measure_pairs(drops, evaluate, given.pairs, tick)
@@ -83,4 +89,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(str(error)) from None

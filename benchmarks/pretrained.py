@@ -17,12 +17,14 @@ measures them is named. Goes on where it was killed.
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 from safetensors.torch import save as save_safetensors
@@ -35,6 +37,7 @@ from nas.export import onnx_bytes
 from nas.measure import Profiler, measure_alone, table_reference
 from nas.profilers.ort_session import OrtModel
 from nas.progress import say
+from nas.request import claim
 from nas.search import Request, run_search
 from nas.table import LatencyTable
 from nas.taylor import calibration_batches, unit_scores
@@ -61,7 +64,7 @@ from supernet.units import at_widths, narrowed
 from supernet.zoo import load_arch
 
 CALIBRATION_IMAGES = 256
-PROBE_IMAGES = 2560  # that tell how long an epoch from nothing takes
+PROBE_IMAGES = (1280, 5120)  # of two short epochs that tell how long one from nothing takes
 PRUNING_STEP = 0.025
 SHARES_OF_WIDTH = [1 - number / 16 for number in range(1, 12)]
 
@@ -83,6 +86,27 @@ def default_network() -> ArchConfig:
     kinds = [["mb4d"] * 2, ["mb4d"] * 2, ["mb4d"] * 3 + ["mb3d"], ["mb4d", "mb3d", "mb3d"]]
     space = SearchSpace.load("efficientformer-tiny")
     return replace(space.arch([stage.widths[-1] for stage in space.stages], kinds), name="original")
+
+
+class Seconds:
+    """How long parts of the work took, in a file: a part that was killed is added to by what goes on with it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.parts: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    def of(self, part: str, work: Callable[[], Any]) -> Any:
+        """Do the work and add its seconds to its part."""
+        began = time.monotonic()
+        try:
+            return work()
+        finally:
+            self.parts[part] = self.parts.get(part, 0.0) + time.monotonic() - began
+            write_atomically(self.path, json.dumps(self.parts) + "\n")
 
 
 class Comparison:
@@ -131,20 +155,20 @@ class Comparison:
     def slimmed(self, target_ms: float, name: str) -> Outcome:
         """Search from the original's weights, tune what is found; `seconds.json` says how long both took."""
         folder = self.folder / name
-        began = time.monotonic()
+        took = Seconds(folder / "seconds.json")
         request = Request(
             target_ms,
             table=self.given.table,
             data=self.given.data,
             out=folder / "run",
-            seed=self.seed,
+            seed=0,  # as the images were divided
             init=str(self.folder / "original" / "arch.yaml"),
             weights=str(self.weights),
         )
-        result = run_search(request)
+        result = took.of("search", lambda: run_search(request))
         arch = ArchConfig.load(folder / "run" / "searched.yaml")
-        tuned = self.tuned(arch, folder / "run" / "weights.safetensors", folder / "tuned")
-        write_atomically(folder / "seconds.json", json.dumps(time.monotonic() - began) + "\n")
+        weights = folder / "run" / "weights.safetensors"
+        tuned = took.of("tuning", lambda: self.tuned(arch, weights, folder / "tuned"))
         return Outcome("slimmed", self.ms(tuned), parameters(tuned), result["accuracy"], accuracy_of(tuned, self.data.val)[1])
 
     def tuned(self, arch: ArchConfig, weights: Path, folder: Path) -> nn.Sequential:
@@ -154,12 +178,20 @@ class Comparison:
     def from_nothing(self, slimmed: str, name: str) -> Outcome:
         """Train the found network anew, for as long as the search and the tuning took."""
         arch = ArchConfig.load(self.folder / slimmed / "run" / "searched.yaml")
-        seconds = float(json.loads((self.folder / slimmed / "seconds.json").read_text()))
-        probe = replace(self.recipe, epochs=1, images_per_epoch=PROBE_IMAGES)
-        began = time.monotonic()
-        train_network(arch, self.data, probe, self.folder / name / "probe", self.seed)
-        whole = len(self.data.train) / PROBE_IMAGES * (time.monotonic() - began)
-        recipe = replace(self.recipe, epochs=max(1, round(seconds / whole)))
+        seconds = Seconds(self.folder / slimmed / "seconds.json").total
+        plan = self.folder / name / "epochs.json"
+        if not plan.exists():
+            probes = [replace(self.recipe, epochs=1, images_per_epoch=images) for images in PROBE_IMAGES]
+            times = []
+            for probe in probes:  # each has a validation pass and a checkpoint: the difference has none
+                began = time.monotonic()
+                with tempfile.TemporaryDirectory() as folder:
+                    train_network(arch, self.data, probe, Path(folder), self.seed)
+                times.append(time.monotonic() - began)
+            of_image = (times[1] - times[0]) / (PROBE_IMAGES[1] - PROBE_IMAGES[0])
+            epoch = len(self.data.train) * of_image + times[0] - PROBE_IMAGES[0] * of_image
+            write_atomically(plan, json.dumps(max(1, round(seconds / epoch))) + "\n")
+        recipe = replace(self.recipe, epochs=json.loads(plan.read_text()))
         say(f"{name}: {seconds:.0f} s are {recipe.epochs} epochs")
         train_network(arch, self.data, recipe, self.folder / name / "trained", self.seed)
         model = self.loaded(arch.without_identity(), self.folder / name / "trained" / "model.safetensors")
@@ -225,6 +257,7 @@ def tune(model: nn.Module, data: ImageData, recipe: Recipe, teacher: Teacher, se
     """Train a network that no ArchConfig describes as `train_network` would."""
     device = accelerator()
     model.to(device)
+    teacher.network.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), recipe.weight_decay), lr=recipe.learning_rate)
     steps, step = recipe.epochs * (len(data.train) // recipe.batch_size), 0
     for epoch in range(recipe.epochs):
@@ -272,6 +305,16 @@ def main() -> None:
     arch = load_arch(given.network) if given.network else default_network()
     data = load_images(given.data, arch.image_size, seed=0, score_images=512)
     table = LatencyTable.load(given.table)
+    claim(
+        given.out,
+        {
+            "command": "benchmarks/pretrained.py",
+            "data": data.fingerprint,
+            "network": arch.to_yaml(),
+            "epochs": given.epochs,
+            "tune": given.tune,
+        },
+    )
     by_name: dict[tuple[str, str], list[Outcome]] = {}
     for seed in range(given.seeds):
         one = Comparison(arch, data, table, given, seed)

@@ -2,7 +2,7 @@
 
     python benchmarks/ranking.py --data cifar10 --table latency_tables/my-cpu.csv --out ranking
     python benchmarks/ranking.py --data cifar10 --table latency_tables/my-cpu.csv --out ranking --part 1/2   # and 2/2 beside it
-    python benchmarks/ranking.py --out ranking --report
+    python benchmarks/ranking.py --table latency_tables/my-cpu.csv --out ranking --report
 
 Draws networks of a space within 5 % of one latency, trains each alone with several seeds, trains supernets in every way, and
 scores the networks by each. Prints for every way of scoring: Kendall's tau-b with the networks' accuracy (mean over the
@@ -27,11 +27,13 @@ import numpy as np
 import torch
 
 from nas.data import ImageData, Images, load_images
-from nas.evaluation import Evaluator
 from nas.kept import write_csv
 from nas.progress import progress, say
 from nas.recovery import Recovered
+from nas.request import claim
 from nas.scores import measure_drops
+from nas.search import evaluator_of
+from nas.slimming import start_network
 from nas.statistics import bootstrap, kendall_tau, regret_among
 from nas.supernet_training import SupernetSettings, logits_of, sandwich, single_path, train_supernet
 from nas.table import LatencyTable
@@ -145,11 +147,12 @@ def score_networks(
     if (folder / "scores.csv").exists():
         return
     supernet = train_supernet(space, data, settings, seed, folder)
-    evaluate = Evaluator(supernet, data)
+    logits = logits_of(supernet, settings)
+    base = space.largest if logits is None else start_network(space, logits)
+    evaluate = evaluator_of(supernet, base, data, settings, folder)
     recovered = Recovered(evaluate, data, settings, seed)
     with progress("scoring", 2.0 * len(archs) + 31) as tick:
-        drops = measure_drops(space, space.largest, evaluate, on_progress=tick)
-        logits = logits_of(supernet, settings)
+        drops = measure_drops(space, base, evaluate, on_progress=tick)
         odds = None if logits is None else dict(zip(space.slots, logits, strict=True))
         rows = []
         for arch in archs:
@@ -232,7 +235,7 @@ def folder_of(out: Path, way: str, seed: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="an image folder")
-    parser.add_argument("--table", type=Path, help="of the device whose milliseconds are to be equal")
+    parser.add_argument("--table", type=Path, required=True, help="of the device whose milliseconds are to be equal")
     parser.add_argument("--space", default="efficientformer-tiny")
     parser.add_argument("--ms", type=float, help="the networks' latency (default: the median of 1,000 random networks)")
     parser.add_argument("--networks", type=int, default=32)
@@ -261,6 +264,9 @@ def main() -> None:
         for file, arch in zip(files, networks_in_band(space, table, given.ms or median_ms, given.networks), strict=True):
             arch.save(file)
     archs = [ArchConfig.load(file) for file in files]
+    asked = {name: value for name, value in vars(given).items() if name in ("space", "networks", "epochs", "supernet_images")}
+    constants = {"score_images": SCORE_IMAGES, "val_images": VAL_IMAGES, "recovery_steps": RECOVERY_STEPS, "ways": WAYS}
+    claim(given.out, {"command": "benchmarks/ranking.py", "data": data.fingerprint, **asked, **constants})
     recipe = replace(RECIPES["quick"], epochs=given.epochs)
 
     work: list[Callable[[], None]] = []

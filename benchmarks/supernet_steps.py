@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.training import accelerator, parameter_groups, set_layer_scale
+from nas.training import accelerator, mixed_precision, parameter_groups, set_layer_scale
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
 from supernet.elastic import ElasticSupernet
@@ -109,7 +109,7 @@ def _trained(setup: Setup, forward: Callable[[Tensor], Tensor]) -> Callable[[], 
     x, y = setup.images()
 
     def step() -> None:
-        with _autocast(setup):
+        with mixed_precision(setup.device):
             loss = F.cross_entropy(forward(x), y)
         loss.backward()
 
@@ -133,15 +133,11 @@ def _one_by_one(setup: Setup) -> tuple[nn.Module, Callable[[], None]]:
     def step() -> None:
         for module, x in zip(modules.children(), inputs, strict=True):
             x.grad = None
-            with _autocast(setup):
+            with mixed_precision(setup.device):
                 y = module(x)
             y.backward(torch.ones_like(y))
 
     return modules, step
-
-
-def _autocast(setup: Setup) -> torch.autocast:
-    return torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.device.type == "cuda")
 
 
 def timed(setup: Setup, run: Callable[[], object]) -> float:
@@ -235,7 +231,10 @@ def main() -> None:
     on_gpu = setup.device.type == "cuda"
     where = torch.cuda.get_device_name() if on_gpu else f"{setup.device.type}, {torch.get_num_threads()} threads"
     measure = "torch.cuda.max_memory_allocated" if on_gpu else "highest resident set size"
-    print(f"{space.name}, batches of {setup.batch} at {space.image_size} px, {where}, torch {torch.__version__}")
+    with mixed_precision(setup.device):
+        precision = "bf16" if torch.is_autocast_enabled(setup.device.type) else "fp32"
+    size = f"batches of {setup.batch} at {space.image_size} px"
+    print(f"{space.name}, {size}, {where}, {precision}, torch {torch.__version__}")
     print(f"medians of {given.rounds} rounds (quartiles) in {given.clock} time; peak memory above the start: {measure}")
     print("\n| step | ms, forward and backward | ms, optimizer | peak MiB |\n|---|---|---|---|")
     for name in NAMES:

@@ -35,12 +35,12 @@ from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.model import build_model, count
 from supernet.space import SearchSpace, space_names
-from supernet.specs import Block
+from supernet.specs import EXPANSIONS, Block
 from supernet.units import at_widths, narrowed
 from supernet.zoo import load_arch
 
 METHODS: tuple[Method, ...] = get_args(Method)
-KNOBS = {"ffn": ("mlp_ratio", "ffn_ratio"), "key": ("key_dim",)}
+KNOBS = {"ffn": EXPANSIONS, "key": ("key_dim",)}
 
 
 @dataclass(frozen=True)

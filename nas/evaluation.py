@@ -59,11 +59,15 @@ class Evaluator:
         x = normalise(pixels.to(self.device)).contiguous(memory_format=torch.channels_last)
         return x, labels
 
+    def inherited(self, arch: ArchConfig) -> nn.Sequential:
+        """Return a network with its own copy of the inherited weights, whose batch-norm statistics do not fit it yet."""
+        model = subnetwork(self.supernet, arch.at(self.supernet.space.image_size), self.kept)
+        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
     @torch.no_grad()
     def __call__(self, arch: ArchConfig) -> Evaluation:
-        arch = arch.at(self.supernet.space.image_size)
-        named = self.supernet.space.fit(arch).named_layers()
-        model = subnetwork(self.supernet, arch, self.kept).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        named = self.supernet.space.fit(arch.at(self.supernet.space.image_size)).named_layers()
+        model = self.inherited(arch)
         start, fit, score = self._longest_prefix(named)
         modules = list(model.children())
         for at in range(start, len(named)):
@@ -71,7 +75,16 @@ class Evaluator:
             score = torch.cat([modules[at](chunk) for chunk in score.split(CHUNK)])
             self.layers_run += 1
             self._keep(tuple(named[: at + 1]), fit, score)
-        logits = score.cpu().double()  # Apple's GPU has no float64
+        return self._judged(score)
+
+    @torch.no_grad()
+    def judge(self, model: nn.Sequential) -> Evaluation:
+        """Return how any network does, its batch-norm statistics recomputed first."""
+        recalibrate(model, self.recalibration)
+        return self._judged(torch.cat([model(chunk) for chunk in self.images.split(CHUNK)]))
+
+    def _judged(self, logits: Tensor) -> Evaluation:
+        logits = logits.cpu().double()  # Apple's GPU has no float64
         loss = F.cross_entropy(logits, self.labels).item()
         accuracy = (logits.argmax(1) == self.labels).double().mean().item()
         return Evaluation(loss, accuracy)

@@ -35,6 +35,7 @@ from nas.training import (
     load_checkpoint,
     load_state,
     load_weights,
+    mixed_precision,
     parameter_groups,
     save_checkpoint,
     train_network,
@@ -46,7 +47,7 @@ from supernet.files import write_atomically
 from supernet.metapath import MetaPath, Supernet
 from supernet.model import build_model
 from supernet.space import SearchSpace
-from supernet.specs import FFN, MB3D, MB4D, AttnFFN, Block, Identity, Layer, Sandwich, at_width
+from supernet.specs import EXPANSIONS, FFN, MB3D, MB4D, AttnFFN, Block, Identity, Layer, Sandwich, at_width
 from supernet.units import UnitScores, cut
 from supernet.weights import at_size, fill, load_timm_weights
 from supernet.zoo import load_arch
@@ -178,7 +179,7 @@ def space_of(arch: ArchConfig, within: SearchSpace | None = None) -> SearchSpace
     if within is not None:
         return _within(arch, within)
     blocks = [block for stage in arch.stages for block in stage.blocks]
-    halved = [[_largest(blocks, *knobs) // 2] for knobs in (("mlp_ratio", "ffn_ratio"), ("key_dim",))]
+    halved = [[_largest(blocks, *knobs) // 2] for knobs in (EXPANSIONS, ("key_dim",))]
     ffn_ratios, key_dims = ([value for value in values if value] for values in halved)
     around = SearchSpace.around(arch, ffn_ratios, key_dims, WIDTHS)
     stages = []
@@ -228,8 +229,8 @@ def on_data(given: Pretrained, data: ImageData, settings: SupernetSettings, seed
     """Return the network at the data's image size, with their classes, in eval mode: as it was given, or trained a little.
 
     It is trained, for `init_epochs` as a whole, where its classifier is new or no better than chance: scores would mean
-    nothing. The training is kept in `folder/init`, where the same call goes on. `folder` then holds `teacher.yaml` and
-    `teacher.safetensors`, the network at the size that it is deployed at.
+    nothing. The training is kept in `folder/init`, where the same call goes on, beside `given.safetensors`, the weights as they
+    were given. `folder` then holds `teacher.yaml` and `teacher.safetensors`, the network at the size that it is deployed at.
     """
     device = accelerator(settings.accelerator)
     arch = given.arch.at(data.image_size).with_classes(len(data.classes))
@@ -238,6 +239,11 @@ def on_data(given: Pretrained, data: ImageData, settings: SupernetSettings, seed
         model = build_model(arch)
     load_state(model, given.state, given.source, adapt=True)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    start = folder / "init" / "given.safetensors"
+    if not start.exists():
+        write_atomically(start, safetensors.torch.save({n: t.contiguous() for n, t in given.state.items()}))
+    teacher = given.arch.with_classes(len(data.classes))
+    deployed = build_model(teacher)
     reason = _why_train(given, model, data)
     if reason:
         say(f"{reason}: it is trained for {settings.init_epochs} epochs (init_epochs) before anything is taken away")
@@ -251,16 +257,16 @@ def on_data(given: Pretrained, data: ImageData, settings: SupernetSettings, seed
             label_smoothing=settings.label_smoothing,
             images_per_epoch=epoch_size(settings, data),
             accelerator=settings.accelerator,
+            precision=settings.precision,
         )
-        start = folder / "init" / "given.safetensors"
-        if not start.exists():
-            write_atomically(start, safetensors.torch.save({n: t.contiguous() for n, t in given.state.items()}))
         train_network(arch, data, recipe, folder / "init", seed, weights=start)
         load_weights(model, folder / "init" / "model.safetensors")
-    teacher = given.arch.with_classes(len(data.classes))
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    shaped = build_model(teacher).state_dict()
-    tensors = {name: at_size(name, state[name], like).contiguous() for name, like in shaped.items()}
+        state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+        tensors = {name: at_size(name, state[name], like) for name, like in deployed.state_dict().items()}
+    else:  # not from the resized model: what is resized twice is no longer what was given
+        load_state(deployed, given.state, given.source)
+        tensors = deployed.state_dict()
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     teacher.save(folder / "teacher.yaml")
     write_atomically(folder / "teacher.safetensors", safetensors.torch.save(tensors))
     return model.eval()
@@ -359,7 +365,7 @@ def _distil(
                     group["lr"] = DISTILLATION_RATE * cosine(ROUND * number + at, steps)
                 x, _ = training_batch(data, indices, generator, device)
                 optimizer.zero_grad(set_to_none=True)
-                errors = _errors(net, slots, path, by_slot, x)
+                errors = _errors(net, slots, path, by_slot, x, settings.precision)
                 optimizer.step()
                 error = sum(errors) / len(errors)
                 tick(1)
@@ -371,7 +377,12 @@ def _distil(
 
 
 def _errors(
-    net: Supernet, slots: list[MetaPath], path: tuple[int, ...], by_slot: Mapping[int, list[int]], x: Tensor
+    net: Supernet,
+    slots: list[MetaPath],
+    path: tuple[int, ...],
+    by_slot: Mapping[int, list[int]],
+    x: Tensor,
+    precision: str,
 ) -> list[float]:
     """Send images (B, 3, S, S) through the network; add to the gradients of all replacements and return their errors."""
     errors = []
@@ -384,7 +395,9 @@ def _errors(
             y = module(x, path[at])
         for index in by_slot.get(at, ()):
             module.candidates[index].train()
-            error = relative_error(module(x, index), y)
+            with mixed_precision(x.device, precision):
+                found = module(x, index)
+            error = relative_error(found.float(), y)
             error.backward()
             errors.append(error.item())
         x = y

@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from nas.data import ImageData, epoch_batches
-from nas.evaluation import CHUNK, Evaluator, recalibrated
+from nas.evaluation import Evaluator
 from nas.slimming import Evaluation
 from nas.supernet_training import SupernetSettings
 from nas.training import cosine, mixed_precision, parameter_groups, training_batch
 from supernet.arch import ArchConfig
-from supernet.weights import subnetwork
 
 
 class Recovered:
@@ -32,17 +31,9 @@ class Recovered:
         self.seed = seed
 
     def __call__(self, arch: ArchConfig) -> Evaluation:
-        supernet, device = self.evaluator.supernet, self.evaluator.device
-        model = subnetwork(supernet, arch.at(supernet.space.image_size))
-        self._train(model.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
-        fit, score = self.evaluator.recalibration, self.evaluator.images
-        with torch.no_grad():
-            for module in model.children():
-                fit = recalibrated(module, fit)
-                score = torch.cat([module(chunk) for chunk in score.split(CHUNK)])
-        logits, labels = score.cpu().double(), self.evaluator.labels
-        loss = F.cross_entropy(logits, labels).item()
-        return Evaluation(loss, (logits.argmax(1) == labels).double().mean().item())
+        model = self.evaluator.inherited(arch)
+        self._train(model)
+        return self.evaluator.judge(model)
 
     def _train(self, model: nn.Sequential) -> None:
         settings, steps = self.settings, self.settings.recovery_steps

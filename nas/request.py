@@ -14,10 +14,11 @@ SHOWN = 60  # characters of a value in a refusal
 BEFORE = 15  # of them, those before the first difference of two long values
 
 
-def claim(folder: Path, request: Mapping[str, Any]) -> None:
+def claim(folder: Path, request: Mapping[str, Any], since: Mapping[str, Any] | None = None) -> None:
     """Make `folder` the place of `request`, whose values JSON can hold, by writing `folder/request.json`.
 
-    A folder that has been claimed by an equal request is left as it is.
+    A folder that has been claimed by an equal request is left as it is. `since`: what names mean that an earlier version's
+    request does not have yet, their defaults; those of a mapping in it, name by name.
 
     Raises:
         InputError: the folder holds another request, or cannot be read or written.
@@ -33,6 +34,7 @@ def claim(folder: Path, request: Mapping[str, Any]) -> None:
             raise ValueError("no mapping")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read, so what {folder} holds is unknown: give another --out") from error
+    held = _completed(held, json.loads(json.dumps(since or {})))
     given = json.loads(text)  # tuples have become lists, as in the file
     names = [*given, *(name for name in held if name not in given)]
     differing = [name for name in names if (name in held) != (name in given) or held.get(name) != given.get(name)]
@@ -40,6 +42,14 @@ def claim(folder: Path, request: Mapping[str, Any]) -> None:
         shown = "; ".join(_difference(name, held, given) for name in differing[:3])
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise InputError(f"{folder} holds another request ({shown}{more}): give another --out")
+
+
+def _completed(held: Mapping[str, Any], since: Mapping[str, Any]) -> dict[str, Any]:
+    found = {**since, **held}
+    for name, value in since.items():
+        if isinstance(value, dict) and isinstance(found[name], dict):
+            found[name] = {**value, **found[name]}
+    return found
 
 
 def _difference(name: str, held: Mapping[str, Any], given: Mapping[str, Any]) -> str:

@@ -116,8 +116,9 @@ def run_search(
             "strategy": request.strategy,
             "settings": asdict(settings),
             "seed": request.seed,
-            **({"init": given.arch.to_yaml(), "weights": given.source, "digest": given.digest} if given is not None else {}),
+            **({"init": given.arch.to_yaml(), "weights": given.digest} if given is not None else {}),
         },
+        since={"settings": asdict(SupernetSettings())},
     )
     finished = folder / "result.json"
     if again or not finished.exists():
@@ -149,18 +150,15 @@ def _search(
     if given is None:
         begin = None
         supernet = train_supernet(space.at(train_size), data, settings, request.seed, folder)
-        logits = logits_of(supernet, settings)
     else:
         begin = space.fit(given.arch.with_classes(len(data.classes)))
         original = on_data(given, data, settings, request.seed, folder)
         supernet = pretrained_supernet(
             original, begin.at(train_size), space.at(train_size), data, settings, request.seed, folder
         )
-        logits = None
+    logits = logits_of(supernet, settings) if begin is None else None
     base = begin or (space.largest if logits is None else start_network(space, logits))
-    scored_file, images = folder / "channels.json", settings.recalibration_images
-    kept = channels(scored_file, supernet, base.at(train_size), data, images, channel_method(settings))
-    evaluator = Evaluator(supernet, data, settings.recalibration_images, kept=kept)
+    evaluator = evaluator_of(supernet, base, data, settings, folder)
     scored = Recovered(evaluator, data, settings, request.seed) if settings.recovery_steps else evaluator
     evaluate = Remembered(scored, folder / "evaluations.csv")
     drops = drops_of(space, base, evaluate)
@@ -224,7 +222,7 @@ def _search(
         loss, accuracy = accuracy_of(model, data.val.shuffled(request.seed))[0], best.val.mean
     else:
         unchanged = layers_kept(begin, trajectory.arch) if begin is not None else 0
-        model = found_network(supernet, trajectory.arch, evaluator.recalibration, kept, unchanged)
+        model = found_network(supernet, trajectory.arch, evaluator.recalibration, evaluator.kept, unchanged)
         loss, accuracy = accuracy_of(model, data.val)
     complexity = count(deployed)
     deployed.save(folder / "searched.yaml")
@@ -277,6 +275,17 @@ def _search(
         write_csv(folder / "throughput.csv", rows, THROUGHPUT_COLUMNS)
         result["throughput"] = rows
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def evaluator_of(
+    supernet: AnySupernet, base: ArchConfig, data: ImageData, settings: SupernetSettings, folder: Path
+) -> Evaluator:
+    """Return what scores the supernet's networks; which channels narrow ones inherit is judged in `base`, a network at the
+    largest widths, and kept in `folder/channels.json`."""
+    images = settings.recalibration_images
+    member = base.at(supernet.space.image_size)
+    kept = channels(folder / "channels.json", supernet, member, data, images, channel_method(settings))
+    return Evaluator(supernet, data, images, kept=kept)
 
 
 def drops_of(space: SearchSpace, base: ArchConfig, evaluate: Evaluate) -> Drops:
@@ -458,7 +467,7 @@ def report_signal(
     empty = space.arch(largest.widths, kinds)
     full, bare = evaluate(largest), evaluate(empty)
     say(
-        f"with inherited weights, on the {images} scoring images: largest network loss {full.loss:.3f}, top-1 "
+        f"on the {images} scoring images, as networks are scored: largest network loss {full.loss:.3f}, top-1 "
         f"{100 * full.accuracy:.1f} %; identity only loss {bare.loss:.3f}, top-1 {100 * bare.accuracy:.1f} %"
     )
     noise = 2 * math.sqrt(2 * full.accuracy * (1 - full.accuracy) / images)
@@ -468,7 +477,7 @@ def report_signal(
             + (
                 "train the supernet for longer (weight_epochs in --config) or on larger images"
                 if trained_here
-                else "give --init a network that was trained on such images, or train it for longer (init_epochs in --config)"
+                else "give --init a network that was trained on such images"
             )
         )
 

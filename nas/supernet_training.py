@@ -113,8 +113,8 @@ class SupernetSettings:
     widths and expansions share weights (`ElasticSupernet`), and each step runs a largest, the smallest and two random
     networks, so an image goes through four; there are no logits, so `mixture_epochs` must be 0."""
     checkpoint_activations: bool = False
-    """Compute the activations inside blocks again for the backward pass and do not keep them: less memory, about a third more
-    time, the same numbers."""
+    """Compute the activations inside blocks again for the backward pass and do not keep them: less memory, more time,
+    the same numbers."""
     importance: str = "auto"
     """Where slots' importance comes from: logits (the mixture's), drops (of single changes), or auto: the logits where a
     mixture was trained."""

@@ -8,7 +8,7 @@ import io
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -217,7 +217,8 @@ def train_network(
     if weights is not None and not checkpoint.exists():
         load_weights(model, weights, adapt=True)
     # Claimed only now: what was refused so far leaves the folder free for the corrected request.
-    claim(folder, _request(arch, data, recipe, seed, weights, teacher))
+    defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
+    claim(folder, _request(arch, data, recipe, seed, weights, teacher), since={**defaults, "teacher": None})
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), recipe.weight_decay), lr=recipe.learning_rate)
     history = History()

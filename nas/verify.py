@@ -88,7 +88,7 @@ def _start(run: Path, request: dict[str, Any]) -> dict[str, Any]:
         return {}
     path = run / "init.yaml"
     write_atomically(path, request["init"])
-    return {"init": str(path), "weights": request["weights"]}
+    return {"init": str(path), "weights": str(run / "init" / "given.safetensors")}
 
 
 def _finished(run: Path) -> tuple[dict[str, Any], str]:

@@ -18,9 +18,8 @@ from supernet.blocks import build_layer
 from supernet.errors import InputError
 from supernet.recompute import recomputed
 from supernet.space import SearchSpace, StageSpace
-from supernet.specs import Block, Flat, Identity, Layer, Unflat
+from supernet.specs import EXPANSIONS, Block, Flat, Identity, Layer, Unflat
 
-EXPANSIONS = ("mlp_ratio", "ffn_ratio")
 """Knobs whose smaller values are leading slices of larger ones. Heads and keys are not: they divide the same rows anew."""
 
 

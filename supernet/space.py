@@ -16,6 +16,7 @@ from supernet.arch import ArchConfig, MultiplexSpec, Stage, mux_from_entry, stag
 from supernet.errors import InputError, placed, unknown
 from supernet.files import checked_fields, checked_list, read_yaml, write_atomically
 from supernet.specs import (
+    EXPANSIONS,
     MB4D,
     WIDTH_STEP,
     AttnFFN,
@@ -395,7 +396,7 @@ class SearchSpace:
 def _smaller(block: Block, ffn_ratios: Sequence[int], key_dims: Sequence[int]) -> list[Block]:
     """Return a block with smaller expansions and key dimensions, the nearest to its own first."""
     choices: list[list[dict[str, int]]] = []
-    for knobs, values in ((("mlp_ratio", "ffn_ratio"), ffn_ratios), (("key_dim",), key_dims)):
+    for knobs, values in ((EXPANSIONS, ffn_ratios), (("key_dim",), key_dims)):
         knob = next((name for name in knobs if hasattr(block, name)), None)
         own = getattr(block, knob) if knob else 0
         choices.append([{}, *({knob: value} for value in sorted(set(values), reverse=True) if knob and value < own)])

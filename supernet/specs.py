@@ -496,6 +496,9 @@ StageEmbedding = Embedding | AttnEmbedding | Subsample
 Entry = StageStem | StageEmbedding
 Spec = Block | Entry | Flat | Unflat | Head | Join
 
+EXPANSIONS = ("mlp_ratio", "ffn_ratio")
+"""The knobs that say how many times `dim` the hidden channels of a block's FFN are; a block has one of them at most."""
+
 BLOCKS: dict[str, type[Any]] = {
     "mb4d": MB4D,
     "mb3d": MB3D,

@@ -29,9 +29,7 @@ from supernet.arch import ArchConfig, Stage
 from supernet.blocks import build_layer
 from supernet.blocks.layers import Layout, Run
 from supernet.errors import InputError, placed
-from supernet.specs import Block, Identity, Layer, Spec, at_width, is_embedding, label
-
-RATIOS = ("mlp_ratio", "ffn_ratio")  # the knobs that say how often `dim` an FFN's hidden width is
+from supernet.specs import EXPANSIONS, Block, Identity, Layer, Spec, at_width, is_embedding, label
 
 Axes = tuple[tuple[Run, ...], ...]
 
@@ -45,7 +43,7 @@ def axes(layer: Layer) -> Mapping[str, Axes]:
     spec: Any = layer.spec
     module = _on_meta(layer)
     shapes = _layer_shapes(layer)
-    ratio = next((knob for knob in RATIOS if hasattr(spec, knob)), None)
+    ratio = next((knob for knob in EXPANSIONS if hasattr(spec, knob)), None)
     widths = [(knob, getattr(spec, knob)) for knob in ("dim", "dim_in") if hasattr(spec, knob)]
     resized = [(knob, width, *_shapes_with(layer, knob, 2 * width, width // 2)) for knob, width in widths]
     factor = getattr(spec, ratio) if ratio else 0

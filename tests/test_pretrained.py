@@ -319,7 +319,7 @@ def test_a_network_that_knows_the_data_is_left_alone(
     monkeypatch.setattr(pretrained, "accuracy_of", lambda *args: (0.5, 0.8))
     model = on_data(given(), digits, SETTINGS, 0, tmp_path)
     assert all(torch.equal(tensor, given().state[name]) for name, tensor in model.state_dict().items())
-    assert not (tmp_path / "init").exists()
+    assert not (tmp_path / "init" / "checkpoint.pt").exists()
     assert ArchConfig.load(tmp_path / "teacher.yaml") == ARCH
     teacher = load_file(tmp_path / "teacher.safetensors")
     assert all(torch.equal(tensor, given().state[name]) for name, tensor in teacher.items())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from supernet.arch import ArchConfig
 from supernet.metapath import Supernet
 from supernet.space import SearchSpace, StageSpace
 from supernet.specs import MB3D, MB4D, Identity
+from supernet.units import UnitScores
 
 ROOT = Path(__file__).parent.parent
 TWO_OF_EACH = (MB4D(24), MB4D(24, act="relu"), MB3D(24), MB3D(24, act="relu"), Identity(24))
@@ -358,7 +360,34 @@ def test_recovery_trains_a_copy_and_the_same_network_has_the_same_result_in_any_
         assert after.loss < 0.8 * plain(arch).loss, "twenty steps learn three colours"
 
 
-def test_one_step_of_recovery_is_one_step(supernet: Supernet, striped: ImageData) -> None:
+@pytest.mark.parametrize("steps", [1, 3])
+def test_recovery_takes_as_many_steps_as_asked_for(
+    supernet: Supernet, striped: ImageData, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    taken = 0
+    step = torch.optim.AdamW.step
+
+    def counted(*args: Any, **more: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        return step(*args, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    Recovered(Evaluator(supernet, striped, 32), striped, replace(RECOVERY, recovery_steps=steps), seed=0)(PICTURES.largest)
+    assert taken == steps
+
+
+def test_a_recovered_narrow_network_has_the_channels_that_the_search_keeps(supernet: Supernet, striped: ImageData) -> None:
+    widths = [stage.widths[-1] for stage in PICTURES.stages]
+    last_first = UnitScores(tuple(torch.arange(width, dtype=torch.float64) for width in widths), {})
+    still = replace(RECOVERY, recovery_steps=1, learning_rate=1e-12)
+    first = Recovered(Evaluator(supernet, striped, 32), striped, still, 0)
+    last = Recovered(Evaluator(supernet, striped, 32, kept=last_first), striped, still, 0)
+    assert first(PICTURES.largest) == last(PICTURES.largest)
+    assert first(PICTURES.smallest) != last(PICTURES.smallest)
+
+
+def test_recovery_that_learns_nothing_changes_nothing(supernet: Supernet, striped: ImageData) -> None:
     plain = Evaluator(supernet, striped, 32)
     still = replace(RECOVERY, recovery_steps=1, learning_rate=1e-12)
     arch = PICTURES.largest
