@@ -352,7 +352,9 @@ def test_trained_at_another_size_the_teacher_is_of_the_deployed_size(
     table = "stage2_block2.token_mixer.attention_biases"
     assert model.state_dict()[table].shape == (2, 16)
     assert ArchConfig.load(tmp_path / "teacher.yaml").image_size == 24
-    assert load_file(tmp_path / "teacher.safetensors")[table].shape == (2, 36)
+    teacher = load_file(tmp_path / "teacher.safetensors")
+    assert teacher[table].shape == (2, 36)
+    assert all(torch.equal(tensor, larger.state[name]) for name, tensor in teacher.items()), "what was given, not resized twice"
 
 
 # -- What a search asks ------------------------------------------------------------------------------------------------
