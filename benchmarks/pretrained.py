@@ -56,6 +56,7 @@ from nas.training import (
     training_loss,
 )
 from supernet.arch import ArchConfig
+from supernet.blocks.efficientformer import LayerScale
 from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.model import build_model
@@ -238,6 +239,8 @@ class Comparison:
                 unwrapped_parameters=[(p, 0) for n, p in model.named_parameters() if n.endswith("gamma")],
             )
             pruner.step()
+            for scale in (module for module in model.modules() if isinstance(module, LayerScale)):
+                scale.shape = (len(scale.gamma), *scale.shape[1:])
             recalibrate(model, self.images)
             if self.ms(model) <= target_ms:
                 break
