@@ -235,7 +235,7 @@ class Comparison:
                 pruning_ratio=ratio,
                 round_to=8,
                 # A head's queries, keys and values lie interleaved in one projection, which it cannot cut apart.
-                ignored_layers=[model.head.fc, *(m.qkv for m in attentions)],  # type: ignore[union-attr]
+                ignored_layers=[model.get_submodule("head.fc"), *(p for m in attentions for p in (m.qkv, m.attention_biases))],
                 unwrapped_parameters=[(p, 0) for n, p in model.named_parameters() if n.endswith("gamma")],
             )
             pruner.step()
