@@ -49,11 +49,10 @@ from nas.training import (
     cosine,
     load_teacher,
     load_weights,
-    mixed_precision,
     parameter_groups,
     train_network,
+    train_step,
     training_batch,
-    training_loss,
 )
 from supernet.arch import ArchConfig
 from supernet.blocks.efficientformer import LayerScale
@@ -270,16 +269,9 @@ def tune(model: nn.Module, data: ImageData, recipe: Recipe, teacher: Teacher, se
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * cosine(step, steps)
             x, y = training_batch(data, indices, generator, device)
-            with mixed_precision(device, recipe.precision):
-                with torch.no_grad():
-                    taught = teacher.network(x)
-                loss = training_loss(model(x), y, recipe, taught)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-            optimizer.step()
+            loss = train_step(model, optimizer, x, y, recipe, teacher)
             step += 1
-        say(f"epoch {epoch + 1} of {recipe.epochs}: loss {loss.item():.3f}")
+        say(f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.3f}")
 
 
 def print_table(rows: Sequence[tuple[str, list[Outcome]]]) -> None:

@@ -274,7 +274,7 @@ def _run_epochs(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 x, y = training_batch(data, indices, generator, device)
-                losses.append(_train_step(model, optimizer, x, y, recipe, teacher))
+                losses.append(train_step(model, optimizer, x, y, recipe, teacher))
                 if not math.isfinite(losses[-1]):
                     raise FloatingPointError(
                         f"the loss of {arch.name} is not finite in epoch {epoch + 1}: lower the recipe's learning_rate"
@@ -305,7 +305,7 @@ def _run_epochs(
                 say(f"epoch {epoch + 1} of {recipe.epochs}: validation loss {loss:.4f}, top-1 {100 * accuracy:.2f} %")
 
 
-def _train_step(
+def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     x: Tensor,

@@ -66,7 +66,7 @@ def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(*args: object) -> float:
         raise AssertionError("a training step was taken")
 
-    monkeypatch.setattr(training, "_train_step", step)
+    monkeypatch.setattr(training, "train_step", step)
 
 
 def network() -> nn.Sequential:
@@ -75,7 +75,7 @@ def network() -> nn.Sequential:
 
 
 # Within epoch 2, in its validation, at its checkpoint, between its checkpoint and its metrics.
-KILLS = [("_train_step", 8, 1), ("accuracy_of", 2, 1), ("write_atomically", 3, 1), ("write_atomically", 4, 2)]
+KILLS = [("train_step", 8, 1), ("accuracy_of", 2, 1), ("write_atomically", 3, 1), ("write_atomically", 4, 2)]
 
 
 @pytest.mark.parametrize(("function", "calls", "epochs"), KILLS)
@@ -117,7 +117,7 @@ def test_seed_decides_start_and_order(digits: ImageData, tmp_path: Path, monkeyp
         seen.append((model.get_parameter("stem.conv1.weight").detach().clone(), x))
         return 1.0
 
-    monkeypatch.setattr(training, "_train_step", step)
+    monkeypatch.setattr(training, "train_step", step)
     state = torch.random.get_rng_state()
     for run, seed in enumerate((3, 3, 4)):
         recipe = replace(RECIPE, epochs=1, images_per_epoch=32)
@@ -184,14 +184,14 @@ def test_data_of_another_size_are_refused(digits: ImageData, tmp_path: Path) -> 
 
 
 def test_non_finite_loss_names_the_epoch(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, steps = training._train_step, 0
+    original, steps = training.train_step, 0
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, *rest: Any) -> float:
         nonlocal steps
         steps += 1
         return original(model, optimizer, x * math.nan if steps == 7 else x, *rest)
 
-    monkeypatch.setattr(training, "_train_step", step)
+    monkeypatch.setattr(training, "train_step", step)
     with pytest.raises(FloatingPointError, match="not finite in epoch 2: lower the recipe's learning_rate"):
         training.train_network(ARCH, digits, RECIPE, tmp_path, seed=0)
     assert steps == 7, "no step is taken after it"
@@ -239,7 +239,7 @@ def test_layer_scale_is_the_recipes(digits: ImageData, tmp_path: Path, monkeypat
         seen.extend(p.flatten()[0].item() for n, p in model.named_parameters() if n.endswith("gamma"))
         return 1.0
 
-    monkeypatch.setattr(training, "_train_step", step)
+    monkeypatch.setattr(training, "train_step", step)
     training.train_network(ARCH, digits, replace(RECIPE, epochs=1, images_per_epoch=32, layer_scale=0.25), tmp_path, seed=0)
     assert seen == [0.25] * 8, "two for each of the four blocks"
 
@@ -382,7 +382,7 @@ def test_resumed_training_with_a_teacher_equals_uninterrupted(
         training.train_network(ARCH, digits, replace(RECIPE, epochs=2), tmp_path / folder, seed=3, teacher=teacher)
         return load_file(tmp_path / folder / "model.safetensors")
 
-    expected, original, steps = run("whole"), training._train_step, 0
+    expected, original, steps = run("whole"), training.train_step, 0
 
     def killed(*args: Any) -> float:
         nonlocal steps
@@ -392,7 +392,7 @@ def test_resumed_training_with_a_teacher_equals_uninterrupted(
         return original(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "_train_step", killed)
+        patch.setattr(training, "train_step", killed)
         run("killed")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in run("killed").items())
     with pytest.raises(InputError, match=r"\(teacher sha256 [0-9a-f]{16}, now null\)"):
@@ -427,7 +427,7 @@ def test_given_weights_keep_their_layer_scales(
         seen.extend((n, p.detach().clone()) for n, p in model.named_parameters() if n.endswith("gamma"))
         return 1.0
 
-    monkeypatch.setattr(training, "_train_step", step)
+    monkeypatch.setattr(training, "train_step", step)
     weights = whole.folder / "model.safetensors"
     recipe = replace(RECIPES["finetune"], epochs=1, images_per_epoch=32, batch_size=32)
     training.train_network(ARCH, digits, recipe, tmp_path, seed=0, weights=weights)
