@@ -330,8 +330,8 @@ def train_step(
 def mixed_precision(device: torch.device, precision: str = "auto") -> torch.autocast:
     """Return the context in which a loss is computed: matrix products in bfloat16 by `precision` bf16, in fp32 by fp32.
 
-    auto is bf16 on CUDA, and on a CPU with instructions for it (AVX-512 or AMX), where it more than halves the time of a
-    training step; elsewhere bfloat16 is emulated, so auto is fp32.
+    auto is bf16 on CUDA, and on a CPU with instructions for it (AVX-512 or AMX); elsewhere bfloat16 is emulated, so
+    auto is fp32.
     """
     on = precision == "bf16"
     if precision == "auto":
