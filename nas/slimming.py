@@ -21,8 +21,8 @@ settled here:
 - *Landing.* The loop may end well below the target. Then width that was removed is given back: of the networks that
   have the blocks of one of the last steps and any widths, those within 3 % under the target are considered; for each of
   the last three sets of blocks that have any, the few nearest to the loop's own widths are evaluated, and the best of all
-  is taken, though it may be a little worse than the loop's end. Where there is none, the slowest network under the
-  target is taken, if it is better than the loop's end.
+  is taken, though it may be worse than the loop's end, by much where narrow stages do badly with inherited weights. Where
+  there is none, the slowest network under the target is taken, if it is better than the loop's end.
 
 *Limits* (`Limit`: parameters, MACs) are ours. The loop goes on until the target and all of them are met. An action's gain is
 the milliseconds that it saves while the target is not met, and for each limit that is not met yet the share of it that is
