@@ -19,7 +19,7 @@ from statistics import geometric_mean, mean, median
 import yaml
 
 from nas.devices import open_profiler, profiler_of
-from nas.guarantee import Check, Outcome, meet
+from nas.guarantee import Check, Goal, Outcome, meet
 from nas.measure import CACHED, STREAMING, measure_alone, table_reference
 from nas.progress import progress
 from nas.slimming import Trajectory, slim
@@ -59,14 +59,14 @@ def search(space: SearchSpace, table: LatencyTable, target_ms: float, seed: int)
     worth, profiler = Worth(space, seed), profiler_of(table)
     assert profiler is not None, f"{table.device} is not this machine"
 
-    def slim_to(budget_ms: float, start: Trajectory | None, landing: float) -> Trajectory:
-        return slim(space, worth.importance, worth, table, budget_ms, start=start, landing=landing)
+    def slim_to(budgets: tuple[float, ...], start: Trajectory | None, landing: float) -> Trajectory:
+        return slim(space, worth.importance, worth, table, budgets[0], start=start, landing=landing)
 
     def check(arch: ArchConfig) -> Check:
         found = measure_alone(profiler, arch, table_reference(table))
         return Check(found.ms, found.low_ms, found.high_ms)
 
-    return meet(Target(target_ms), slim_to, check, table.predict_ms(space.smallest))
+    return meet([Goal(Target(target_ms), table.predict_ms, check, table.predict_ms(space.smallest))], slim_to)
 
 
 def first(given: argparse.Namespace) -> None:

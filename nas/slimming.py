@@ -21,7 +21,8 @@ settled here:
 - *Landing.* The loop may end well below the target. Then width that was removed is given back: of the networks that
   have the blocks of one of the last steps and any widths, those within 3 % under the target are considered; for each of
   the last three sets of blocks that have any, the few nearest to the loop's own widths are evaluated, and the best of all
-  is taken, though it may be worse than the loop's end, by much where narrow stages do badly with inherited weights. Where
+  is taken, though it may be worse than the loop's end, by much where narrow stages do badly with inherited weights;
+  unless `only_better` is asked for: then the loop's end stands before a network that is slower and worse. Where
   there is none, the slowest network under the target is taken, if it is better than the loop's end.
 
 *Limits* (`Limit`: parameters, MACs) are ours. The loop goes on until the target and all of them are met. An action's gain is
@@ -213,6 +214,7 @@ def slim(
     score: Score = "loss",
     start: Trajectory | None = None,
     landing: float = LANDING,
+    only_better: bool = False,
     limits: Sequence[Limit] = (),
     mes: MobileEfficiency | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -227,6 +229,7 @@ def slim(
         score: what a step is charged for: the rise in loss, or the drop in accuracy.
         start: a trajectory to go on from, for a tighter budget; its steps are kept, its landing is undone.
         landing: how far under the budget the end may lie, as a fraction of it, where networks are nearer.
+        only_better: land only at a network that is no worse than the loop's end, and so perhaps farther under the budget.
         limits: what the network must keep beside the budget.
         mes: charge drops per gain of this score, over all single actions, instead of per millisecond saved.
         on_step: called after each step.
@@ -268,7 +271,7 @@ def slim(
         arch, ms, evaluation = steps[-1].taken.arch, steps[-1].taken.ms, steps[-1].taken.evaluation
     if steps and ms < (1 - landing) * target.ms and all(limit.is_met(arch, 1 - landing) for limit in limits):
         landed = run.landing(begin, steps)
-        if landed:
+        if landed and not (only_better and run.is_worse(landed[0].evaluation, evaluation)):
             steps.append(Step(ms, evaluation, tuple(landed), run.figures(arch, ms)))
             if on_step is not None:
                 on_step(steps[-1])
@@ -389,6 +392,9 @@ class _Run:
         evaluation = self.evaluate(after)
         score = max(0.0, self._charge(evaluation) - self._charge(before)) / gain
         return Option(action, stage, after, after_ms, ms - after_ms, evaluation, score, gain, self.figures(after, after_ms))
+
+    def is_worse(self, one: Evaluation, other: Evaluation) -> bool:
+        return self._charge(one) > self._charge(other)
 
     def _charge(self, evaluation: Evaluation) -> float:
         return evaluation.loss if self.score == "loss" else 1 - evaluation.accuracy

@@ -1,14 +1,16 @@
 """A target is met on the device or said to be missed, whatever the table believes."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
-from nas.guarantee import MEASUREMENTS, Check, Outcome, meet
+from nas.guarantee import MEASUREMENTS, Check, Goal, Outcome, meet
 from nas.slimming import Evaluation, Option, Step, Trajectory
 from nas.table import Target
 from supernet.arch import ArchConfig, Stage
+from supernet.errors import InputError
 
 NOTHING = Evaluation(1.0)
 
@@ -26,7 +28,8 @@ class Search:
     largest: float = 3.0
     asked: int = 0
 
-    def __call__(self, budget_ms: float, start: Trajectory | None, landing: float) -> Trajectory:
+    def __call__(self, budgets: tuple[float, ...], start: Trajectory | None, landing: float) -> Trajectory:
+        (budget_ms,) = budgets
         assert start is None or start.ms > budget_ms, "a trajectory is gone on from towards smaller networks only"
         self.asked += 1
         ms = min(self.largest, self.step * int(budget_ms / self.step + 1e-9))
@@ -34,6 +37,11 @@ class Search:
         option = Option("shrink", 0, arch, ms, 1.0, NOTHING, 0.0)
         steps = () if ms == self.largest else (Step(self.largest, NOTHING, (option,)),)
         return Trajectory(network(self.largest), steps, arch, ms, NOTHING)
+
+
+def goal(target: float, check: Callable[[ArchConfig], Check], fastest_ms: float = 0.1) -> Goal:
+    """A device whose table says of a network what its name says."""
+    return Goal(Target(target), lambda arch: float(arch.name), check, fastest_ms)
 
 
 def run(target: float, factor: float, noise: float = 0.0, search: Search | None = None, seed: int = 0) -> tuple[Outcome, int]:
@@ -45,7 +53,7 @@ def run(target: float, factor: float, noise: float = 0.0, search: Search | None 
         ms = float(arch.name) * factor * (1 + noise * (rng.random() - 0.5))
         return Check(ms, 0.99 * ms, 1.01 * ms)
 
-    return meet(Target(target), search or Search(), check, 0.1), len(measured)
+    return meet([goal(target, check)], search or Search()), len(measured)
 
 
 @pytest.mark.parametrize("factor", [0.7, 0.9, 0.97, 1.0, 1.03, 1.1, 1.4])
@@ -102,7 +110,7 @@ def test_a_device_that_is_elsewhere_is_asked_once() -> None:
         asked.append(arch.name)
         return Check()
 
-    outcome = meet(Target(1.0), Search(), check, 0.1)
+    outcome = meet([goal(1.0, check)], Search())
     assert len(asked) == 1
     assert outcome.met is None, "nobody knows"
     assert outcome.check.ms is None
@@ -117,7 +125,7 @@ def test_a_verified_network_stands_until_a_looser_one_is_measured_too() -> None:
         first.append(arch.name)
         return Check(0.88, 0.87, 0.9) if arch.name == first[0] else Check()
 
-    outcome = meet(Target(1.0), Search(), check, 0.1)
+    outcome = meet([goal(1.0, check)], Search())
     assert outcome.met
     assert outcome.check.high_ms == 0.9
     assert outcome.candidate is not None
@@ -125,16 +133,14 @@ def test_a_verified_network_stands_until_a_looser_one_is_measured_too() -> None:
 
 
 def test_a_tightened_budget_that_no_action_reaches_ends_the_search_with_what_was_found() -> None:
-    from supernet.errors import InputError
-
     search = Search()
 
-    def stuck(budget_ms: float, start: Trajectory | None, landing: float) -> Trajectory:
-        if budget_ms < 0.99:
+    def stuck(budgets: tuple[float, ...], start: Trajectory | None, landing: float) -> Trajectory:
+        if budgets[0] < 0.99:
             raise InputError("no action saves anything")
-        return search(budget_ms, start, landing)
+        return search(budgets, start, landing)
 
-    outcome = meet(Target(1.0), stuck, lambda arch: Check(1.2, 1.19, 1.21), 0.1)
+    outcome = meet([goal(1.0, lambda arch: Check(1.2, 1.19, 1.21))], stuck)
     assert outcome.met is False
     assert outcome.measured == 1
 
@@ -149,6 +155,71 @@ def test_the_smallest_network_is_tried_before_giving_up() -> None:
         ms = float(arch.name) * (1.0 if len(tried) > 1 else 1.2)
         return Check(ms, ms, ms)
 
-    outcome = meet(Target(0.5), Search(step=0.001), check, smallest_ms=0.45)
+    outcome = meet([goal(0.5, check, fastest_ms=0.45)], Search(step=0.001))
     assert tried[1] == pytest.approx(0.45), "0.415 was asked for"
     assert outcome.met
+
+
+def test_of_networks_that_fit_the_best_is_chosen_and_not_the_slowest() -> None:
+    """The device is quicker than its table says, so a slower network is tried; it is a worse one."""
+
+    def check(arch: ArchConfig) -> Check:
+        ms = 0.8 * float(arch.name)
+        return Check(ms, ms, ms)
+
+    outcome = meet([goal(1.0, check)], Search(), charge=lambda found: found.ms)
+    assert outcome.measured == 2
+    assert float(outcome.trajectory.arch.name) == 1.0
+    assert outcome.met
+
+
+@dataclass
+class OfTwo:
+    """Networks of two numbers, their milliseconds by either table, of which those with the largest sum are best."""
+
+    networks: list[tuple[float, float]]
+
+    def __call__(self, budgets: tuple[float, ...], start: Trajectory | None, landing: float) -> Trajectory:
+        fitting = [n for n in self.networks if all(ms <= most for ms, most in zip(n, budgets, strict=True))]
+        if not fitting:
+            raise InputError("nothing fits")
+        a, b = max(fitting, key=sum)
+        arch = ArchConfig(f"{a} {b}", 32, 10, (Stage(round(1e4 * a) * 8, 1, ()), Stage(round(1e4 * b) * 8, 1, ())))
+        option = Option("shrink", 0, arch, a, 1.0, NOTHING, 0.0)
+        return Trajectory(arch, (Step(9.0, NOTHING, (option,)),), arch, a, Evaluation(-a - b))
+
+
+def of_device(at: int, factor: float, target: float, here: bool = True) -> Goal:
+    def predict(arch: ArchConfig) -> float:
+        return float(arch.name.split()[at])
+
+    def check(arch: ArchConfig) -> Check:
+        ms = factor * predict(arch)
+        return Check(ms, 0.99 * ms, 1.01 * ms) if here else Check()
+
+    return Goal(Target(target), predict, check, 0.05)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_two_targets_are_met_on_both_devices_however_far_their_tables_are_off(seed: int) -> None:
+    rng = random.Random(seed)
+    networks = [(a, a * rng.uniform(0.5, 2)) for a in (rng.uniform(0.1, 2) for _ in range(3000))]
+    goals = [of_device(at, rng.uniform(0.85, 1.2), rng.uniform(0.5, 1.5)) for at in (0, 1)]
+    outcome = meet(goals, OfTwo(networks), charge=lambda found: found.evaluation.loss)
+    assert outcome.met
+    highs = [check.high_ms for check in outcome.checks]
+    shares = [high / goal.target.ms for high, goal in zip(highs, goals, strict=True) if high is not None]
+    assert len(shares) == 2
+    assert max(shares) <= 1
+    assert max(shares) >= 0.9, "not by a network that is far too small"
+
+
+def test_of_two_devices_the_one_that_is_not_here_keeps_its_tables_word() -> None:
+    networks = [(a / 100, b / 100) for a in range(10, 200) for b in range(10, 200, 7)]
+    goals = [of_device(0, 1.2, 1.0), of_device(1, 1.0, 0.8, here=False)]
+    outcome = meet(goals, OfTwo(networks))
+    assert outcome.met is None, "one of them is not known"
+    assert outcome.checks[0].high_ms is not None
+    assert outcome.checks[0].high_ms <= 1.0
+    assert outcome.checks[1].high_ms is None
+    assert goals[1].predict_ms(outcome.trajectory.arch) <= 0.8

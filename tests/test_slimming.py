@@ -484,6 +484,20 @@ def random_run(seed: int, share: float | None = None) -> tuple[Trajectory, Rando
     return slim(THREE, importance, Additive(cost, widths), table, budget), table, budget
 
 
+def test_a_landing_that_is_slower_and_worse_is_left_out_where_only_better_ones_are_wanted() -> None:
+    def evaluate(arch: ArchConfig) -> float:
+        """A network of 5 ms, where the loop would land, is bad."""
+        return 9.0 if Table().predict_ms(arch) == 5.0 else loss(arch)
+
+    loss = loss_by_hand()
+    worse = slim(TWO, IMPORTANCE, evaluate, Table(), 5.1)
+    assert (worse.ms, worse.evaluation.loss) == (5.0, 9.0)
+    found = slim(TWO, IMPORTANCE, evaluate, Table(), 5.1, only_better=True)
+    assert found.ms == 4.5 and found.evaluation.loss < 9.0
+    assert found.steps == worse.steps[:-1]
+    assert slim(TWO, IMPORTANCE, loss, Table(), 5.1, only_better=True).ms == 5.0, "a better one is landed at"
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_it_lands_within_3_percent_wherever_brute_force_does(seed: int) -> None:
     found, table, budget = random_run(seed)
