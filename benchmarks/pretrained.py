@@ -158,7 +158,7 @@ class Comparison:
         took = Seconds(folder / "seconds.json")
         request = Request(
             target_ms,
-            table=self.given.table,
+            table=(self.given.table,) if self.given.table else (),
             data=self.given.data,
             out=folder / "run",
             seed=0,  # as the images were divided

@@ -11,12 +11,10 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nas.profilers.bench import Failed
 from supernet.errors import InputError, unknown
-
-STRATEGIES = ("greedy",)
 
 ARCH_HELP = "a network: a YAML file, or the name of a published one (efficientformer_l1, efficientvit_m4, deit_tiny, ...)"
 
@@ -63,6 +61,13 @@ def _milliseconds(text: str) -> float:
     if not 0 < ms < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a target: give a positive number of milliseconds, such as 1.6")
     return ms
+
+
+def _target(text: str) -> tuple[str, float]:
+    device, equals, ms = text.rpartition("=")
+    if not (device and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a target on a device: give DEVICE=MS, such as iphone15pro-npu=1.2")
+    return device, _milliseconds(ms)
 
 
 def _seed(text: str) -> int:
@@ -200,18 +205,34 @@ def search(arguments: Sequence[str] | None = None) -> None:
         "  nas-search --target-ms 1.6\n"
         "  nas-search --target-ms 8 --data ~/flowers --space efficientformer-s --out flowers-8ms\n"
         "  nas-search --init efficientformer_l3 --weights l3.safetensors --target-ms 8 --data ~/flowers --out run\n"
-        "  nas-search --from flowers-8ms --verify",
+        "  nas-search --target cpu=8 --target iphone15pro-npu=1.2 --data ~/flowers\n"
+        "  nas-search --from flowers-8ms --target-ms 6          (at once, on the scores that it kept)",
     )
-    parser.add_argument("--target-ms", type=_milliseconds, metavar="T", help="milliseconds a call may take")
+    parser.add_argument("--target-ms", type=_milliseconds, metavar="T", help="milliseconds a call may take, on --device")
     parser.add_argument("--device", metavar="D", help="cpu, or the id of a table (see nas-build-lut --list)")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="the latency table to use, a CSV file")
+    parser.add_argument(
+        "--target",
+        type=_target,
+        action="append",
+        default=[],
+        metavar="D=T",
+        help="a device and its milliseconds; give it again for each device that the one network is to meet its target on",
+    )
+    parser.add_argument(
+        "--table", type=Path, action="append", default=[], metavar="FILE", help="a device's latency table, a CSV file"
+    )
     parser.add_argument(
         "--data", type=Path, metavar="PATH", help="images: PATH/train/<class>/* and perhaps PATH/val, or PATH/<class>/*"
     )
     parser.add_argument(
         "--space", metavar="S", help="a space: its name or a YAML file (default: efficientformer-s; -tiny without --data)"
     )
-    parser.add_argument("--strategy", default="greedy", metavar="NAME", help="greedy: the paper's slimming loop (default)")
+    parser.add_argument(
+        "--strategy",
+        metavar="NAME",
+        help="greedy: the paper's slimming loop (default); exact: the best network that the drops of single changes admit; "
+        "optuna: a study that other processes can share",
+    )
     parser.add_argument(
         "--config",
         type=Path,
@@ -236,41 +257,45 @@ def search(arguments: Sequence[str] | None = None) -> None:
         help="its weights: timm's state dict (.pth, .pt, .safetensors), a model.safetensors or checkpoint.pt of nas-train, or "
         "timm:NAME where timm is installed",
     )
-    later = parser.add_argument_group("a device that is elsewhere")
-    later.add_argument("--from", dest="from_run", type=Path, metavar="RUN", help="the folder of a search that ended")
+    later = parser.add_argument_group("go on from a search that ended")
+    later.add_argument(
+        "--from",
+        dest="from_run",
+        type=Path,
+        metavar="RUN",
+        help="its folder. With other targets: the answer at once, by the drops that it measured; nothing is evaluated",
+    )
     later.add_argument(
         "--verify",
         nargs="?",
         const="",
         metavar="RESULTS",
-        help="measure the network of --from on its device: at --device ssh://user@host, or by a job folder whose results are "
-        "given here afterwards; one that misses the target is searched again",
+        help="with targets: search whole, with the supernet of --from, and measure. Without: measure the network of --from on "
+        "its device, at --device ssh://user@host, or by a job folder whose results are given here afterwards; one that misses "
+        "the target is searched again",
     )
     given = parser.parse_args(arguments)
 
     def work() -> None:
-        if given.verify is not None or given.from_run is not None:
-            _verify(given)
+        if given.from_run is not None or given.verify is not None:
+            _search_from(given)
             return
-        if given.target_ms is None:
-            raise InputError("say which latency the network may have: --target-ms 1.6")
-        if given.strategy not in STRATEGIES:
-            raise unknown("strategy", given.strategy, STRATEGIES)
         from nas.search import Request, run_search
 
         result = run_search(
             Request(
                 target_ms=given.target_ms,
                 device=given.device,
-                table=given.table,
+                table=tuple(given.table),
                 data=given.data,
                 space=given.space,
-                strategy=given.strategy,
+                strategy=given.strategy or "greedy",
                 config=given.config,
                 out=given.out,
                 seed=given.seed,
                 init=given.init,
                 weights=given.weights,
+                targets=tuple(given.target),
             )
         )
         if result["met"] is False:
@@ -279,12 +304,42 @@ def search(arguments: Sequence[str] | None = None) -> None:
     _run(parser.prog, work)
 
 
-def _verify(given: argparse.Namespace) -> None:
-    if given.verify is None or given.from_run is None:
-        raise InputError("--from RUN and --verify go together: nas-search --from RUN --verify [results.json]")
-    from nas.verify import verify
+def _search_from(given: argparse.Namespace) -> None:
+    """Verify the network of a search that ended, or search for other targets with what it kept."""
+    run, results = given.from_run, given.verify
+    if run is None:
+        raise InputError("--verify needs the folder of a search: nas-search --from RUN --verify [results.json]")
+    if own := [name for name in ("data", "space", "config", "seed", "init", "weights") if getattr(given, name)]:
+        raise InputError(f"--from {run} has its own {', '.join(own)}: leave --{', --'.join(own)} out")
+    targets = given.target_ms is not None or given.target
+    if not targets and results is None:
+        raise InputError(f"say what to do with {run}: give another --target-ms, or --verify to measure its network")
+    result: dict[str, Any] | None
+    if not targets:
+        if given.table or given.strategy or given.out:
+            raise InputError("--verify measures the network that was found: leave --table, --strategy and --out out")
+        from nas.verify import verify
 
-    result = verify(given.from_run, given.device, Path(given.verify) if given.verify else None)
+        result = verify(run, given.device, Path(results) if results else None)
+    elif results:
+        raise InputError(f"{results} is of the network of {run}, not of one for another target: leave the targets out")
+    else:
+        target = {
+            "target_ms": given.target_ms,
+            "device": given.device,
+            "targets": tuple(given.target),
+            "table": tuple(given.table),
+            "out": given.out,
+        }
+        if results is None:
+            from nas.again import answer
+
+            answer(run, strategy=given.strategy or "exact", **target)
+            return
+        from nas.request import finished
+        from nas.search import Request, search_from
+
+        result = search_from(run, Request(strategy=given.strategy or finished(run).request["strategy"], **target))
     if result is not None and result["met"] is False:
         raise SystemExit(1)
 

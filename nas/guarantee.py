@@ -140,7 +140,7 @@ def meet(goals: Sequence[Goal], search: Search, charge: Callable[[Trajectory], f
             best, outcome = rank, Outcome(trajectory, checks, len(measured), met)
         for budget, predicted, high in known:
             budget.learn(predicted, high)
-        if met and (nearest >= 1 - SLACK or not trajectory.steps) or number == MEASUREMENTS:
+        if (met and (nearest >= 1 - SLACK or not trajectory.steps)) or number == MEASUREMENTS:
             break
         changed = [(b, predicted, high) for b, predicted, high in known if met or high > b.goal.target.ms]
         for budget, predicted, high in changed:

@@ -25,10 +25,7 @@ class Remembered:
         self.evaluate = evaluate
         self.path = path
         self.asked = 0
-        self._known: dict[str, Evaluation] = {}
-        if path.exists():
-            for line in csv.DictReader(path.read_text().splitlines()):
-                self._known[line["network"]] = Evaluation(float(line["loss"]), float(line["accuracy"]))
+        self._known = read_evaluations(path)
 
     def __call__(self, arch: ArchConfig) -> Evaluation:
         self.asked += 1
@@ -38,6 +35,14 @@ class Remembered:
             records = ({"network": k, "loss": repr(v.loss), "accuracy": repr(v.accuracy)} for k, v in self._known.items())
             write_csv(self.path, records, ("network", "loss", "accuracy"))
         return self._known[network]
+
+
+def read_evaluations(path: Path) -> dict[str, Evaluation]:
+    """Return what `Remembered` keeps in a file: networks as `described` says them, and their evaluations."""
+    if not path.exists():
+        return {}
+    lines = csv.DictReader(path.read_text().splitlines())
+    return {line["network"]: Evaluation(float(line["loss"]), float(line["accuracy"])) for line in lines}
 
 
 class Checks:

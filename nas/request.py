@@ -1,14 +1,18 @@
-"""Which request an output folder belongs to: the same one goes on in it, another one is refused."""
+"""Which request an output folder belongs to: the same one goes on in it, another one is refused. What a finished one was."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from supernet.errors import InputError
 from supernet.files import write_atomically
+from supernet.space import SearchSpace
 
 SHOWN = 60  # characters of a value in a refusal
 BEFORE = 15  # of them, those before the first difference of two long values
@@ -42,6 +46,45 @@ def claim(folder: Path, request: Mapping[str, Any], since: Mapping[str, Any] | N
         shown = "; ".join(_difference(name, held, given) for name in differing[:3])
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise InputError(f"{folder} holds another request ({shown}{more}): give another --out")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A search that ended: its folder, its request, its result, and its space."""
+
+    folder: Path
+    request: Mapping[str, Any]
+    result: Mapping[str, Any]
+    space: SearchSpace
+
+    @property
+    def targets(self) -> list[dict[str, Any]]:
+        """Its targets, the first one first: `device`, `target_ms`, and `table`, a path."""
+        names = ("device", "target_ms", "table")
+        several: list[dict[str, Any]] = self.request.get("targets", [{name: self.request[name] for name in names}])
+        return several
+
+    @property
+    def data(self) -> Path | None:
+        """What `--data` was."""
+        return None if self.request["data"] == "digits" else Path(self.request["data"])
+
+
+def finished(run: Path) -> Finished:
+    """Read the folder of a search that ended.
+
+    Raises:
+        InputError: it holds none.
+    """
+    try:
+        request = json.loads((run / "request.json").read_text(encoding="utf-8"))
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        space = SearchSpace.from_dict(yaml.safe_load(request["space"]), f"the space of {run}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{run} holds no finished search ({error}): give the --out folder of a nas-search that ended"
+        ) from error
+    return Finished(run, request, result, space)
 
 
 def _completed(held: Mapping[str, Any], since: Mapping[str, Any]) -> dict[str, Any]:

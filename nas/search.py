@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +15,45 @@ from safetensors.torch import save as save_safetensors
 
 from nas.data import ImageData, load_data, natural_size
 from nas.evaluation import Evaluator, accuracy_of, recalibrate
-from nas.guarantee import Outcome, meet
+from nas.guarantee import Check, Goal, Outcome, meet
 from nas.kept import Checks, Remembered, described, write_csv
-from nas.plan import for_batch
+from nas.lookup import OnDevice, groups_of, places, usable_table
 from nas.pretrained import Pretrained, layers_kept, on_data, pretrained_supernet, requested
-from nas.profile import per_image
 from nas.progress import progress, say
 from nas.recovery import Recovered
-from nas.request import claim
+from nas.request import Finished, claim, finished
+from nas.result import print_result
 from nas.scores import ADDITIVITY_COLUMNS, Drops, Evaluate, additivity, measure_drops, single_changes
-from nas.slimming import Limit, MobileEfficiency, Step, Trajectory, check_limits, rounded_up, slim, start_network
+from nas.slimming import Importance, MobileEfficiency, Trajectory, check_limits, start_network
+from nas.strategies import Budgeted, Scores, check_strategy, choose, fastest_ms, limits_of, refuse_unreachable
 from nas.supernet_training import SupernetSettings, channel_method, logits_of, train_supernet, training_size
-from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, table_folders, user_folder
 from nas.taylor import channels
 from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
-from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, table_of, train_finalists, usable_ways
+from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, train_finalists, usable_ways
 from supernet.arch import ArchConfig, MultiplexSpec
-from supernet.errors import InputError, unknown
+from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.model import build_model, count
-from supernet.space import SearchSpace, space_names
+from supernet.space import SearchSpace
 from supernet.specs import knobs_of
 from supernet.units import UnitScores
 from supernet.weights import AnySupernet, at_size, subnetwork
 
+TRAINED = ("supernet.pt", "channels.json", "distillation.pt", "evaluations.csv")  # what another target changes nothing in
 CANDIDATE = "candidate.yaml"  # a network that might be better and is to be measured on a device that is elsewhere
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of `nas-search`; None where a flag was left out."""
+    """What a user asks of `nas-search`; None or nothing where a flag was left out.
 
-    target_ms: float
+    `target_ms` on `device` is the first target, those of `targets` (device, milliseconds) are met beside it. `table`: files, of
+    those devices. `run`: a finished search, whose supernet and scores are used.
+    """
+
+    target_ms: float | None = None
     device: str | None = None
-    table: Path | None = None
+    table: tuple[Path, ...] = ()
     data: Path | None = None
     space: str | None = None
     strategy: str = "greedy"
@@ -59,6 +62,36 @@ class Request:
     seed: int = 0
     init: str | None = None
     weights: str | None = None
+    targets: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def all_targets(self) -> list[tuple[str | None, float]]:
+        """Every target, the first one first.
+
+        Raises:
+            InputError: there is none.
+        """
+        first: list[tuple[str | None, float]] = [] if self.target_ms is None else [(self.device, self.target_ms)]
+        if not first and not self.targets:
+            raise InputError("say which latency the network may have: --target-ms 1.6")
+        if not first and self.device is not None:
+            raise InputError(f"--device {self.device} has no target: give --target {self.device}=MS, or --target-ms")
+        return [*first, *self.targets]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request whose parts were found and fit together."""
+
+    devices: tuple[OnDevice, ...]
+    space: SearchSpace
+    train_size: int
+    data: ImageData
+    settings: SupernetSettings
+    strategy: str
+    seed: int
+    folder: Path
+    given: Pretrained | None
 
 
 def run_search(
@@ -66,14 +99,17 @@ def run_search(
     space: SearchSpace | None = None,
     settings: SupernetSettings | None = None,
     again: bool = False,
+    trained: Path | None = None,
 ) -> dict[str, Any]:
     """Search, write the results to the run's folder, print them, and return the content of `result.json`.
 
     `space` and `settings` stand in for what `request` names; `again`: also where the folder has a result, because more is
-    known of what networks take on the device.
+    known of what networks take on the devices. `trained`: the folder of a search that differs in targets, devices or strategy
+    alone; what it trained and evaluated is taken from there.
     """
-    target = Target(request.target_ms)
+    targets = request.all_targets
     settings = settings or SupernetSettings.load(request.config)
+    check_strategy(request.strategy, settings.objective)
     given: Pretrained | None = None
     if request.init is not None and request.weights is not None:
         given, around = requested(request.init, request.weights, request.space, settings)
@@ -86,30 +122,30 @@ def run_search(
         default = "efficientformer-s" if request.data else "efficientformer-tiny"
         space = space or SearchSpace.load(request.space or default)
         train_size = training_size(space, natural_size(request.data), settings.image_size)
-    device, table_path = resolve_table(request.device, request.table)
-    space = groups_of(space, settings.objective, device, table_path)
+    found = places(targets, request.table)
+    for place in found:
+        space = groups_of(space, settings.objective, place.device, place.table)
     data = load_data(request.data, train_size, request.seed, settings.score_images)
     space = space.with_classes(len(data.classes))
-    folder = request.out or Path("runs") / f"{space.name}-{target.ms:g}ms-seed{request.seed}"
+    folder = request.out or Path("runs") / run_name(space.name, [ms for _, ms in targets], request.seed)
+    space_name = request.space or space.name
     if given is not None:
-        request = replace(request, space=str(folder / "space.yaml"))
+        space_name = str(folder / "space.yaml")
         if not (folder / "request.json").exists():
             space.save(folder / "space.yaml")  # a refusal of the table names the command that measures this space
-    table, table_path = usable_table(device, table_path, space, request)
-    smallest_ms = table.predict_ms(space.smallest)
-    if target.ms < smallest_ms:
-        raise InputError(
-            f"the target of {target.ms:g} ms is below the smallest network of {space.name} on {device}: "
-            f"give at least {rounded_up(smallest_ms)} ms"
-        )
-    check_limits(space, limits_of(settings, space, None))
+    devices = tuple(OnDevice(place.target, *usable_table(place, space, space_name)) for place in found)
+    refuse_unreachable(space, [Budgeted(device.table, device.table, device.target.ms) for device in devices])
+    check_limits(space, limits_of(space, None, settings.max_params, settings.max_macs))
+    first = devices[0]
+    several = [{"device": d.name, "target_ms": d.target.ms, "table": str(d.path.resolve())} for d in devices]
     claim(
         folder,
         {
             "command": "nas-search",
-            "target_ms": target.ms,
-            "device": device,
-            "table": str(table_path.resolve()),
+            "target_ms": first.target.ms,
+            "device": first.name,
+            "table": str(first.path.resolve()),
+            **({"targets": several} if len(several) > 1 else {}),
             "data": data.source,
             "data_fingerprint": data.fingerprint,
             "space": space.to_yaml(),
@@ -120,80 +156,126 @@ def run_search(
         },
         since={"settings": asdict(SupernetSettings())},
     )
-    finished = folder / "result.json"
-    if again or not finished.exists():
-        _search(target, space, train_size, data, table, table_path, settings, request, folder, given)
-    result: dict[str, Any] = json.loads(finished.read_text())
-    _print_result(result, folder, data)
+    if trained is not None:
+        borrow(trained, folder)
+    ended = folder / "result.json"
+    if again or not ended.exists():
+        _search(Work(devices, space, train_size, data, settings, request.strategy, request.seed, folder, given))
+    result: dict[str, Any] = json.loads(ended.read_text())
+    print_result(result, folder, data.source, len(data.val))
     return result
 
 
-def _search(
-    target: Target,
-    space: SearchSpace,
-    train_size: int,
-    data: ImageData,
-    table: LatencyTable,
-    table_path: Path,
-    settings: SupernetSettings,
-    request: Request,
-    folder: Path,
-    given: Pretrained | None,
-) -> None:
+def search_from(run: Path, request: Request) -> dict[str, Any]:
+    """Search for other targets, on other devices or by another strategy, with the supernet of a search that ended, and its
+    evaluations. Of the request, targets, tables, strategy and folder count.
+
+    Raises:
+        InputError: the folder holds no finished search, or is to hold the new one too; or what `run_search` refuses.
+    """
+    held = finished(run)
+    if request.out is not None and request.out.resolve() == run.resolve():
+        raise InputError(f"{run} holds the search to start from: give another --out")
+    if request.target_ms is not None and request.device is None:
+        first = held.targets[0]
+        request = replace(request, device=first["device"], table=request.table or (Path(first["table"]),))
+    seed = held.request["seed"]
+    out = request.out or Path("runs") / run_name(held.space.name, [ms for _, ms in request.all_targets], seed)
+    return run_search(
+        replace(request, data=held.data, seed=seed, out=out, **beginning(held)),
+        space=held.space,
+        settings=SupernetSettings(**held.request["settings"]),
+        trained=run,
+    )
+
+
+def beginning(held: Finished) -> dict[str, Any]:
+    """Return the network and the weights that a search began with, as `Request` names them, if it did (--init)."""
+    if "init" not in held.request:
+        return {}
+    path = held.folder / "init.yaml"
+    write_atomically(path, held.request["init"])
+    return {"init": str(path), "weights": str(held.folder / "init" / "given.safetensors")}
+
+
+def borrow(run: Path, folder: Path) -> None:
+    """Take what a search trained and evaluated into the folder of another one, unless it is there."""
+    paths = [run / name for name in TRAINED] + sorted((run / "init").glob("*"))
+    for path in paths:
+        to = folder / path.relative_to(run)
+        if path.is_file() and not to.exists():
+            write_atomically(to, path.read_bytes())
+
+
+def run_name(space: str, targets_ms: Sequence[float], seed: int) -> str:
+    """Return what the folder of a search is called."""
+    return f"{network_name(space, targets_ms)}-seed{seed}"
+
+
+def network_name(space: str, targets_ms: Sequence[float]) -> str:
+    """Return what the network found in a search is called."""
+    return "-".join([space, *(f"{ms:g}ms" for ms in targets_ms)])
+
+
+def _search(work: Work) -> None:
+    devices, space, data = work.devices, work.space, work.data
+    settings, seed, folder = work.settings, work.seed, work.folder
+    first = devices[0]
     ways: tuple[MultiplexSpec | None, ...] = (None,)
     if settings.objective == "throughput":
-        ways = (None, *usable_ways(space, table))
+        ways = (None, *usable_ways(space, first.table))
     elif space.mux:
         own_pass = f"the objective is {settings.objective}, so each image has a pass of its own"
         say(f"{own_pass}: the groups (mux) of {space.name} are left out")
-    supernet: AnySupernet
-    if given is None:
-        begin = None
-        supernet = train_supernet(space.at(train_size), data, settings, request.seed, folder)
-    else:
-        begin = space.fit(given.arch.with_classes(len(data.classes)))
-        original = on_data(given, data, settings, request.seed, folder)
-        supernet = pretrained_supernet(
-            original, begin.at(train_size), space.at(train_size), data, settings, request.seed, folder
-        )
+    supernet, begin, original = _supernet(work)
     logits = logits_of(supernet, settings) if begin is None else None
     base = begin or (space.largest if logits is None else start_network(space, logits))
     evaluator = evaluator_of(supernet, base, data, settings, folder)
-    scored = Recovered(evaluator, data, settings, request.seed) if settings.recovery_steps else evaluator
+    scored = Recovered(evaluator, data, settings, seed) if settings.recovery_steps else evaluator
     evaluate = Remembered(scored, folder / "evaluations.csv")
     drops = drops_of(space, base, evaluate)
     drops.save(folder / "drops.csv")
     importance = logits if logits is not None else drops.importance()
-    write_csv(
-        folder / "importance.csv",
-        (
-            {"stage": stage + 1, "slot": slot + 1, "kind": kind, "log_odds": value}
-            for (stage, slot), odds in zip(space.slots, importance, strict=True)
-            for kind, value in odds.items()
-        ),
-        ("stage", "slot", "kind", "log_odds"),
-    )
+    write_importance(folder / "importance.csv", space, importance)
     report_signal(space, begin or start_network(space, importance), evaluate, len(data.score), trained_here=begin is None)
-    check_of_drops = additivity_of(space, drops, evaluate, settings, request.seed, folder)
+    check_of_drops = additivity_of(space, drops, evaluate, settings, seed, folder)
 
-    checks = Checks(folder / "measurements.csv", table)
+    checks = [Checks(folder / measurements_file(devices, at), device.table) for at, device in enumerate(devices)]
     mes = efficiency_of(settings)
+    scores = Scores(space, begin or start_network(space, importance), importance, drops, evaluate, settings.score)
 
     def found_for(mux: MultiplexSpec | None) -> Outcome:
-        predictor = GroupedPredictor(table, space, mux)
-        limits = limits_of(settings, space, mux)
+        predictors = [GroupedPredictor(d.table, space, mux) if mux is not None else d.table for d in devices]
+        limits = limits_of(space, mux, settings.max_params, settings.max_macs)
 
-        def slim_to(budget_ms: float, start: Trajectory | None, landing: float) -> Trajectory:
-            if start is None and begin is not None:
-                start = Trajectory(begin, (), begin, predictor.predict_ms(begin), evaluate(begin))
-            slimmed = partial(slim, space, importance, evaluate, predictor, score=settings.score, on_step=_say_step)
-            found = slimmed(budget_ms, start=start, landing=landing, limits=limits, mes=mes)
+        def search(budgets: tuple[float, ...], start: Trajectory | None, landing: float) -> Trajectory:
+            found = choose(
+                work.strategy,
+                scores,
+                [Budgeted(d.table, p, ms) for d, p, ms in zip(devices, predictors, budgets, strict=True)],
+                limits,
+                start=start,
+                landing=landing,
+                mes=mes,
+            )
             write_csv(folder / "trajectory.csv", found.records(), found.columns)
             return found
 
+        def check(at: int) -> Callable[[ArchConfig], Check]:
+            return lambda arch: checks[at](space.multiplexed(arch, mux))
+
         if len(ways) > 1:
-            say(f"each image by itself, at {target.ms:g} ms" if mux is None else f"groups of {mux.n}, at {target.ms:g} ms")
-        return meet(target, slim_to, lambda arch: checks(space.multiplexed(arch, mux)), predictor.predict_ms(space.smallest))
+            say("each image by itself" if mux is None else f"groups of {mux.n}")
+        goals = [
+            Goal(
+                device.target,
+                predictor.predict_ms,
+                check(at),
+                fastest_ms(space, device.table) if mux is None else predictor.predict_ms(space.smallest),
+            )
+            for at, (device, predictor) in enumerate(zip(devices, predictors, strict=True))
+        ]
+        return meet(goals, search, scores.charge_of)
 
     outcomes: dict[MultiplexSpec | None, Outcome] = {}
     for way in ways:
@@ -206,20 +288,21 @@ def _search(
     finalists: list[Finalist] = []
     mux = None
     if len(outcomes) > 1:
-        finalists = _finalists(outcomes, supernet, evaluator, data, checks, settings, request.seed, folder)
+        finalists = _finalists(outcomes, supernet, evaluator, data, checks[0], settings, seed, folder)
         mux = best_of(finalists).arch.mux
     outcome = outcomes[mux]
-    trajectory, check = outcome.trajectory, outcome.check
+    trajectory = outcome.trajectory
     write_csv(folder / "trajectory.csv", trajectory.records(), trajectory.columns)
     candidate = folder / CANDIDATE
     candidate.unlink(missing_ok=True)
     if outcome.candidate is not None:
         space.multiplexed(outcome.candidate.arch, mux).without_identity().save(candidate)
-    deployed = replace(space.multiplexed(trajectory.arch, mux).without_identity(), name=f"{space.name}-{target.ms:g}ms")
+    name = network_name(space.name, [device.target.ms for device in devices])
+    deployed = replace(space.multiplexed(trajectory.arch, mux).without_identity(), name=name)
     if finalists:
         best = best_of(finalists)
         model = best.model
-        loss, accuracy = accuracy_of(model, data.val.shuffled(request.seed))[0], best.val.mean
+        loss, accuracy = accuracy_of(model, data.val.shuffled(seed))[0], best.val.mean
     else:
         unchanged = layers_kept(begin, trajectory.arch) if begin is not None else 0
         model = found_network(supernet, trajectory.arch, evaluator.recalibration, evaluator.kept, unchanged)
@@ -227,30 +310,25 @@ def _search(
     complexity = count(deployed)
     deployed.save(folder / "searched.yaml")
     write_atomically(folder / "weights.safetensors", save_safetensors(deployed_weights(model, deployed)))
+    on_devices = [device.record(deployed, check) for device, check in zip(devices, outcome.checks, strict=True)]
     result = {
-        "target_ms": target.ms,
-        "device": table.device,
-        "table": str(table_path),
-        "provenance": table.provenance,
-        "predicted_ms": table.predict_ms(deployed),
-        "measured_ms": check.ms,
-        "measured_low_ms": check.low_ms,
-        "measured_high_ms": check.high_ms,
+        **on_devices[0],
         "loss": loss,
         "accuracy": accuracy,
         "params": complexity.params,
         "macs": complexity.macs,
-        "batch": table.meta.get("batch", 1),
-        "seed": request.seed,
-        "strategy": request.strategy,
+        "seed": seed,
+        "strategy": work.strategy,
         "space": space.name,
         "image_size": deployed.image_size,
-        "supernet_image_size": train_size,
+        "supernet_image_size": work.train_size,
         "steps": len(trajectory.steps),
         "measured_networks": outcome.measured,
         "met": outcome.met,
+        "targets": on_devices,
         "candidate": str(candidate) if outcome.candidate is not None else None,
         "evaluations": evaluate.asked,
+        "score_loss": trajectory.evaluation.loss,
         "demonstration": data.demonstration,
         "skipped_images": len(data.skipped),
         "largest_of_space": not trajectory.steps,
@@ -259,22 +337,51 @@ def _search(
         "importance": "logits" if logits is not None else "drops",
         "max_params": settings.max_params or None,
         "max_macs": settings.max_macs or None,
-        "mes": mes.of(complexity.params, check.ms or table.predict_ms(deployed)) if mes is not None else None,
+        "mes": None
+        if mes is None
+        else mes.of(complexity.params, on_devices[0]["measured_ms"] or on_devices[0]["predicted_ms"]),
         "additivity": check_of_drops,
     }
-    if given is not None and begin is not None:
+    if work.given is not None and begin is not None and original is not None:
         result["init"] = {
-            "network": given.arch.name,
-            "weights": given.source,
-            "predicted_ms": table.predict_ms(begin),
+            "network": work.given.arch.name,
+            "weights": work.given.source,
+            "predicted_ms": first.table.predict_ms(begin),
             "accuracy": accuracy_of(original, data.val)[1],
             "teacher": str(folder / "teacher.yaml"),
         }
     if finalists:
-        rows = records(finalists, best_of(finalists), table, settings.arrivals_per_second)
+        rows = records(finalists, best_of(finalists), first.table, settings.arrivals_per_second)
         write_csv(folder / "throughput.csv", rows, THROUGHPUT_COLUMNS)
         result["throughput"] = rows
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def _supernet(work: Work) -> tuple[AnySupernet, ArchConfig | None, torch.nn.Sequential | None]:
+    """Return the trained supernet; with --init also the network that the search begins with, and the trained original."""
+    if work.given is None:
+        space = work.space.at(work.train_size)
+        return train_supernet(space, work.data, work.settings, work.seed, work.folder), None, None
+    begin = work.space.fit(work.given.arch.with_classes(len(work.data.classes)))
+    original = on_data(work.given, work.data, work.settings, work.seed, work.folder)
+    at = work.train_size
+    supernet = pretrained_supernet(original, begin.at(at), work.space.at(at), work.data, work.settings, work.seed, work.folder)
+    return supernet, begin, original
+
+
+def measurements_file(devices: Sequence[OnDevice], at: int) -> str:
+    """Return the file of what networks take on one of the devices."""
+    return "measurements.csv" if len(devices) == 1 else f"measurements-{devices[at].name}.csv"
+
+
+def write_importance(path: Path, space: SearchSpace, importance: Importance) -> None:
+    """Write `importance.csv`: each slot's kinds and their log-odds against identity."""
+    records = (
+        {"stage": stage + 1, "slot": slot + 1, "kind": kind, "log_odds": value}
+        for (stage, slot), odds in zip(space.slots, importance, strict=True)
+        for kind, value in odds.items()
+    )
+    write_csv(path, records, ("stage", "slot", "kind", "log_odds"))
 
 
 def evaluator_of(
@@ -314,16 +421,6 @@ def additivity_of(
     return {"networks": len(found.records), **{k: None if math.isnan(v) else v for k, v in figures.items()}}
 
 
-def limits_of(settings: SupernetSettings, space: SearchSpace, mux: MultiplexSpec | None) -> list[Limit]:
-    """Return the hard limits of the settings, on the networks of the space with their images grouped by `mux`."""
-    limits = []
-    if settings.max_params:
-        limits.append(Limit("params", lambda arch: count(space.multiplexed(arch, mux)).params, settings.max_params))
-    if settings.max_macs:
-        limits.append(Limit("macs", lambda arch: count(space.multiplexed(arch, mux)).macs, settings.max_macs))
-    return limits
-
-
 def efficiency_of(settings: SupernetSettings) -> MobileEfficiency | None:
     """Return the mobile efficiency score with the settings' constants, where it is the objective."""
     if settings.objective != "mes":
@@ -360,103 +457,6 @@ def _finalists(
         return path
 
     return train_finalists(found, inherited, data, checks, checks.group_ms, settings, folder / "throughput", seed)
-
-
-def groups_of(space: SearchSpace, objective: str, device: str, table: Path | None) -> SearchSpace:
-    """Return the space with the ways of grouping images of which the calls of the device's table have whole groups.
-
-    Raises:
-        InputError: throughput is the objective, and there are none.
-    """
-    from nas.devices import open_profiler
-
-    place = LatencyTable.load(table).meta if table is not None else open_profiler(device).environment()
-    batch = int(place.get("batch", 1))
-    if objective == "throughput" and not space.mux:
-        with_groups = [name for name in space_names() if SearchSpace.load(name).mux]
-        raise InputError(
-            f"the objective throughput needs a space whose images may share passes (mux), but {space.name} has none: give a "
-            f"--space such as {', '.join(with_groups)}, or leave the objective out"
-        )
-    kept = for_batch(space, batch)
-    if objective == "throughput" and not kept.mux:
-        n = max(mux.n for mux in space.mux)
-        usual = re.sub(r"-b\d+$", "", device)
-        raise InputError(
-            f"the objective throughput needs calls of whole groups, but those of {device} have {batch}: give --device "
-            f"{usual}-b{n}, or a larger multiple of {n}"
-        )
-    return kept
-
-
-def resolve_table(device: str | None, table: Path | None) -> tuple[str, Path | None]:
-    """Return the device id that the user means, and its table's path where there is one.
-
-    Without either flag: the only table that the user measured or imported, else this machine's CPU.
-
-    Raises:
-        InputError: the device is unknown, several tables could be meant, or the table is of another device.
-    """
-    from nas.devices import HERE, known_devices, open_profiler
-
-    here = open_profiler().id
-    wanted = open_profiler(device).id if device in HERE else device
-    if table is not None:
-        of = LatencyTable.load(table).device
-        if of != (wanted or here):
-            asked = f"--device {device}" if device else f"this machine's CPU ({here})"
-            raise InputError(f"the table {table} is of {of}, not of {asked}: give --device {of}, or another table")
-        return of, table
-    found = find_tables()
-    if wanted is None:
-        own = {d: p for d, p in found.items() if p.parent in (Path("latency_tables"), user_folder())}
-        if len(own) > 1:
-            raise InputError(f"there are tables of {', '.join(sorted(own))}: say which with --device")
-        wanted = next(iter(own), here)
-    if wanted not in found and wanted != here:
-        try:
-            open_profiler(wanted)
-        except InputError:
-            raise unknown("device", device, known_devices()) from None
-    return wanted, found.get(wanted)
-
-
-def usable_table(device: str, path: Path | None, space: SearchSpace, request: Request) -> tuple[LatencyTable, Path]:
-    """Return the device's table and its path, with every row and the calibration that the space needs.
-
-    What this machine's own table lacks is measured now, unless the user named the file.
-    """
-    from nas.audit import say_if_untrue
-    from nas.devices import open_profiler, profiler_of
-    from nas.lut import build_table
-
-    table = LatencyTable.load(path) if path is not None else None
-    profiler = profiler_of(table) if table is not None else open_profiler(device)
-    if table is not None and path is not None:
-        command = f"nas-build-lut --device {device} --missing --space {request.space or space.name} --out {path.parent}"
-        if request.table is not None or profiler is None:
-            table.require(space.layers(), command)
-            table.predict_ms(space.smallest)  # refuses a table without a calibration for such networks
-            own = table.calibrated_for(space)
-            say_if_untrue(table)
-            return own if own.calibrations else table, path
-        now = profiler.environment()["runtime_version"]
-        if table.meta.get("runtime_version") != now:
-            say(
-                f"warning: the table was measured with {table.meta['runtime']} {table.meta['runtime_version']}, this is "
-                f"{now}: `{command.replace(' --missing', '')}` measures it anew"
-            )
-        say_if_untrue(table)
-        if table.serves(space):
-            return table.calibrated_for(space), path
-    assert profiler is not None
-    folder = path.parent if path is not None and path.parent in table_folders()[:2] else user_folder()
-    say(
-        f"this machine's table {'lacks rows of ' + space.name if table else f'({device}) is not there yet'}: measuring it first"
-    )
-    measured = space if space.num_classes > MANY_CLASSES else space.with_classes(FEW_CLASSES)
-    table = build_table(profiler, measured, folder, only_missing=True)
-    return table.calibrated_for(space), folder / f"{device}.csv"
 
 
 def report_signal(
@@ -502,55 +502,3 @@ def deployed_weights(model: torch.nn.Sequential, deployed: ArchConfig) -> dict[s
             value = source.state_dict()[key].cpu()
             weights[f"{name}.{key}"] = at_size(key, value, like).contiguous()
     return weights
-
-
-def _say_step(step: Step) -> None:
-    taken = step.taken
-    say(
-        f"{taken.action}: {step.ms:.4g} to {taken.ms:.4g} ms, loss {step.evaluation.loss:.4f} to {taken.evaluation.loss:.4f}"
-        + (f" (of {len(step.options)} actions)" if len(step.options) > 1 else "")
-    )
-
-
-def _print_result(result: Mapping[str, Any], folder: Path, data: ImageData) -> None:
-    if result["measured_ms"] is None:
-        measured = f"not measured: {result['device']} is elsewhere (nas-search --from {folder} --verify measures it there)"
-    else:
-        measured = (
-            f"measured {result['measured_ms']:.4g} ms (95 %: {result['measured_low_ms']:.4g} to "
-            f"{result['measured_high_ms']:.4g}){per_image(result['measured_ms'], result['batch'])}"
-        )
-    print(f"{folder / 'searched.yaml'}")
-    print(
-        f"  target {result['target_ms']:g} ms on {result['device']}: predicted {result['predicted_ms']:.4g} ms, {measured}"
-        + ("; THE TARGET IS MISSED" if result["met"] is False else "")
-    )
-    if result["candidate"]:
-        print(f"  over 3 % is left: a slower network might fit ({result['candidate']}); --verify again measures it")
-    mes = "" if result["mes"] is None else f", MES {result['mes']:.4g}"
-    print(f"  {result['params'] / 1e6:.3g} M parameters, {result['macs'] / 1e6:.4g} M MACs at {result['image_size']} px{mes}")
-    init = result.get("init")
-    inherited = "the supernet" if init is None else init["network"]
-    print(
-        f"  top-1 {100 * result['accuracy']:.1f} % on {len(data.val)} validation images that the search did not see, with "
-        f"weights inherited from {inherited}{' and trained a little' if 'throughput' in result else ''}"
-    )
-    if init is not None:
-        print(f"  {init['network']} itself: predicted {init['predicted_ms']:.4g} ms, top-1 {100 * init['accuracy']:.1f} %")
-    if "throughput" in result:
-        print(table_of(result["throughput"], result["batch"]))
-        print("  control: the same reduction without concatenation; whatever it is as good at is not the sharing's doing")
-    if result["largest_of_space"] and init is not None:
-        print(f"  {init['network']} meets the target as it is: nothing was taken away; give a lower --target-ms for less")
-    elif result["largest_of_space"]:
-        spaces = {name: count(SearchSpace.load(name).largest).macs for name in space_names()}
-        larger = sorted((macs, name) for name, macs in spaces.items() if macs > result["macs"] and name != result["space"])
-        advice = f"for the rest of the time, try --space {larger[0][1]}" if larger else "no larger space ships"
-        print(f"  this is the largest network of {result['space']}: {advice}")
-    if result["demonstration"]:
-        print("  found on the embedded digits: a demonstration; give --data PATH for a network to ship")
-    more = ""
-    if init is not None:
-        more = f" --weights {folder / 'weights.safetensors'} --teacher {init['teacher']} --recipe finetune"
-    images = "" if data.demonstration else f" --data {data.source}"
-    print(f"  next: nas-train {folder / 'searched.yaml'}{more}{images} --out {'tuned' if more else 'trained'}")

@@ -55,7 +55,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither tables nor runs of the person who runs the tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
-    monkeypatch.setattr("nas.search.user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr("nas.lookup.user_folder", lambda: tmp_path / "tables")
 
 
 def cost(layer: Layer) -> float:
@@ -154,7 +154,7 @@ def test_a_target_that_is_no_time_is_refused(target: str, capsys: pytest.Capture
         (["--init", "efficientformer_l1"], "--init NET and --weights FILE go together"),
         (["--weights", "l1.pth"], "--init NET and --weights FILE go together"),
         (["--init", "efficientformer_l1", "--weights", "none.pth"], "none.pth does not exist"),
-        (["--init", "efficientformer_l1", "--weights", "none.pth", "--strategy", "exact"], "unknown strategy"),
+        (["--init", "efficientformer_l1", "--weights", "none.pth", "--strategy", "best"], "unknown strategy"),
         (["--init", "efficientformer_l1", "--weights", "none.pth", "--space", "efficientvit"], "leave --space out"),
     ],
 )

@@ -58,7 +58,7 @@ arrivals_per_second: 100
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
-    monkeypatch.setattr("nas.search.user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr("nas.lookup.user_folder", lambda: tmp_path / "tables")
 
 
 @pytest.fixture

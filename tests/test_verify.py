@@ -25,7 +25,7 @@ REFERENCES = (0.25, 0.3)  # what the made-up table says that they take
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatencyTable:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
-    monkeypatch.setattr("nas.search.user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr("nas.lookup.user_folder", lambda: tmp_path / "tables")
     monkeypatch.setattr("nas.job._cache", lambda: tmp_path / "cache")
     monkeypatch.setattr(OrtCpu, "onnx", lambda self, model: b"")
     Path("micro.yaml").write_text(SPACE)

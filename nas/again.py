@@ -1,0 +1,161 @@
+"""Search again in a search that ended, for other targets or devices, by the drops that it measured: nothing is evaluated.
+
+No torch, so that the answer comes at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nas.kept import write_csv
+from nas.request import Finished, finished
+from nas.scores import Drops
+from nas.slimming import LANDING, Evaluation, Importance, Trajectory
+from nas.strategies import Budgeted, Scores, exact, greedy, refuse_unreachable
+from nas.table import LatencyTable, Target, find_table
+from supernet.arch import ArchConfig
+from supernet.errors import InputError, unknown
+from supernet.files import write_atomically
+
+STRATEGIES = ("exact", "greedy")  # those that need no more than drops
+
+
+def answer(
+    run: Path,
+    *,
+    target_ms: float | None = None,
+    device: str | None = None,
+    targets: Sequence[tuple[str, float]] = (),
+    table: Sequence[Path] = (),
+    strategy: str = "exact",
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Find a network for other targets in the scores of a run, write and print it, and return the content of `result.json`.
+
+    Of the best few by the drops the run may have evaluated all as whole networks; then that decides among them, as in a search.
+
+    Args:
+        run: the folder of a `nas-search` that ended.
+        target_ms: milliseconds on `device` (None: the run's first one).
+        targets: further devices, kinds or ids, and their milliseconds.
+        table: files of the devices' tables; of the run's own devices, those that it used, else what is found by the id.
+        strategy: exact or greedy.
+        out: where `searched.yaml`, `result.json` and `trajectory.csv` go (default: a folder in the run's).
+
+    Raises:
+        InputError: the run has not ended; a target cannot be met; a table lacks rows of the run's space.
+    """
+    if strategy not in STRATEGIES:
+        raise unknown("strategy for an answer without evaluating", strategy, STRATEGIES)
+    held = finished(run)
+    objective = held.request["settings"].get("objective", "latency")
+    if objective != "latency":
+        raise InputError(f"{run} was searched for {objective}, which an answer by drops does not have: add --verify")
+    drops = Drops.load(run / "drops.csv", held.space)
+    settings = held.request["settings"]
+    budgets = _budgets(held, target_ms, device, targets, table)
+    refuse_unreachable(held.space, budgets)
+    evaluations = read_evaluations(run / "evaluations.csv")
+    scores = Scores(held.space, drops.base, _importance(held), drops, drops.evaluation_for, settings["score"])
+    limits = limits_of(held.space, None, settings.get("max_params", 0), settings.get("max_macs", 0))
+    if strategy == "exact":
+        found = exact(scores, budgets, limits, lambda arch: evaluations.get(described(arch)))
+    else:
+        found = greedy(scores, budgets, limits)
+    out = out or run / "-".join(["at", *(f"{budget.ms:g}ms" for budget in budgets)])
+    predicted = drops.evaluation_for(found.arch)
+    result = {
+        "from": str(run),
+        "strategy": strategy,
+        "targets": [_on_device(budget, found.arch) for budget in budgets],
+        "predicted_loss": predicted.loss,
+        "loss": evaluations[described(found.arch)].loss if described(found.arch) in evaluations else None,
+        "start_loss": drops.evaluation.loss,
+        "additivity": held.result.get("additivity"),
+        "seed": held.request["seed"],
+    }
+    name = "-".join([held.space.name, *(f"{budget.ms:g}ms" for budget in budgets)])
+    out.mkdir(parents=True, exist_ok=True)
+    replace(found.arch.without_identity(), name=name).save(out / "searched.yaml")
+    write_csv(out / "trajectory.csv", found.records(), found.columns)
+    write_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
+    _print(result, held, out)
+    return result
+
+
+def _budgets(
+    held: Finished,
+    target_ms: float | None,
+    device: str | None,
+    targets: Sequence[tuple[str, float]],
+    files: Sequence[Path],
+) -> list[Budgeted]:
+    """Return the devices' tables, for the run's space, and their milliseconds."""
+    own = {target["device"]: Path(target["table"]) for target in held.targets}
+    given = {LatencyTable.load(path).device: path for path in files}
+    wanted = [] if target_ms is None else [(device or held.targets[0]["device"], target_ms)]
+    found = []
+    for name, ms in [*wanted, *targets]:
+        id = _id(name)
+        path = given.pop(id, None) or own.get(id) or find_table(id)
+        table = LatencyTable.load(path)
+        table.require(held.space.layers(), f"nas-build-lut --device {id} --missing --space {held.folder / 'space.yaml'}")
+        of_space = table.calibrated_for(held.space)
+        own_table = of_space if of_space.calibrations else table
+        found.append(Budgeted(own_table, own_table, Target(ms).ms))
+    if given:
+        raise InputError(f"the table {next(iter(given.values()))} is of {next(iter(given))}, which has no target")
+    if twice := next((b.device for b in found if sum(b.device == c.device for c in found) > 1), None):
+        raise InputError(f"there are two targets on {twice}: give one for each device")
+    return found
+
+
+def _id(device: str) -> str:
+    """Return a device's id. Only a kind of device of this machine, such as cpu, has to be looked up, which imports torch."""
+    if "-" in device and device not in ("mac-cpu", "mac-npu"):
+        return device
+    from nas.lookup import resolve_device
+
+    return resolve_device(device)
+
+
+def _importance(held: Finished) -> Importance:
+    lines = csv.DictReader((held.folder / "importance.csv").read_text(encoding="utf-8").splitlines())
+    by_slot: dict[tuple[int, int], dict[str, float]] = {at: {} for at in held.space.slots}
+    for line in lines:
+        by_slot[int(line["stage"]) - 1, int(line["slot"]) - 1][line["kind"]] = float(line["log_odds"])
+    return [by_slot[at] for at in held.space.slots]
+
+
+def _on_device(budget: Budgeted, arch: ArchConfig) -> dict[str, Any]:
+    return {
+        "target_ms": budget.ms,
+        "device": budget.device,
+        "provenance": budget.table.provenance,
+        "predicted_ms": budget.table.predict_ms(arch.without_identity()),
+    }
+
+
+def _print(result: Mapping[str, Any], held: Finished, out: Path) -> None:
+    print(f"{out / 'searched.yaml'}")
+    for device in result["targets"]:
+        print(
+            f"  target {device['target_ms']:g} ms on {device['device']}: predicted {device['predicted_ms']:.4g} ms "
+            f"({device['provenance']} table), not measured"
+        )
+    whole = "" if result["loss"] is None else f"; as a whole network {result['loss']:.4f}"
+    print(
+        f"  loss {result['predicted_loss']:.4f} by the drops of {held.folder}, {result['start_loss']:.4f} of its start "
+        f"network{whole}"
+    )
+    additivity = result["additivity"]
+    known = "was not checked" if not additivity or additivity["r_squared"] is None else f"is {additivity['r_squared']:.2f}"
+    if result["strategy"] == "exact":
+        print(f"  exact for these scores, not for accuracy: how far drops add up (R2) {known} in that run")
+    targets = " ".join(f"--target {device['device']}={device['target_ms']:g}" for device in result["targets"])
+    print(f"  next: nas-search --from {held.folder} {targets} --verify (evaluates and measures)")

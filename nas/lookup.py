@@ -1,0 +1,187 @@
+"""Which tables a search goes by: found, refused, or measured now."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nas.guarantee import Check
+from nas.plan import for_batch
+from nas.progress import say
+from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, table_folders, user_folder
+from supernet.arch import ArchConfig
+from supernet.errors import InputError, unknown
+from supernet.space import SearchSpace, space_names
+
+
+@dataclass(frozen=True)
+class Place:
+    """A target, the id of the device that it is on, and the path of that device's table, where it has one."""
+
+    target: Target
+    device: str
+    table: Path | None
+    named: bool  # the user named the table's file
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A target, and the table that says what networks take on its device."""
+
+    target: Target
+    table: LatencyTable
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.table.device
+
+    def record(self, arch: ArchConfig, check: Check) -> dict[str, Any]:
+        """Return what `result.json` says of a network on this device."""
+        return {
+            "target_ms": self.target.ms,
+            "device": self.name,
+            "table": str(self.path),
+            "provenance": self.table.provenance,
+            "predicted_ms": self.table.predict_ms(arch),
+            "measured_ms": check.ms,
+            "measured_low_ms": check.low_ms,
+            "measured_high_ms": check.high_ms,
+            "batch": self.table.meta.get("batch", 1),
+        }
+
+
+def places(targets: Sequence[tuple[str | None, float]], tables: Sequence[Path] = ()) -> list[Place]:
+    """Return where each target is to be met: a device, or None for the usual one, and its milliseconds.
+
+    Raises:
+        InputError: a device is unknown, or given twice, or a table is of none of them.
+    """
+    if len(targets) == 1:
+        if len(tables) > 1:
+            raise InputError(f"there is one target but {len(tables)} tables: give a --target DEVICE=MS for each")
+        (device, ms) = targets[0]
+        found = resolve_table(device, tables[0] if tables else None)
+        return [Place(Target(ms), *found, named=bool(tables))]
+    named = {LatencyTable.load(path).device: path for path in tables}
+    result: list[Place] = []
+    for device, ms in targets:
+        wanted = resolve_device(device) if device is not None else None
+        path = named.pop(wanted, None) if wanted is not None else None
+        result.append(Place(Target(ms), *resolve_table(device, path), named=path is not None))
+    ids = [place.device for place in result]
+    if twice := next((id for id in ids if ids.count(id) > 1), None):
+        raise InputError(f"there are two targets on {twice}: give one for each device")
+    if named:
+        raise InputError(f"the table {next(iter(named.values()))} is of {next(iter(named))}, not of {' or '.join(ids)}")
+    return result
+
+
+def groups_of(space: SearchSpace, objective: str, device: str, table: Path | None) -> SearchSpace:
+    """Return the space with the ways of grouping images of which the calls of the device's table have whole groups.
+
+    Raises:
+        InputError: throughput is the objective, and there are none.
+    """
+    from nas.devices import open_profiler
+
+    place = LatencyTable.load(table).meta if table is not None else open_profiler(device).environment()
+    batch = int(place.get("batch", 1))
+    if objective == "throughput" and not space.mux:
+        with_groups = [name for name in space_names() if SearchSpace.load(name).mux]
+        raise InputError(
+            f"the objective throughput needs a space whose images may share passes (mux), but {space.name} has none: give a "
+            f"--space such as {', '.join(with_groups)}, or leave the objective out"
+        )
+    kept = for_batch(space, batch)
+    if objective == "throughput" and not kept.mux:
+        n = max(mux.n for mux in space.mux)
+        usual = re.sub(r"-b\d+$", "", device)
+        raise InputError(
+            f"the objective throughput needs calls of whole groups, but those of {device} have {batch}: give --device "
+            f"{usual}-b{n}, or a larger multiple of {n}"
+        )
+    return kept
+
+
+def resolve_device(device: str) -> str:
+    """Return a device's id: what is not a kind of device of this machine is one."""
+    from nas.devices import HERE, open_profiler
+
+    return open_profiler(device).id if device in HERE else device
+
+
+def resolve_table(device: str | None, table: Path | None) -> tuple[str, Path | None]:
+    """Return the device id that the user means, and its table's path where there is one.
+
+    Without either flag: the only table that the user measured or imported, else this machine's CPU.
+
+    Raises:
+        InputError: the device is unknown, several tables could be meant, or the table is of another device.
+    """
+    from nas.devices import known_devices, open_profiler
+
+    here = open_profiler().id
+    wanted = resolve_device(device) if device is not None else None
+    if table is not None:
+        of = LatencyTable.load(table).device
+        if of != (wanted or here):
+            asked = f"--device {device}" if device else f"this machine's CPU ({here})"
+            raise InputError(f"the table {table} is of {of}, not of {asked}: give --device {of}, or another table")
+        return of, table
+    found = find_tables()
+    if wanted is None:
+        own = {d: p for d, p in found.items() if p.parent in (Path("latency_tables"), user_folder())}
+        if len(own) > 1:
+            raise InputError(f"there are tables of {', '.join(sorted(own))}: say which with --device")
+        wanted = next(iter(own), here)
+    if wanted not in found and wanted != here:
+        try:
+            open_profiler(wanted)
+        except InputError:
+            raise unknown("device", device, known_devices()) from None
+    return wanted, found.get(wanted)
+
+
+def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[LatencyTable, Path]:
+    """Return the device's table and its path, with every row and the calibration that the space needs.
+
+    `space_name`: what a command that measures the space calls it.
+
+    What this machine's own table lacks is measured now, unless the user named the file.
+    """
+    from nas.audit import say_if_untrue
+    from nas.devices import open_profiler, profiler_of
+    from nas.lut import build_table
+
+    device, path = place.device, place.table
+    table = LatencyTable.load(path) if path is not None else None
+    profiler = profiler_of(table) if table is not None else open_profiler(device)
+    if table is not None and path is not None:
+        command = f"nas-build-lut --device {device} --missing --space {space_name} --out {path.parent}"
+        if place.named or profiler is None:
+            table.require(space.layers(), command)
+            table.predict_ms(space.smallest)  # refuses a table without a calibration for such networks
+            own = table.calibrated_for(space)
+            say_if_untrue(table)
+            return own if own.calibrations else table, path
+        now = profiler.environment()["runtime_version"]
+        if table.meta.get("runtime_version") != now:
+            say(
+                f"warning: the table was measured with {table.meta['runtime']} {table.meta['runtime_version']}, this is "
+                f"{now}: `{command.replace(' --missing', '')}` measures it anew"
+            )
+        say_if_untrue(table)
+        if table.serves(space):
+            return table.calibrated_for(space), path
+    assert profiler is not None
+    folder = path.parent if path is not None and path.parent in table_folders()[:2] else user_folder()
+    say(
+        f"this machine's table {'lacks rows of ' + space.name if table else f'({device}) is not there yet'}: measuring it first"
+    )
+    measured = space if space.num_classes > MANY_CLASSES else space.with_classes(FEW_CLASSES)
+    table = build_table(profiler, measured, folder, only_missing=True)
+    return table.calibrated_for(space), folder / f"{device}.csv"

@@ -1,0 +1,83 @@
+"""What a search prints when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nas.guarantee import SLACK
+from nas.profile import per_image
+from nas.throughput import table_of
+from supernet.model import count
+from supernet.space import SearchSpace, space_names
+
+
+def print_result(result: Mapping[str, Any], folder: Path, source: str, validation_images: int) -> None:
+    """Print the content of `result.json`, and what to do next.
+
+    Args:
+        folder: of the run.
+        source: where its images come from, as `--data` takes it.
+        validation_images: how many the accuracy was measured on.
+    """
+    print(f"{folder / 'searched.yaml'}")
+    for device in result.get("targets", [result]):
+        print(_on_device(device, folder))
+    if result["candidate"]:
+        print(f"  over 3 % is left: a slower network might fit ({result['candidate']}); --verify again measures it")
+    mes = "" if result["mes"] is None else f", MES {result['mes']:.4g}"
+    print(f"  {result['params'] / 1e6:.3g} M parameters, {result['macs'] / 1e6:.4g} M MACs at {result['image_size']} px{mes}")
+    init = result.get("init")
+    inherited = "the supernet" if init is None else init["network"]
+    print(
+        f"  top-1 {100 * result['accuracy']:.1f} % on {validation_images} validation images that the search did not see, with "
+        f"weights inherited from {inherited}{' and trained a little' if 'throughput' in result else ''}"
+    )
+    if init is not None:
+        print(f"  {init['network']} itself: predicted {init['predicted_ms']:.4g} ms, top-1 {100 * init['accuracy']:.1f} %")
+    if "throughput" in result:
+        print(table_of(result["throughput"], result["batch"]))
+        print("  control: the same reduction without concatenation; whatever it is as good at is not the sharing's doing")
+    if result["largest_of_space"]:
+        print(f"  {_of_the_largest(result)}")
+    elif (left := _left(result)) > SLACK:
+        print(f"  {100 * left:.1f} % of the target is left: the networks that were tried nearer to it scored worse")
+    if result["demonstration"]:
+        print("  found on the embedded digits: a demonstration; give --data PATH for a network to ship")
+    more = ""
+    if init is not None:
+        more = f" --weights {folder / 'weights.safetensors'} --teacher {init['teacher']} --recipe finetune"
+    images = "" if result["demonstration"] else f" --data {source}"
+    print(f"  next: nas-train {folder / 'searched.yaml'}{more}{images} --out {'tuned' if more else 'trained'}")
+
+
+def _on_device(device: Mapping[str, Any], folder: Path) -> str:
+    missed = False
+    if device["measured_ms"] is None:
+        measured = f"not measured: {device['device']} is elsewhere (nas-search --from {folder} --verify measures it there)"
+    else:
+        measured = (
+            f"measured {device['measured_ms']:.4g} ms (95 %: {device['measured_low_ms']:.4g} to "
+            f"{device['measured_high_ms']:.4g}){per_image(device['measured_ms'], device['batch'])}"
+        )
+        missed = device["measured_high_ms"] > device["target_ms"]
+    line = f"  target {device['target_ms']:g} ms on {device['device']}: predicted {device['predicted_ms']:.4g} ms, {measured}"
+    return line + ("; THE TARGET IS MISSED" if missed else "")
+
+
+def _left(result: Mapping[str, Any]) -> float:
+    """Return the share of the target that is left on the device where least is, as far as was measured; 0 where it was not."""
+    devices = result.get("targets", [result])
+    shares = [1 - device["measured_high_ms"] / device["target_ms"] for device in devices if device["measured_high_ms"]]
+    return min(shares, default=0.0)
+
+
+def _of_the_largest(result: Mapping[str, Any]) -> str:
+    if "init" in result:
+        name = result["init"]["network"]
+        return f"{name} meets the target as it is: nothing was taken away; give a lower --target-ms for less"
+    spaces = {name: count(SearchSpace.load(name).largest).macs for name in space_names()}
+    larger = sorted((macs, name) for name, macs in spaces.items() if macs > result["macs"] and name != result["space"])
+    advice = f"for the rest of the time, try --space {larger[0][1]}" if larger else "no larger space ships"
+    return f"this is the largest network of {result['space']}: {advice}"

@@ -1,0 +1,265 @@
+"""How a network is chosen under the tables' word: the paper's loop, the exact frontier, or Optuna. No torch.
+
+Each of them gets the same scores and budgets, and answers with a trajectory. Where the start network keeps the budgets, it is
+the answer: nothing has to be taken away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nas.progress import say
+from nas.scores import Drops, Evaluate
+from nas.slimming import Evaluation, Importance, Limit, MobileEfficiency, Predictor, Score, Step, Trajectory, slim
+from supernet.arch import ArchConfig
+from supernet.errors import InputError, unknown
+from supernet.space import SearchSpace
+
+if TYPE_CHECKING:
+    from nas.supernet_training import SupernetSettings
+
+STRATEGIES = ("greedy", "exact", "optuna")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a search knows of a space's networks: the one that it starts from, importance, drops of single changes, and what
+    evaluates a whole network. `charged`: loss or accuracy."""
+
+    space: SearchSpace
+    start: ArchConfig
+    importance: Importance
+    drops: Drops
+    evaluate: Evaluate
+    charged: Score = "loss"
+
+    def charge(self, evaluation: Evaluation) -> float:
+        """Return what is to be small: the loss, or the share of images that are wrong."""
+        return evaluation.loss if self.charged == "loss" else 1 - evaluation.accuracy
+
+    def charge_of(self, found: Trajectory) -> float:
+        return self.charge(found.evaluation)
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """A device's table, what predicts a network's milliseconds there (the table, where images do not share passes), and how
+    many there may be."""
+
+    table: LatencyTable
+    predictor: Predictor
+    ms: float
+
+    @property
+    def device(self) -> str:
+        return self.table.device
+
+    def limit(self) -> Limit:
+        return Limit(f"ms on {self.device}", self.predictor.predict_ms, self.ms)
+
+    def budget(self) -> Budget:
+        return Budget.milliseconds(self.table, self.ms)
+
+
+def limits_of(space: SearchSpace, mux: MultiplexSpec | None, max_params: int, max_macs: int) -> list[Limit]:
+    """Return the hard limits that are not 0, on the networks of the space with their images grouped by `mux`."""
+
+    def counted(name: str) -> Callable[[ArchConfig], float]:
+        def figure(arch: ArchConfig) -> float:
+            from supernet.model import count  # with torch
+
+            return float(getattr(count(space.multiplexed(arch, mux)), name))
+
+        return figure
+
+    return [Limit(name, counted(name), most) for name, most in (("params", max_params), ("macs", max_macs)) if most]
+
+
+def no_drops(space: SearchSpace) -> Drops:
+    """Return drops by which all networks of the space are equally good, for questions of latency alone."""
+    changes = single_changes(space, space.largest)
+    return Drops(space, space.largest, Evaluation(0.0, 0.0), dict.fromkeys(changes, Drop(0.0, 0.0, 0.0, 0.0)), {})
+
+
+def fastest_ms(space: SearchSpace, table: LatencyTable) -> float:
+    """Return the least that the table says of a network of the space, milliseconds."""
+    return table.predict_ms(frontier(space, no_drops(space), table)[0])
+
+
+def refuse_unreachable(space: SearchSpace, budgets: Sequence[Budgeted]) -> None:
+    """Refuse targets that no network of the space meets by the tables, with the nearest that one does meet.
+
+    Of several, the nearest are those of the network that is over its targets by the smallest factor.
+    """
+    for budget in budgets:
+        least_ms = fastest_ms(space, budget.table)
+        if budget.ms < least_ms:
+            raise InputError(
+                f"the target of {budget.ms:g} ms is below the fastest network of {space.name} on {budget.device}: give at "
+                f"least {rounded_up(least_ms)} ms"
+            )
+    if len(budgets) == 1 or _within(space, budgets, 1.0) is not None:
+        return
+    low, high = 1.0, 2.0
+    nearest = _within(space, budgets, high)
+    while nearest is None:
+        low, high = high, 2 * high
+        nearest = _within(space, budgets, high)
+    while high > 1.0005 * low:
+        middle = (low + high) / 2
+        if (found := _within(space, budgets, middle)) is None:
+            low = middle
+        else:
+            high, nearest = middle, found
+    asked = " and ".join(f"{budget.ms:g} ms on {budget.device}" for budget in budgets)
+    told = " and ".join(f"{rounded_up(budget.table.predict_ms(nearest))} ms on {budget.device}" for budget in budgets)
+    raise InputError(f"no network of {space.name} takes at most {asked}: the nearest that one takes is {told}")
+
+
+def _within(space: SearchSpace, budgets: Sequence[Budgeted], factor: float) -> ArchConfig | None:
+    first, *others = (replace(budget, ms=factor * budget.ms) for budget in budgets)
+    try:
+        return best(space, no_drops(space), first.table, [first.ms, *(other.budget() for other in others)])[0].arch
+    except InputError:
+        return None
+
+
+def check_strategy(strategy: str, objective: str) -> None:
+    """Refuse a strategy that there is not, or that the objective does not have."""
+    if strategy not in STRATEGIES:
+        raise unknown("strategy", strategy, STRATEGIES)
+    if strategy != "greedy" and objective != "latency":
+        raise InputError(
+            f"the objective {objective} is searched by the strategy greedy, not by {strategy}: leave one of them out"
+        )
+
+
+def greedy(
+    scores: Scores,
+    budgets: Sequence[Budgeted],
+    limits: Sequence[Limit],
+    *,
+    start: Trajectory | None = None,
+    landing: float = LANDING,
+    mes: MobileEfficiency | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Trajectory:
+    """Return the paper's loop (`nas.slimming`): the first device's milliseconds are its target, the others' are limits.
+
+    Args:
+        start: what was found for looser budgets, to go on from.
+        landing: how far under a budget the loop may end, as a fraction of it.
+    """
+    first, *others = budgets
+    if start is None:
+        ms = first.predictor.predict_ms(scores.start)
+        start = Trajectory(scores.start, (), scores.start, ms, scores.evaluate(scores.start))
+    return slim(
+        scores.space,
+        scores.importance,
+        scores.evaluate,
+        first.predictor,
+        first.ms,
+        score=scores.charged,
+        start=start,
+        landing=landing,
+        only_better=True,
+        limits=[*limits, *(budget.limit() for budget in others)],
+        mes=mes,
+        on_step=on_step,
+    )
+
+
+def exact(
+    scores: Scores,
+    budgets: Sequence[Budgeted],
+    limits: Sequence[Limit] = (),
+    evaluate: Callable[[ArchConfig], Evaluation | None] | None = None,
+    count: int = SHORTLIST,
+) -> Trajectory:
+    """Return the best network that the drops admit within the budgets and limits (`nas.solver`).
+
+    The drops need not add up to what a whole network loses. So the best few by them are evaluated as whole networks, and the
+    best of those is the answer. Where `evaluate` says None of one of them, or is None itself, the best by the drops is.
+
+    Raises:
+        InputError: no network keeps budgets and limits.
+    """
+    space, begin = scores.space, scores.start
+    first = budgets[0]
+    keeps = all(b.predictor.predict_ms(begin) <= b.ms for b in budgets) and all(limit.is_met(begin) for limit in limits)
+    ms = first.predictor.predict_ms(begin)
+    at_start = (evaluate(begin) if evaluate is not None else None) or scores.drops.evaluation_for(begin)
+    if keeps:
+        return Trajectory(begin, (), begin, ms, at_start)
+    within = [first.ms, *(b.budget() for b in budgets[1:]), *(Budget(limit.name, limit.at_most) for limit in limits)]
+    beside = [*limits, *(budget.limit() for budget in budgets[1:])]
+    found = best(space, scores.drops, first.table, within, count)
+    whole = [evaluate(solution.arch) if evaluate is not None else None for solution in found]
+    known = [evaluation for evaluation in whole if evaluation is not None]
+    if len(known) < len(found):
+        known = [scores.drops.evaluation_for(solution.arch) for solution in found]
+    options = []
+    for rank, (solution, evaluation) in enumerate(zip(found, known, strict=True), 1):
+        action = f"number {rank} by the drops" + (f", proven to {solution.gap:.3g} nats" if solution.gap else "")
+        figures = {limit.name: limit.of(solution.arch) for limit in beside}
+        saved_ms = ms - solution.ms
+        options.append(Option(action, -1, solution.arch, solution.ms, saved_ms, evaluation, math.nan, figures=figures))
+    options.sort(key=lambda option: scores.charge(option.evaluation))  # stable: by the drops they stand in order already
+    step = Step(ms, at_start, tuple(options), {limit.name: limit.of(begin) for limit in beside})
+    return Trajectory(begin, (step,), step.taken.arch, step.taken.ms, step.taken.evaluation)
+
+
+def choose(
+    strategy: str,
+    scores: Scores,
+    budgets: Sequence[Budgeted],
+    limits: Sequence[Limit],
+    *,
+    start: Trajectory | None,
+    landing: float,
+    mes: MobileEfficiency | None = None,
+) -> Trajectory:
+    """Return what a strategy finds within the budgets and limits; see `greedy` and `exact`.
+
+    Where the loop cannot reach what some network keeps (no single action leads there), the best by the drops is taken.
+
+    Raises:
+        InputError: nothing is found.
+    """
+    if strategy == "exact":
+        found = exact(scores, budgets, limits, scores.evaluate)
+        say_shortlist(found)
+        return found
+    try:
+        return greedy(scores, budgets, limits, start=start, landing=landing, mes=mes, on_step=say_step)
+    except InputError as error:
+        if mes is not None or any(b.predictor is not b.table for b in budgets):
+            raise
+        try:
+            found = exact(scores, budgets, limits, scores.evaluate)
+        except InputError:
+            raise error from None
+        say(f"the loop does not reach it ({error}); the best by the drops does")
+        say_shortlist(found)
+        return found
+
+
+def say_step(step: Step) -> None:
+    """Say what a step of the loop did."""
+    taken = step.taken
+    say(
+        f"{taken.action}: {step.ms:.4g} to {taken.ms:.4g} ms, loss {step.evaluation.loss:.4f} to {taken.evaluation.loss:.4f}"
+        + (f" (of {len(step.options)} actions)" if len(step.options) > 1 else "")
+    )
+
+
+def say_shortlist(found: Trajectory) -> None:
+    """Say which of the best by the drops was the best as a whole network."""
+    for step in found.steps:
+        say(
+            f"of the {len(step.options)} best by the drops, {step.taken.action} is the best as a whole network: "
+            f"{step.ms:.4g} to {step.taken.ms:.4g} ms, loss {step.evaluation.loss:.4f} to {step.taken.evaluation.loss:.4f}"
+        )
