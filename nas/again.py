@@ -12,11 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nas.kept import write_csv
+from nas.kept import described, read_evaluations, write_csv
 from nas.request import Finished, finished
 from nas.scores import Drops
-from nas.slimming import LANDING, Evaluation, Importance, Trajectory
-from nas.strategies import Budgeted, Scores, exact, greedy, refuse_unreachable
+from nas.slimming import Importance
+from nas.strategies import (
+    FRONTIER_COLUMNS,
+    Budgeted,
+    Scores,
+    exact,
+    exact_for,
+    frontier_records,
+    greedy,
+    limits_of,
+    refuse_unreachable,
+)
 from nas.table import LatencyTable, Target, find_table
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
@@ -45,7 +55,7 @@ def answer(
         targets: further devices, kinds or ids, and their milliseconds.
         table: files of the devices' tables; of the run's own devices, those that it used, else what is found by the id.
         strategy: exact or greedy.
-        out: where `searched.yaml`, `result.json` and `trajectory.csv` go (default: a folder in the run's).
+        out: where `searched.yaml`, `result.json`, `trajectory.csv` and `frontier.csv` go (default: a folder in the run's).
 
     Raises:
         InputError: the run has not ended; a target cannot be met; a table lacks rows of the run's space.
@@ -83,6 +93,8 @@ def answer(
     out.mkdir(parents=True, exist_ok=True)
     replace(found.arch.without_identity(), name=name).save(out / "searched.yaml")
     write_csv(out / "trajectory.csv", found.records(), found.columns)
+    tables = [budget.table for budget in budgets]
+    write_csv(out / "frontier.csv", frontier_records(held.space, drops, tables), FRONTIER_COLUMNS)
     write_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
     _print(result, held, out)
     return result
@@ -153,9 +165,7 @@ def _print(result: Mapping[str, Any], held: Finished, out: Path) -> None:
         f"  loss {result['predicted_loss']:.4f} by the drops of {held.folder}, {result['start_loss']:.4f} of its start "
         f"network{whole}"
     )
-    additivity = result["additivity"]
-    known = "was not checked" if not additivity or additivity["r_squared"] is None else f"is {additivity['r_squared']:.2f}"
     if result["strategy"] == "exact":
-        print(f"  exact for these scores, not for accuracy: how far drops add up (R2) {known} in that run")
+        print(f"  {exact_for(result)}")
     targets = " ".join(f"--target {device['device']}={device['target_ms']:g}" for device in result["targets"])
     print(f"  next: nas-search --from {held.folder} {targets} --verify (evaluates and measures)")

@@ -8,6 +8,7 @@ from typing import Any
 
 from nas.guarantee import SLACK
 from nas.profile import per_image
+from nas.strategies import exact_for
 from nas.throughput import table_of
 from supernet.model import count
 from supernet.space import SearchSpace, space_names
@@ -43,6 +44,8 @@ def print_result(result: Mapping[str, Any], folder: Path, source: str, validatio
         print(f"  {_of_the_largest(result)}")
     elif (left := _left(result)) > SLACK:
         print(f"  {100 * left:.1f} % of the target is left: the networks that were tried nearer to it scored worse")
+    if result["strategy"] == "exact" and not result["largest_of_space"]:
+        print(f"  {exact_for(result)}")
     if result["demonstration"]:
         print("  found on the embedded digits: a demonstration; give --data PATH for a network to ship")
     more = ""

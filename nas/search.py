@@ -25,7 +25,17 @@ from nas.request import Finished, claim, finished
 from nas.result import print_result
 from nas.scores import ADDITIVITY_COLUMNS, Drops, Evaluate, additivity, measure_drops, single_changes
 from nas.slimming import Importance, MobileEfficiency, Trajectory, check_limits, start_network
-from nas.strategies import Budgeted, Scores, check_strategy, choose, fastest_ms, limits_of, refuse_unreachable
+from nas.strategies import (
+    FRONTIER_COLUMNS,
+    Budgeted,
+    Scores,
+    check_strategy,
+    choose,
+    fastest_ms,
+    frontier_records,
+    limits_of,
+    refuse_unreachable,
+)
 from nas.supernet_training import SupernetSettings, channel_method, logits_of, train_supernet, training_size
 from nas.taylor import channels
 from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
@@ -39,6 +49,7 @@ from supernet.specs import knobs_of
 from supernet.units import UnitScores
 from supernet.weights import AnySupernet, at_size, subnetwork
 
+ADDITIVITY_NETWORKS = 50  # on which the sum of drops is checked where it decides
 TRAINED = ("supernet.pt", "channels.json", "distillation.pt", "evaluations.csv")  # what another target changes nothing in
 CANDIDATE = "candidate.yaml"  # a network that might be better and is to be measured on a device that is elsewhere
 
@@ -238,7 +249,10 @@ def _search(work: Work) -> None:
     importance = logits if logits is not None else drops.importance()
     write_importance(folder / "importance.csv", space, importance)
     report_signal(space, begin or start_network(space, importance), evaluate, len(data.score), trained_here=begin is None)
-    check_of_drops = additivity_of(space, drops, evaluate, settings, seed, folder)
+    networks = settings.additivity_networks or (ADDITIVITY_NETWORKS if work.strategy == "exact" else 0)
+    check_of_drops = additivity_of(space, drops, evaluate, networks, seed, folder)
+    tables = [device.table for device in devices]
+    write_csv(folder / "frontier.csv", frontier_records(space, drops, tables), FRONTIER_COLUMNS)
 
     checks = [Checks(folder / measurements_file(devices, at), device.table) for at, device in enumerate(devices)]
     mes = efficiency_of(settings)
@@ -402,11 +416,9 @@ def drops_of(space: SearchSpace, base: ArchConfig, evaluate: Evaluate) -> Drops:
 
 
 def additivity_of(
-    space: SearchSpace, drops: Drops, evaluate: Evaluate, settings: SupernetSettings, seed: int, folder: Path
+    space: SearchSpace, drops: Drops, evaluate: Evaluate, count: int, seed: int, folder: Path
 ) -> dict[str, float | None] | None:
-    """Check the sum of the drops on random networks where the settings ask for it; write `additivity.csv`, say and return how
-    good it is."""
-    count = settings.additivity_networks
+    """Check the sum of the drops on `count` random networks, if any; write `additivity.csv`, say and return how good it is."""
     if not count:
         return None
     with progress("networks with several changes", count) as tick:

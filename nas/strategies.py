@@ -6,20 +6,35 @@ the answer: nothing has to be taken away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from nas.kept import described
 from nas.progress import say
-from nas.scores import Drops, Evaluate
-from nas.slimming import Evaluation, Importance, Limit, MobileEfficiency, Predictor, Score, Step, Trajectory, slim
-from supernet.arch import ArchConfig
+from nas.scores import Drop, Drops, Evaluate, single_changes
+from nas.slimming import (
+    LANDING,
+    Evaluation,
+    Importance,
+    Limit,
+    MobileEfficiency,
+    Option,
+    Predictor,
+    Score,
+    Step,
+    Trajectory,
+    rounded_up,
+    slim,
+)
+from nas.solver import Budget, best, frontier, solutions
+from nas.table import LatencyTable
+from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace
 
-if TYPE_CHECKING:
-    from nas.supernet_training import SupernetSettings
-
+SHORTLIST = 6  # networks, the best by the drops, that are evaluated as whole ones
 STRATEGIES = ("greedy", "exact", "optuna")
 
 
@@ -88,6 +103,17 @@ def fastest_ms(space: SearchSpace, table: LatencyTable) -> float:
     return table.predict_ms(frontier(space, no_drops(space), table)[0])
 
 
+FRONTIER_COLUMNS = ("device", "ms", "loss", "gap", "network")
+
+
+def frontier_records(space: SearchSpace, drops: Drops, tables: Sequence[LatencyTable]) -> Iterator[dict[str, object]]:
+    """Yield the rows of `frontier.csv`: for each device, the networks that are the best by the drops for some latency there."""
+    for table in tables:
+        for found in solutions(space, drops, table):
+            values = (table.device, found.ms, found.loss, found.gap, described(found.arch))
+            yield dict(zip(FRONTIER_COLUMNS, values, strict=True))
+
+
 def refuse_unreachable(space: SearchSpace, budgets: Sequence[Budgeted]) -> None:
     """Refuse targets that no network of the space meets by the tables, with the nearest that one does meet.
 
@@ -139,7 +165,7 @@ def check_strategy(strategy: str, objective: str) -> None:
 def greedy(
     scores: Scores,
     budgets: Sequence[Budgeted],
-    limits: Sequence[Limit],
+    limits: Sequence[Limit] = (),
     *,
     start: Trajectory | None = None,
     landing: float = LANDING,
@@ -194,7 +220,11 @@ def exact(
     at_start = (evaluate(begin) if evaluate is not None else None) or scores.drops.evaluation_for(begin)
     if keeps:
         return Trajectory(begin, (), begin, ms, at_start)
-    within = [first.ms, *(b.budget() for b in budgets[1:]), *(Budget(limit.name, limit.at_most) for limit in limits)]
+    within: list[float | Budget] = [
+        first.ms,
+        *(b.budget() for b in budgets[1:]),
+        *(Budget(limit.name, limit.at_most) for limit in limits),
+    ]
     beside = [*limits, *(budget.limit() for budget in budgets[1:])]
     found = best(space, scores.drops, first.table, within, count)
     whole = [evaluate(solution.arch) if evaluate is not None else None for solution in found]
@@ -263,3 +293,12 @@ def say_shortlist(found: Trajectory) -> None:
             f"of the {len(step.options)} best by the drops, {step.taken.action} is the best as a whole network: "
             f"{step.ms:.4g} to {step.taken.ms:.4g} ms, loss {step.evaluation.loss:.4f} to {step.taken.evaluation.loss:.4f}"
         )
+
+
+def exact_for(result: Mapping[str, Any]) -> str:
+    """Return what the answer of the strategy exact is exact for, in one sentence, from a run's `result.json`."""
+    found = result["additivity"]
+    told = "was not checked"
+    if found and found["r_squared"] is not None:
+        told = f"is {found['r_squared']:.2f} on {found['networks']} random networks"
+    return f"exact for the drops of single changes, not for accuracy: how far they add up (R2) {told}"

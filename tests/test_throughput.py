@@ -258,7 +258,7 @@ def test_finalists_inherit_the_weights_of_their_own_slots(
     monkeypatch.setattr("nas.search.train_finalists", train)
     checks = Checks(tmp_path / "m.csv", table_of(space, 4))
     settings = SupernetSettings(recalibration_images=16)
-    outcomes = {None: Outcome(trajectory, Check(), 0, None), space.mux[0]: Outcome(trajectory, Check(), 0, None)}
+    outcomes = {None: Outcome(trajectory, (Check(),), 0, None), space.mux[0]: Outcome(trajectory, (Check(),), 0, None)}
     _finalists(outcomes, supernet, Evaluator(supernet, data, 16), data, checks, settings, 0, tmp_path)
     assert [one.arch.group_size for one in seen["found"]] == [1, 2]
     kept = load_file(seen["file"])
