@@ -180,7 +180,10 @@ def test_results_of_another_network_are_refused_and_nothing_is_lost(target: floa
         (["--from", "run"], "give another --target-ms, or --verify"),
         (["--verify"], "--verify needs the folder of a search"),
         (["--from", "run", "--verify", "--strategy", "exact"], "leave --table, --strategy and --out out"),
-        (["--from", "run", "--target-ms", "1", "--data", "photos", "--seed", "3"], "has its own data, seed: leave --data, --seed out"),
+        (
+            ["--from", "run", "--target-ms", "1", "--data", "photos", "--seed", "3"],
+            "has its own data, seed: leave --data, --seed out",
+        ),
         (["--from", "run", "--target-ms", "1", "--verify", "results.json"], "leave the targets out"),
         (["--from", "run", "--target-ms", "1"], "run holds no finished search"),
         (["--from", "run", "--target-ms", "1", "--verify"], "run holds no finished search"),

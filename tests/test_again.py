@@ -1,0 +1,160 @@
+"""A search that ended answers for other targets: at once by its drops, or whole with its supernet."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import SETTINGS, SPACE, additive_table, refused
+
+import nas.supernet_training
+from nas import cli
+from nas.evaluation import Evaluator
+from nas.profilers.ort_cpu import OrtCpu
+from nas.scores import Drops
+from nas.solver import best
+from nas.table import LatencyTable
+from supernet.arch import ArchConfig
+from supernet.space import SearchSpace
+
+
+@pytest.fixture
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatencyTable:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr("nas.lookup.user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr("nas.job._cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(OrtCpu, "onnx", lambda self, model: b"")
+    Path("micro.yaml").write_text(SPACE)
+    Path("settings.yaml").write_text(SETTINGS)
+    space = SearchSpace.load("micro.yaml")
+    additive_table(space, "phone-npu", 0.5).save(tmp_path / "tables")
+    found = additive_table(space, "board-cpu")
+    found.save(tmp_path / "tables")
+    return found
+
+
+def largest_ms(table: LatencyTable) -> float:
+    return table.predict_ms(SearchSpace.load("micro.yaml").largest)
+
+
+@pytest.fixture
+def run(board: LatencyTable) -> Path:
+    where = ["--space", "micro.yaml", "--config", "settings.yaml", "--out", "run", "--strategy", "exact"]
+    cli.search(["--target-ms", f"{0.8 * largest_ms(board):.6f}", "--device", "board-cpu", *where])
+    return Path("run")
+
+
+@pytest.fixture
+def nothing_is_evaluated(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a network was evaluated, or a supernet trained")
+
+    monkeypatch.setattr(Evaluator, "__call__", refuse)
+    monkeypatch.setattr(nas.supernet_training, "train_supernet", refuse)
+
+
+def read(path: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads(path.read_text())
+    return found
+
+
+@pytest.mark.usefixtures("nothing_is_evaluated")
+def test_another_target_is_answered_by_the_drops(run: Path, board: LatencyTable, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    ms = 0.6 * largest_ms(board)
+    cli.search(["--from", "run", "--target-ms", f"{ms:.6f}", "--out", "next"])
+    said = capsys.readouterr().out
+    space = SearchSpace.load("micro.yaml")
+    expected = best(space, Drops.load(run / "drops.csv", space), board, ms)[0]
+    assert ArchConfig.load("next/searched.yaml").stages == expected.arch.without_identity().stages
+    result = read(Path("next/result.json"))
+    assert result["predicted_loss"] == expected.loss
+    assert result["from"] == "run"
+    assert "exact for the drops of single changes, not for accuracy" in said
+    assert "--verify (evaluates and measures)" in said
+    with open("next/frontier.csv") as file:
+        points = list(csv.DictReader(file))
+    assert {point["device"] for point in points} == {"board-cpu"}
+    assert [float(p["ms"]) for p in points] == sorted(float(p["ms"]) for p in points)
+
+
+@pytest.mark.usefixtures("nothing_is_evaluated")
+def test_two_devices_are_answered_together_and_the_folder_is_named_by_the_targets(run: Path, board: LatencyTable) -> None:
+    ms = largest_ms(board)
+    cli.search(["--from", "run", "--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.3 * ms:.6f}"])
+    (folder,) = run.glob("at-*")
+    found = ArchConfig.load(folder / "searched.yaml")
+    assert board.predict_ms(found) <= 0.6 * ms + 1e-6, "the phone's table is half the board's, so its target is the tighter one"
+    targets = read(folder / "result.json")["targets"]
+    assert isinstance(targets, list)
+    assert [target["device"] for target in targets] == ["board-cpu", "phone-npu"]
+
+
+@pytest.mark.usefixtures("nothing_is_evaluated")
+def test_what_cannot_be_answered_is_refused_in_one_line_and_nothing_is_written(
+    run: Path, board: LatencyTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(Path().rglob("*"))
+    where = ["--from", "run"]
+    assert "is below the fastest network" in refused(cli.search, [*where, "--target-ms", "0.000001"], capsys)
+    assert "unknown latency table 'bord-cpu'" in refused(cli.search, [*where, "--target", "bord-cpu=1"], capsys)
+    assert "two targets on board-cpu" in refused(cli.search, [*where, "--target-ms", "1", "--target", "board-cpu=1"], capsys)
+    other = ["--target-ms", "1", "--table", "tables/phone-npu.csv"]
+    assert "is of phone-npu, which has no target" in refused(cli.search, [*where, *other], capsys)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_the_whole_search_for_another_target_trains_nothing_again(
+    run: Path, board: LatencyTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    ms = 0.6 * largest_ms(board)
+    cli.search(["--from", "run", "--target-ms", f"{ms:.6f}", "--verify", "--out", "next"])
+    result = read(Path("next/result.json"))
+    assert result["strategy"] == "exact"
+    assert (Path("next") / "weights.safetensors").exists()
+    assert (Path("next") / "drops.csv").read_bytes() == (run / "drops.csv").read_bytes()
+    assert "training the supernet" not in capsys.readouterr().err
+    assert (Path("next") / "supernet.pt").read_bytes() == (run / "supernet.pt").read_bytes()
+
+
+def test_it_is_the_answer_of_a_search_from_scratch(run: Path, board: LatencyTable) -> None:
+    ms = f"{0.6 * largest_ms(board):.6f}"
+    where = ["--device", "board-cpu", "--space", "micro.yaml", "--config", "settings.yaml", "--out", "scratch"]
+    cli.search(["--target-ms", ms, "--strategy", "exact", *where])
+    cli.search(["--from", "run", "--target-ms", ms, "--verify", "--out", "next"])
+    cli.search(["--from", "scratch", "--target-ms", ms, "--out", "at-once"])
+    stages = [ArchConfig.load(f"{name}/searched.yaml").stages for name in ("scratch", "next", "at-once")]
+    assert stages[0] == stages[1] == stages[2]
+
+
+def test_one_network_for_two_devices(board: LatencyTable, capsys: pytest.CaptureFixture[str]) -> None:
+    ms = largest_ms(board)
+    targets = ["--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.3 * ms:.6f}"]
+    where = ["--space", "micro.yaml", "--config", "settings.yaml", "--out", "both"]
+    cli.search([*targets, *where])
+    result = read(Path("both/result.json"))
+    both = result["targets"]
+    assert isinstance(both, list)
+    assert [target["device"] for target in both] == ["board-cpu", "phone-npu"]
+    assert all(target["predicted_ms"] <= target["target_ms"] for target in both)
+    assert result["device"] == "board-cpu"
+    assert "on phone-npu: predicted" in capsys.readouterr().out
+    with open("both/frontier.csv") as file:
+        assert {line["device"] for line in csv.DictReader(file)} == {"board-cpu", "phone-npu"}
+    cli.search([*targets, *where])  # the same request goes on, and prints the same
+    other = ["--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.4 * ms:.6f}"]
+    assert "holds another request (targets" in refused(cli.search, [*other, *where], capsys)
+
+
+def test_each_device_is_verified_by_a_job_of_its_own(board: LatencyTable, capsys: pytest.CaptureFixture[str]) -> None:
+    ms = largest_ms(board)
+    targets = ["--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.3 * ms:.6f}"]
+    cli.search([*targets, "--space", "micro.yaml", "--config", "settings.yaml", "--out", "both"])
+    cli.search(["--from", "both", "--verify"])
+    manifests = [json.loads(path.read_text()) for path in sorted(Path("both").glob("verify-job-*/manifest.json"))]
+    assert [manifest["device"] for manifest in manifests] == ["board-cpu", "phone-npu"]
+    capsys.readouterr()
+    said = refused(cli.search, ["--from", "both", "--verify", "--device", "ssh://me@there"], capsys)
+    assert "board-cpu and phone-npu are elsewhere" in said
