@@ -367,10 +367,11 @@ def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettin
     first = load_checkpoint(checkpoint, net=net, **optimizers)
     step = sum(steps_of[:first])
     networks = f" through {passes(space, settings)} networks each" if passes(space, settings) > 1 else ""
-    say(
-        f"training the supernet of {space.name} at {space.image_size} px on {len(data.train):,} images: "
-        f"{steps - mixture_steps} steps of {settings.batch_size}{networks}, then {mixture_steps} of mixtures, on {device.type}"
-    )
+    if first < epochs:
+        say(
+            f"training the supernet of {space.name} at {space.image_size} px on {len(data.train):,} images: "
+            f"{steps - mixture_steps} steps of {settings.batch_size}{networks}, then {mixture_steps} of mixtures, on {device.type}"
+        )
     work = [steps_in * cost for steps_in, cost in zip(steps_of, costs, strict=True)]
     with progress("supernet", sum(work), sum(work[:first])) as tick:
         for epoch in range(first, epochs):
