@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from nas.slimming import Evaluation as Evaluation
     from nas.slimming import Trajectory as Trajectory
     from nas.slimming import slim as slim
+    from nas.solver import Budget as Budget
+    from nas.solver import Solution as Solution
+    from nas.solver import frontier as frontier
+    from nas.solver import solutions as solutions
     from nas.table import LatencyTable as LatencyTable
     from nas.table import Target as Target
     from supernet.arch import ArchConfig as ArchConfig
@@ -24,17 +28,21 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ArchConfig": "supernet.arch",
+    "Budget": "nas.solver",
     "Complexity": "supernet.model",
     "Evaluation": "nas.slimming",
     "InputError": "supernet.errors",
     "LatencyTable": "nas.table",
     "SearchSpace": "supernet.space",
+    "Solution": "nas.solver",
     "Target": "nas.table",
     "Trajectory": "nas.slimming",
     "build_model": "supernet.model",
     "count": "supernet.model",
+    "frontier": "nas.solver",
     "load_timm_weights": "supernet.weights",
     "slim": "nas.slimming",
+    "solutions": "nas.solver",
     "zoo": "supernet.zoo",
     "zoo_names": "supernet.zoo",
 }

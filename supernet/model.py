@@ -40,13 +40,13 @@ def count(arch: ArchConfig) -> Complexity:
     activations are not counted.
     """
     images = arch.group_size
-    layers = [_counted(layer, images) for layer in arch.layers()]
+    layers = [count_layer(layer, images) for layer in arch.layers()]
     return Complexity(sum(params for params, _ in layers), sum(macs for _, macs in layers) // images)
 
 
-@cache
-def _counted(layer: Layer, images: int) -> Complexity:
-    """Return a layer's parameters, and its MACs for a number of images: a search counts many networks of few layers."""
+@cache  # a search counts many networks of few layers
+def count_layer(layer: Layer, images: int = 1) -> Complexity:
+    """Return a layer's parameters, and its MACs for a number of images. They add up to those of the network."""
     with torch.device("meta"):
         module = build_layer(layer).eval()
         entering = torch.empty(layer.entering.shape(images))
