@@ -419,7 +419,7 @@ def test_a_trial_that_was_taken_for_lost_does_not_count(storage: InMemoryStorage
 def test_any_storage_of_optuna(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 's.db'}"
     seen: list[Option] = []
-    for trials in (3, 5):
+    for trials in (2, 3):
         found = tune(
             SPACE,
             Evaluator(),
@@ -432,7 +432,7 @@ def test_any_storage_of_optuna(tmp_path: Path) -> None:
             on_trial=seen.append,
         )
     study = optuna.load_study(study_name="study", storage=url)
-    assert len(study.trials) == len(seen) == 5
+    assert len(study.trials) == len(seen) == 3
     assert study.best_value == found.evaluation.loss == min(option.evaluation.loss for option in seen)
     assert study.metric_names == ["loss"]
 
