@@ -2,8 +2,8 @@
 
 A trial of the study is one network that keeps the target and the limits: nothing else is ever evaluated. A sampler's proposal
 that misses them is changed before it becomes a trial, place by place at random, each time to something that misses them by
-less (a stage one width narrower, another candidate in a slot), until it keeps them; one that has been tried already is changed
-on to a network near it that has not. Optuna learns from the network that was evaluated, never from the one that was proposed.
+less (a stage one width narrower, another candidate in a slot), until it keeps them; in the place of one that has been tried
+comes the nearest that has not. Optuna learns from the network that was evaluated, never from the one that was proposed.
 So a study of 200 trials evaluates 200 different networks, however few of all networks keep the target.
 
 *Parameters* are called `stage1.width` and `stage1.slot2`, counted from 1; a stage with one width has no parameter for it.
@@ -36,6 +36,7 @@ import re
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,6 +50,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalRedisBackend, JournalStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import DBAPIError
 
 from nas.kept import described
 from nas.progress import progress, say
@@ -63,10 +65,10 @@ SamplerName = Literal["tpe", "nsga2"]
 TRIALS = 200
 OPTIONS = 6  # of the best networks that the answer lists
 POPULATION = 20  # of NSGA-II: ten generations in 200 trials; Optuna's own 50 would leave four
-WALK = 100  # changes at random from a network that was tried already, to find one that was not
-FRUITLESS = 5  # trials in a row that found no new network: the space has no more
+FRUITLESS = 3  # trials in a row that found no new network: the space has no more
 BEAT_S = 20.0  # how often a running trial says that its process is alive
 GRACE_S = 120.0  # a running trial that has been silent for so long has lost its process
+ASKED_S = 30.0  # the same before a trial says whose it is: only the sampler works meanwhile
 POLL_S = 0.5  # how often a process that has nothing to do looks whether the others are done
 
 Params = Mapping[str, Any]
@@ -239,12 +241,21 @@ class _Networks:
         return params
 
     def untried(self, params: Params, tried: set[frozenset[tuple[str, Any]]], rng: random.Random) -> dict[str, Any]:
-        """Return a network near the given one that keeps the target and the limits and has not been tried, if one is found."""
+        """Return the nearest network that keeps the target and the limits and has not been tried; one that has, if all have.
+
+        Nearest by single changes through networks that keep them all, in random order where several are as near.
+        """
         params = self.repaired(params, rng)
-        for _ in range(WALK):
-            if _key(params) not in tried:
-                break
-            params = self.repaired(next(self.neighbours(params, rng)), rng)
+        if _key(params) not in tried:
+            return params
+        passed, ways = {_key(params)}, deque([params])
+        while ways:
+            for near in self.neighbours(ways.popleft(), rng):
+                if _key(near) not in passed and self.excess(self.arch(near)) == 0:
+                    if _key(near) not in tried:
+                        return near
+                    passed.add(_key(near))
+                    ways.append(near)
         return params
 
 
@@ -334,11 +345,13 @@ class _Run:
                 tick(kept - before)
                 if kept >= trials and fresh >= more:
                     return
-                if fruitless == FRUITLESS:
-                    say(f"no other network was found after {kept} of {trials} trials")
-                    return
                 running = self._running()
-                if kept + running >= trials and fresh + running >= more:
+                if fruitless >= FRUITLESS and not running and waiting:
+                    fruitless, waiting = 0, False  # what others ran may have failed
+                elif fruitless >= FRUITLESS and not running:
+                    say(f"{self.networks.space.name} has no other network within the budget: the study ends with {kept} trials")
+                    return
+                if fruitless >= FRUITLESS or (kept + running >= trials and fresh + running >= more):
                     if not waiting:
                         say(f"waiting for {running} trials that other processes run")
                     waiting = True
@@ -462,7 +475,7 @@ class _Others:
     """Which running trials have lost their process. Clocks of different machines are never compared."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[object, float]] = {}  # of each trial: its last beat, and when it was new here
+        self._seen: dict[int, tuple[object, float]] = {}  # of each trial: what it last said, and when it was new here
 
     def lost(self, trial: FrozenTrial) -> bool:
         """Say so of a trial that is none of this process's own at this moment."""
@@ -470,10 +483,10 @@ class _Others:
         *here, own_pid = _worker()
         if place == here and (pid == own_pid or not _alive(pid)):
             return True
-        beat, now = trial.user_attrs.get("beat"), time.monotonic()
-        if trial.number not in self._seen or self._seen[trial.number][0] != beat:
-            self._seen[trial.number] = beat, now
-        return now - self._seen[trial.number][1] > GRACE_S
+        heard, now = (trial.user_attrs.get("beat"), len(trial.user_attrs), len(trial.params)), time.monotonic()
+        if trial.number not in self._seen or self._seen[trial.number][0] != heard:
+            self._seen[trial.number] = heard, now
+        return now - self._seen[trial.number][1] > (GRACE_S if place else min(ASKED_S, GRACE_S))
 
 
 def _worker() -> list[Any]:
@@ -566,6 +579,10 @@ def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
         return JournalStorage(JournalRedisBackend(text))
     # SQLite lets one process write at a time: the others wait. A server may have closed a connection during an evaluation.
     engine = {"connect_args": {"timeout": 60}} if scheme.startswith("sqlite") else {"pool_pre_ping": True}
+    for pause_s in (0.3, 1.0, 3.0):
+        with suppress(DBAPIError):  # two processes that begin at once both make the tables, and one of them cannot
+            return RDBStorage(text, engine_kwargs=engine)
+        time.sleep(pause_s)
     return RDBStorage(text, engine_kwargs=engine)
 
 
