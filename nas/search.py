@@ -29,6 +29,7 @@ from nas.strategies import (
     FRONTIER_COLUMNS,
     Budgeted,
     Scores,
+    Study,
     check_strategy,
     choose,
     fastest_ms,
@@ -256,6 +257,7 @@ def _search(work: Work) -> None:
 
     checks = [Checks(folder / measurements_file(devices, at), device.table) for at, device in enumerate(devices)]
     mes = efficiency_of(settings)
+    study = study_of(work) if work.strategy == "optuna" else None
     scores = Scores(space, begin or start_network(space, importance), importance, drops, evaluate, settings.score)
 
     def found_for(mux: MultiplexSpec | None) -> Outcome:
@@ -271,6 +273,7 @@ def _search(work: Work) -> None:
                 start=start,
                 landing=landing,
                 mes=mes,
+                study=study,
             )
             write_csv(folder / "trajectory.csv", found.records(), found.columns)
             return found
@@ -396,6 +399,24 @@ def write_importance(path: Path, space: SearchSpace, importance: Importance) -> 
         for kind, value in odds.items()
     )
     write_csv(path, records, ("stage", "slot", "kind", "log_odds"))
+
+
+def study_of(work: Work) -> Study:
+    """Return the Optuna study of a search. Its name is the same wherever the same is asked for, whatever paths there are."""
+    from nas.tuning import study_name  # optuna takes a while to import
+
+    settings = asdict(work.settings)
+    storage = settings.pop("optuna_storage") or work.folder / "optuna.journal"
+    asked = {
+        "targets": [(device.name, device.target.ms) for device in work.devices],
+        "data": work.data.fingerprint,
+        "space": work.space.to_yaml(),
+        "settings": settings,
+        "seed": work.seed,
+        "given": work.given.digest if work.given is not None else None,
+    }
+    name = study_name(network_name(work.space.name, [device.target.ms for device in work.devices]), asked)
+    return Study(name, storage, work.settings.optuna_sampler, work.settings.optuna_trials, work.seed)
 
 
 def evaluator_of(

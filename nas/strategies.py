@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nas.kept import described
 from nas.progress import say
@@ -33,6 +34,9 @@ from nas.table import LatencyTable
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace
+
+if TYPE_CHECKING:
+    from nas.tuning import SamplerName
 
 SHORTLIST = 6  # networks, the best by the drops, that are evaluated as whole ones
 STRATEGIES = ("greedy", "exact", "optuna")
@@ -242,6 +246,39 @@ def exact(
     return Trajectory(begin, (step,), step.taken.arch, step.taken.ms, step.taken.evaluation)
 
 
+@dataclass(frozen=True)
+class Study:
+    """An Optuna study: its name and storage, which sampler proposes, how many networks all its processes evaluate together."""
+
+    name: str
+    storage: str | Path
+    sampler: SamplerName
+    trials: int
+    seed: int
+
+
+def studied(scores: Scores, budgets: Sequence[Budgeted], limits: Sequence[Limit], study: Study) -> Trajectory:
+    """Return the best network of an Optuna study (`nas.tuning`), whose first networks are the best few by the drops."""
+    from nas.tuning import tune  # optuna takes a while to import
+
+    first, *others = budgets
+    return tune(
+        scores.space,
+        scores.evaluate,
+        first.table,
+        first.ms,
+        scores.start,
+        study_name=study.name,
+        storage=study.storage,
+        sampler=study.sampler,
+        trials=study.trials,
+        seed=study.seed,
+        known=[option.arch for step in exact(scores, budgets, limits).steps for option in step.options],
+        limits=[*limits, *(budget.limit() for budget in others)],
+        score=scores.charged,
+    )
+
+
 def choose(
     strategy: str,
     scores: Scores,
@@ -251,8 +288,9 @@ def choose(
     start: Trajectory | None,
     landing: float,
     mes: MobileEfficiency | None = None,
+    study: Study | None = None,
 ) -> Trajectory:
-    """Return what a strategy finds within the budgets and limits; see `greedy` and `exact`.
+    """Return what a strategy finds within the budgets and limits; see `greedy`, `exact` and `studied`.
 
     Where the loop cannot reach what some network keeps (no single action leads there), the best by the drops is taken.
 
@@ -263,6 +301,9 @@ def choose(
         found = exact(scores, budgets, limits, scores.evaluate)
         say_shortlist(found)
         return found
+    if strategy == "optuna":
+        assert study is not None, "optuna needs a study"
+        return studied(scores, budgets, limits, study)
     try:
         return greedy(scores, budgets, limits, start=start, landing=landing, mes=mes, on_step=say_step)
     except InputError as error:

@@ -43,7 +43,7 @@ from supernet.weights import AnySupernet
 
 Paths = Literal["single", "fair", "elastic"]
 
-COUNTS = ("score_images", "recalibration_images", "finalist_epochs", "init_epochs")
+COUNTS = ("score_images", "recalibration_images", "finalist_epochs", "init_epochs", "optuna_trials")
 OBJECTIVES = ("latency", "mes", "throughput")
 MES = ("mes_size_unit", "mes_latency_unit_ms", "mes_size_alpha", "mes_latency_alpha")
 NOT_NEGATIVE = (
@@ -138,6 +138,12 @@ class SupernetSettings:
     """Which channels a narrowed stage inherits: those that matter most, by gradient times weight (taylor) or by the norm of
     their weights (magnitude), or the first ones. auto: taylor; first for `paths: elastic`, whose first channels were trained to
     do without the others."""
+    optuna_sampler: Literal["tpe", "nsga2"] = "tpe"
+    """Of the strategy optuna: what proposes networks."""
+    optuna_trials: int = 200
+    """Of the strategy optuna: networks that the study evaluates, all its processes together."""
+    optuna_storage: str = ""
+    """Of the strategy optuna: the URL of a database that processes share, or a file; empty: optuna.journal in the run's folder."""
     init_epochs: int = 4
     """Of --init: how long the network is trained as a whole before slimming, where its classifier is new to the data."""
     distillation_steps: int = 200
@@ -152,6 +158,7 @@ class SupernetSettings:
             ("importance", IMPORTANCES),
             ("precision", PRECISIONS),
             ("channels", ("auto", *get_args(Method))),
+            ("optuna_sampler", ("tpe", "nsga2")),
         )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
