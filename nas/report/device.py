@@ -144,7 +144,9 @@ def _frontier(run: Run, points: list[tuple[float, float]], published: list[Publi
     r2 = (run.result.get("additivity") or {}).get("r_squared")
     exact = f"; on networks with several changes they explain {100 * r2:.0f} % of the loss's variance" if r2 is not None else ""
     best = [loss for ms, loss in points if ms <= target]
-    there = f" At the target it is {min(best):.3g}." if best else ""
+    there = f" At the target it is {min(best):.3g}" if best else ""
+    if there:
+        there += f"; the network found has {found_loss:.3g}." if found_loss is not None else "."
     return (
         f"<p>The least loss at every number of milliseconds, as the drops of single changes add up. That is exact for the "
         f"scores, not for accuracy{exact}.{there}</p>"

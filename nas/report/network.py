@@ -167,7 +167,7 @@ def _time_bar(
             f'title="{escape(f"{name}: {ms_of(ms)}, {100 * ms / total:.1f} %")}"></i>'
             for name, layer, ms in known
         )
-        text = "head" if number > depth else f"stage {number}"
+        text = "head" if number > depth else f'<span class="wide">stage </span>{number}'
         groups.append(
             f'<div class="group" style="flex:{1000 * share:.2f}"><div class="pieces">{pieces}</div>'
             f"<small>{text if share > 0.07 else ''}</small></div>"

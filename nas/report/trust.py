@@ -184,7 +184,9 @@ def table_section(run: Run) -> str:
     doubted = [layer for layer in dict.fromkeys(run.arch.layers()) if (row := table.rows.get(layer)) is not None and row.flag]
     if doubted:
         rows.append(("doubtful rows", "; ".join(f"{layer}: {table.rows[layer].flag}" for layer in doubted)))
-    warnings = "".join(f'<p class="warning">{escape(str(text))}</p>' for text in meta.get("warnings") or ())
+    warnings = "".join(
+        f'<p class="warning">While the table was measured: {escape(str(text))}</p>' for text in meta.get("warnings") or ()
+    )
     return warnings + facts(rows)
 
 
