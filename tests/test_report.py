@@ -411,6 +411,18 @@ def test_the_frontier_is_drawn_with_the_target_and_the_published_networks(
     assert page_of(tmp_path).of_class("frontier")[0]["points"] == line["points"]
 
 
+def test_a_page_of_thousands_of_networks_stays_small(tmp_path: Path) -> None:
+    found = finished(tmp_path, result={"strategy": "optuna"})
+    step = found.steps[0]
+    options = [replace(step.taken, action=f"trial {n}", ms=step.taken.ms * (1 - n / 20000)) for n in range(5000)]
+    one = replace(found, steps=(replace(step, options=tuple(options)),))
+    write_csv(tmp_path / "trajectory.csv", one.records(), one.columns)
+    page = page_of(tmp_path, frontier=[(0.02 + n / 1e5, 3 - n / 5000) for n in range(5000)])
+    assert (tmp_path / "report.html").stat().st_size < 300_000
+    assert 100 < len(page.of_class("lost")) < 1000
+    assert "The strategy optuna: 1 step, of 5000 networks offered" in page.text
+
+
 def test_the_command_asks_the_same_again(tmp_path: Path) -> None:
     finished(tmp_path)
     change(tmp_path, "request.json", data="/my pictures")

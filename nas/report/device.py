@@ -17,6 +17,8 @@ from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.zoo import zoo, zoo_names
 
+CORNERS = 1000  # of a frontier that are drawn
+
 
 def device_section(run: Run, frontier: Sequence[tuple[float, float]] | None) -> str:
     """The frontier with the target, and the published networks by the same table."""
@@ -117,7 +119,8 @@ def _frontier(run: Run, points: list[tuple[float, float]], published: list[Publi
         Axis.around("loss by the sum of drops, nats", ys),
     )
     stairs = [points[0]]
-    for before, after in itertools.pairwise(points):
+    drawn = [*points[:: 1 + len(points) // CORNERS], points[-1]]  # of thousands, more than there are pixels
+    for before, after in itertools.pairwise(dict.fromkeys(drawn)):
         stairs += [(after[0], before[1]), after]
     chart.line(stairs, "frontier")
     for ms, loss in points if len(points) <= 150 else []:

@@ -11,7 +11,7 @@ from nas.report.svg import Axis, Chart, legend
 from nas.report.text import joined, missing, ms_of, or_dash, percent_of
 from nas.slimming import COLUMNS
 
-DRAWN_OPTIONS = 400  # actions that were not taken; of more, only the best of each step are drawn
+DRAWN_OPTIONS = 600  # options; of more, only the best of each step are drawn
 
 
 ACTIONS = (  # how an action's text begins or what it has in it, the shape that stands for it, what it is
@@ -40,19 +40,22 @@ def trajectory_section(run: Run) -> str:
     steps: dict[int, list[dict[str, str]]] = {}
     for line in lines:
         steps.setdefault(int(line["step"]), []).append(line)
-    shown = [option for options in steps.values() for option in (options if len(lines) <= DRAWN_OPTIONS else options[:3])]
+    most = max(2, DRAWN_OPTIONS // len(steps))
+    shown = [option for options in steps.values() for option in options[:most] if math.isfinite(y(option, "after"))]
     way = [(to_number(taken[0]["ms_before"]), y(taken[0], "before"))] + [
         (to_number(t["ms_after"]), y(t, "after")) for t in taken
     ]
-    x_axis = Axis.around(f"predicted milliseconds on {run.result['device']}", [p[0] for p in way] + [run.target_ms])
-    y_axis = Axis.around(unit, [p[1] for p in way] + [v for v in (y(o, "after") for o in shown) if math.isfinite(v)])
+    x_axis = Axis.around(
+        f"predicted milliseconds on {run.result['device']}",
+        [p[0] for p in way] + [to_number(o["ms_after"]) for o in shown] + [run.target_ms],
+    )
+    y_axis = Axis.around(unit, [p[1] for p in way] + [y(option, "after") for option in shown])
     chart = Chart(f"{what} against milliseconds, a point for each step of the search", x_axis, y_axis)
     chart.line(way, "way")
     for option in shown:
-        if option["taken"] != "True" and math.isfinite(y(option, "after")):
-            x = to_number(option["ms_after"])
-            if x_axis.low <= x <= x_axis.high:
-                chart.point(x, y(option, "after"), "circle", "lost", f"not taken: {_step_text(option)}", 2.6)
+        if option["taken"] != "True":
+            title = f"not taken: {_step_text(option)}"
+            chart.point(to_number(option["ms_after"]), y(option, "after"), "circle", "lost", title, 2.6)
     chart.point(*way[0], "circle", "mark", f"start: {ms_of(way[0][0])}, {what} {way[0][1]:.4g}")
     used = {}
     for line, place in zip(taken[:-1], way[1:-1], strict=True):
@@ -66,17 +69,24 @@ def trajectory_section(run: Run) -> str:
             ("circle", "mark", "start"),
             *((shape, "mark", text) for shape, text in used.items()),
             ("star", "found", "the network found"),
-            ("circle", "lost", "actions not taken"),
+            ("circle", "lost", "not taken"),
         ]
     )
     how = {"mes": "the mobile efficiency score gained"}.get(str(run.result.get("objective")), "the milliseconds saved")
     measured = int(run.result.get("measured_networks") or 0)
     again = f" {measured} networks were measured on the device before this one was chosen." if measured > 1 else ""
-    intro = (
-        f"<p>{len(taken)} steps. Each offers several actions and takes the one that costs least {what} for {how}. "
-        f"Point at a mark to read what was done.{again}</p>"
+    strategy = run.result.get("strategy", "greedy")
+    told = (
+        f"{_counted(len(taken), 'step')}. Each offers several actions and takes the one that costs least {what} for {how}."
+        if strategy == "greedy"
+        else f"The strategy {escape(strategy)}: {_counted(len(taken), 'step')}, of {_counted(len(lines), 'network')} offered."
     )
+    intro = f"<p>{told} Point at a mark to read what it is.{again}</p>"
     return f'{intro}<figure class="single">{chart.html()}{key}</figure>{_steps_table(taken, steps, len(lines))}'
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _action(action: str) -> tuple[str, str]:
@@ -116,7 +126,7 @@ def _steps_table(taken: Sequence[Mapping[str, str]], steps: Mapping[int, Sequenc
         ]
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     return (
-        f'<details><summary>All {len(taken)} steps as a table</summary><div class="scroll"><table class="plain-table">'
+        f'<details><summary>{_counted(len(taken), "step")} as a table</summary><div class="scroll"><table class="plain-table">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         "<p class=small>Score: the rise in loss (or the drop in accuracy) for what the action gains, per millisecond "
         f"unless the columns say otherwise. Offered: actions that the step chose from. All {offered} are in trajectory.csv.</p>"
