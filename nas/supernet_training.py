@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.curves import curves
 from nas.data import ImageData, epoch_batches
 from nas.progress import progress, say
 from nas.slimming import Score
@@ -380,7 +381,7 @@ def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettin
             f"{steps - mixture_steps} steps of {settings.batch_size}{networks}, then {mixture_steps} of mixtures, on {device.type}"
         )
     work = [steps_in * cost for steps_in, cost in zip(steps_of, costs, strict=True)]
-    with progress("supernet", sum(work), sum(work[:first])) as tick:
+    with progress("supernet", sum(work), sum(work[:first])) as tick, curves(folder, step) as draw:
         for epoch in range(first, epochs):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             losses = []
@@ -405,5 +406,7 @@ def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettin
                 tick(costs[epoch])
             if not torch.stack(losses).isfinite().all():
                 raise FloatingPointError(f"the supernet's loss is not finite in epoch {epoch + 1}: lower learning_rate")
+            curve = "supernet/loss" if epoch < settings.weight_epochs else "supernet/mixture_loss"
+            draw({curve: enumerate(torch.stack(losses).tolist(), step - len(losses) + 1)})
             save_checkpoint(checkpoint, epoch + 1, net=net, **optimizers)
     return net.eval()

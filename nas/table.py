@@ -160,6 +160,26 @@ class LatencyTable:
         """
         if not self.calibrations:
             return self.sum_ms(arch)
+        by = self.calibration_of(arch)
+        return by.predict_ms(*self.sums_ms(arch))
+
+    def parts_ms(self, arch: ArchConfig) -> tuple[list[tuple[str, Layer, float]], float]:
+        """Return what each layer of a network has in its predicted milliseconds, with the name of its module, and what is left:
+        the offset of the calibration. Together they are `predict_ms(arch)`.
+
+        Raises:
+            InputError: as `predict_ms`.
+        """
+        by = self.calibration_of(arch) if self.calibrations else None
+        parts = []
+        for name, layer in arch.named_layers():
+            between = is_stem(layer.spec) or is_embedding(layer.spec)
+            factor = 1.0 if by is None else by.scale + (by.scale_between if between else 0.0)
+            parts.append((name, layer, factor * self.layer_ms(layer)))
+        return parts, by.offset_ms if by is not None else 0.0
+
+    def calibration_of(self, arch: ArchConfig) -> Calibration:
+        """Return the calibration that a network is predicted by."""
         matching = [c for c in self.calibrations if (c.image_size, c.strides) == (arch.image_size, arch.strides)]
         if not matching:
             known = ", ".join(f"{c.space} ({c.image_size} px)" for c in self.calibrations)
@@ -167,14 +187,14 @@ class LatencyTable:
                 f"the table of {self.device} is not calibrated for {arch.image_size} px with strides {arch.strides}, "
                 f"only for {known}: measure it with nas-build-lut --device {self.device} and --space or --arch"
             )
-        sum_ms, between_ms = self.sums_ms(arch)
-        kinds = {layer.spec.kind for layer in arch.layers()}
+        if len(matching) == 1:
+            return matching[0]
+        sum_ms, kinds = self.sum_ms(arch), {layer.spec.kind for layer in arch.layers()}
 
         def distance(c: Calibration) -> tuple[int, float]:
             return len(kinds - c.error_by_kind_percent.keys()), max(c.sum_low_ms - sum_ms, sum_ms - c.sum_high_ms, 0.0)
 
-        nearest = min(matching, key=distance)
-        return nearest.predict_ms(sum_ms, between_ms)
+        return min(matching, key=distance)
 
     def serves(self, space: SearchSpace) -> bool:
         """Say whether every network of the space has its rows and a calibration."""

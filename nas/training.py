@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.curves import curves
 from nas.data import ImageData, augment, epoch_batches, normalise
 from nas.evaluation import accuracy_of
 from nas.progress import LINE_EVERY_S, duration, progress, say
@@ -191,9 +192,9 @@ def train_network(
     the file `weights` (see `load_weights`), whose layer scales stay as they are. With a `teacher`, which sees the same
     augmented images, it learns from that too, as the recipe says. `folder` then holds `arch.yaml`, `model.safetensors`,
     `metrics.csv` (a row for each epoch; the learning rate is that of its last step, the training loss is smoothed) and
-    `checkpoint.pt`, written after each epoch. The next call with the same arguments goes on from there, to the same
-    weights as if it had never stopped; if the training is finished, it returns its result. On one machine with one
-    number of threads, the same seed gives the same weights.
+    `checkpoint.pt`, written after each epoch; and the curves of `nas.curves`. The next call with the same arguments goes on
+    from there, to the same weights as if it had never stopped; if the training is finished, it returns its result. On one
+    machine with one number of threads, the same seed gives the same weights.
 
     Raises:
         InputError: the image sizes differ, the folder holds another training, the weights do not fit, or there is no
@@ -264,7 +265,7 @@ def _run_epochs(
     # Groups of one class would be told apart too easily.
     val = data.val.shuffled(seed) if arch.multiplexes else data.val
     began = said = time.monotonic()
-    with progress(arch.name, steps, step) as tick:
+    with progress(arch.name, steps, step) as tick, curves(checkpoint.parent, step) as draw:
         for epoch in range(first, recipe.epochs):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             epoch_began, losses = time.monotonic(), []
@@ -296,6 +297,14 @@ def _run_epochs(
                     "val_loss": loss,
                     "val_accuracy": accuracy,
                     "seconds": round(now - epoch_began, 2),
+                }
+            )
+            draw(
+                {
+                    "train/loss": enumerate(losses, step - len(losses) + 1),
+                    "train/learning_rate": [(step, rate)],
+                    "val/loss": [(step, loss)],
+                    "val/accuracy": [(step, accuracy)],
                 }
             )
             save_checkpoint(checkpoint, epoch + 1, net=model, optimizer=optimizer, history=history)

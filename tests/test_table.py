@@ -62,6 +62,15 @@ def test_a_prediction_is_the_calibrated_sum_of_the_rows() -> None:
         assert table.predict_ms(arch) == pytest.approx(0.01 + 1.05 * total - 0.1 * between)
 
 
+@pytest.mark.parametrize("calibrations", [(CALIBRATION,), ()])
+def test_the_parts_of_a_prediction_are_the_prediction(calibrations: tuple[Calibration, ...]) -> None:
+    table = table_of(TINY, *calibrations)
+    parts, rest = table.parts_ms(TINY.largest)
+    assert [(name, layer) for name, layer, _ in parts] == TINY.largest.named_layers()
+    assert sum(ms for _, _, ms in parts) + rest == pytest.approx(table.predict_ms(TINY.largest))
+    assert rest == (0.01 if calibrations else 0.0)
+
+
 def test_an_empty_slot_costs_nothing() -> None:
     table = table_of(TINY, CALIBRATION)
     arch = TINY.arch([32, 64, 128, 192], [["mb4d", "identity"], ["identity"] * 2, ["identity"] * 4, ["identity"] * 3])

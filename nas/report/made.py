@@ -1,0 +1,87 @@
+"""How the search was made, so that it can be made again."""
+
+from __future__ import annotations
+
+import shlex
+from html import escape
+
+import yaml
+
+from nas.report.run import Run
+from nas.report.text import facts, to_the_minute
+from supernet.space import SearchSpace, space_names
+
+
+def made_section(run: Run) -> str:
+    """The command, versions, seed, date, settings, files."""
+    request, result = run.request, run.result
+    settings = yaml.safe_dump(dict(request.get("settings", {})), sort_keys=False)
+    measured = [line["measured_at"] for line in run.rows("measurements.csv") if line.get("measured_at")]
+    data = "the embedded handwritten digits: a demonstration" if run.demonstration else request.get("data")
+    versions = result.get("versions") or {}
+    rows = [
+        (
+            "date",
+            to_the_minute(result.get("finished_at"))
+            or (f"last measurement {to_the_minute(max(measured))}" if measured else "not recorded"),
+        ),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or "not recorded"),
+        ("seed", result.get("seed")),
+        ("strategy", result.get("strategy")),
+        ("images", data),
+        ("skipped images", result.get("skipped_images") or None),
+        ("supernet", f"trained at {result['supernet_image_size']} px" if result.get("supernet_image_size") else None),
+        ("evaluations", result.get("evaluations")),
+        ("networks measured", result.get("measured_networks")),
+    ]
+    names = (
+        "searched.yaml",
+        "weights.safetensors",
+        "result.json",
+        "request.json",
+        "trajectory.csv",
+        "importance.csv",
+        "drops.csv",
+        "additivity.csv",
+        "frontier.csv",
+        "evaluations.csv",
+        "measurements.csv",
+        "throughput.csv",
+    )
+    there = [f'<a href="{name}">{name}</a>' for name in names if (run.folder / name).exists()]
+    return (
+        f"<p>The command, with every setting written out:</p><pre>{escape(command(run))}</pre>{facts(rows)}"
+        f"<details><summary>settings.yaml</summary><pre>{escape(settings)}</pre></details>"
+        + (
+            f"<details><summary>space.yaml</summary><pre>{escape(request['space'])}</pre></details>"
+            if "space" in request
+            else ""
+        )
+        + f"<p class=small>Files beside this page: {', '.join(there)}.</p>"
+    )
+
+
+def command(run: Run) -> str:
+    """Return the command that asks what this run was asked."""
+    request, result = run.request, run.result
+    words = ["nas-search", "--target-ms", f"{run.target_ms:g}", "--device", result["device"]]
+    words += ["--table", str(request.get("table") or result["table"])]
+    if not run.demonstration and request.get("data"):
+        words += ["--data", str(request["data"])]
+    if "init" in request:
+        words += ["--init", "init.yaml", "--weights", str((result.get("init") or {}).get("weights", "given.safetensors"))]
+    else:
+        words += ["--space", _space_argument(run)]
+    if result.get("strategy", "greedy") != "greedy":
+        words += ["--strategy", str(result["strategy"])]
+    words += ["--config", "settings.yaml", "--seed", str(result.get("seed", 0)), "--out", str(run.folder)]
+    return shlex.join(words)
+
+
+def _space_argument(run: Run) -> str:
+    """Return the name of the space where it ships as it is; else the file that its text is to be put into."""
+    if run.space is not None and run.space.name in space_names():
+        named = SearchSpace.load(run.space.name).with_classes(run.space.num_classes)
+        if named.stages == run.space.stages and named.image_size == run.space.image_size:
+            return run.space.name
+    return "space.yaml"

@@ -1,0 +1,194 @@
+"""What the files of a finished search's folder say."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nas.kept import described
+from nas.scores import Drops
+from nas.table import Calibration, LatencyTable
+from supernet.arch import ArchConfig, MultiplexSpec, Stage
+from supernet.errors import InputError
+from supernet.space import SearchSpace
+from supernet.specs import at_width, label
+
+Parsed = tuple[tuple[int, tuple[str, ...]], ...]  # of each stage, its width and its blocks' labels
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of a run's folder say; None for what could not be had, and why."""
+
+    folder: Path
+    request: Mapping[str, Any]
+    result: Mapping[str, Any]
+    arch: ArchConfig
+    space: SearchSpace | None
+    table: LatencyTable | None
+    why_no_table: str
+
+    def rows(self, name: str) -> list[dict[str, str]]:
+        """Return the lines of a CSV file of the folder, none where it is missing."""
+        try:
+            with (self.folder / name).open(encoding="utf-8", newline="") as file:
+                return list(csv.DictReader(file))
+        except OSError:
+            return []
+
+    @property
+    def target_ms(self) -> float:
+        return float(self.result["target_ms"])
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the measured network keeps the target; None where it was not measured."""
+        high_ms = self.result.get("measured_high_ms")
+        known = self.result.get("met")
+        return bool(known) if known is not None else None if high_ms is None else high_ms <= self.target_ms
+
+    @property
+    def demonstration(self) -> bool:
+        return bool(self.result.get("demonstration", self.request.get("data") == "digits"))
+
+    @cached_property
+    def own_table(self) -> LatencyTable | None:
+        """The table as the search used it: with the calibration of its space alone, where there is one."""
+        if self.table is None or self.space is None:
+            return self.table
+        own = self.table.calibrated_for(self.space)
+        return own if own.calibrations else self.table
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What the found network's rows become its milliseconds by."""
+        if self.own_table is None or not self.own_table.calibrations:
+            return None
+        try:
+            return self.own_table.calibration_of(self.arch)
+        except InputError:
+            return None
+
+    @cached_property
+    def drops(self) -> Drops | None:
+        """What every single change costs."""
+        try:
+            return None if self.space is None else Drops.load(self.folder / "drops.csv", self.space)
+        except (InputError, OSError):
+            return None
+
+    def predict_ms(self, arch: ArchConfig) -> float | None:
+        """Return what the run's table says of a network, where it has its rows."""
+        if self.own_table is None:
+            return None
+        try:
+            return self.own_table.predict_ms(arch)
+        except InputError:
+            return None
+
+    @cached_property
+    def member(self) -> ArchConfig | None:
+        """The found network with its empty slots where they were: `searched.yaml` has none, the networks that were evaluated
+        do. None where it is not among them."""
+        if self.space is None:
+            return None
+        wanted = _filled(parsed(described(self.arch.without_mux())))
+        taken = [line for line in self.rows("trajectory.csv") if line.get("taken") == "True"]
+        loss = to_number(taken[-1].get("loss_after")) if taken else math.nan
+        found: list[tuple[float, ArchConfig]] = []
+        for line in self.rows("evaluations.csv"):
+            if _filled(parsed(line["network"])) == wanted and (arch := self.network(line["network"])) is not None:
+                off = abs(to_number(line.get("loss")) - loss)
+                found.append((off if math.isfinite(off) else 0.0, arch))
+        depths = [stage.depth for stage in self.space.stages]
+        whole = [item for item in found if [len(stage.blocks) for stage in item[1].stages] == depths]
+        if whole:
+            return min(whole, key=lambda item: item[0])[1]
+        return self.arch if [len(stage.blocks) for stage in self.arch.stages] == depths else None
+
+    @property
+    def kept(self) -> list[list[str]] | None:
+        """What the found network has in each slot, stage by stage; None where that is not known."""
+        return None if self.member is None else [[label(block) for block in stage.blocks] for stage in self.member.stages]
+
+    def network(self, text: str) -> ArchConfig | None:
+        """Return the network of the space that `nas.kept.described` wrote as `text`, or None."""
+        stages, space = parsed(text), self.space
+        if space is None or stages is None or len(stages) != len(space.stages):
+            return None
+        built = []
+        try:
+            for (width, labels), choices in zip(stages, space.stages, strict=True):
+                known = {label(candidate): candidate for candidate in choices.candidates}
+                blocks = tuple(at_width(known[name], width) for name in labels)
+                built.append(Stage(width, choices.stride, blocks, choices.entry))
+            mux = _mux_of(text)
+            return ArchConfig("evaluated", space.image_size, space.num_classes, tuple(built), space.head, mux)
+        except (InputError, KeyError, TypeError):  # of another space, or another version's
+            return None
+
+
+def read_run(folder: Path) -> Run:
+    try:
+        request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} holds no finished search ({error}): give the --out folder of a nas-search that ended"
+        ) from error
+    space = table = None
+    why = ""
+    with suppress(InputError, KeyError, TypeError, yaml.YAMLError):  # a user's own block whose file is gone, an old request
+        space = SearchSpace.from_dict(yaml.safe_load(request["space"]), f"the space of {folder}")
+    path = Path(request.get("table") or result["table"])
+    try:
+        table = LatencyTable.load(path)
+    except InputError as error:
+        why = str(error)
+    return Run(folder, request, result, ArchConfig.load(folder / "searched.yaml"), space, table, why)
+
+
+def parsed(text: str) -> Parsed | None:
+    """Return what `nas.kept.described` wrote of a network, without its groups; None where it is no such text."""
+    found = []
+    for part in text.split(" | "):
+        if part.startswith("mux:"):
+            continue
+        width, colon, blocks = part.partition(":")
+        if not colon or not width.strip().isdigit():
+            return None
+        found.append((int(width), tuple(re.findall(r"[^\s(]+(?:\([^)]*\))?", blocks))))
+    return tuple(found)
+
+
+def _mux_of(text: str) -> MultiplexSpec | None:
+    knobs = [part.split()[1:] for part in text.split(" | ") if part.startswith("mux:")]
+    if not knobs:
+        return None
+    given: dict[str, Any] = {}
+    for knob in knobs[0]:
+        name, _, value = knob.partition("=")
+        given[name] = int(value) if value.isdigit() else value
+    return MultiplexSpec(**given)
+
+
+def _filled(network: Parsed | None) -> Parsed:
+    return tuple((width, tuple(name for name in labels if name != "identity")) for width, labels in network or ())
+
+
+def to_number(text: object) -> float:
+    """Return the number of a CSV's cell, or NaN."""
+    try:
+        return float(str(text))
+    except ValueError:
+        return math.nan
