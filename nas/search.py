@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nas.lookup import OnDevice, groups_of, places, usable_table
 from nas.pretrained import Pretrained, layers_kept, on_data, pretrained_supernet, requested
 from nas.progress import progress, say
 from nas.recovery import Recovered
+from nas.report import write_report
 from nas.request import Finished, claim, finished
 from nas.result import print_result
 from nas.scores import ADDITIVITY_COLUMNS, Drops, Evaluate, additivity, measure_drops, single_changes
@@ -346,6 +348,7 @@ def _search(work: Work) -> None:
         "candidate": str(candidate) if outcome.candidate is not None else None,
         "evaluations": evaluate.asked,
         "score_loss": trajectory.evaluation.loss,
+        "network": described(trajectory.arch),
         "demonstration": data.demonstration,
         "skipped_images": len(data.skipped),
         "largest_of_space": not trajectory.steps,
@@ -358,6 +361,7 @@ def _search(work: Work) -> None:
         if mes is None
         else mes.of(complexity.params, on_devices[0]["measured_ms"] or on_devices[0]["predicted_ms"]),
         "additivity": check_of_drops,
+        "versions": {name: version(name) for name in ("metapath-nas", "torch")},
     }
     if work.given is not None and begin is not None and original is not None:
         result["init"] = {
@@ -372,6 +376,7 @@ def _search(work: Work) -> None:
         write_csv(folder / "throughput.csv", rows, THROUGHPUT_COLUMNS)
         result["throughput"] = rows
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    write_report(folder)
 
 
 def _supernet(work: Work) -> tuple[AnySupernet, ArchConfig | None, torch.nn.Sequential | None]:

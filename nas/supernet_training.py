@@ -144,7 +144,7 @@ class SupernetSettings:
     optuna_trials: int = 200
     """Of the strategy optuna: networks that the study evaluates, all its processes together."""
     optuna_storage: str = ""
-    """Of the strategy optuna: the URL of a database that processes share, or a file; empty: optuna.journal in the run's folder."""
+    """Of the strategy optuna: the URL of a database that processes share, or a file; empty: optuna.journal, in the folder."""
     init_epochs: int = 4
     """Of --init: how long the network is trained as a whole before slimming, where its classifier is new to the data."""
     distillation_steps: int = 200
@@ -378,7 +378,8 @@ def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettin
     if first < epochs:
         say(
             f"training the supernet of {space.name} at {space.image_size} px on {len(data.train):,} images: "
-            f"{steps - mixture_steps} steps of {settings.batch_size}{networks}, then {mixture_steps} of mixtures, on {device.type}"
+            f"{steps - mixture_steps} steps of {settings.batch_size}{networks}, then {mixture_steps} of mixtures, on "
+            f"{device.type}"
         )
     work = [steps_in * cost for steps_in, cost in zip(steps_of, costs, strict=True)]
     with progress("supernet", sum(work), sum(work[:first])) as tick, curves(folder, step) as draw:

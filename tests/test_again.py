@@ -143,6 +143,9 @@ def test_one_network_for_two_devices(board: LatencyTable, capsys: pytest.Capture
     assert "on phone-npu: predicted" in capsys.readouterr().out
     with open("both/frontier.csv") as file:
         assert {line["device"] for line in csv.DictReader(file)} == {"board-cpu", "phone-npu"}
+    page = Path("both/report.html").read_text()
+    assert page.count("<td>phone-npu</td>") == 1
+    assert "--target board-cpu=" in page
     cli.search([*targets, *where])  # the same request goes on, and prints the same
     other = ["--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.4 * ms:.6f}"]
     assert "holds another request (targets" in refused(cli.search, [*other, *where], capsys)

@@ -27,7 +27,11 @@ def device_section(run: Run, frontier: Sequence[tuple[float, float]] | None) -> 
     known = (
         frontier
         if frontier is not None
-        else [(to_number(x.get("ms")), to_number(x.get("loss"))) for x in run.rows("frontier.csv")]
+        else [
+            (to_number(row.get("ms")), to_number(row.get("loss")))
+            for row in run.rows("frontier.csv")
+            if row.get("device", run.result["device"]) == run.result["device"]
+        ]
     )
     points = sorted(p for p in known if all(map(math.isfinite, p)))
     published, left_out = published_networks(run)
@@ -90,7 +94,7 @@ def published_networks(run: Run) -> tuple[list[Published], list[str]]:
 def _measured_ms(run: Run, arch: ArchConfig) -> float | None:
     """Return the milliseconds of a network that the run, or the table's calibration, measured."""
     if run.space is not None and (arch.image_size, arch.strides) == (run.space.image_size, run.space.strides):
-        for line in run.rows("measurements.csv"):
+        for line in run.measurements:
             if line["network"] == described(arch):
                 return to_number(line["ms"])
     assert run.table is not None

@@ -7,7 +7,7 @@ from html import escape
 
 from nas.report.run import Run
 from nas.report.svg import Axis, mark
-from nas.report.text import digits, joined, large, ms_of
+from nas.report.text import digits, joined, large, ms_of, or_dash
 
 
 def headline(run: Run) -> str:
@@ -15,9 +15,10 @@ def headline(run: Run) -> str:
     result, batch = run.result, int(run.result.get("batch", 1))
     call = "an image" if batch == 1 else f"a call of {batch} images"
     objective = {"mes": ", by mobile efficiency", "throughput": ", by throughput"}.get(result.get("objective", ""), "")
+    most = " and ".join(f"<b>{each['target_ms']:g} ms</b> on <b>{escape(each['device'])}</b>" for each in run.targets)
     asked = (
-        f"Asked: a network of the space <b>{escape(result.get('space', 'unknown'))}</b> that takes at most "
-        f"<b>{run.target_ms:g} ms</b> for {call} on <b>{escape(result['device'])}</b>{objective}."
+        f"Asked: a network of the space <b>{escape(result.get('space', 'unknown'))}</b> that takes at most {most} for "
+        f"{call}{objective}."
     )
     page = f'<p class="kicker">Search report</p><h1>{escape(run.arch.name)}</h1><p class="asked">{asked}</p>'
     style, sign, verdict = _verdict(run)
@@ -27,7 +28,22 @@ def headline(run: Run) -> str:
             '<p class="warning"><b>A demonstration.</b> This search was on the embedded handwritten digits, to show the tool '
             "at work. Its network is not one to ship: give your own images with <code>--data</code>.</p>"
         )
-    return f"{page}{_tiles(run)}{_gauge(run)}"
+    return f"{page}{_tiles(run)}{_gauge(run)}{_devices(run)}"
+
+
+def _devices(run: Run) -> str:
+    """Every device's target and milliseconds, where there are several."""
+    if len(run.targets) == 1:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(each['device'])}</td><td>{each['target_ms']:g}</td><td>{digits(each['predicted_ms'])}</td>"
+        f"<td>{or_dash(each['measured_ms'])}</td></tr>"
+        for each in run.targets
+    )
+    head = "<tr><th>device</th><th>target ms</th><th>predicted ms</th><th>measured ms</th></tr>"
+    table = f'<table class="plain-table"><thead>{head}</thead><tbody>{rows}</tbody></table>'
+    first = f"The other sections are of {escape(run.result['device'])}."
+    return f'<div class="scroll">{table}</div><p class="small">{first}</p>'
 
 
 def _verdict(run: Run) -> tuple[str, str, str]:

@@ -16,7 +16,7 @@ def made_section(run: Run) -> str:
     """The command, versions, seed, date, settings, files."""
     request, result = run.request, run.result
     settings = yaml.safe_dump(dict(request.get("settings", {})), sort_keys=False)
-    measured = [line["measured_at"] for line in run.rows("measurements.csv") if line.get("measured_at")]
+    measured = [line["measured_at"] for line in run.measurements if line.get("measured_at")]
     data = "the embedded handwritten digits: a demonstration" if run.demonstration else request.get("data")
     versions = result.get("versions") or {}
     rows = [
@@ -64,8 +64,13 @@ def made_section(run: Run) -> str:
 def command(run: Run) -> str:
     """Return the command that asks what this run was asked."""
     request, result = run.request, run.result
-    words = ["nas-search", "--target-ms", f"{run.target_ms:g}", "--device", result["device"]]
-    words += ["--table", str(request.get("table") or result["table"])]
+    words = ["nas-search"]
+    if len(run.targets) == 1:
+        words += ["--target-ms", f"{run.target_ms:g}", "--device", result["device"]]
+        words += ["--table", str(request.get("table") or result["table"])]
+    else:
+        words += [word for each in run.targets for word in ("--target", f"{each['device']}={each['target_ms']:g}")]
+        words += [word for each in run.targets for word in ("--table", str(each["table"]))]
     if not run.demonstration and request.get("data"):
         words += ["--data", str(request["data"])]
     if "init" in request:

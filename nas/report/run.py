@@ -47,6 +47,17 @@ class Run:
             return []
 
     @property
+    def measurements(self) -> list[dict[str, str]]:
+        """What networks took on the first device."""
+        return self.rows("measurements.csv") or self.rows(f"measurements-{self.result['device']}.csv")
+
+    @property
+    def targets(self) -> list[Mapping[str, Any]]:
+        """What was asked of each device and found for it; the first one's is in the result itself too."""
+        found: list[Mapping[str, Any]] = self.result.get("targets", [self.result])
+        return found
+
+    @property
     def target_ms(self) -> float:
         return float(self.result["target_ms"])
 
@@ -98,10 +109,12 @@ class Run:
 
     @cached_property
     def member(self) -> ArchConfig | None:
-        """The found network with its empty slots where they were: `searched.yaml` has none, the networks that were evaluated
-        do. None where it is not among them."""
+        """The found network with its empty slots where they were. `searched.yaml` has none; of an earlier version's run, those
+        are in the networks that were evaluated. None where it is not among them."""
         if self.space is None:
             return None
+        if "network" in self.result:
+            return self.network(self.result["network"])
         wanted = _filled(parsed(described(self.arch.without_mux())))
         taken = [line for line in self.rows("trajectory.csv") if line.get("taken") == "True"]
         loss = to_number(taken[-1].get("loss_after")) if taken else math.nan

@@ -52,7 +52,7 @@ def checked_networks(run: Run) -> list[Checked]:
             found.append(Checked(name, net.predicted_ms, net.ms, low, high, style))
     result = run.result
     own = described(run.arch.without_identity())
-    for line in run.rows("measurements.csv"):
+    for line in run.measurements:
         arch = run.network(line["network"]) if "one group" not in line["network"] else None
         predicted = run.predict_ms(arch) if arch is not None else None
         if line["network"] == own:
