@@ -20,11 +20,7 @@ def made_section(run: Run) -> str:
     data = "the embedded handwritten digits: a demonstration" if run.demonstration else request.get("data")
     versions = result.get("versions") or {}
     rows = [
-        (
-            "date",
-            to_the_minute(result.get("finished_at"))
-            or (f"last measurement {to_the_minute(max(measured))}" if measured else "not recorded"),
-        ),
+        ("measured", f"last on {to_the_minute(max(measured))}" if measured else None),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or "not recorded"),
         ("seed", result.get("seed")),
         ("strategy", result.get("strategy")),
