@@ -7,7 +7,7 @@ identical beginnings share were computed twice, and without a cache. And whether
 The first command trains a supernet a little, and evaluates and slims with it as nas-search does (single changes, the loop,
 landing), for several targets: with the cache and without. The second one computes nothing: it goes through the networks that
 slimming asks for where what they are worth is made up (random, additive), and counts what the cache of a given memory would
-have had, with activations of the size that they have at an image size. Flat and Unflat are no layers here: they compute nothing.
+have had, with activations of the size that they have at an image size. Flat and Unflat, which compute nothing, are not counted.
 """
 
 import argparse
@@ -143,8 +143,8 @@ def arithmetic(given: argparse.Namespace) -> None:
 
 
 def replay(space: SearchSpace, batches: Sequence[Sequence[ArchConfig]], images: int, memory: int) -> tuple[int, int, int]:
-    """Return how many layers are computed with a cache of `memory` bytes, how many without any, and the bytes of all activations
-    of the space's largest network, the last ones aside."""
+    """Return how many layers are computed with a cache of `memory` bytes, how many without any, and the bytes of all
+    activations of the space's largest network, the last ones aside."""
     tree = Tree()
     cache: PrefixCache[None] = PrefixCache(tree, memory)
     run = asked = 0

@@ -3,9 +3,9 @@
     torchrun --no-python --nproc-per-node 4 nas-search ...
 
 The first process (rank 0) runs the whole search and is the only one that reads images, writes files or says anything. It sends
-its evaluator to the others once, and then every list of networks; each process evaluates its own share, and what is found goes to
-all every few seconds. A network gives the same numbers in whatever process and after whatever others it is evaluated, so the search
-decides as one process does. Which of them is fastest has no say in anything.
+its evaluator to the others once, and then every list of networks; each process evaluates its own share, and what is found is
+exchanged every few seconds. A network gives the same numbers in whatever process and after whatever others it is evaluated, so
+the search decides as one process does, however fast each of them is.
 
 All processes end with the first one's exit code. Where one dies, the others lose their connection to it and end too.
 """
@@ -39,8 +39,8 @@ def processes() -> int:
 
 
 def together(work: Callable[[], None]) -> None:
-    """Do the work of a command in the first process; in the others, evaluate what it shares until it ends, and end with the same
-    exit code. Alone, just do the work."""
+    """Do the work of a command in the first process; in the others, evaluate what it shares until it ends, and end with the
+    same exit code. Alone, just do the work."""
     if processes() == 1:
         work()
         return

@@ -250,7 +250,7 @@ def slim(
 
     Args:
         importance: for every slot of `space.slots`, each kind's log-odds against identity.
-        evaluate: a network to its loss, or to its loss and accuracy. What is to be compared is asked for at once (`evaluations`).
+        evaluate: a network to its loss, or to its loss and accuracy. What is compared is asked for at once (`evaluations`).
         table: anything with `predict_ms(arch)`.
         budget: milliseconds.
         score: what a step is charged for: the rise in loss, or the drop in accuracy.

@@ -139,8 +139,8 @@ class SupernetSettings:
     their weights (magnitude), or the first ones. auto: taylor; first for `paths: elastic`, whose first channels were trained to
     do without the others."""
     cache_gb: float = 0.0
-    """GiB of activations that are kept while networks are scored, in each process; 0: half of what is free on a GPU, a fourth of
-    the machine's memory elsewhere. It changes no number."""
+    """GiB of activations that are kept while networks are scored, in each process; 0: half of what is free on a GPU, a fourth
+    of the machine's memory elsewhere. It changes no number."""
     init_epochs: int = 4
     """Of --init: how long the network is trained as a whole before slimming, where its classifier is new to the data."""
     distillation_steps: int = 200
