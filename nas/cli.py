@@ -301,7 +301,9 @@ def search(arguments: Sequence[str] | None = None) -> None:
         if result["met"] is False:
             raise SystemExit(1)
 
-    _run(parser.prog, work)
+    from nas.distributed import together  # under torchrun the first process searches and the others help it evaluate
+
+    together(lambda: _run(parser.prog, work))
 
 
 def _search_from(given: argparse.Namespace) -> None:

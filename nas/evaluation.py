@@ -1,13 +1,15 @@
 """Loss and accuracy of a sub-network with weights inherited from the supernet: what a slimming action costs.
 
 Batch-norm statistics are recomputed for every network on a few hundred training images. What the network shares with
-those evaluated before it, from the image up to the first changed layer, is not computed again.
+those evaluated before it, from the image up to the first changed layer, is not computed again (nas.prefixes).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +17,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas.data import ImageData, Images, normalise
+from nas.prefixes import PrefixCache, Tree, cheapest_order, shares
 from nas.slimming import Evaluation
 from supernet.arch import ArchConfig
 from supernet.specs import Layer
 from supernet.units import UnitScores
 from supernet.weights import AnySupernet, subnetwork
 
-MEMORY_BYTES = 1 << 30  # of activations that are kept
 CHUNK = 128  # images that go through a layer at once
+SHARE = 4  # a fourth of the machine's memory is for activations ...
+UNKNOWN_MEMORY = 4 << 30  # ... which is taken to be this where the system does not say
+CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # what a container may have
 
-Prefix = tuple[tuple[str, Layer], ...]
+Named = list[tuple[str, Layer]]
 
 
 class Evaluator:
@@ -32,7 +37,8 @@ class Evaluator:
 
     The network may be given at any image size: it is evaluated at the supernet's. The same network gives the same
     result whatever was evaluated before. `kept` decides which channels a narrowed stage inherits, as in `subnetwork`: as they
-    depend on the stage's width alone, and never on later layers, what was computed for a prefix stays true.
+    depend on the stage's width alone, and never on later layers, what was computed for a prefix stays true. `memory_bytes`: of
+    activations that are kept, at most (None: `memory_for_activations`).
     """
 
     def __init__(
@@ -40,7 +46,7 @@ class Evaluator:
         supernet: AnySupernet,
         data: ImageData,
         recalibration_images: int = 256,
-        memory_bytes: int = MEMORY_BYTES,
+        memory_bytes: int | None = None,
         kept: UnitScores | None = None,
     ) -> None:
         self.supernet = supernet.eval()
@@ -50,31 +56,68 @@ class Evaluator:
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
         self.recalibration, _ = self._images(data.train, order[:count])
         self.images, self.labels = self._images(data.score, torch.arange(len(data.score)))
-        self.memory_bytes = memory_bytes
-        self._kept: OrderedDict[Prefix, tuple[Tensor, Tensor]] = OrderedDict()
+        self.memory_bytes = memory_for_activations(self.device) if memory_bytes is None else memory_bytes
+        self.forget()
         self.layers_run = 0  # how many layers were computed, for judging what keeping activations saves
+        self.layers_asked = 0  # how many those networks have
 
     def _images(self, images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
         pixels, labels = images.batch(indices)
         x = normalise(pixels.to(self.device)).contiguous(memory_format=torch.channels_last)
         return x, labels
 
-    def inherited(self, arch: ArchConfig) -> nn.Sequential:
-        """Return a network with its own copy of the inherited weights, whose batch-norm statistics do not fit it yet."""
-        model = subnetwork(self.supernet, arch.at(self.supernet.space.image_size), self.kept)
+    def inherited(self, arch: ArchConfig, begin: int = 0) -> nn.Sequential:
+        """Return a network, without its first `begin` layers, with its own copy of the inherited weights, whose batch-norm
+        statistics do not fit it yet."""
+        model = subnetwork(self.supernet, arch.at(self.supernet.space.image_size), self.kept, begin)
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
-    @torch.no_grad()
+    def on(self, device: torch.device) -> Evaluator:
+        """Return the same evaluator on another device, with its own copy of the weights and nothing kept."""
+        other = copy.copy(self)
+        other.supernet = copy.deepcopy(self.supernet).to(device)
+        other.device = device
+        other.recalibration, other.images = self.recalibration.to(device), self.images.to(device)
+        other.forget()
+        return other
+
+    def forget(self) -> None:
+        """Let go of all activations."""
+        self._tree = Tree()
+        self._cache: PrefixCache[tuple[Tensor, Tensor]] = PrefixCache(self._tree, self.memory_bytes)
+
     def __call__(self, arch: ArchConfig) -> Evaluation:
-        named = self.supernet.space.fit(arch.at(self.supernet.space.image_size)).named_layers()
-        model = self.inherited(arch)
-        start, fit, score = self._longest_prefix(named)
-        modules = list(model.children())
-        for at in range(start, len(named)):
-            fit = recalibrated(modules[at], fit)
-            score = torch.cat([modules[at](chunk) for chunk in score.split(CHUNK)])
-            self.layers_run += 1
-            self._keep(tuple(named[: at + 1]), fit, score)
+        ((_, evaluation),) = self.each([arch])
+        return evaluation
+
+    def each(self, archs: Sequence[ArchConfig]) -> Iterator[tuple[int, Evaluation]]:
+        """Yield the evaluation of each network with its place in `archs`, in the order in which least is to be kept at once."""
+        layers = [self._layers(arch) for arch in archs]
+        nodes = [self._tree.nodes(named) for named in layers]
+        order = cheapest_order(nodes)
+        self._cache.begin([nodes[at] for at in order])
+        for place, at in enumerate(order):
+            yield at, self._evaluate(archs[at], layers[at], nodes[at], place)
+
+    def shares(self, archs: Sequence[ArchConfig], number: int) -> list[list[int]]:
+        """Divide networks among `number` processes; return which of `archs` each gets."""
+        return shares([self._tree.nodes(self._layers(arch)) for arch in archs], number)
+
+    def _layers(self, arch: ArchConfig) -> Named:
+        return self.supernet.space.fit(arch.at(self.supernet.space.image_size)).named_layers()
+
+    @torch.no_grad()
+    def _evaluate(self, arch: ArchConfig, named: Named, nodes: list[int], place: int) -> Evaluation:
+        start, kept = self._cache.longest(nodes, place)
+        fit, score = (self.recalibration, self.images) if kept is None else kept
+        del kept  # or it would stay in memory as long as the network is run
+        for node, module in zip(nodes[start:], self.inherited(arch, start), strict=True):
+            fit = recalibrated(module, fit)
+            score = torch.cat([module(chunk) for chunk in score.split(CHUNK)])
+            self.layers_run += not self._tree.is_free(node)
+            if node != nodes[-1]:
+                self._cache.keep(node, (fit, score), _bytes(fit, score))
+        self.layers_asked += sum(not self._tree.is_free(node) for node in nodes)
         return self._judged(score)
 
     @torch.no_grad()
@@ -89,22 +132,32 @@ class Evaluator:
         accuracy = (logits.argmax(1) == self.labels).double().mean().item()
         return Evaluation(loss, accuracy)
 
-    def _longest_prefix(self, named: list[tuple[str, Layer]]) -> tuple[int, Tensor, Tensor]:
-        for length in range(len(named) - 1, 0, -1):
-            prefix = tuple(named[:length])
-            if prefix in self._kept:
-                self._kept.move_to_end(prefix)
-                return length, *self._kept[prefix]
-        return 0, self.recalibration, self.images
 
-    def _keep(self, prefix: Prefix, fit: Tensor, score: Tensor) -> None:
-        self._kept[prefix] = (fit, score)
-        while sum(_bytes(pair) for pair in self._kept.values()) > self.memory_bytes:
-            self._kept.popitem(last=False)
-
-
-def _bytes(tensors: tuple[Tensor, Tensor]) -> int:
+def _bytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def memory_for_activations(device: torch.device) -> int:
+    """Return how many bytes of activations an evaluator keeps where nothing else is said: half of what is free on a GPU, a
+    fourth of the machine's memory elsewhere, less where torchrun has several processes share it."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] // 2 // -(-processes // torch.cuda.device_count()))
+    return machine_memory() // SHARE // processes
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory that this machine has, or this container may have."""
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and not every system knows the names
+        found = UNKNOWN_MEMORY
+    for path in CONTROL_GROUPS:
+        try:
+            found = min(found, int(Path(path).read_text()))
+        except (OSError, ValueError):  # another system, or no limit ("max")
+            continue
+    return found
 
 
 @torch.no_grad()

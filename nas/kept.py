@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from nas.guarantee import Check
 from nas.profilers.bench import now
 from nas.profilers.timing import Measurement
-from nas.slimming import Evaluation
+from nas.slimming import Evaluation, evaluations
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
 from supernet.files import write_atomically
@@ -28,13 +28,25 @@ class Remembered:
         self._known = read_evaluations(path)
 
     def __call__(self, arch: ArchConfig) -> Evaluation:
-        self.asked += 1
-        network = described(arch)
-        if network not in self._known:
-            self._known[network] = self.evaluate(arch)
+        ((_, evaluation),) = self.each([arch])
+        return evaluation
+
+    def each(self, archs: Sequence[ArchConfig]) -> Iterator[tuple[int, Evaluation]]:
+        """Yield what is known first; evaluate the rest at once, each network once, and keep each as soon as it is known."""
+        self.asked += len(archs)
+        new: dict[str, list[int]] = {}  # where in `archs` a network stands
+        for at, arch in enumerate(archs):
+            network = described(arch)
+            if network in self._known:
+                yield at, self._known[network]
+            else:
+                new.setdefault(network, []).append(at)
+        names = list(new)
+        for number, evaluation in evaluations(self.evaluate, [archs[places[0]] for places in new.values()]):
+            self._known[names[number]] = evaluation
             records = ({"network": k, "loss": repr(v.loss), "accuracy": repr(v.accuracy)} for k, v in self._known.items())
             write_csv(self.path, records, ("network", "loss", "accuracy"))
-        return self._known[network]
+            yield from ((at, evaluation) for at in new[names[number]])
 
 
 def read_evaluations(path: Path) -> dict[str, Evaluation]:

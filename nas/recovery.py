@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,6 +32,20 @@ class Recovered:
         self.data = data
         self.settings = settings
         self.seed = seed
+
+    @property
+    def device(self) -> torch.device:
+        return self.evaluator.device
+
+    def on(self, device: torch.device) -> Recovered:
+        """Return the same on another device, with its own copy of the weights."""
+        other = copy.copy(self)
+        other.evaluator = self.evaluator.on(device)
+        return other
+
+    def shares(self, archs: Sequence[ArchConfig], number: int) -> list[list[int]]:
+        """Divide networks among `number` processes; return which of `archs` each gets. All of them take about as long."""
+        return [list(range(first, len(archs), number)) for first in range(number)]
 
     def __call__(self, arch: ArchConfig) -> Evaluation:
         model = self.evaluator.inherited(arch)

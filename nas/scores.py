@@ -27,7 +27,7 @@ from statistics import median
 from typing import NamedTuple
 
 from nas.kept import described, write_csv
-from nas.slimming import Evaluation, Importance
+from nas.slimming import Evaluation, Importance, evaluate_all
 from nas.statistics import kendall_tau, line, r_squared
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
@@ -224,9 +224,7 @@ def measure_drops(space: SearchSpace, base: ArchConfig, evaluate: Evaluate, on_p
     """
     base = space.fit(base.without_mux())
     base = replace(base, name=space.name)
-    evaluation = _evaluated(evaluate, base)
-    if on_progress is not None:
-        on_progress(1)
+    (evaluation,) = _evaluated(evaluate, [base], on_progress)
     none = Drops(space, base, evaluation, {}, {})
     changes = single_changes(space, base)
     found = _measured(none, [(change,) for change in changes], evaluate, on_progress)
@@ -264,7 +262,12 @@ def measure_pairs(drops: Drops, evaluate: Evaluate, count: int | None = None, on
 
 def _measured(drops: Drops, terms: Sequence[Changes], evaluate: Evaluate, on_progress: Tick | None) -> dict[Changes, Drop]:
     """Return each term's drop: what its network loses beyond what the terms inside that network add up to."""
-    networks = {term: completed(drops.space, drops.base, term) for term in terms}
+    networks: dict[Changes, ArchConfig] = {}
+    for term in terms:
+        network = completed(drops.space, drops.base, term)
+        assert network is not None, f"no network has {term}"
+        networks[term] = network
+    evaluations = dict(zip(terms, _evaluated(evaluate, list(networks.values()), on_progress), strict=True))
     known: dict[Changes, Drop] = {(change,): drop for change, drop in drops.singles.items()}
     found: dict[Changes, Drop] = {}
     size = len(terms[0]) if terms else 0
@@ -275,28 +278,27 @@ def _measured(drops: Drops, terms: Sequence[Changes], evaluate: Evaluate, on_pro
             yield from (known[part] for part in itertools.combinations(changes, length) if part in known)
 
     def changed(term: Changes) -> int:
-        network = networks[term]
-        assert network is not None, f"no network has {term}"
-        return len(changes_of(drops.space, drops.base, network))
+        return len(changes_of(drops.space, drops.base, networks[term]))
 
     for term in sorted(terms, key=changed):  # smaller networks first: their terms are inside the larger ones
-        network = networks[term]
-        assert network is not None
-        evaluation = _evaluated(evaluate, network)
-        others = list(inside(network))
+        evaluation, others = evaluations[term], list(inside(networks[term]))
         loss = evaluation.loss - drops.evaluation.loss - math.fsum(drop.drop_loss for drop in others)
         accuracy = drops.evaluation.accuracy - evaluation.accuracy - math.fsum(drop.drop_accuracy for drop in others)
         known[term] = found[term] = Drop(loss, accuracy, *evaluation)
-        if on_progress is not None:
-            on_progress(1)
     return found
 
 
-def _evaluated(evaluate: Evaluate, arch: ArchConfig) -> Evaluation:
-    evaluation = evaluate(arch)
-    if not math.isfinite(evaluation.loss):
-        raise InputError(f"evaluating {described(arch)} gives a loss of {evaluation.loss}: lower the learning rate")
-    return evaluation
+def _evaluated(evaluate: Evaluate, archs: Sequence[ArchConfig], on_progress: Tick | None) -> list[Evaluation]:
+    """Return the evaluations of networks, all at once.
+
+    Raises:
+        InputError: a loss is no finite number.
+    """
+    found = evaluate_all(evaluate, archs, on_progress)
+    for arch, evaluation in zip(archs, found, strict=True):
+        if not math.isfinite(evaluation.loss):
+            raise InputError(f"evaluating {described(arch)} gives a loss of {evaluation.loss}: lower the learning rate")
+    return found
 
 
 class Additivity(NamedTuple):
@@ -319,14 +321,11 @@ def additivity(
     """
     networks = _random_networks(space, drops.base, count, seed)
     records: list[dict[str, object]] = []
-    predicted, losses = [], []
-    for arch in networks:
-        predicted.append(drops.sum_for(arch))
-        losses.append(_evaluated(evaluate, arch).loss)
-        values = (described(arch), len(changes_of(space, drops.base, arch)), predicted[-1], losses[-1])
+    predicted = [drops.sum_for(arch) for arch in networks]
+    losses = [evaluation.loss for evaluation in _evaluated(evaluate, networks, on_progress)]
+    for arch, expected, loss in zip(networks, predicted, losses, strict=True):
+        values = (described(arch), len(changes_of(space, drops.base, arch)), expected, loss)
         records.append(dict(zip(ADDITIVITY_COLUMNS, values, strict=True)))
-        if on_progress is not None:
-            on_progress(1)
     return Additivity(r_squared(predicted, losses), kendall_tau(predicted, losses), line(predicted, losses)[0], records)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from nas.data import ImageData, load_data, natural_size
+from nas.distributed import shared
 from nas.evaluation import Evaluator, accuracy_of, recalibrate
 from nas.guarantee import Check, Goal, Outcome, meet
 from nas.kept import Checks, Remembered, described, write_csv
@@ -164,11 +165,11 @@ def run_search(
             "data_fingerprint": data.fingerprint,
             "space": space.to_yaml(),
             "strategy": request.strategy,
-            "settings": asdict(settings),
+            "settings": settings.deciding(),
             "seed": request.seed,
             **({"init": given.arch.to_yaml(), "weights": given.digest} if given is not None else {}),
         },
-        since={"settings": asdict(SupernetSettings())},
+        since={"settings": SupernetSettings().deciding()},
     )
     if trained is not None:
         borrow(trained, folder)
@@ -246,7 +247,7 @@ def _search(work: Work) -> None:
     base = begin or (space.largest if logits is None else start_network(space, logits))
     evaluator = evaluator_of(supernet, base, data, settings, folder)
     scored = Recovered(evaluator, data, settings, seed) if settings.recovery_steps else evaluator
-    evaluate = Remembered(scored, folder / "evaluations.csv")
+    evaluate = Remembered(shared(scored), folder / "evaluations.csv")
     drops = drops_of(space, base, evaluate)
     drops.save(folder / "drops.csv")
     importance = logits if logits is not None else drops.importance()
@@ -410,7 +411,7 @@ def study_of(work: Work) -> Study:
     """Return the Optuna study of a search. Its name is the same wherever the same is asked for, whatever paths there are."""
     from nas.tuning import study_name  # optuna takes a while to import
 
-    settings = asdict(work.settings)
+    settings = work.settings.deciding()
     storage = settings.pop("optuna_storage") or work.folder / "optuna.journal"
     asked = {
         "targets": [(device.name, device.target.ms) for device in work.devices],
@@ -432,7 +433,7 @@ def evaluator_of(
     images = settings.recalibration_images
     member = base.at(supernet.space.image_size)
     kept = channels(folder / "channels.json", supernet, member, data, images, channel_method(settings))
-    return Evaluator(supernet, data, images, kept=kept)
+    return Evaluator(supernet, data, images, settings.cache_bytes, kept)
 
 
 def drops_of(space: SearchSpace, base: ArchConfig, evaluate: Evaluate) -> Drops:

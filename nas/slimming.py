@@ -44,7 +44,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from nas.table import Target
 from supernet.arch import ArchConfig, Stage
@@ -82,6 +82,35 @@ class Evaluation(NamedTuple):
 
     loss: float
     accuracy: float = math.nan
+
+
+Found = TypeVar("Found")
+
+
+def evaluations(evaluate: Callable[[ArchConfig], Found], archs: Sequence[ArchConfig]) -> Iterator[tuple[int, Found]]:
+    """Yield what `evaluate` says of each network, with the network's place in `archs`, as soon as it is known.
+
+    An evaluator that does better with many networks at once has a method `each`, which takes them and yields the same in an
+    order of its own: it may go first through what shares most, or share them between processes.
+    """
+    each = getattr(evaluate, "each", None)
+    if each is not None:
+        yield from each(archs)
+        return
+    for at, arch in enumerate(archs):
+        yield at, evaluate(arch)
+
+
+def evaluate_all(
+    evaluate: Callable[[ArchConfig], Found], archs: Sequence[ArchConfig], on_progress: Callable[[float], None] | None = None
+) -> list[Found]:
+    """Return what `evaluate` says of each network; `on_progress` is called with 1 as each is known."""
+    found: dict[int, Found] = {}
+    for at, evaluation in evaluations(evaluate, archs):
+        found[at] = evaluation
+        if on_progress is not None:
+            on_progress(1)
+    return [found[at] for at in range(len(archs))]
 
 
 class Predictor(Protocol):
@@ -223,7 +252,7 @@ def slim(
 
     Args:
         importance: for every slot of `space.slots`, each kind's log-odds against identity.
-        evaluate: a network to its loss, or to its loss and accuracy.
+        evaluate: a network to its loss, or to its loss and accuracy. What is compared is asked for at once (`evaluations`).
         table: anything with `predict_ms(arch)`.
         budget: milliseconds.
         score: what a step is charged for: the rise in loss, or the drop in accuracy.
@@ -338,15 +367,16 @@ class _Run:
         self.limits = limits
         self.mes = mes
 
-    def evaluate(self, arch: ArchConfig) -> Evaluation:
-        if arch not in self._known:
-            found = self._evaluate(arch)
+    def evaluate(self, *archs: ArchConfig) -> Evaluation:
+        """Evaluate networks, those that are not known yet at once; return the evaluation of the first."""
+        new = [arch for arch in dict.fromkeys(archs) if arch not in self._known]
+        for arch, found in zip(new, evaluate_all(self._evaluate, new), strict=True):
             evaluation = found if isinstance(found, Evaluation) else Evaluation(float(found))
             charged = evaluation.loss if self.score == "loss" else evaluation.accuracy
             if not math.isfinite(charged):
                 raise InputError(f"slimming charges {self.score}, but evaluating {arch.name} gives {charged} for it")
             self._known[arch] = evaluation
-        return self._known[arch]
+        return self._known[archs[0]]
 
     def unmet(self, arch: ArchConfig) -> list[Limit]:
         return [limit for limit in self.limits if not limit.is_met(arch)]
@@ -384,6 +414,7 @@ class _Run:
             mildest = (next((offer for offer in ways if gains(offer[2])), None) for ways in places)
             found = (offer for offer in mildest if offer is not None)
             offered += itertools.islice(found, None if self.mes is not None else 1)
+        self.evaluate(arch, *(after for _, _, after in offered))
         options = [self._option(*offer, arch, ms, before) for offer in offered]
         return sorted(options, key=lambda option: (option.score, -option.gain, option.stage))
 
@@ -476,6 +507,7 @@ class _Run:
             if groups == LANDING_BLOCKS:
                 break
         if near:
+            self.evaluate(*(arch for *_, arch in near))
             near.sort(key=lambda item: (self._charge(self.evaluate(item[3])), *item[:2]))
             return [self._land(end, item[3]) for item in near]
         _, arch = slowest

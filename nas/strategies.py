@@ -26,6 +26,7 @@ from nas.slimming import (
     Score,
     Step,
     Trajectory,
+    evaluate_all,
     rounded_up,
     slim,
 )
@@ -231,7 +232,7 @@ def exact(
     ]
     beside = [*limits, *(budget.limit() for budget in budgets[1:])]
     found = best(space, scores.drops, first.table, within, count)
-    whole = [evaluate(solution.arch) if evaluate is not None else None for solution in found]
+    whole = evaluate_all(evaluate, [each.arch for each in found]) if evaluate is not None else [None] * len(found)
     known = [evaluation for evaluation in whole if evaluation is not None]
     if len(known) < len(found):
         known = [scores.drops.evaluation_for(solution.arch) for solution in found]

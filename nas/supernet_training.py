@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,9 @@ class SupernetSettings:
     """Of the strategy optuna: networks that the study evaluates, all its processes together."""
     optuna_storage: str = ""
     """Of the strategy optuna: the URL of a database that processes share, or a file; empty: optuna.journal, in the folder."""
+    cache_gb: float = 0.0
+    """GiB of activations that are kept while networks are scored, in each process; 0: half of what is free on a GPU, a fourth
+    of the machine's memory elsewhere. It changes no number."""
     init_epochs: int = 4
     """Of --init: how long the network is trained as a whole before slimming, where its classifier is new to the data."""
     distillation_steps: int = 200
@@ -188,7 +191,7 @@ class SupernetSettings:
             )
         if not self.weight_epochs + self.mixture_epochs:
             raise InputError("weight_epochs and mixture_epochs are both 0: give one of them at least 1")
-        for name in ("weight_decay", "arrivals_per_second"):
+        for name in ("weight_decay", "arrivals_per_second", "cache_gb"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number of at least 0, but is {getattr(self, name)}")
         if self.importance == "logits" and not self.mixture_epochs:
@@ -197,6 +200,17 @@ class SupernetSettings:
             raise InputError(f"additivity_networks must be 0 or at least 2, but is {self.additivity_networks}")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing must be at least 0 and below 1, but is {self.label_smoothing}")
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """What `cache_gb` comes to for an Evaluator."""
+        return round(self.cache_gb * 2**30) or None
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the settings that may change what a search finds: those that a run's folder is bound to."""
+        found = asdict(self)
+        del found["cache_gb"]  # it may be lowered where a search has run out of memory
+        return found
 
     @classmethod
     def load(cls, path: str | Path | None) -> SupernetSettings:

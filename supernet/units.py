@@ -252,6 +252,7 @@ def narrowed(
     target: ArchConfig,
     scores: UnitScores | None = None,
     choices: Sequence[Sequence[Block]] | None = None,
+    begin: int = 0,
 ) -> dict[str, Tensor]:
     """Return the state dict of `build_model(target)`, with the best units of a trained wider network.
 
@@ -262,6 +263,7 @@ def narrowed(
             of the blocks. Its empty slots are kept, as they say which of the source's blocks are meant.
         scores: of the source; None: the first units are kept.
         choices: for each stage, the blocks whose division into heads its channels keep; None: those of the source.
+        begin: how many of the first layers of the target are left out.
 
     Raises:
         InputError: the target has a layer that the source has not, or more of anything.
@@ -277,7 +279,7 @@ def narrowed(
         with placed(f"stage {at + 1} of {target.name}"):
             kept.append(kept_channels(of, blocks, source.resolutions[at], stage.width, narrower.width))
     found: dict[str, Tensor] = {}
-    for name, layer in target.named_layers():
+    for name, layer in target.named_layers()[begin:]:
         if not _layer_shapes(layer):
             continue
         if name not in wide:

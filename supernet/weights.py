@@ -1,6 +1,7 @@
 """Weights into our networks: published ones, and those that a sub-network inherits from its supernet."""
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from math import isqrt
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supernet.arch import ArchConfig
+from supernet.blocks import build_layer
 from supernet.blocks.efficientformer_v2 import AttnFFNModule, FFNModule
 from supernet.blocks.efficientvit import ConvStemModule
 from supernet.blocks.layers import EmbeddingModule, StemModule
@@ -17,7 +19,6 @@ from supernet.blocks.vit import PatchStemModule
 from supernet.elastic import ElasticSupernet
 from supernet.errors import InputError
 from supernet.metapath import Supernet
-from supernet.model import build_model
 from supernet.units import UnitScores, at_widths, narrowed
 
 AnySupernet = Supernet | ElasticSupernet
@@ -223,8 +224,9 @@ def at_size(name: str, tensor: Tensor, like: Tensor) -> Tensor:
     return tensor
 
 
-def subnetwork(supernet: AnySupernet, arch: ArchConfig, kept: UnitScores | None = None) -> nn.Sequential:
-    """Return the network `arch`, a member of the supernet's space, with weights inherited from the supernet.
+def subnetwork(supernet: AnySupernet, arch: ArchConfig, kept: UnitScores | None = None, begin: int = 0) -> nn.Sequential:
+    """Return the network `arch`, a member of the supernet's space, with weights inherited from the supernet; without its first
+    `begin` layers.
 
     A narrowed stage, and what is inside its blocks, keeps the units that score highest in `kept`, the same channels whatever
     blocks it has (`supernet.units.kept_channels`). Without `kept` every tensor is the leading slice of the supernet's, as an
@@ -235,9 +237,10 @@ def subnetwork(supernet: AnySupernet, arch: ArchConfig, kept: UnitScores | None 
     if arch.image_size != space.image_size:
         raise ValueError(f"{arch.name} is for {arch.image_size} px, the supernet for {space.image_size} px: use arch.at")
     member = space.fit(arch.without_mux())
-    model = build_model(member)
+    named = member.named_layers()[begin:]
+    model = nn.Sequential(OrderedDict((name, build_layer(layer)) for name, layer in named))
     if kept is None:
-        for (name, layer), module in zip(member.named_layers(), model.children(), strict=True):
+        for (name, layer), module in zip(named, model.children(), strict=True):
             module.load_state_dict(_leading(supernet.source(name, layer).state_dict(), module.state_dict()))
         return model
     wide = at_widths(member, [stage.widths[-1] for stage in space.stages])
@@ -246,7 +249,8 @@ def subnetwork(supernet: AnySupernet, arch: ArchConfig, kept: UnitScores | None 
         for name, layer in wide.named_layers()
         for own, tensor in supernet.source(name, layer).state_dict().items()
     }
-    model.load_state_dict(narrowed(state, wide, member, kept, [stage.candidates for stage in space.stages]))
+    candidates = [stage.candidates for stage in space.stages]
+    model.load_state_dict(narrowed(state, wide, member, kept, candidates, begin))
     return model
 
 

@@ -1,6 +1,7 @@
 """A sub-network's loss is that of its inherited weights with fresh batch-norm statistics, however it is computed."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from small_spaces import stage_space
 from torch import Tensor, nn
 
 from nas.data import ImageData, Images, normalise
-from nas.evaluation import Evaluator, accuracy_of, recalibrate, recalibrated
+from nas.evaluation import Evaluator, accuracy_of, machine_memory, memory_for_activations, recalibrate, recalibrated
 from nas.slimming import Evaluation
 from supernet.arch import ArchConfig
 from supernet.metapath import Supernet
@@ -113,7 +114,7 @@ def test_what_is_kept_stays_within_the_memory(supernet: Supernet, data: ImageDat
         evaluate = Evaluator(supernet, data, memory_bytes=memory_bytes)
         for arch in members(4):
             evaluate(arch)
-        kept = [tensor for pair in evaluate._kept.values() for tensor in pair]
+        kept = [tensor for pair in evaluate._cache.values() for tensor in pair]
         assert sum(tensor.numel() * tensor.element_size() for tensor in kept) <= memory_bytes
         assert bool(kept) == (memory_bytes > 0)
 
@@ -126,20 +127,24 @@ def test_only_the_layers_behind_a_change_run_again(supernet: Supernet, data: Ima
         evaluate(arch)
         return evaluate.layers_run - before
 
-    # stem, block | embedding, block, flat, block | unflat, embedding, block, flat, block | head
-    assert layers_run(LARGEST) == len(LARGEST.layers()) == 12
+    # stem, block | embedding, block, block | embedding, block, block | head; flat and unflat compute nothing
+    assert layers_run(LARGEST) == len(LARGEST.layers()) - 3 == 9
     assert layers_run(LARGEST) == 1  # only the head is not kept from itself
     assert layers_run(SPACE.arch((16, 16, 16), (("mb4d",), ("mb4d", "mb3d"), ("mb4d", "mb4d")))) == 2  # block, head
-    assert layers_run(SPACE.arch((16, 16, 8), (("mb4d",), ("mb4d", "mb3d"), ("mb4d", "mb3d")))) == 5  # embedding on
-    assert layers_run(SPACE.arch((16, 16, 16), (("mb4d",), ("mb4d", "mb4d"), ("mb4d", "mb3d")))) == 6  # no flat, unflat
-    assert layers_run(SPACE.arch((8, 16, 16), (("mb4d",), ("mb4d", "mb3d"), ("mb4d", "mb3d")))) == 12
+    assert layers_run(SPACE.arch((16, 16, 8), (("mb4d",), ("mb4d", "mb3d"), ("mb4d", "mb3d")))) == 4  # embedding on
+    assert (
+        layers_run(SPACE.arch((16, 16, 16), (("mb4d",), ("mb4d", "mb4d"), ("mb4d", "mb3d")))) == 5
+    )  # from the second block on
+    assert layers_run(SPACE.arch((8, 16, 16), (("mb4d",), ("mb4d", "mb3d"), ("mb4d", "mb3d")))) == 9
     # The second slot has weights of its own: what the first one computed does not stand in.
-    assert layers_run(SPACE.arch((16, 16, 16), (("mb4d",), ("identity", "mb4d"), ("identity", "identity")))) == 3
+    assert (
+        layers_run(SPACE.arch((16, 16, 16), (("mb4d",), ("identity", "mb4d"), ("identity", "identity")))) == 3
+    )  # block, embedding, head
 
     without = Evaluator(supernet, data, memory_bytes=0)
     without(LARGEST)
     without(LARGEST)
-    assert without.layers_run == 24
+    assert without.layers_run == without.layers_asked == 18
 
 
 def test_a_network_of_another_image_size_is_evaluated_at_the_supernet_s(supernet: Supernet, data: ImageData) -> None:
@@ -216,3 +221,39 @@ def test_accuracy_of_a_whole_network_does_not_depend_on_batches(data: ImageData)
         logits = model(normalise(pixels_of(data.val)))
     assert found[0] == pytest.approx(F.cross_entropy(logits, data.val.labels).item(), rel=1e-5)
     assert found[1] == pytest.approx((logits.argmax(1) == data.val.labels).double().mean().item())
+
+
+# -- Many networks -----------------------------------------------------------------------------------------------------
+
+
+def test_many_networks_at_once_give_what_each_gives_alone(supernet: Supernet, data: ImageData) -> None:
+    networks = members(8)
+    for memory_bytes in (0, 300_000, None):
+        evaluate = Evaluator(supernet, data, memory_bytes=memory_bytes)
+        found = dict(evaluate.each(networks))
+        assert [found[at] for at in range(len(networks))] == [Evaluator(supernet, data)(arch) for arch in networks]
+    assert evaluate.layers_run < evaluate.layers_asked
+    evaluate.forget()
+    before = evaluate.layers_run
+    evaluate(LARGEST)
+    assert evaluate.layers_run - before == 9
+
+
+def test_an_evaluator_has_a_share_of_the_memory_that_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("nas.evaluation.CONTROL_GROUPS", (str(limit),))
+    machine = machine_memory()
+    assert machine > 1 << 28
+    cpu = torch.device("cpu")
+    assert memory_for_activations(cpu) == machine // 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory_for_activations(cpu) == machine // 8
+    limit.write_text("max\n")
+    assert machine_memory() == machine
+    limit.write_text("100000000\n")  # of a container
+    assert machine_memory() == 100_000_000
+
+    monkeypatch.delattr("os.sysconf")  # as on Windows
+    assert machine_memory() == 100_000_000
+    limit.unlink()
+    assert machine_memory() == 4 << 30
