@@ -10,6 +10,7 @@ from test_cli import SETTINGS, SPACE, additive_table, refused
 import nas.supernet_training
 from nas import cli
 from nas.evaluation import Evaluator
+from nas.kept import described
 from nas.profilers.ort_cpu import OrtCpu
 from nas.scores import Drops
 from nas.solver import best
@@ -161,3 +162,24 @@ def test_each_device_is_verified_by_a_job_of_its_own(board: LatencyTable, capsys
     capsys.readouterr()
     said = refused(cli.search, ["--from", "both", "--verify", "--device", "ssh://me@there"], capsys)
     assert "board-cpu and phone-npu are elsewhere" in said
+
+
+def test_optuna_goes_on_where_the_drops_end(board: LatencyTable) -> None:
+    ms = 0.7 * largest_ms(board)
+    Path("optuna.yaml").write_text(SETTINGS.replace("}", ", optuna_trials: 8}"))
+    where = ["--device", "board-cpu", "--space", "micro.yaml", "--config", "optuna.yaml"]
+    cli.search(["--target-ms", f"{ms:.6f}", "--strategy", "optuna", "--out", "studied", *where])
+    result = read(Path("studied/result.json"))
+    assert result["strategy"] == "optuna"
+    assert Path("studied/optuna.journal").exists()
+    with open("studied/trajectory.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert all(float(row["ms_after"]) <= ms for row in rows), "nothing that misses the target is evaluated"
+    losses = [float(row["loss_after"]) for row in rows]
+    assert losses == sorted(losses)
+    space = SearchSpace.load("micro.yaml")
+    drops = Drops.load(Path("studied/drops.csv"), space)
+    with open("studied/evaluations.csv") as file:
+        evaluated = {line["network"]: float(line["loss"]) for line in csv.DictReader(file)}
+    best_by_drops = [evaluated[described(each.arch)] for each in best(space, drops, board, ms, 6)]
+    assert losses[0] <= min(best_by_drops), "the best by the drops are the study's first networks"
