@@ -36,7 +36,7 @@ Ints = NDArray[np.int64]
 
 DIGITS = 14  # of the largest sum of a column, in whole units
 MOST = 300_000  # labels of a step ...
-NARROW = (1_000, 20_000)  # ... in the last search; in the ones before
+NARROW = (2_000,)  # ... in the last search; in the ones before
 HULL = 64  # multipliers of a frontier with one budget ...
 GRID = 64  # ... and of one with several
 _CHUNK = 1 << 16  # labels whose bounds are computed at once
@@ -106,7 +106,7 @@ class _Labels(NamedTuple):
     option: Ints
     window: Ints
 
-    def of(self, index: NDArray[np.generic]) -> _Labels:
+    def of(self, index: Ints | NDArray[np.bool_]) -> _Labels:
         return _Labels(*(field[index] for field in self))
 
 
@@ -335,7 +335,7 @@ class _Search:
                 np.zeros(len(at), np.int64),
             )
             least = new.costs + self.least[number][new.node]
-            can = (least <= self.limits).all(axis=1)
+            can = np.asarray((least <= self.limits).all(axis=1), bool)
             if len(self.limits) > 1:
                 both = new.costs @ self.combined[0] + self.least_combined[number][new.node, 0]
                 can &= both <= self.combined[0] @ self.limits + 1e-9

@@ -1,6 +1,7 @@
-"""The frontier has the best network for every latency: compared with all networks of small spaces, and with integer programs."""
+"""The frontier has the best network for every latency, as all networks of small spaces and integer programs say."""
 
 import itertools
+import math
 import random
 import subprocess
 import sys
@@ -12,12 +13,11 @@ from refusals import refusal
 from small_spaces import stage_space
 from tables import plain_calibration
 
-
 from benchmarks.solver import OFF, counted_ms, made_up_drops, milp_choices, milp_network
 from nas.knapsack import cheapest, efficient, multiple_choice, trade_offs
 from nas.scores import Drop, Drops, pairs_to_measure, single_changes
 from nas.slimming import slim
-from nas.solver import Budget, Solution, best, frontier, solutions
+from nas.solver import Budget, Solution, best, frontier, reachable, solutions
 from nas.table import LatencyTable, Row
 from supernet.arch import ArchConfig
 from supernet.model import count, count_layer
@@ -28,14 +28,14 @@ EXACT = 1e-9
 
 
 def shrunk(name: str) -> SearchSpace:
-    """A named space with few networks: the first stages hardly a choice, the last two widths, slots and kinds of every form."""
+    """A named space with some hundred networks: few widths, two slots in the last stages, blocks on maps and on tokens."""
     space = SearchSpace.load(name)
     stages = []
     for number, stage in enumerate(space.stages):
         late = len(space.stages) - number
         tokens = [c for c in stage.candidates if c.tokens][:1]
-        maps = [c for c in stage.candidates if not c.tokens and c.kind != "identity"][: 2 if late < 2 or not tokens else 1]
-        widths = stage.widths[:2] if late in (1, 2) else stage.widths[:1]
+        maps = [c for c in stage.candidates if not c.tokens and c.kind != "identity"][: 2 if late == 1 else 1]
+        widths = stage.widths[:2] if late == 2 or len(space.stages) == 1 else stage.widths[:1]
         blocks = [at_width(c, widths[-1]) for c in (*maps, *tokens, *(c for c in stage.candidates if c.kind == "identity"))]
         depth = min(stage.depth, {1: 2, 2: 2}.get(late, 1))
         stages.append(StageSpace(widths, stage.stride, depth, tuple(blocks), stage.entry))
@@ -82,7 +82,7 @@ FAMILIES = ("efficientformer-tiny", "efficientformerv2-tiny", "efficientvit-tiny
 def test_the_frontier_is_that_of_all_networks(name: str) -> None:
     space = shrunk(name)
     everything = members(space)
-    assert len(everything) > 100 or name == "concatplexer-tiny"
+    params = {arch: count(arch).params for arch in everything}
     for seed in (0, 1):
         table, other = made_up_table(space, seed, calibrated=seed == 0), made_up_table(space, seed + 9)
         rng = random.Random(seed)
@@ -101,9 +101,9 @@ def test_the_frontier_is_that_of_all_networks(name: str) -> None:
 
         # A target that a network meets to the last digit; another device; parameters.
         target, middle = points[len(points) // 3][0], everything[len(everything) // 2]
-        other_ms, params = 1.2 * other.predict_ms(middle), 1.3 * count(middle).params
-        budgets = [target, Budget.milliseconds(other, other_ms), Budget.params(params)]
-        kept = [p for p in points if p[0] <= target and other.predict_ms(p[2]) <= other_ms and count(p[2]).params <= params]
+        other_ms, most = 1.2 * other.predict_ms(middle), 1.3 * params[middle]
+        budgets = [target, Budget.milliseconds(other, other_ms), Budget.params(most)]
+        kept = [p for p in points if p[0] <= target and other.predict_ms(p[2]) <= other_ms and params[p[2]] <= most]
         assert frontier(space, drops, table, target) == expected([p for p in points if p[0] <= target])
         if not kept:
             assert "together" in refusal(lambda: frontier(space, drops, table, budgets))  # noqa: B023
@@ -111,7 +111,7 @@ def test_the_frontier_is_that_of_all_networks(name: str) -> None:
         limited = solutions(space, drops, table, budgets)
         assert [solution.arch for solution in limited] == expected(kept)
         for solution in limited:
-            figures = {"ms on thing-cpu": other.predict_ms(solution.arch), "params": count(solution.arch).params}
+            figures = {"ms on thing-cpu": other.predict_ms(solution.arch), "params": params[solution.arch]}
             assert solution.figures == figures
         losses = [solution.loss for solution in best(space, drops, table, budgets, 7)]
         assert losses == pytest.approx(sorted(p[1] for p in kept)[:7], abs=EXACT)
@@ -151,6 +151,15 @@ def test_no_random_network_of_a_whole_space_is_better(name: str) -> None:
         assert min(solution.loss for solution in found if solution.ms <= ms) <= drops.sum_for(arch) + EXACT
 
 
+def test_what_two_budgets_can_be_together() -> None:
+    table, other = made_up_table(SPACE, 3), made_up_table(SPACE, 4, device="another-cpu")
+    points = [(table.predict_ms(arch), other.predict_ms(arch), arch) for arch in members(SPACE)]
+    truth = [(table.predict_ms(arch), other.predict_ms(arch)) for arch in expected(points)]
+    assert reachable(SPACE, table, Budget.milliseconds(other, math.inf)) == truth
+    least = min(ms for ms, _ in truth)
+    assert all(ms >= least for ms, _ in reachable(SPACE, table, Budget.params(1e9)))
+
+
 # -- Integer programs --------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +167,7 @@ def instance(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Losses and costs of a knapsack, and limits that no sum comes near to. Every third has costs in few steps, as slots of
     one stage have; half of the losses grow as costs fall, as those of real blocks do."""
     rng = np.random.default_rng(seed)
-    slots, options, budgets = int(rng.integers(3, 13)), int(rng.integers(2, 7)), 1 + seed % 2
+    slots, options, budgets = int(rng.integers(3, 11)), int(rng.integers(2, 7)), 1 + seed % 2
     costs = rng.uniform(0.01, 1, (slots, options, budgets))
     if seed % 3 == 0:
         costs = np.ceil(8 * costs) / 8
@@ -224,7 +233,7 @@ def test_what_is_given_up_is_in_the_gap(budgets: int) -> None:
         gaps.append(found.gap)
         for answer in trade_offs(steps, limits, most=most):
             truth = min(true.loss for true in front if true.costs[0] <= answer.costs[0] + EXACT)
-            assert 0 <= answer.loss - truth + EXACT and answer.loss - truth <= answer.gap + EXACT
+            assert -EXACT <= answer.loss - truth <= answer.gap + EXACT
             assert all(cost <= limit for cost, limit in zip(answer.costs, limits, strict=True))
     assert gaps[0] > 0
 
@@ -274,7 +283,7 @@ def test_what_cannot_be_met_or_does_not_add_up_is_refused() -> None:
     assert "measure them in it" in refusal(lambda: frontier(replace(SPACE, stages=SPACE.stages[:2]), drops, table))
     (line,) = table.calibrations
     others = tuple(replace(line, space=name, space_sha256=name) for name in ("a", "b"))
-    assert "do not add up" in refusal(lambda: frontier(SPACE, drops, replace(table, calibrations=others)))
+    assert "nothing adds up" in refusal(lambda: frontier(SPACE, drops, replace(table, calibrations=others)))
     # Another space's calibration, and one of another size, as predict_ms has it.
     assert frontier(SPACE, drops, replace(table, calibrations=others[:1])) == frontier(SPACE, drops, table)
     assert "not calibrated" in refusal(
