@@ -6,11 +6,11 @@ With one node everywhere this is the multiple-choice knapsack problem; in genera
 constraints.
 
 *Method.* Dynamic programming over partial choices (labels), node by node. Of two labels at a node, one that is worse in
-nothing makes the other needless. A label is needless too if a lower bound says that none of its completions can win: the Lagrangian
-relaxation, which with good multipliers is the bound of linear programming. Its value for the rest of the steps is computed once,
-from the end, for every node and multiplier. What it is compared with, the incumbents, are labels completed by the relaxation's own
-choices. This is how Pisinger's minimal algorithm for the multiple-choice knapsack problem prunes (European Journal of
-Operational Research 83, 1995); labels and dominance are those of Irnich and Desaulniers, "Shortest path problems with
+nothing makes the other needless. A label is needless too if a lower bound says that none of its completions can win: the
+Lagrangian relaxation, which with good multipliers is the bound of linear programming. Its value for the rest of the steps is
+computed once, from the end, for every node and multiplier. What it is compared with, the incumbents, are labels completed by
+the relaxation's own choices. Pisinger's algorithm for the multiple-choice knapsack problem prunes by such bounds (European
+Journal of Operational Research 83, 1995); labels and dominance are as in Irnich and Desaulniers, "Shortest path problems with
 resource constraints" (2005).
 
 *Exactness.* Losses and costs are rounded to whole numbers of about 1e-14 of their largest sum, so that equal sums are equal. In
@@ -20,6 +20,7 @@ least promising are given up, and the bounds of these say how much better than w
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,13 +29,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from supernet.errors import InputError
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 DIGITS = 14  # of the largest sum of a column, in whole units
-MOST = 1_000_000  # labels of a step
+MOST = 300_000  # labels of a step ...
+NARROW = (2_000,)  # ... in the last search; in the ones before
 HULL = 64  # multipliers of a frontier with one budget ...
-GRID = 24  # ... and of one with several
+GRID = 64  # ... and of one with several
 _CHUNK = 1 << 16  # labels whose bounds are computed at once
 
 
@@ -73,14 +77,21 @@ def trade_offs(steps: Sequence[Step], limits: Sequence[float], most: int = MOST)
     """Return all choices within the limits that are not dominated in (first cost, loss), by ascending cost; of choices equal in
     both, one. Every limit may be infinite. The last answer has the least loss of all.
 
-    With a first limit this is the answer for every smaller one too; the others are limits that each choice keeps. Empty where no
-    choice keeps them.
+    With a first limit this is the answer for every smaller one too; the others are limits that each choice keeps. Empty where
+    no choice keeps them.
+
+    Raises:
+        InputError: nothing was found, but `most` was too few to say that there is nothing.
     """
     return _Search(steps, limits, axis=True, count=1, most=most).answers()
 
 
 def cheapest(steps: Sequence[Step], limits: Sequence[float], count: int = 1, most: int = MOST) -> list[Answer]:
-    """Return the `count` choices with the least loss within the limits, the best first; fewer where there are no more."""
+    """Return the `count` choices with the least loss within the limits, the best first; fewer where there are no more.
+
+    Raises:
+        InputError: nothing was found, but `most` was too few to say that there is nothing.
+    """
     return _Search(steps, limits, axis=False, count=count, most=most).answers()
 
 
@@ -95,7 +106,7 @@ class _Labels(NamedTuple):
     option: Ints
     window: Ints
 
-    def of(self, index: NDArray[np.generic]) -> _Labels:
+    def of(self, index: Ints | NDArray[np.bool_]) -> _Labels:
         return _Labels(*(field[index] for field in self))
 
 
@@ -136,7 +147,8 @@ class _Search:
         self.room = room * len(steps)
         self.incumbents = np.empty((0, 2), np.int64)  # first cost, loss: ascending, descending
         self.sources = np.empty((0, 3), np.int64)  # step, label and multiplier that each comes from
-        self.given_up: Floats | None = None
+        self.past: list[tuple[int, ...]] = []
+        self.given_up: Floats | None = None  # the least bounds of labels that were given up
 
     def _round(self, steps: Sequence[Step], limits: Sequence[float]) -> None:
         """Go over to whole units, and leave out the limits that nothing can break (not the axis)."""
@@ -274,18 +286,35 @@ class _Search:
     def answers(self) -> list[Answer]:
         if not self.feasible:
             return []
+        # A narrow search first: with the incumbents that it finds, the next one needs far fewer labels.
+        for most in (*(narrow for narrow in NARROW if narrow < self.most), self.most):
+            layers = self._search(most)
+            if self.given_up is None:
+                break
+            self._remember(layers)
+        return self._chosen(layers)
+
+    def _search(self, most: int) -> list[_Labels]:
+        """Return the labels of each step, at most so many of a step."""
+        self.given_up = None
         none = np.zeros(1, np.int64)
-        start = _Labels(none, none, np.zeros((1, len(self.limits)), np.int64), none, none, none)
-        layers = [start]
+        layers = [_Labels(none, none, np.zeros((1, len(self.limits)), np.int64), none, none, none)]
         anew = np.zeros(self.windows, np.int64)  # the empty choice once in each window
-        self._complete(0, start.of(anew)._replace(window=np.arange(self.windows)), anew)
+        self._complete(0, layers[0].of(anew)._replace(window=np.arange(self.windows)), anew)
         for number in range(1, len(self.to) + 1):
             labels = self._extended(number, layers[-1])
             labels = labels.of(self._efficient(labels))
-            labels = self._within_most(number, labels)
+            labels = self._within_most(number, labels, most)
             self._complete(number, labels, np.arange(len(labels.node)))
             layers.append(labels)
-        return self._chosen(layers)
+        return layers
+
+    def _remember(self, layers: list[_Labels]) -> None:
+        """Keep the options of the incumbents, whose labels are about to be forgotten."""
+        for row in self.sources:
+            if row[0] >= 0:
+                self.past.append(self._completed(layers, *row.tolist()))
+                row[:] = -1, len(self.past) - 1, 0
 
     def _extended(self, number: int, labels: _Labels) -> _Labels:
         """Return the labels with each option of their nodes, those that can win."""
@@ -306,7 +335,7 @@ class _Search:
                 np.zeros(len(at), np.int64),
             )
             least = new.costs + self.least[number][new.node]
-            can = (least <= self.limits).all(axis=1)
+            can = np.asarray((least <= self.limits).all(axis=1), bool)
             if len(self.limits) > 1:
                 both = new.costs @ self.combined[0] + self.least_combined[number][new.node, 0]
                 can &= both <= self.combined[0] @ self.limits + 1e-9
@@ -359,15 +388,19 @@ class _Search:
                 break
         return np.sort(np.concatenate(kept))
 
-    def _within_most(self, number: int, labels: _Labels) -> _Labels:
-        """Give up the least promising labels where there are too many."""
-        if len(labels.node) <= self.most:
+    def _within_most(self, number: int, labels: _Labels, most: int) -> _Labels:
+        """Give up the least promising labels where there are too many; each window keeps as many."""
+        if len(labels.node) <= most:
             return labels
         bounds = self._bounds(number, labels)
-        order = np.argsort(self._slack(bounds)[0], kind="stable")
-        lost = bounds[order[self.most :]].min(axis=0)
+        slack, window = self._slack(bounds)
+        order = np.lexsort((slack, window))
+        rank = np.empty(len(order), np.int64)  # in its window
+        rank[order] = np.arange(len(order)) - np.searchsorted(window[order], window[order])
+        order = np.lexsort((slack, rank))
+        lost = bounds[order[most:]].min(axis=0)
         self.given_up = lost if self.given_up is None else np.minimum(self.given_up, lost)
-        return labels.of(np.sort(order[: self.most]))
+        return labels.of(np.sort(order[:most]))
 
     def _complete(self, number: int, labels: _Labels, index: Ints) -> None:
         """Complete labels as the relaxation of their window would, and keep those completions that are incumbents."""
@@ -386,7 +419,7 @@ class _Search:
                 lowest = np.minimum.accumulate(points[:, 1])
                 better = np.append(True, points[1:, 1] < lowest[:-1])[: len(points)]
                 self.incumbents, self.sources = points[better], sources[better]
-            elif len(loss) >= self.count and len(np.unique(source[:, 1])) == len(source):
+            elif len(loss) >= self.count:
                 # Different labels of a step have different completions: the last of the best `count` bounds all of them.
                 best = np.argsort(loss, kind="stable")[: self.count]
                 if not len(self.incumbents) or loss[best[-1]] < self.incumbents[-1, 1]:
@@ -399,8 +432,14 @@ class _Search:
         end = layers[-1]
         chosen = [tuple(options) for options in self._options(layers, len(self.to), np.arange(len(end.node))).tolist()]
         if self.given_up is not None:  # what was given up may have been on the way to an incumbent
-            chosen += [self._completed(layers, *source) for source in self.sources.tolist()]
+            self._remember(layers)
+            chosen += [self.past[at] for _, at, _ in self.sources.tolist()]
         found = [self._answer(options) for options in dict.fromkeys(chosen)]
+        if not found and self.given_up is not None:
+            raise InputError(
+                f"among {self.most} partial choices at a time none was found that keeps the budgets, and none is ruled out: "
+                f"search among more of them, or give larger budgets"
+            )
         if not self.axis:
             return [answer for _, _, answer in sorted(found, key=lambda each: each[:2])][: self.count]
         answers: list[Answer] = []
@@ -461,7 +500,7 @@ def _edges(points: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], tuple[i
                 break
             hull.pop()
         hull.append((loss, cost))
-    return [(b, a) for a, b in zip(hull, hull[1:], strict=False)]
+    return [(b, a) for a, b in itertools.pairwise(hull)]
 
 
 # -- Dominance -----------------------------------------------------------------------------------------------------------
@@ -487,7 +526,7 @@ def _lowest(node: Ints, by: tuple[Ints, ...], loss: Ints) -> NDArray[np.bool_]:
     keep = np.zeros(len(node), bool)
     if not len(node):
         return keep
-    order = np.lexsort((loss, *reversed(by), node))
+    order = _order(_with_node(node, by[0]), *by[1:], loss) if by else np.lexsort((loss, node))
     nodes = node[order]
     group = np.cumsum(np.append(False, nodes[1:] != nodes[:-1]))
     low = int(loss.min())
@@ -496,6 +535,24 @@ def _lowest(node: Ints, by: tuple[Ints, ...], loss: Ints) -> NDArray[np.bool_]:
     running = np.minimum.accumulate(value)
     keep[order] = np.append(True, value[1:] < running[:-1])
     return keep
+
+
+def _with_node(node: Ints, values: Ints) -> Ints:
+    """Return keys that sort by node, then by value: both fit into 63 bits."""
+    low = values.min()
+    keys: Ints = node * (values.max() - low + 1) + (values - low)
+    return keys
+
+
+def _order(first: Ints, *others: Ints) -> Ints:
+    """Return the order by the first key, then by the others: equal ones stay in theirs. numpy's lexsort does the same, and
+    takes longer where few first keys are equal."""
+    order = np.argsort(first)
+    equal = first[order][1:] == first[order][:-1]
+    tied = np.append(equal, False) | np.append(False, equal)
+    among = order[tied]
+    order[tied] = among[np.lexsort([among, *(key[among] for key in (*reversed(others), first))])]
+    return order
 
 
 def _undominated(node: Ints, first: Ints, second: Ints, loss: Ints) -> NDArray[np.bool_]:
@@ -508,9 +565,9 @@ def _undominated(node: Ints, first: Ints, second: Ints, loss: Ints) -> NDArray[n
         return np.ones(size, bool)
     # Ranks, equal ones ordered so that what dominates comes first. Nodes ascend in one and descend in the other: no label is
     # before another node's in both.
-    order = np.lexsort((loss, second, first, node))
+    order = _order(_with_node(node, first), second, loss)
     rank = np.empty(size, np.int64)
-    rank[np.lexsort((loss, first, second, -node))] = np.arange(size)
+    rank[_order(_with_node(node.max() - node, second), first, loss)] = np.arange(size)
     rank = rank[order]
     value = np.unique(loss[order], return_inverse=True)[1].astype(np.int64)
     dominated = np.zeros(size, bool)

@@ -1,12 +1,14 @@
-"""The exact frontier: of all networks of a space, the best that the drops admit for every latency, under several budgets. No torch.
+"""The exact frontier: of all networks of a space, the best that the drops admit for every latency, under budgets. No torch.
 
-What is predicted for a network must be a sum over its choices: its loss (`nas.scores.Drops`), its milliseconds on each table, its
-parameters and MACs. Then a network is a path from the image to the logits: stage by stage a width, then slot by slot a
-candidate. What a choice adds depends on the stage's width, on the width before it for an embedding, and on whether tokens have begun (then
-`Flat` has been paid, `Unflat` or a head on tokens is to come, and no block on maps may follow). That is the state; with pairs of
-changes among the drops, so are the slots whose pairs are not complete. `nas.knapsack` finds the paths.
+What is predicted for a network must be a sum over its choices: its loss (`nas.scores.Drops`), its milliseconds on each table,
+its parameters and MACs. Then a network is a path from the image to the logits: stage by stage a width, then slot by slot a
+candidate. What a choice adds depends on the stage's width, on the width before it for an embedding, and on whether tokens
+have begun (then `Flat` has been paid, `Unflat` or a head on tokens is to come, and no block on maps may follow). That is the
+state; with pairs of changes among the drops, so are the kinds in slots whose pairs are not complete. `nas.knapsack` finds the
+paths.
 
-*What is exact* is the answer to the drops. How well they stand for the network's loss `nas.scores.additivity` says.
+*What is exact* is the answer to the drops. How well they stand for a network's loss, `nas.scores.additivity` says. Each image
+has a pass of its own: a space's `mux` is not among the choices.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from nas.knapsack import MOST, Answer, Step, cheapest, trade_offs
-from nas.scores import Change, Drops
-from nas.slimming import rounded_up
+from nas.scores import Change, Drop, Drops, single_changes
+from nas.slimming import Evaluation, rounded_up
 from nas.table import Calibration, LatencyTable
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
@@ -115,9 +117,11 @@ def solutions(
     problem = _Problem(space, drops, table, budgets)
     answers = trade_offs(problem.steps, problem.limits, most)
     found = [solution for answer in answers if (solution := problem.solution(answer)) is not None]
-    if len(found) < len(answers) and math.isfinite(problem.limits[0]):
-        # What meets the budget but for the last digit of a sum of floats may have hidden what meets it.
-        found += problem.best(1, most)
+    if len(found) < len(answers):
+        # What is over a budget by the last digit of a sum of floats may have hidden what keeps it.
+        tighter = [figure.at_most * (1 - 1e-12) - figure.offset for figure in problem.figures]
+        again = map(problem.solution, trade_offs(problem.steps, tighter, most))
+        found += [*problem.best(1, most), *(solution for solution in again if solution is not None)]
     if not found:
         raise problem.nothing()
     kept: list[Solution] = []
@@ -139,11 +143,27 @@ def best(
     return found
 
 
+def reachable(space: SearchSpace, table: LatencyTable, other: Budget) -> list[tuple[float, float]]:
+    """Return what two budgets can be at least, together: pairs of milliseconds on `table` and of what `other` counts (at most
+    what it allows, which may be infinite), by ascending milliseconds. Every network has at least as much of both as one of them.
+
+    Where targets on two devices cannot be met together, the nearest of these can. Errors are those of `solutions`.
+    """
+    none = {change: Drop(0.0, 0.0, 0.0, 0.0) for change in single_changes(space, space.largest)}
+    problem = _Problem(space, Drops(space, space.largest, Evaluation(0.0), none, {}), table, [None, other])
+    steps = [Step(step.to, step.costs[..., 1], step.costs, step.allowed) for step in problem.steps]
+    found = [problem.solution(answer) for answer in trade_offs(steps, problem.limits)]
+    pairs = [(solution.ms, solution.figures[other.name]) for solution in found if solution is not None]
+    if not pairs:
+        raise problem.nothing()
+    return pairs
+
+
 # -- What adds up ----------------------------------------------------------------------------------------------------------
 
 
 class _Figure(NamedTuple):
-    """What a budget counts: `offset` and the sum of `of` each layer; `total` is the figure itself, as the project predicts it."""
+    """What a budget counts: `offset` and the sum of `of` each layer. `total`: the figure itself, as it is predicted."""
 
     name: str
     at_most: float
@@ -162,8 +182,8 @@ def _milliseconds(space: SearchSpace, table: LatencyTable, name: str, at_most: f
     if len(matching) > 1:
         names = ", ".join(c.space for c in matching)
         raise InputError(
-            f"the table of {table.device} has {len(matching)} calibrations for networks of {space.name} ({names}), none of them "
-            f"its own: milliseconds do not add up over them; measure one with nas-build-lut --device {table.device} --space"
+            f"the table of {table.device} has {len(matching)} calibrations for networks of {space.name} ({names}), but not one "
+            f"of its own, and over several nothing adds up: measure it with nas-build-lut --device {table.device} --space"
         )
     line: Calibration | None = matching[0] if matching else None
 
@@ -217,6 +237,7 @@ class _Taken(NamedTuple):
 
 
 _State = tuple[int, bool, tuple[str | None, ...]]  # width, tokens begun, kinds in the slots whose pairs are not complete
+_Arc = tuple[_State, float, tuple[float, ...], _Taken]  # where an option leads to, its loss and costs, and what it is
 
 
 class _Problem:
@@ -252,7 +273,7 @@ class _Problem:
         for at, figure in enumerate(self.figures):
             steps = [Step(s.to, s.costs[..., at], s.costs[..., :0], s.allowed) for s in self.steps]
             (answer,) = cheapest(steps, [])
-            found.append(figure.total(self._arch(answer.options)))
+            found.append(figure.total(self._network(answer.options)[0]))
         return found
 
     def best(self, count: int, most: int) -> list[Solution]:
@@ -266,14 +287,15 @@ class _Problem:
 
     def solution(self, answer: Answer) -> Solution | None:
         """Return what the project predicts of the network; None where that is over a budget."""
-        arch = self._arch(answer.options)
+        arch, loss = self._network(answer.options)
         ms, *others = (figure.total(arch) for figure in self.figures)
         if any(value > figure.at_most for value, figure in zip((ms, *others), self.figures, strict=True)):
             return None
         names = (figure.name for figure in self.figures[1:])
-        return Solution(arch, self.drops.sum_for(arch), ms, dict(zip(names, others, strict=True)), answer.gap)
+        return Solution(arch, loss, ms, dict(zip(names, others, strict=True)), answer.gap)
 
-    def _arch(self, options: Sequence[int]) -> ArchConfig:
+    def _network(self, options: Sequence[int]) -> tuple[ArchConfig, float]:
+        """Return a network and its predicted loss."""
         widths: list[int] = []
         kinds: list[list[str]] = [[] for _ in self.space.stages]
         node = 0
@@ -284,7 +306,13 @@ class _Problem:
             elif choice is not None:
                 kinds[stage].append(choice)
             node = int(step.to[node, option])
-        return self.space.arch(widths, kinds)
+        arch = self.space.arch(widths, kinds)
+        if self.drops.pairs:
+            return arch, self.drops.sum_for(arch)
+        # The same sum, without looking for what is otherwise than in the base: a frontier may have thousands of networks.
+        terms = [self._drop(i, None, width) for i, width in enumerate(widths)]
+        terms += [self._drop(i, j, kind) for i, stage in enumerate(kinds) for j, kind in enumerate(stage)]
+        return arch, self.drops.evaluation.loss + math.fsum(terms)
 
     def _costs(self, *layers: Layer | None) -> tuple[float, ...]:
         """Return the sum of each figure over some layers."""
@@ -321,7 +349,7 @@ class _Problem:
             for j in range(stage.depth):
                 states = self._add(steps, self._slot(i, j, states, alone, pairs))
         last = len(self.space.stages) - 1
-        heads = []
+        heads: list[list[_Arc]] = []
         for width, begun, _ in states:
             tokens = next((c for c in self.space.stages[last].kinds if self._is_token(last, c)), None) if begun else None
             layers = self._layers(last, None, width, tokens or "identity")
@@ -338,7 +366,7 @@ class _Problem:
         found = []
         for before, begun, _ in states:
             tokens = next((kind for kind in self.space.stages[i - 1].kinds if i and self._is_token(i - 1, kind)), None)
-            arcs = []
+            arcs: list[_Arc] = []
             for width in self.space.stages[i].widths:
                 layers = self._layers(i, before if i else None, width, "identity")
                 unflat = None
@@ -356,7 +384,7 @@ class _Problem:
     ) -> list[list[_Arc]]:
         found = []
         for width, begun, kept in states:
-            arcs = []
+            arcs: list[_Arc] = []
             for kind in self.space.stages[i].kinds:
                 is_token = self._is_token(i, kind)
                 if begun and not is_token and kind != "identity":
@@ -390,9 +418,6 @@ class _Problem:
         steps.append(Step(to, loss, costs, allowed))
         self.taken.append([[arc[3] for arc in node] for node in arcs])
         return list(states)
-
-
-_Arc = tuple[_State, float, tuple[float, ...], _Taken]
 
 
 class _Pairs:

@@ -182,4 +182,4 @@ def test_optuna_goes_on_where_the_drops_end(board: LatencyTable) -> None:
     with open("studied/evaluations.csv") as file:
         evaluated = {line["network"]: float(line["loss"]) for line in csv.DictReader(file)}
     best_by_drops = [evaluated[described(each.arch)] for each in best(space, drops, board, ms, 6)]
-    assert losses[0] <= min(best_by_drops), "the best by the drops are the study's first networks"
+    assert losses[0] <= min(best_by_drops) + 1e-5, "the best by the drops are the study's first networks"
