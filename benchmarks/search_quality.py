@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -456,6 +457,14 @@ def print_report(groups: Sequence[Group], given: argparse.Namespace) -> None:
     print(text, end="")
 
 
+def part_of(text: str) -> tuple[int, int]:
+    """Return K and N of `K/N`."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"--part must be K/N, K from 1 to N, such as 1/2, but is {text!r}")
+    return int(found[1]), int(found[2])
+
+
 ASKED = ("space", "targets", "strategies", "seeds", "crossed", "epochs", "images_per_epoch", "random", "val_images")
 """Settings that decide what is done; a report takes them from the study's folder."""
 
@@ -487,7 +496,7 @@ def main() -> None:
     for strategy in given.strategies:
         if strategy not in STRATEGIES:
             raise unknown("strategy", strategy, STRATEGIES)
-    part, parts = (int(number) for number in given.part.split("/"))
+    part, parts = part_of(given.part)
     if given.report:
         file = given.out / "request.json"
         if not file.exists():

@@ -41,15 +41,19 @@ from search_quality import (
     groups_of,
     hand_on,
     hours_left,
+    part_of,
     settings_of,
     shared_out,
     training_seeds,
     trainings_at_a_target,
 )
 from studies import hold_out, last_row, new_model, train_model
+from test_lut import Device
 
 import nas
 from nas.data import load_images
+from nas.measure import CACHED, SESSION_VISITS, Reopened, measure_alone
+from nas.profilers.timing import Workload
 from nas.training import Recipe, train_network
 from supernet.arch import MB3D, MB4D, ArchConfig, Stage
 from supernet.errors import InputError
@@ -176,6 +180,18 @@ def test_a_network_is_the_same_whatever_its_name_and_its_empty_slots() -> None:
 # ---- random rivals
 
 
+def test_a_network_of_any_kind_is_opened_anew_as_often_as_one_of_ours() -> None:
+    device = Device(noise=0.5)
+    opened = []
+
+    def open_one() -> Workload:
+        opened.append(device.open(CACHED)[0])
+        return opened[-1]
+
+    found = measure_alone(device, Reopened(open_one), None)
+    assert len(opened) == -(-found.visits // SESSION_VISITS) > 1
+
+
 def named(ms: float) -> ArchConfig:
     return ArchConfig(f"{ms:g}", 32, 10, (Stage(16, 1, ()),))
 
@@ -291,6 +307,13 @@ def test_every_piece_is_done_once_and_the_parts_are_about_equal(given: argparse.
     if parts <= 3:
         loads = [sum(work[at] for at in share) for share in shares]
         assert max(loads) - min(loads) <= max(work)
+
+
+def test_parts_are_counted_from_one() -> None:
+    assert part_of("2/3") == (2, 3)
+    for text in ("0/2", "3/2", "1", "1/", "a/b"):
+        with pytest.raises(InputError, match="--part"):
+            part_of(text)
 
 
 def test_who_is_trained_with_which_seed(given: argparse.Namespace) -> None:
