@@ -160,6 +160,8 @@ def _table_of_networks(
                 top1,
             )
             lines.append(f"| {' | '.join(cells)} |")
+    widest = max(one.chosen.high_ms / one.chosen.ms - 1 for one in trained)
+    lines += ["", f"The upper end of a measurement's interval is at most {100 * widest:.1f} % above its median."]
     if off:
         lines += [
             "",

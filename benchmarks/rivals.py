@@ -25,6 +25,7 @@ from nas.guarantee import SLACK
 from nas.measure import Reopened, measure_alone, table_reference
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import OrtModel
+from nas.progress import say
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
@@ -37,6 +38,7 @@ from supernet.zoo import load_arch
 BAND = 0.05  # of the target: random networks are drawn from so far under it, by the table
 TRIES = 200_000  # random networks in a row without one in the band
 MEASURED = 10  # times as many random networks are measured at most as are wanted
+NOISY = 0.03  # half an interval, as a share of the milliseconds: more, and networks are not compared at equal latency
 BEYOND = 2  # scaled networks that are tried beyond the first that misses: latency does not rise with every step
 L1_SHARES = [number / 100 for number in range(10, 151)]
 MOBILENET_WIDTHS = [number / 100 for number in range(5, 151)]
@@ -67,6 +69,12 @@ class Measured:
         if name not in self.known:
             what = network if isinstance(network, ArchConfig) else Reopened(partial(OrtModel, onnx_of(network)))
             found = measure_alone(self.profiler, what, table_reference(self.table))
+            if found.half_width_ms > NOISY * found.ms:
+                share = 100 * found.half_width_ms / found.ms
+                say(
+                    f"warning: the time of {network_name(network)} is known to {share:.0f} % only: something else runs here; "
+                    "measure in a quiet hour (--choose), with another --out"
+                )
             self.known[name] = Time(found.ms, found.low_ms, found.high_ms)
             write_atomically(self.path, json.dumps(self.known, indent=1) + "\n")
         return self.known[name]
@@ -94,6 +102,10 @@ def digest(network: Network) -> str:
     plain = replace(network.without_identity(), name="") if isinstance(network, ArchConfig) else network
     text = plain.to_yaml() if isinstance(plain, ArchConfig) else repr(plain)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def network_name(network: Network) -> str:
+    return network.name if isinstance(network, ArchConfig) else f"MobileNetV2 x {network.width:g}"
 
 
 def complexity(network: Network) -> Complexity:

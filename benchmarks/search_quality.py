@@ -46,6 +46,7 @@ from rivals import (
     draw_at_target,
     largest_l1,
     largest_mobilenet,
+    network_name,
     random_networks,
 )
 from studies import hold_out, last_row, link, new_model, train_alone, train_model
@@ -121,13 +122,13 @@ class Study:
         """Return a network with what is to be kept of it."""
         predicted_ms, arch, width = None, None, None
         if isinstance(network, MobileNetV2):
-            name, width = f"MobileNetV2 x {network.width:g}", network.width
+            width = network.width
         else:
-            name, arch = network.name, network.without_identity().to_yaml()
+            arch = network.without_identity().to_yaml()
             if not self.table.missing(network.layers()):
                 predicted_ms = self.own_table.predict_ms(network)
         figures = (took.ms, took.high_ms, predicted_ms, *complexity(network))
-        return Chosen(method, target_ms, seed, name, digest(network), *figures, evaluations, arch, width)
+        return Chosen(method, target_ms, seed, network_name(network), digest(network), *figures, evaluations, arch, width)
 
     def network(self, chosen: Chosen) -> Network:
         if chosen.arch is None:
