@@ -28,9 +28,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save as save_safetensors
+from studies import train_model
 from torch import nn
 
-from nas.data import ImageData, epoch_batches, load_images
+from nas.data import ImageData, load_images
 from nas.devices import profiler_of
 from nas.evaluation import accuracy_of, recalibrate
 from nas.export import onnx_bytes
@@ -43,16 +44,9 @@ from nas.table import LatencyTable
 from nas.taylor import calibration_batches, unit_scores
 from nas.training import (
     RECIPES,
-    Recipe,
-    Teacher,
-    accelerator,
-    cosine,
     load_teacher,
     load_weights,
-    parameter_groups,
     train_network,
-    train_step,
-    training_batch,
 )
 from supernet.arch import ArchConfig
 from supernet.blocks.efficientformer import LayerScale
@@ -246,32 +240,13 @@ class Comparison:
         else:
             raise InputError(f"Torch-Pruning finds no network as fast as {target_ms:g} ms: give larger --shares")
         before = accuracy_of(model, self.data.val)[1]
-        tune(model, self.data, self.tuning, self.teacher, self.seed)
+        train_model(model, "Torch-Pruning", self.data, self.tuning, self.seed, None, self.teacher)
         what = f"Torch-Pruning (ratio {ratio:g})"
         return Outcome(what, self.ms(model), parameters(model), before, accuracy_of(model, self.data.val)[1])
 
 
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def tune(model: nn.Module, data: ImageData, recipe: Recipe, teacher: Teacher, seed: int) -> None:
-    """Train a network that no ArchConfig describes as `train_network` would."""
-    device = accelerator()
-    model.to(device)
-    teacher.network.to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), recipe.weight_decay), lr=recipe.learning_rate)
-    steps, step = recipe.epochs * (len(data.train) // recipe.batch_size), 0
-    for epoch in range(recipe.epochs):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        model.train()
-        for indices in epoch_batches(len(data.train), recipe.batch_size, seed, epoch, len(data.train)):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * cosine(step, steps)
-            x, y = training_batch(data, indices, generator, device)
-            loss = train_step(model, optimizer, x, y, recipe, teacher)
-            step += 1
-        say(f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.3f}")
 
 
 def print_table(rows: Sequence[tuple[str, list[Outcome]]]) -> None:

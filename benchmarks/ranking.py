@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from studies import last_row, train_alone, with_larger_val
 
-from nas.data import ImageData, Images, load_images
+from nas.data import ImageData, load_images
 from nas.kept import write_csv
 from nas.progress import progress, say
 from nas.recovery import Recovered
@@ -37,7 +38,7 @@ from nas.slimming import start_network
 from nas.statistics import bootstrap, kendall_tau, regret_among
 from nas.supernet_training import SupernetSettings, logits_of, sandwich, single_path, train_supernet
 from nas.table import LatencyTable
-from nas.training import RECIPES, Recipe, train_network
+from nas.training import RECIPES
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.model import count
@@ -77,33 +78,6 @@ def networks_in_band(space: SearchSpace, table: LatencyTable, ms: float, count: 
     raise InputError(
         f"{len(found)} of {TRIES:,} random networks of {space.name} take {ms:g} ms, not {count}: give another --ms"
     )
-
-
-def with_larger_val(data: ImageData, images: int) -> ImageData:
-    """Return the data with training images moved to the validation part until it has `images`."""
-    missing = images - len(data.val)
-    if missing <= 0:
-        return data
-    shuffled = data.train.shuffled(1)
-    moved, kept = slice(missing), slice(missing, None)
-    val = Images(
-        data.val.pixels,
-        torch.cat((data.val.rows, shuffled.rows[moved])),
-        torch.cat((data.val.labels, shuffled.labels[moved])),
-    )
-    return replace(data, train=Images(shuffled.pixels, shuffled.rows[kept], shuffled.labels[kept]), val=val)
-
-
-def last_row(metrics: Path, epochs: int) -> dict[str, str] | None:
-    """Return the last epoch of a training that has finished."""
-    rows = list(csv.DictReader(metrics.read_text().splitlines())) if metrics.exists() else []
-    return rows[-1] if rows and int(rows[-1]["epoch"]) == epochs else None
-
-
-def train_alone(arch: ArchConfig, seed: int, data: ImageData, recipe: Recipe, folder: Path) -> None:
-    """Train one network with one seed, unless that is done."""
-    if last_row(folder / "metrics.csv", recipe.epochs) is None:
-        train_network(arch, data, recipe, folder, seed)
 
 
 def macs_of_an_image(space: SearchSpace, way: str) -> float:

@@ -6,9 +6,9 @@ A *model* is a sequence of layers that runs as one session: a chain of blocks, a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from typing import Any, Protocol
@@ -112,16 +112,23 @@ def table_reference(table: LatencyTable) -> References:
         ) from error
 
 
+@dataclass(frozen=True)
+class Reopened:
+    """A network that no ArchConfig describes, as what opens a workload of it."""
+
+    open: Callable[[], Workload]
+
+
 def measure_alone(
-    profiler: Profiler, what: ArchConfig | Workload, reference: References | None, batch: int | None = None
+    profiler: Profiler, what: ArchConfig | Reopened | Workload, reference: References | None, batch: int | None = None
 ) -> Measurement:
     """Time one network (with ordinary weights) or workload end to end until its 95 % interval is within 1 %, or for 96
     visits.
 
     A network is opened anew every 8 visits: where a session's memory happens to lie moves its times by some percent, for a
-    small network by more. `reference` is what the references take in the table that the result is to be compared with; without
-    it, what they take now, which leaves the result as it was measured. `batch`: the images of a call, where they are not the
-    profiler's; the references keep to its own.
+    small network by more. A workload stays as it is. `reference` is what the references take in the table that the result is
+    to be compared with; without it, what they take now, which leaves the result as it was measured. `batch`: the images of a
+    call, where they are not the profiler's; the references keep to its own.
     """
     opening: Any = profiler
     opening = opening if batch is None else replace(opening, batch=batch)
@@ -130,7 +137,13 @@ def measure_alone(
         visits: list[Visit] = []
         while len(visits) < ALONE_MAX_VISITS:
             if len(visits) % SESSION_VISITS == 0:
-                run = opening.open(tuple(what.layers()))[0] if isinstance(what, ArchConfig) else what
+                match what:
+                    case ArchConfig():
+                        run = opening.open(tuple(what.layers()))[0]
+                    case Reopened():
+                        run = what.open()
+                    case _:
+                        run = what
                 watch.pause()
             visits.append(watch.visit(run))
             if len(visits) >= 2 * MIN_VISITS:

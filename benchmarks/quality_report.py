@@ -1,0 +1,226 @@
+"""What the trainings of search_quality.py say: means, paired differences, whether the aims are met, in Markdown."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from statistics import mean, median, stdev
+from typing import Any
+
+from nas.guarantee import SLACK
+from nas.statistics import bootstrap
+
+RANDOM, RANDOM_SEARCH, L1, MOBILENET = "random", "random search", "EfficientFormer-L1, scaled", "MobileNetV2, scaled"
+MEDIAN, BEST = "random, median", "random, best"
+RIVALS = (MEDIAN, BEST, RANDOM_SEARCH, L1, MOBILENET)
+AIMS = {BEST: 0.0, RANDOM_SEARCH: 0.5, L1: 1.0}
+"""Points by which the best strategy should at least be above a rival, at every target."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A network of the comparison. `seed` is the search's, None where nothing was searched; the network is given by `arch`, a
+    YAML text, or, for a MobileNetV2, by its `width`."""
+
+    method: str
+    target_ms: float
+    seed: int | None
+    name: str
+    digest: str
+    ms: float
+    high_ms: float
+    predicted_ms: float | None
+    params: int
+    macs: int
+    evaluations: int | None = None
+    arch: str | None = None
+    width: float | None = None
+
+    @property
+    def under(self) -> float:
+        """How far the upper end of the interval is under the target, as a share of it; negative where it misses."""
+        return 1 - self.high_ms / self.target_ms
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that is finished."""
+
+    chosen: Chosen
+    seed: int
+    top1: float
+    """Percent of the held-out images."""
+
+
+Scores = Mapping[int | None, float]
+"""Top-1 in percent by training seed; None: a figure that stands for many networks."""
+
+
+def scores_of(trained: Sequence[Trained]) -> dict[tuple[str, float], Scores]:
+    """Return, for every method at every target, the top-1 of each training seed (the mean over a method's networks that were
+    trained with it); of random networks the median and the best."""
+    by_seed: dict[tuple[str, float], dict[int | None, list[float]]] = {}
+    for one in trained:
+        by_seed.setdefault((one.chosen.method, one.chosen.target_ms), {}).setdefault(one.seed, []).append(one.top1)
+    found: dict[tuple[str, float], Scores] = {}
+    for (method, target_ms), values in by_seed.items():
+        if method == RANDOM:
+            found[MEDIAN, target_ms] = {None: median(values[0])}
+            found[BEST, target_ms] = {None: max(values[0])}
+        else:
+            found[method, target_ms] = {seed: mean(of_seed) for seed, of_seed in sorted(values.items())}
+    return found
+
+
+def differences(ours: Scores, rival: Scores) -> list[float]:
+    """Return ours minus a rival's: seed by seed where both have them, each of ours minus a single figure."""
+    if None in rival:
+        return [value - rival[None] for value in ours.values()]
+    return [value - rival[seed] for seed, value in ours.items() if seed in rival]
+
+
+def interval(values: Sequence[float]) -> str:
+    """Return a mean with its bootstrap interval as text."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:+.2f}"
+    low, high = bootstrap(values, statistic=lambda v: float(v.mean()))
+    return f"{mean(values):+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def with_sd(values: Sequence[float]) -> str:
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def report(trained: Sequence[Trained], given: argparse.Namespace, expected: int, facts: Mapping[str, Any], today: date) -> str:
+    """Return what the finished trainings say, as Markdown."""
+    scores = scores_of(trained)
+    ours = [s for s in given.strategies if any((s, ms) in scores for ms in given.targets)]
+    val_images = facts["val_images"]
+    per_epoch = given.images_per_epoch or facts["train_images"]
+    lines = [
+        f"{facts['machine']}; {facts['software']}; {today}. Space {given.space}; {given.epochs} epochs of {per_epoch:,} images "
+        f"a training, top-1 on {val_images:,} held-out images; ± is the standard deviation over training seeds (of random "
+        "networks: over networks), intervals are 95 % bootstrap over pairs. Under the target is the "
+        "upper end of the measurement's 95 % interval.",
+        "",
+    ]
+    if len(trained) < expected:
+        lines += [f"{len(trained)} of at most {expected} trainings are finished: what is missing is not in the tables.", ""]
+    lines += _table_of_networks(trained, scores, given)
+    lines += _table_of_differences(scores, ours, given)
+    lines += _aims(scores, ours, given)
+    p = median(one.top1 for one in trained) / 100
+    noise = 100 * (p * (1 - p) / val_images) ** 0.5
+    lines.append(
+        f"By {val_images:,} images an accuracy of {100 * p:.0f} % is known to ± {noise:.2f} points (one standard error); all "
+        "networks see the same images, so of a difference it is less. The best random network was chosen by these very images, "
+        "which is in its favour."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _table_of_networks(
+    trained: Sequence[Trained], scores: Mapping[tuple[str, float], Scores], given: argparse.Namespace
+) -> list[str]:
+    lines = [
+        "| target, ms | network | trainings | ms | under the target, % | M parameters | M MACs | evaluations | top-1, % |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    off = 0
+    for target_ms in given.targets:
+        for method in (*given.strategies, MEDIAN, BEST, RANDOM_SEARCH, L1, MOBILENET):
+            if (method, target_ms) not in scores:
+                continue
+            at = (RANDOM if method in (MEDIAN, BEST) else method, target_ms)
+            those = [one for one in trained if (one.chosen.method, one.chosen.target_ms) == at]
+            top1 = with_sd(list(scores[method, target_ms].values()))
+            if method == MEDIAN:
+                top1 = f"{median(one.top1 for one in those):.2f}" + (
+                    f" ± {stdev(o.top1 for o in those):.2f}" if len(those) > 1 else ""
+                )
+            elif method == BEST:
+                those = [max(those, key=lambda one: one.top1)]
+            networks = [one.chosen for one in those]
+            under = [100 * network.under for network in networks]
+            off += sum(not 0 <= network.under <= SLACK for network in {n.digest: n for n in networks}.values())
+            evaluations = [n.evaluations for n in networks if n.evaluations is not None]
+            cells = (
+                f"{target_ms:g}",
+                method,
+                str(len(those)),
+                f"{mean(n.ms for n in networks):.3f}",
+                f"{min(under):.1f}" if len(set(under)) == 1 else f"{min(under):.1f} to {max(under):.1f}",
+                f"{mean(n.params for n in networks) / 1e6:.2f}",
+                f"{mean(n.macs for n in networks) / 1e6:.1f}",
+                f"{mean(evaluations):.0f}" if evaluations else "",
+                top1,
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    widest = max(one.chosen.high_ms / one.chosen.ms - 1 for one in trained)
+    lines += ["", f"The upper end of a measurement's interval is at most {100 * widest:.1f} % above its median."]
+    if off:
+        lines += [
+            "",
+            f"{off} of these networks are not within {100 * SLACK:g} % under their target; by how much, the table says.",
+        ]
+    return [*lines, ""]
+
+
+def _table_of_differences(
+    scores: Mapping[tuple[str, float], Scores], ours: Sequence[str], given: argparse.Namespace
+) -> list[str]:
+    rivals = [r for r in RIVALS if any((r, ms) in scores for ms in given.targets)]
+    lines = [
+        "Points of top-1 above each rival, paired by training seed:",
+        "",
+        f"| ours | target, ms | {' | '.join(rivals)} |",
+        f"|---|---:|{'---:|' * len(rivals)}",
+    ]
+    for strategy in ours:
+        pooled: dict[str, list[float]] = {rival: [] for rival in rivals}
+        for target_ms in given.targets:
+            cells = []
+            for rival in rivals:
+                pairs = differences(scores.get((strategy, target_ms), {}), scores.get((rival, target_ms), {}))
+                pooled[rival] += pairs
+                cells.append(interval(pairs))
+            lines.append(f"| {strategy} | {target_ms:g} | {' | '.join(cells)} |")
+        if len(given.targets) > 1:
+            lines.append(f"| {strategy} | all | {' | '.join(interval(pooled[rival]) for rival in rivals)} |")
+    return [*lines, ""]
+
+
+def best_strategy(scores: Mapping[tuple[str, float], Scores], ours: Sequence[str], targets: Sequence[float]) -> str | None:
+    """Return the strategy that is best on average over all targets, of those that are finished at all."""
+    whole = [s for s in ours if all(scores.get((s, ms)) for ms in targets)]
+    return max(whole, key=lambda s: mean(mean(scores[s, ms].values()) for ms in targets)) if whole else None
+
+
+def _aims(scores: Mapping[tuple[str, float], Scores], ours: Sequence[str], given: argparse.Namespace) -> list[str]:
+    """Say whether the best strategy is as far above its rivals as it should be, at every target."""
+    best = best_strategy(scores, ours, given.targets)
+    if best is None:
+        return []
+    lines = [f"Aims, for the strategy that is best on average over the targets ({best}):", ""]
+    for rival, points in AIMS.items():
+        found = {ms: differences(scores[best, ms], scores.get((rival, ms), {})) for ms in given.targets}
+        said = [
+            f"{ms:g} ms: " + (f"{mean(d):+.2f}, {'met' if mean(d) >= points else 'missed'}" if d else "nothing to compare")
+            for ms, d in found.items()
+        ]
+        lines.append(f"- at least {points:g} points above {rival}: {'; '.join(said)}")
+    return [*lines, ""]
+
+
+def rows_of(trained: Iterable[Trained]) -> list[dict[str, object]]:
+    """Return the trainings as rows of `results.csv`."""
+    rows: list[dict[str, object]] = []
+    for one in trained:
+        chosen = {name: value for name, value in asdict(one.chosen).items() if name not in ("arch", "width", "seed")}
+        searched = "" if one.chosen.seed is None else one.chosen.seed
+        rows.append({**chosen, "under": one.chosen.under, "search_seed": searched, "training_seed": one.seed, "top1": one.top1})
+    return rows

@@ -1,0 +1,244 @@
+"""What a user would pick instead of searching: random networks, and published ones scaled to a target on this CPU.
+
+Every network is timed whole, at the pace that the latency table was built at, and meets a target where the upper end of its
+95 % interval is at most the target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from mobilenet_v2 import SMALL_IMAGE_STRIDES, MobileNetV2
+from torch.utils.flop_counter import FlopCounterMode
+
+from nas.devices import profiler_of
+from nas.export import onnx_bytes, with_ordinary_values
+from nas.guarantee import SLACK
+from nas.measure import Reopened, measure_alone, table_reference
+from nas.profilers.ort_cpu import OrtCpu
+from nas.profilers.ort_session import OrtModel
+from nas.progress import say
+from nas.table import LatencyTable
+from supernet.arch import ArchConfig, Stage
+from supernet.errors import InputError
+from supernet.files import write_atomically
+from supernet.model import Complexity, count
+from supernet.space import SearchSpace
+from supernet.specs import MB3D, MB4D, WIDTH_STEP, Block
+from supernet.zoo import load_arch
+
+BAND = 0.05  # of the target: random networks are drawn from so far under it, by the table
+TRIES = 200_000  # random networks in a row without one in the band
+MEASURED = 10  # times as many random networks are measured at most as are wanted
+NOISY = 0.03  # half an interval, as a share of the milliseconds: more, and networks are not compared at equal latency
+BEYOND = 2  # scaled networks that are tried beyond the first that misses: latency does not rise with every step
+L1_SHARES = [number / 100 for number in range(10, 151)]
+MOBILENET_WIDTHS = [number / 100 for number in range(5, 151)]
+
+Network = ArchConfig | MobileNetV2
+T = TypeVar("T")
+
+
+class Time(NamedTuple):
+    """Milliseconds of one network, with their 95 % interval."""
+
+    ms: float
+    low_ms: float
+    high_ms: float
+
+
+class Measured:
+    """Milliseconds of whole networks on this CPU. Each is measured once and kept in a file."""
+
+    def __init__(self, path: Path, table: LatencyTable) -> None:
+        self.path, self.table = path, table
+        self.profiler = cpu_of(table)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        self.known = {name: Time(*figures) for name, figures in known.items()}
+
+    def __call__(self, network: Network) -> Time:
+        name = digest(network)
+        if name not in self.known:
+            what = network if isinstance(network, ArchConfig) else Reopened(partial(OrtModel, onnx_of(network)))
+            found = measure_alone(self.profiler, what, table_reference(self.table))
+            if found.half_width_ms > NOISY * found.ms:
+                share = 100 * found.half_width_ms / found.ms
+                say(
+                    f"warning: the time of {network_name(network)} is known to {share:.0f} % only: something else runs here; "
+                    "measure in a quiet hour (--choose), with another --out"
+                )
+            self.known[name] = Time(found.ms, found.low_ms, found.high_ms)
+            write_atomically(self.path, json.dumps(self.known, indent=1) + "\n")
+        return self.known[name]
+
+
+def cpu_of(table: LatencyTable) -> OrtCpu:
+    """Return the profiler of a table of this CPU, single images in fp32.
+
+    Raises:
+        InputError: the table is another device's.
+    """
+    profiler = profiler_of(table)
+    if not isinstance(profiler, OrtCpu) or (profiler.precision, profiler.batch, profiler.threads) != ("fp32", 1, 1):
+        raise InputError(f"the table is of {table.device}: give one of this machine's CPU, with one thread, fp32 and batch 1")
+    return profiler
+
+
+def onnx_of(network: MobileNetV2) -> bytes:
+    model = with_ordinary_values(network.module().eval(), seed=0)
+    return onnx_bytes(model, torch.randn(1, 3, network.image_size, network.image_size))
+
+
+def digest(network: Network) -> str:
+    """Return a name for what a network is, whatever it is called and whichever slots its blocks stand in."""
+    plain = replace(network.without_identity(), name="") if isinstance(network, ArchConfig) else network
+    text = plain.to_yaml() if isinstance(plain, ArchConfig) else repr(plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def network_name(network: Network) -> str:
+    return network.name if isinstance(network, ArchConfig) else f"MobileNetV2 x {network.width:g}"
+
+
+def complexity(network: Network) -> Complexity:
+    if isinstance(network, ArchConfig):
+        return count(network)
+    with torch.device("meta"):
+        model, image = network.module().eval(), torch.empty(1, 3, network.image_size, network.image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+
+
+def random_networks(space: SearchSpace, table: LatencyTable, target_ms: float, rng: random.Random) -> Iterator[ArchConfig]:
+    """Yield different random networks that by the table take from 5 % less than the target up to the target.
+
+    Raises:
+        InputError: there is none among many draws.
+    """
+    found: set[str] = set()
+    tries = 0
+    while tries < TRIES:
+        tries += 1
+        arch = space.sample(rng)
+        if 1 - BAND <= table.predict_ms(arch) / target_ms <= 1 and digest(arch) not in found:
+            found.add(digest(arch))
+            tries = 0
+            yield arch
+    raise InputError(f"{space.name} has {len(found)} networks of about {target_ms:g} ms, going by {TRIES:,} draws: give others")
+
+
+def draw_at_target(
+    draws: Iterator[ArchConfig], check: Callable[[ArchConfig], Time], target_ms: float, n: int
+) -> list[ArchConfig]:
+    """Return the first `n` draws whose measured latency meets the target and is at most 3 % under it. Where there are too few
+    among 10 n draws, the slowest of the others that meet it fill up."""
+    kept: list[ArchConfig] = []
+    faster: list[tuple[float, ArchConfig]] = []
+    for _, arch in zip(range(MEASURED * n), draws, strict=False):
+        if len(kept) == n:
+            break
+        high_ms = check(arch).high_ms
+        if (1 - SLACK) * target_ms <= high_ms <= target_ms:
+            kept.append(arch)
+        elif high_ms < target_ms:
+            faster.append((high_ms, arch))
+    faster.sort(key=lambda found: -found[0])
+    kept += [arch for _, arch in faster[: n - len(kept)]]
+    if len(kept) < n:
+        raise InputError(f"{len(kept)} of {MEASURED * n} random networks meet {target_ms:g} ms, not {n}: give other --targets")
+    return kept
+
+
+def best_scored(
+    draws: Iterator[ArchConfig],
+    loss_of: Callable[[ArchConfig], float],
+    check: Callable[[ArchConfig], Time],
+    target_ms: float,
+    n: int,
+) -> ArchConfig:
+    """Return, of `n` draws, the one of least loss whose measured latency meets the target."""
+    scored = sorted(((loss_of(arch), number, arch) for number, arch in zip(range(n), draws, strict=False)), key=lambda s: s[:2])
+    for _, _, arch in scored:
+        if check(arch).high_ms <= target_ms:
+            return arch
+    raise InputError(f"none of {n} random networks meets {target_ms:g} ms when measured: give other --targets")
+
+
+@cache
+def _l1() -> ArchConfig:
+    return load_arch("efficientformer_l1")
+
+
+def scaled_l1(share: float, depth_share: float, strides: Sequence[int], image_size: int, num_classes: int) -> ArchConfig:
+    """Return EfficientFormer-L1 with every width multiplied by `share` (to the nearest multiple of 8) and every stage's number
+    of blocks by `depth_share` (to the nearest, at least one), with strides for another image size. The last block is the
+    one with attention, as in L1."""
+    stages = []
+    for number, (stage, stride) in enumerate(zip(_l1().stages, strides, strict=True), 1):
+        width = max(1, int(share * stage.width / WIDTH_STEP + 0.5)) * WIDTH_STEP
+        blocks: list[Block] = [MB4D(width)] * max(1, int(depth_share * len(stage.blocks) + 0.5))
+        if number == len(strides):
+            blocks[-1] = MB3D(width)
+        stages.append(Stage(width, stride, tuple(blocks)))
+    return ArchConfig(f"l1 x {share:g}", image_size, num_classes, tuple(stages))
+
+
+def largest_that_fits(candidates: Sequence[T], fits: Callable[[T], bool]) -> T | None:
+    """Return the last of the candidates, which grow, that fits; None where none does.
+
+    Found by halving, as if each that is larger than one that misses missed too; then the next larger ones are tried until
+    two in a row miss.
+    """
+    known, missing = -1, len(candidates)
+    while missing - known > 1:
+        middle = (known + missing) // 2
+        known, missing = (middle, missing) if fits(candidates[middle]) else (known, middle)
+    at = missing
+    while at < min(missing + BEYOND, len(candidates) - 1):
+        at += 1
+        if fits(candidates[at]):
+            known = missing = at
+    return candidates[known] if known >= 0 else None
+
+
+def different(archs: Iterable[ArchConfig]) -> list[ArchConfig]:
+    """Return the networks without those that rounding has made equal to one before."""
+    found: dict[tuple[Stage, ...], ArchConfig] = {}
+    for arch in archs:
+        found.setdefault(arch.stages, arch)
+    return list(found.values())
+
+
+def largest_l1(space: SearchSpace, fits: Callable[[ArchConfig], bool]) -> ArchConfig | None:
+    """Return the largest uniformly scaled EfficientFormer-L1 that fits.
+
+    A block more in a stage can be a large step: between the largest network that fits and the next one, the depths stay and
+    the widths go on growing alone.
+    """
+
+    def scaled(share: float, depth_share: float) -> ArchConfig:
+        return scaled_l1(share, depth_share, space.strides, space.image_size, space.num_classes)
+
+    uniform = {share: scaled(share, share) for share in L1_SHARES}
+    found = largest_that_fits(different(uniform.values()), fits)
+    if found is None:
+        return None
+    share = max(share for share, arch in uniform.items() if arch.stages == found.stages)
+    wider = different(scaled(width, share) for width in L1_SHARES if width >= share)
+    return largest_that_fits(wider, fits) or found
+
+
+def largest_mobilenet(image_size: int, num_classes: int, fits: Callable[[MobileNetV2], bool]) -> MobileNetV2 | None:
+    """Return the widest MobileNetV2 that fits."""
+    widths = {MobileNetV2(w, image_size, num_classes, SMALL_IMAGE_STRIDES).widths: w for w in reversed(MOBILENET_WIDTHS)}
+    growing = sorted(widths.values())
+    return largest_that_fits([MobileNetV2(w, image_size, num_classes, SMALL_IMAGE_STRIDES) for w in growing], fits)

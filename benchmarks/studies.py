@@ -1,0 +1,159 @@
+"""What several studies share: images that are held out, and trainings of single networks of any kind, which are kept."""
+
+import csv
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nas.data import SUFFIXES, ImageData, Images, epoch_batches
+from nas.evaluation import accuracy_of
+from nas.progress import progress, say
+from nas.training import (
+    History,
+    Recipe,
+    Teacher,
+    accelerator,
+    cosine,
+    load_checkpoint,
+    parameter_groups,
+    save_checkpoint,
+    set_layer_scale,
+    train_network,
+    train_step,
+    training_batch,
+)
+from supernet.arch import ArchConfig
+from supernet.errors import InputError
+
+
+def with_larger_val(data: ImageData, images: int) -> ImageData:
+    """Return the data with training images moved to the validation part until it has `images`."""
+    missing = images - len(data.val)
+    if missing <= 0:
+        return data
+    shuffled = data.train.shuffled(1)
+    moved, kept = slice(missing), slice(missing, None)
+    val = Images(
+        data.val.pixels,
+        torch.cat((data.val.rows, shuffled.rows[moved])),
+        torch.cat((data.val.labels, shuffled.labels[moved])),
+    )
+    return replace(data, train=Images(shuffled.pixels, shuffled.rows[kept], shuffled.labels[kept]), val=val)
+
+
+def hold_out(source: Path, folder: Path, images: int) -> Path:
+    """Return a folder with the images of `source` as `train/` and `val/`: about `images` of them, of each class its share,
+    are in `val/`, which searches and trainings look at when they are finished. Where `source` has a `val/`, it is `source`."""
+    if (source / "val").is_dir():
+        return source
+    if folder.is_dir():
+        return folder
+    root = source / "train" if (source / "train").is_dir() else source
+    if not root.is_dir():
+        raise InputError(f"the data folder {source} does not exist: give --data an image folder")
+    files = [
+        sorted(f for f in kind.iterdir() if f.suffix.lower() in SUFFIXES) for kind in sorted(root.iterdir()) if kind.is_dir()
+    ]
+    total = sum(map(len, files))
+    if not 0 < images < total:
+        raise InputError(f"--val-images must be from 1 to {total - 1}, as there are {total} images, but is {images}")
+    partial_folder = folder.with_name(f"{folder.name}.{os.getpid()}")  # another part may be doing the same
+    rng = random.Random(0)
+    with progress("holding images out", total) as tick:
+        for of_class in files:
+            held = set(rng.sample(of_class, round(images * len(of_class) / total)))
+            for file in of_class:
+                link(file, partial_folder / ("val" if file in held else "train") / file.parent.name / file.name)
+                tick(1)
+    try:
+        partial_folder.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(partial_folder)
+    return folder
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy where that cannot be."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        unfinished = target.with_name(f".{target.name}")
+        shutil.copyfile(source, unfinished)
+        unfinished.replace(target)
+
+
+def last_row(metrics: Path, epochs: int) -> dict[str, str] | None:
+    """Return the last epoch of a training that has finished."""
+    rows = list(csv.DictReader(metrics.read_text().splitlines())) if metrics.exists() else []
+    return rows[-1] if rows and int(rows[-1]["epoch"]) == epochs else None
+
+
+def train_alone(arch: ArchConfig, seed: int, data: ImageData, recipe: Recipe, folder: Path) -> None:
+    """Train one network with one seed, unless that is done."""
+    if last_row(folder / "metrics.csv", recipe.epochs) is None:
+        train_network(arch, data, recipe, folder, seed)
+
+
+def train_model(
+    model: nn.Module, name: str, data: ImageData, recipe: Recipe, seed: int, folder: Path | None, teacher: Teacher | None = None
+) -> None:
+    """Train a network that no ArchConfig describes as `nas.training.train_network` would.
+
+    With a `folder`: from its `checkpoint.pt` on where there is one, and `metrics.csv` has a row an epoch.
+    """
+    device = accelerator(recipe.accelerator)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if teacher is not None:
+        teacher.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), recipe.weight_decay), lr=recipe.learning_rate)
+    history, first = History(), 0
+    if folder is not None:
+        first = load_checkpoint(folder / "checkpoint.pt", net=model, optimizer=optimizer, history=history)
+    size = recipe.images_per_epoch or len(data.train)
+    per_epoch = max(1, size // recipe.batch_size)
+    steps, step = per_epoch * recipe.epochs, per_epoch * first
+    with progress(name, steps, step) as tick:
+        for epoch in range(first, recipe.epochs):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            losses = []
+            model.train()
+            for indices in epoch_batches(len(data.train), recipe.batch_size, seed, epoch, size):
+                rate = recipe.learning_rate * cosine(step, steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                x, y = training_batch(data, indices, generator, device)
+                losses.append(train_step(model, optimizer, x, y, recipe, teacher))
+                step += 1
+                tick(1)
+            loss, accuracy = accuracy_of(model, data.val)
+            history.rows.append(
+                {
+                    "epoch": epoch + 1,
+                    "learning_rate": rate,
+                    "train_loss": sum(losses) / len(losses),
+                    "val_loss": loss,
+                    "val_accuracy": accuracy,
+                }
+            )
+            say(f"{name}, epoch {epoch + 1} of {recipe.epochs}: validation loss {loss:.4f}, top-1 {100 * accuracy:.2f} %")
+            if folder is not None:
+                save_checkpoint(folder / "checkpoint.pt", epoch + 1, net=model, optimizer=optimizer, history=history)
+                history.write(folder / "metrics.csv")
+
+
+def new_model(build: Callable[[], nn.Module], recipe: Recipe, seed: int) -> nn.Module:
+    """Return a network with the weights and the layer scales that a training of `seed` begins with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build()
+    set_layer_scale(model, recipe.layer_scale)
+    return model

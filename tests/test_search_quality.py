@@ -1,0 +1,427 @@
+"""The rivals of a search are as large as their target allows, and the study of search quality counts right."""
+
+import argparse
+import itertools
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import pytest
+import studies
+import torch
+from mobilenet_v2 import SMALL_IMAGE_STRIDES, MobileNetV2, rounded
+from quality_report import (
+    BEST,
+    L1,
+    MEDIAN,
+    RANDOM,
+    RANDOM_SEARCH,
+    Chosen,
+    Trained,
+    best_strategy,
+    differences,
+    report,
+    scores_of,
+)
+from rivals import (
+    Time,
+    best_scored,
+    complexity,
+    different,
+    digest,
+    draw_at_target,
+    largest_l1,
+    largest_that_fits,
+    scaled_l1,
+)
+from search_quality import (
+    Pace,
+    groups_of,
+    hand_on,
+    hours_left,
+    part_of,
+    settings_of,
+    shared_out,
+    training_seeds,
+    trainings_at_a_target,
+)
+from studies import hold_out, last_row, new_model, train_model
+from test_lut import Device
+
+import nas
+from nas.data import load_images
+from nas.measure import CACHED, SESSION_VISITS, Reopened, measure_alone
+from nas.profilers.timing import Workload
+from nas.training import Recipe, train_network
+from supernet.arch import MB3D, MB4D, ArchConfig, Stage
+from supernet.errors import InputError
+from supernet.model import build_model
+from supernet.space import SearchSpace
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> argparse.Namespace:
+    return argparse.Namespace(
+        out=tmp_path,
+        space="efficientformer-tiny",
+        targets=[0.5, 0.8],
+        strategies=["greedy", "exact"],
+        seeds=3,
+        crossed=False,
+        random=20,
+        epochs=4,
+        images_per_epoch=0,
+    )
+
+
+# ---- MobileNetV2
+
+
+def test_mobilenet_has_the_published_parameters_and_macs() -> None:
+    params, macs = complexity(MobileNetV2())
+    assert params == 3_504_872
+    assert macs == pytest.approx(300e6, rel=0.01)  # the paper's table 4
+    with torch.device("meta"):
+        wide = MobileNetV2(1.4).module()
+    assert sum(p.numel() for p in wide.parameters()) == pytest.approx(6.9e6, rel=0.15)  # table 4 again
+
+
+def test_mobilenet_on_small_images_ends_on_a_map_of_4_px() -> None:
+    network = MobileNetV2(0.35, 32, 10, SMALL_IMAGE_STRIDES)
+    model = network.module().eval()
+    sides = []
+    x = torch.zeros(1, 3, 32, 32)
+    for module in list(model)[:-1]:
+        x = module(x)
+        sides.append(x.shape[-1])
+    assert sorted(set(sides)) == [4, 8, 16, 32] and sides[-1] == 4
+    assert model[-1](x).shape == (1, 10)
+    assert network.widths == (16, 8, 8, 16, 24, 32, 56, 112, 1280)  # those of the published 0.35
+
+
+def test_mobilenet_channels_are_multiples_of_8_that_lose_at_most_a_tenth() -> None:
+    assert [rounded(c) for c in (1, 8, 11.2, 12, 84, 33.6)] == [8, 8, 16, 16, 88, 32]
+    assert all(rounded(c / 10) % 8 == 0 and rounded(c / 10) >= 0.09 * c for c in range(1, 4000))
+
+
+# ---- scaled rivals
+
+
+def test_l1_at_its_own_size_is_l1() -> None:
+    assert scaled_l1(1, 1, (4, 2, 2, 2), 224, 1000).stages == nas.zoo("efficientformer_l1").stages
+
+
+def test_a_scaled_l1_keeps_its_proportions_and_one_attention_block_last() -> None:
+    arch = scaled_l1(0.5, 0.5, (1, 2, 2, 2), 32, 10)
+    assert arch.widths == (24, 48, 112, 224)
+    assert [len(stage.blocks) for stage in arch.stages] == [2, 1, 3, 2]
+    assert [type(block) for block in arch.stages[-1].blocks] == [MB4D, MB3D]
+    tiny = scaled_l1(0.1, 0.1, (1, 2, 2, 2), 32, 10)
+    assert [len(stage.blocks) for stage in tiny.stages] == [1, 1, 1, 1] and isinstance(tiny.stages[-1].blocks[-1], MB3D)
+
+
+@pytest.mark.parametrize("limit", range(-1, 12))
+def test_the_largest_that_fits_is_found_where_latency_rises(limit: int) -> None:
+    asked: list[int] = []
+
+    def fits(candidate: int) -> bool:
+        asked.append(candidate)
+        return candidate <= limit
+
+    assert largest_that_fits(range(10), fits) == (None if limit < 0 else min(limit, 9))
+    assert len(asked) <= 6
+
+
+def test_a_network_that_is_faster_than_a_smaller_one_is_found() -> None:
+    ms = [1, 2, 3, 4, 9, 9, 4, 9, 5, 9, 9, 9, 4]
+    found = largest_that_fits(range(13), lambda at: ms[at] <= 5)
+    assert found in (8, 12)  # 6 and 8 lie behind ones that miss, never more than two
+    assert largest_that_fits(range(3), lambda at: at == 2) == 2  # the smallest ones miss
+
+
+def test_rounding_gives_a_network_once() -> None:
+    same = [scaled_l1(share, share, (1, 2, 2, 2), 32, 10) for share in (0.5, 0.501, 0.6)]
+    assert [arch.widths for arch in different(same)] == [same[0].widths, same[2].widths]
+
+
+def test_between_two_depths_l1_grows_in_width_alone() -> None:
+    space = SearchSpace.load("efficientformer-tiny")
+
+    def cost(arch: ArchConfig) -> int:
+        return sum(block.dim**2 for stage in arch.stages for block in stage.blocks)
+
+    def under(limit: float) -> ArchConfig:
+        found = largest_l1(space, lambda arch: cost(arch) <= limit)
+        assert found is not None
+        return found
+
+    def blocks(arch: ArchConfig) -> list[int]:
+        return [len(stage.blocks) for stage in arch.stages]
+
+    uniform = scaled_l1(0.41, 0.41, space.strides, 32, 10)
+    deeper = scaled_l1(0.42, 0.42, space.strides, 32, 10)  # 6 x 0.42 is rounded to one block more
+    assert sum(blocks(deeper)) > sum(blocks(uniform))
+    found = under(cost(deeper) - 1)
+    assert blocks(found) == blocks(uniform)
+    assert sum(found.widths) > sum(uniform.widths)
+    assert cost(uniform) < cost(found) < cost(deeper)
+    assert largest_l1(space, lambda arch: False) is None
+
+
+def test_a_network_is_the_same_whatever_its_name_and_its_empty_slots() -> None:
+    space = SearchSpace.load("efficientformer-tiny")
+    arch = space.arch((16, 32, 64, 96), (["identity", "mb4d"], ["mb4d"] * 2, ["mb4d"] * 4, ["identity"] * 3))
+    assert digest(arch) == digest(replace(arch, name="other").without_identity())
+    assert digest(arch) != digest(arch.with_classes(7))
+
+
+# ---- random rivals
+
+
+def test_a_network_of_any_kind_is_opened_anew_as_often_as_one_of_ours() -> None:
+    device = Device(noise=0.5)
+    opened = []
+
+    def open_one() -> Workload:
+        opened.append(device.open(CACHED)[0])
+        return opened[-1]
+
+    found = measure_alone(device, Reopened(open_one), None)
+    assert len(opened) == -(-found.visits // SESSION_VISITS) > 1
+
+
+def named(ms: float) -> ArchConfig:
+    return ArchConfig(f"{ms:g}", 32, 10, (Stage(16, 1, ()),))
+
+
+def ms_of(arch: ArchConfig) -> Time:
+    ms = float(arch.name)
+    return Time(ms, ms, ms)
+
+
+def test_random_networks_lie_just_under_the_target_where_there_are_enough() -> None:
+    draws = [named(ms) for ms in (1.2, 0.99, 0.5, 0.98, 1.001, 0.971, 0.999)]
+    assert [arch.name for arch in draw_at_target(iter(draws), ms_of, 1.0, 2)] == ["0.99", "0.98"]
+    # Of those that are farther under, the slowest; never one that misses.
+    few = [named(ms) for ms in (1.2, 0.99, 0.5, 0.9, 1.1)]
+    assert [arch.name for arch in draw_at_target(iter(few), ms_of, 1.0, 2)] == ["0.99", "0.9"]
+    with pytest.raises(InputError, match="3 of"):
+        draw_at_target(iter(few), ms_of, 1.0, 4)
+
+
+def test_random_search_scores_as_many_as_it_may_and_takes_the_best_that_fits() -> None:
+    losses = {"1.2": 0.1, "0.99": 0.5, "0.98": 0.3, "0.97": 0.0}
+    asked: list[str] = []
+
+    def loss_of(arch: ArchConfig) -> float:
+        asked.append(arch.name)
+        return losses[arch.name]
+
+    draws = (named(float(ms)) for ms in losses)
+    assert best_scored(draws, loss_of, ms_of, 1.0, 3).name == "0.98"
+    assert asked == ["1.2", "0.99", "0.98"]
+
+
+# ---- images and trainings
+
+
+def write_images(folder: Path, per_class: int) -> None:
+    from PIL import Image
+
+    rng = random.Random(0)
+    for name, shade in (("dark", 40), ("light", 200)):
+        (folder / name).mkdir(parents=True)
+        for number in range(per_class):
+            Image.new("RGB", (8, 8), (shade + rng.randrange(40),) * 3).save(folder / name / f"{number}.png")
+
+
+def test_what_is_held_out_is_seen_by_no_search(tmp_path: Path) -> None:
+    write_images(tmp_path / "all" / "train", 30)
+    folder = hold_out(tmp_path / "all", tmp_path / "study" / "images", 20)
+    names = {part: {f"{f.parent.name}/{f.name}" for f in (folder / part).glob("*/*")} for part in ("train", "val")}
+    assert [sum(name.startswith(kind) for name in names["val"]) for kind in ("dark", "light")] == [10, 10]
+    assert len(names["train"]) == 40 and not names["train"] & names["val"]
+    for seed in (0, 1):  # a search of any seed divides the training part alone
+        data = load_images(folder, 8, seed, score_images=8)
+        assert (len(data.train), len(data.score), len(data.val)) == (32, 8, 20)
+    assert hold_out(tmp_path / "all", tmp_path / "study" / "images", 20) == folder
+    assert hold_out(folder, tmp_path / "other", 5) == folder  # it has a val/ already
+    with pytest.raises(InputError, match="--val-images"):
+        hold_out(tmp_path / "all", tmp_path / "third", 60)
+
+
+def test_any_network_is_trained_by_the_same_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "images", 40)
+    data = load_images(tmp_path / "images", 8, 0, score_images=8)
+    recipe = Recipe(epochs=2, batch_size=16, learning_rate=2e-3, layer_scale=0.1, clip_norm=5.0)
+    arch = ArchConfig("small", 8, 2, (Stage(16, 2, (MB4D(16), MB3D(16, num_heads=2, key_dim=8))),))
+    result = train_network(arch, data, recipe, tmp_path / "ours", seed=3)
+    model = new_model(lambda: build_model(arch), recipe, 3)
+    train_model(model, "the same", data, recipe, 3, tmp_path / "any")
+    ours = build_model(arch)
+    ours.load_state_dict(nas_weights(result.folder))
+    for (name, a), b in zip(model.state_dict().items(), ours.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    # After a kill it goes on from its checkpoint, and ends where it would have.
+    with monkeypatch.context() as patched:
+        patched.setattr(studies.History, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # after a checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            train_model(new_model(lambda: build_model(arch), recipe, 3), "killed", data, recipe, 3, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "metrics.csv").exists()
+    again = new_model(lambda: build_model(arch), recipe, 9)
+    train_model(again, "again", data, recipe, 3, tmp_path / "killed")
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True))
+    assert last_row(tmp_path / "killed" / "metrics.csv", 2) == last_row(tmp_path / "any" / "metrics.csv", 2)
+
+
+def nas_weights(folder: Path) -> dict[str, torch.Tensor]:
+    import safetensors.torch
+
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def test_searches_with_one_supernet_share_what_they_know(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "one" / "supernet.pt").write_text("weights")
+    (tmp_path / "one" / "evaluations.csv").write_text("of one")
+    (tmp_path / "one" / "result.json").write_text("of one")
+    (tmp_path / "two" / "evaluations.csv").write_text("of two")
+    hand_on(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "supernet.pt").read_text() == "weights"
+    assert (tmp_path / "two" / "evaluations.csv").read_text() == "of two"
+    assert not (tmp_path / "two" / "result.json").exists()
+
+
+# ---- what is done, and how long it takes
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 20])
+def test_every_piece_is_done_once_and_the_parts_are_about_equal(given: argparse.Namespace, parts: int) -> None:
+    work = [group.work for group in groups_of(given)]
+    shares = shared_out(work, parts)
+    assert len(shares) == parts
+    assert sorted(itertools.chain(*shares)) == list(range(len(work)))
+    if parts <= 3:
+        loads = [sum(work[at] for at in share) for share in shares]
+        assert max(loads) - min(loads) <= max(work)
+
+
+def test_parts_are_counted_from_one() -> None:
+    assert part_of("2/3") == (2, 3)
+    for text in ("0/2", "3/2", "1", "1/", "a/b"):
+        with pytest.raises(InputError, match="--part"):
+            part_of(text)
+
+
+def test_who_is_trained_with_which_seed(given: argparse.Namespace) -> None:
+    assert training_seeds(chosen("exact", seed=2), given) == [2]
+    assert training_seeds(chosen(RANDOM), given) == [0]
+    assert training_seeds(chosen(L1), given) == [0, 1, 2]
+    assert trainings_at_a_target(given) == 3 * 3 + 20 + 2 * 3
+    given.crossed = True
+    assert training_seeds(chosen("exact", seed=2), given) == [0, 1, 2]
+    assert trainings_at_a_target(given) == 3 * 9 + 20 + 2 * 3
+
+
+def test_the_estimate_is_the_sum_of_what_is_left(given: argparse.Namespace) -> None:
+    pace = Pace(training=[3600.0, 7200.0], supernet=3600.0, evaluation=3.6, measurement=3.6)
+    whole = hours_left(pace, given, [], [0, 0])
+    assert whole["supernets"] == pytest.approx(3)
+    assert whole["trainings"] == pytest.approx(35 * 1 + 35 * 2)
+    assert whole["evaluations"] == pytest.approx(3 * 2 * 3 * 200 / 1000)
+    later = hours_left(pace, given, ["seed0", "random-0.5ms"], [5, 35])
+    assert later["supernets"] == pytest.approx(2)
+    assert later["trainings"] == pytest.approx(30)
+    assert later["measurements"] < whole["measurements"]
+    everything = [group.name for group in groups_of(given)]
+    assert sum(hours_left(pace, given, everything, [35, 35]).values()) == 0
+
+
+def test_supernet_images_are_divided_over_the_epochs(tmp_path: Path) -> None:
+    settings = settings_of(None, 60_000)
+    assert settings.weight_epochs * settings.images_per_epoch == 60_000
+    (tmp_path / "mixture.yaml").write_text("weight_epochs: 0\nmixture_epochs: 4\n")
+    assert settings_of(tmp_path / "mixture.yaml", 60_000).images_per_epoch == 60_000  # of which each epoch sees a quarter
+
+
+# ---- the report
+
+
+def chosen(method: str, target_ms: float = 0.5, seed: int | None = None, name: str = "x", high_ms: float = 0.49) -> Chosen:
+    return Chosen(
+        method, target_ms, seed, name, f"{method}{name}{target_ms}{seed}", 0.485, high_ms, None, 1_000_000, 10_000_000
+    )
+
+
+def trained(figures: Mapping[tuple[str, float], list[float]]) -> list[Trained]:
+    found = []
+    for (method, target_ms), values in figures.items():
+        for number, top1 in enumerate(values):
+            searched = method in ("greedy", "exact", RANDOM_SEARCH)
+            one = chosen(method, target_ms, number if searched else None, str(number))
+            found.append(Trained(one, 0 if method == RANDOM else number, top1))
+    return found
+
+
+FIGURES = {
+    ("greedy", 0.5): [60.0, 62.0, 61.0],
+    ("exact", 0.5): [63.0, 61.0, 65.0],
+    (RANDOM, 0.5): [50.0, 64.0, 52.0, 55.0],
+    (RANDOM_SEARCH, 0.5): [60.0, 60.0, 61.0],
+    (L1, 0.5): [59.0, 61.0],
+    ("greedy", 0.8): [70.0, 70.0, 70.0],
+    (RANDOM, 0.8): [66.0, 67.0, 68.0],
+}
+
+
+def test_scores_are_paired_by_the_seed_of_the_training() -> None:
+    scores = scores_of(trained(FIGURES))
+    assert scores["exact", 0.5] == {0: 63.0, 1: 61.0, 2: 65.0}
+    assert scores[MEDIAN, 0.5] == {None: 53.5} and scores[BEST, 0.5] == {None: 64.0}
+    assert differences(scores["exact", 0.5], scores[RANDOM_SEARCH, 0.5]) == [3.0, 1.0, 4.0]
+    assert differences(scores["exact", 0.5], scores[L1, 0.5]) == [4.0, 0.0]  # its third seed is not finished
+    assert differences(scores["exact", 0.5], scores[BEST, 0.5]) == [-1.0, -3.0, 1.0]
+    assert differences({}, scores[L1, 0.5]) == []
+
+
+def test_networks_that_share_a_training_seed_count_once_by_their_mean() -> None:
+    both = [
+        Trained(chosen("greedy", seed=s), k, top1) for s, k, top1 in ((0, 0, 60.0), (1, 0, 62.0), (0, 1, 70.0), (1, 1, 72.0))
+    ]
+    assert scores_of(both)["greedy", 0.5] == {0: 61.0, 1: 71.0}
+
+
+def test_the_best_strategy_is_one_that_is_finished_at_every_target() -> None:
+    scores = scores_of(trained(FIGURES))
+    assert best_strategy(scores, ["greedy", "exact"], [0.5]) == "exact"
+    assert best_strategy(scores, ["greedy", "exact"], [0.5, 0.8]) == "greedy"
+    assert best_strategy(scores, ["exact"], [0.5, 0.8]) is None
+
+
+def test_the_report_says_what_the_figures_say(given: argparse.Namespace) -> None:
+    facts = {"machine": "a machine", "software": "a runtime", "val_images": 10_000, "train_images": 40_000}
+    text = report(trained(FIGURES), given, 70, facts, date(2026, 1, 2))
+    assert "2026-01-02" in text and "a machine" in text and "40,000 images" in text
+    assert "21 of at most 70 trainings are finished" in text
+    lines = text.splitlines()
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in lines if line.startswith("|")}
+    assert "63.00 ± 2.00" in rows["0.5", "exact"]
+    assert "53.50 ± 6.18" in rows["0.5", MEDIAN]
+    assert rows["0.5", BEST].endswith("| 64.00 |")
+    assert "+2.67 (+1.00 to +4.00)" in rows["exact", "0.5"]  # above random search
+    assert "| +9.50" in rows["exact", "0.5"]  # above the median of the random networks
+    assert "- at least 0 points above random, best: 0.5 ms: -3.00, missed; 0.8 ms: +2.00, met" in lines
+    assert "- at least 1 points above EfficientFormer-L1, scaled: 0.5 ms: +1.00, met; 0.8 ms: nothing to compare" in lines
+
+
+def test_networks_that_are_not_just_under_their_target_are_counted(given: argparse.Namespace) -> None:
+    facts = {"machine": "a machine", "software": "a runtime", "val_images": 100, "train_images": 400}
+    ones = [
+        Trained(chosen("greedy", seed=s, name=str(s), high_ms=high), s, 50.0) for s, high in ((0, 0.49), (1, 0.47), (2, 0.51))
+    ]
+    text = report(ones, given, 3, facts, date(2026, 1, 2))
+    assert "2 of these networks are not within 3 % under their target" in text
+    assert "| -2.0 to 6.0 |" in text
