@@ -49,9 +49,8 @@ from rivals import (
     network_name,
     random_networks,
 )
-from studies import hold_out, last_row, link, new_model, train_alone, train_model
+from studies import hold_out, last_row, new_model, train_alone, train_model
 
-from nas.cli import STRATEGIES
 from nas.data import ImageData, load_images
 from nas.evaluation import accuracy_of
 from nas.kept import Remembered, write_csv
@@ -59,8 +58,9 @@ from nas.measure import measure_alone, table_reference
 from nas.progress import duration, progress, say
 from nas.recovery import Recovered
 from nas.request import claim
-from nas.search import Request, evaluator_of, run_search
+from nas.search import Request, borrow, evaluator_of, run_search, search_from
 from nas.slimming import start_network
+from nas.strategies import STRATEGIES
 from nas.supernet_training import SupernetSettings, epoch_size, logits_of, mixture_step, train_supernet, weight_step
 from nas.table import LatencyTable
 from nas.training import RECIPES, accelerator, train_step, training_batch
@@ -72,7 +72,6 @@ from supernet.metapath import Supernet
 from supernet.model import build_model
 from supernet.space import SearchSpace
 
-HANDED_ON = ("supernet.pt", "channels.json", "evaluations.csv", "measurements.csv")
 """What searches with one supernet share."""
 
 # What the estimate of the work takes for granted.
@@ -220,23 +219,18 @@ def choose_by_search(seed: int, study: Study, folder: Path) -> list[Chosen]:
 
 def searched(study: Study, seed: int, target_ms: float, strategy: str, run: Path, earlier: Path | None) -> dict[str, Any]:
     """Return the result of one search; what an earlier search with the same supernet evaluated is not evaluated again."""
-    if earlier is not None:
-        hand_on(earlier, run)
     given = study.given
-    request = Request(target_ms, table=given.table, data=study.images, space=given.space, strategy=strategy, out=run, seed=seed)
+    if earlier is not None:
+        return search_from(earlier, Request(target_ms, table=(given.table,), strategy=strategy, out=run))
+    request = Request(
+        target_ms, table=(given.table,), data=study.images, space=given.space, strategy=strategy, out=run, seed=seed
+    )
     return run_search(request, settings=study.settings)
-
-
-def hand_on(earlier: Path, run: Path) -> None:
-    """Let a search begin with what an earlier one has, but for what it has itself. Their files are never changed in place."""
-    for name in HANDED_ON:
-        if (earlier / name).exists() and not (run / name).exists():
-            link(earlier / name, run / name)
 
 
 def search_at_random(study: Study, seed: int, target_ms: float, evaluations: int, folder: Path, run: Path) -> Chosen:
     """Return the best of so many random networks, as the supernet of `run` scores them."""
-    hand_on(run, folder)
+    borrow(run, folder)
     settings, space = study.settings, study.space
     data = load_images(study.images, space.image_size, seed, score_images=settings.score_images)  # those of the search
     supernet = train_supernet(space, data, settings, seed, folder)
