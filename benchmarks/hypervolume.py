@@ -31,6 +31,7 @@ from nas.table import LatencyTable
 from nas.tuning import SamplerName, tune
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
+from supernet.files import write_atomically
 from supernet.space import SearchSpace
 
 Point = tuple[float, float]  # milliseconds, loss
@@ -101,7 +102,10 @@ def of_run(folder: Path) -> tuple[SearchSpace, LatencyTable, Drops, Callable[[Ar
     supernet = train_supernet(space.at(size), data, settings, seed, folder)
     logits = logits_of(supernet, settings)
     base = space.largest if logits is None else start_network(space, logits)
-    evaluate = Remembered(evaluator_of(supernet, base, data, settings, folder), folder / "hypervolume-evaluations.csv")
+    kept, of_search = folder / "hypervolume-evaluations.csv", folder / "evaluations.csv"
+    if of_search.exists() and not kept.exists() and not settings.recovery_steps:  # the search evaluated in the same way
+        write_atomically(kept, of_search.read_text())
+    evaluate = Remembered(evaluator_of(supernet, base, data, settings, folder), kept)
     if (folder / "drops.csv").exists():
         drops = Drops.load(folder / "drops.csv", space)
     else:

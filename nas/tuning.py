@@ -396,11 +396,13 @@ class _Run:
     def _dropped(self, trial: Trial, trials: int, more: int) -> str | None:
         """End a trial that is not to be evaluated; say why not: it misses the target, or was tried, or is one too many."""
         arch = self.networks.arch(trial.params)
-        trial.set_user_attr("worker", _worker())
-        trial.set_user_attr("network", described(arch))
-        trial.set_user_attr("budget_ms", self.networks.budget_ms)
-        for name, value in {"ms": self.networks.table.predict_ms(arch), **self.networks.limited(arch)}.items():
-            trial.set_user_attr(name, value)
+        figures = {"ms": self.networks.table.predict_ms(arch), **self.networks.limited(arch)}
+        known = {"worker": _worker(), "network": described(arch), "budget_ms": self.networks.budget_ms, **figures}
+        try:
+            for name, value in known.items():
+                trial.set_user_attr(name, value)
+        except RuntimeError:
+            return "lost"  # another process has ended it: the sampler took so long
         if self.networks.excess(arch) > 0:  # somebody enqueued it
             self._drop(trial, "misses", TrialState.PRUNED)
             return "misses"
