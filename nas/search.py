@@ -412,7 +412,7 @@ def study_of(work: Work) -> Study:
     from nas.tuning import study_name  # optuna takes a while to import
 
     settings = work.settings.deciding()
-    storage = settings.pop("optuna_storage") or work.folder / "optuna.journal"
+    storage = work.settings.optuna_storage or work.folder / "study.journal"
     asked = {
         "targets": [(device.name, device.target.ms) for device in work.devices],
         "data": work.data.fingerprint,

@@ -144,7 +144,7 @@ class SupernetSettings:
     optuna_trials: int = 200
     """Of the strategy optuna: networks that the study evaluates, all its processes together."""
     optuna_storage: str = ""
-    """Of the strategy optuna: the URL of a database that processes share, or a file; empty: optuna.journal, in the folder."""
+    """Of the strategy optuna: the URL of a database that processes share, or a file; empty: study.journal, in the folder."""
     cache_gb: float = 0.0
     """GiB of activations that are kept while networks are scored, in each process; 0: half of what is free on a GPU, a fourth
     of the machine's memory elsewhere. It changes no number."""
@@ -210,6 +210,7 @@ class SupernetSettings:
         """Return the settings that may change what a search finds: those that a run's folder is bound to."""
         found = asdict(self)
         del found["cache_gb"]  # it may be lowered where a search has run out of memory
+        del found["optuna_storage"]  # other processes may reach it by another address, with a password
         return found
 
     @classmethod

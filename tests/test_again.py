@@ -13,6 +13,7 @@ from nas.evaluation import Evaluator
 from nas.kept import described
 from nas.profilers.ort_cpu import OrtCpu
 from nas.scores import Drops
+from nas.search import borrow
 from nas.solver import best
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
@@ -171,7 +172,7 @@ def test_optuna_goes_on_where_the_drops_end(board: LatencyTable) -> None:
     cli.search(["--target-ms", f"{ms:.6f}", "--strategy", "optuna", "--out", "studied", *where])
     result = read(Path("studied/result.json"))
     assert result["strategy"] == "optuna"
-    assert Path("studied/optuna.journal").exists()
+    assert Path("studied/study.journal").exists()
     with open("studied/trajectory.csv") as file:
         rows = list(csv.DictReader(file))
     assert all(float(row["ms_after"]) <= ms for row in rows), "nothing that misses the target is evaluated"
@@ -183,3 +184,16 @@ def test_optuna_goes_on_where_the_drops_end(board: LatencyTable) -> None:
         evaluated = {line["network"]: float(line["loss"]) for line in csv.DictReader(file)}
     best_by_drops = [evaluated[described(each.arch)] for each in best(space, drops, board, ms, 6)]
     assert losses[0] <= min(best_by_drops) + 1e-5, "the best by the drops are the study's first networks"
+
+
+def test_searches_with_one_supernet_share_what_they_know(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "one" / "supernet.pt").write_text("weights")
+    (tmp_path / "one" / "evaluations.csv").write_text("of one")
+    (tmp_path / "one" / "result.json").write_text("of one")
+    (tmp_path / "two" / "evaluations.csv").write_text("of two")
+    borrow(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "supernet.pt").read_text() == "weights"
+    assert (tmp_path / "two" / "evaluations.csv").read_text() == "of two"
+    assert not (tmp_path / "two" / "result.json").exists()

@@ -39,7 +39,6 @@ from rivals import (
 from search_quality import (
     Pace,
     groups_of,
-    hand_on,
     hours_left,
     part_of,
     settings_of,
@@ -280,19 +279,6 @@ def nas_weights(folder: Path) -> dict[str, torch.Tensor]:
     import safetensors.torch
 
     return safetensors.torch.load_file(folder / "model.safetensors")
-
-
-def test_searches_with_one_supernet_share_what_they_know(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "one" / "supernet.pt").write_text("weights")
-    (tmp_path / "one" / "evaluations.csv").write_text("of one")
-    (tmp_path / "one" / "result.json").write_text("of one")
-    (tmp_path / "two" / "evaluations.csv").write_text("of two")
-    hand_on(tmp_path / "one", tmp_path / "two")
-    assert (tmp_path / "two" / "supernet.pt").read_text() == "weights"
-    assert (tmp_path / "two" / "evaluations.csv").read_text() == "of two"
-    assert not (tmp_path / "two" / "result.json").exists()
 
 
 # ---- what is done, and how long it takes
