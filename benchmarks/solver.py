@@ -195,11 +195,9 @@ def times(repeats: int) -> None:
             for seed in range(repeats):
                 rng = np.random.default_rng(seed)
                 costs = rng.uniform(size=(30, 10, budgets))
-                loss = (
-                    rng.uniform(size=(30, 10))
-                    if name == "random"
-                    else 1 - costs.mean(axis=2) + 0.1 * rng.uniform(size=(30, 10))
-                )
+                loss = rng.uniform(size=(30, 10))
+                if name != "random losses":
+                    loss = 0.5 * loss + 1 - costs.mean(axis=2)
                 middle = rng.integers(0, 10, 30)
                 limits = [float(limit) for limit in costs[np.arange(30), middle].sum(axis=0)]
                 steps = multiple_choice(loss, costs)

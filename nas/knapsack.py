@@ -35,10 +35,11 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 DIGITS = 14  # of the largest sum of a column, in whole units
-MOST = 300_000  # labels of a step ...
+MOST = 100_000  # labels of a step ...
 NARROW = (2_000,)  # ... in the last search; in the ones before
 HULL = 64  # multipliers of a frontier with one budget ...
 GRID = 64  # ... and of one with several
+COARSE = 8  # windows in a wide one
 _CHUNK = 1 << 16  # labels whose bounds are computed at once
 
 
@@ -303,7 +304,7 @@ class _Search:
         self._complete(0, layers[0].of(anew)._replace(window=np.arange(self.windows)), anew)
         for number in range(1, len(self.to) + 1):
             labels = self._extended(number, layers[-1])
-            labels = labels.of(self._efficient(labels))
+            labels = labels.of(self._efficient(number, labels))
             labels = self._within_most(number, labels, most)
             self._complete(number, labels, np.arange(len(labels.node)))
             layers.append(labels)
@@ -340,48 +341,63 @@ class _Search:
                 both = new.costs @ self.combined[0] + self.least_combined[number][new.node, 0]
                 can &= both <= self.combined[0] @ self.limits + 1e-9
             new = new.of(can)
+            if self.windows > COARSE:  # a few wide windows rule out most of what all of them would
+                wide = np.arange(COARSE // 2, self.windows, COARSE)
+                edges = np.append(self.edges[COARSE - 1 : self.windows - 1 : COARSE], np.inf)[: len(wide)]
+                edges[-1] = np.inf
+                over = self._bounds(number, new, wide) - self._thresholds(wide, edges)
+                new = new.of(np.asarray((over <= 0).any(axis=1), bool))
             slack, window = self._slack(self._bounds(number, new))
             parts.append(new._replace(window=window).of(slack <= 0))
         return _Labels(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
 
-    def _bounds(self, number: int, labels: _Labels) -> Floats:
-        """Return, for labels of a step and every multiplier, the least loss + multiplier @ costs of a completion."""
-        own = labels.loss[:, None] + labels.costs.astype(np.float64) @ self.multipliers.T
-        bounds: Floats = own + self.suffixes[number].value[labels.node]
+    def _bounds(self, number: int, labels: _Labels, some: Ints | None = None) -> Floats:
+        """Return, for labels of a step and every multiplier (or some), the least loss + multiplier @ costs of a completion."""
+        value, multipliers = self.suffixes[number].value, self.multipliers
+        if some is not None:
+            value, multipliers = value[:, some], multipliers[some]
+        bounds: Floats = labels.costs.astype(np.float64) @ multipliers.T
+        bounds += labels.loss[:, None]
+        bounds += value[labels.node] if len(value) > 1 else value
         return bounds
 
     def _slack(self, bounds: Floats) -> tuple[Floats, Ints]:
         """Return by how much each label's bound misses winning in its best window (above 0: it cannot win), and that window."""
-        over = (bounds - self._thresholds()).reshape(len(bounds), self.windows, self.per_window).max(axis=2)
+        over = bounds - self._thresholds(np.arange(len(self.multipliers)), self.edges)
+        if self.per_window > 1:
+            over = over.reshape(len(bounds), self.windows, self.per_window).max(axis=2)
         window = over.argmin(axis=1)
         return over[np.arange(len(over)), window], window
 
-    def _thresholds(self) -> Floats:
-        """Return for each multiplier what a completion's loss + multiplier @ costs must not exceed to win in its window."""
+    def _thresholds(self, some: Ints, edges: Floats) -> Floats:
+        """Return for these multipliers what a completion's loss + multiplier @ costs must not exceed to win in its window; on
+        the axis, a multiplier's window ends at its edge."""
         worst = math.ceil(self.size) + len(self.to)  # what no choice can exceed
+        multipliers, room = self.multipliers[some], self.room[some]
         if not self.axis:
             upper = self.incumbents[-1, 1] if len(self.incumbents) else worst
-            found: Floats = upper + self.multipliers @ self.limits + self.room
+            found: Floats = upper + multipliers @ self.limits + room
             return found
         # The incumbents' loss is a step function of the axis. With the line added it is largest at the steps' ends.
         least = math.floor(self.least[0][0, 0])
         cost, loss = np.concatenate([[[least, worst]], self.incumbents]).T
         ends = np.append(cost[1:] - 1, self.limits[0])
-        inner = np.clip(np.minimum(self.edges, float(self.limits[0])), 0, None).astype(np.int64)
+        inner = np.clip(np.minimum(edges, float(self.limits[0])), 0, None).astype(np.int64)
         inner = inner[inner >= cost[0]]
         at = np.concatenate([ends, inner])
         step = np.searchsorted(cost, at, side="right") - 1
-        window = np.minimum(np.searchsorted(self.edges, at, side="left"), self.windows - 1)
-        most = np.full(self.windows, -np.inf)
-        np.maximum.at(most, window, loss[step] + self.multipliers[window, 0] * at)
-        return most + self.multipliers[:, 1:] @ self.limits[1:] + self.room
+        window = np.minimum(np.searchsorted(edges, at, side="left"), len(edges) - 1)
+        most = np.full(len(edges), -np.inf)
+        np.maximum.at(most, window, loss[step] + multipliers[window, 0] * at)
+        return most + multipliers[:, 1:] @ self.limits[1:] + room
 
-    def _efficient(self, labels: _Labels) -> Ints:
+    def _efficient(self, number: int, labels: _Labels) -> Ints:
         """Return the labels that fewer than `count` others at the same node are at least as good as, and perhaps more."""
+        counts = len(self.limits) if number < len(self.to) else int(self.axis)  # at the end, limits are kept or not
         left = np.arange(len(labels.node))
         kept = []
         for _ in range(self.count):
-            keep = efficient(labels.node[left], labels.costs[left], labels.loss[left])
+            keep = efficient(labels.node[left], labels.costs[left, :counts], labels.loss[left])
             kept.append(left[keep])
             left = left[~keep]
             if not len(left):

@@ -61,7 +61,7 @@ class Budget:
         return cls("macs", at_most)
 
 
-Budgets = float | Sequence[float | Budget] | None
+Budgets = float | Sequence[float | Budget | None] | None
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def best(
 
 def reachable(space: SearchSpace, table: LatencyTable, other: Budget) -> list[tuple[float, float]]:
     """Return what two budgets can be at least, together: pairs of milliseconds on `table` and of what `other` counts (at most
-    what it allows, which may be infinite), by ascending milliseconds. Every network has at least as much of both as one of them.
+    what it allows, which may be infinite), by ascending milliseconds. Every network has as much or more of both as one of
+    these.
 
     Where targets on two devices cannot be met together, the nearest of these can. Errors are those of `solutions`.
     """
