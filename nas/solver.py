@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from nas.knapsack import MOST, Answer, Step, cheapest, trade_offs
-from nas.scores import Change, Drop, Drops, single_changes
-from nas.slimming import Evaluation, rounded_up
+from nas.scores import Change, Drops
+from nas.slimming import rounded_up
 from nas.table import Calibration, LatencyTable
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
@@ -141,23 +141,6 @@ def best(
     if not found:
         raise problem.nothing()
     return found
-
-
-def reachable(space: SearchSpace, table: LatencyTable, other: Budget) -> list[tuple[float, float]]:
-    """Return what two budgets can be at least, together: pairs of milliseconds on `table` and of what `other` counts (at most
-    what it allows, which may be infinite), by ascending milliseconds. Every network has as much or more of both as one of
-    these.
-
-    Where targets on two devices cannot be met together, the nearest of these can. Errors are those of `solutions`.
-    """
-    none = {change: Drop(0.0, 0.0, 0.0, 0.0) for change in single_changes(space, space.largest)}
-    problem = _Problem(space, Drops(space, space.largest, Evaluation(0.0), none, {}), table, [None, other])
-    steps = [Step(step.to, step.costs[..., 1], step.costs, step.allowed) for step in problem.steps]
-    found = [problem.solution(answer) for answer in trade_offs(steps, problem.limits)]
-    pairs = [(solution.ms, solution.figures[other.name]) for solution in found if solution is not None]
-    if not pairs:
-        raise problem.nothing()
-    return pairs
 
 
 # -- What adds up ----------------------------------------------------------------------------------------------------------

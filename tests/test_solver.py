@@ -1,7 +1,6 @@
 """The frontier has the best network for every latency, as all networks of small spaces and integer programs say."""
 
 import itertools
-import math
 import random
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from benchmarks.solver import OFF, counted_ms, made_up_drops, milp_choices, milp
 from nas.knapsack import cheapest, efficient, multiple_choice, trade_offs
 from nas.scores import Drop, Drops, pairs_to_measure, single_changes
 from nas.slimming import slim
-from nas.solver import Budget, Solution, best, frontier, reachable, solutions
+from nas.solver import Budget, Solution, best, frontier, solutions
 from nas.table import LatencyTable, Row
 from supernet.arch import ArchConfig
 from supernet.model import count, count_layer
@@ -149,15 +148,6 @@ def test_no_random_network_of_a_whole_space_is_better(name: str) -> None:
     for arch in (space.smallest, space.largest, *(space.sample(rng) for _ in range(60))):
         ms = table.predict_ms(arch)
         assert min(solution.loss for solution in found if solution.ms <= ms) <= drops.sum_for(arch) + EXACT
-
-
-def test_what_two_budgets_can_be_together() -> None:
-    table, other = made_up_table(SPACE, 3), made_up_table(SPACE, 4, device="another-cpu")
-    points = [(table.predict_ms(arch), other.predict_ms(arch), arch) for arch in members(SPACE)]
-    truth = [(table.predict_ms(arch), other.predict_ms(arch)) for arch in expected(points)]
-    assert reachable(SPACE, table, Budget.milliseconds(other, math.inf)) == truth
-    least = min(ms for ms, _ in truth)
-    assert all(ms >= least for ms, _ in reachable(SPACE, table, Budget.params(1e9)))
 
 
 # -- Integer programs --------------------------------------------------------------------------------------------------
