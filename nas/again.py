@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from nas.kept import described, read_evaluations, write_csv
-from nas.request import Finished, finished
+from nas.request import Finished, claim, finished
 from nas.scores import Drops
-from nas.slimming import Importance
+from nas.slimming import Importance, start_network
 from nas.strategies import (
     FRONTIER_COLUMNS,
     Budgeted,
     Scores,
+    choose,
     exact,
     exact_for,
     frontier_records,
-    greedy,
     limits_of,
     refuse_unreachable,
 )
 from nas.table import LatencyTable, Target, find_table
 from supernet.arch import ArchConfig
-from supernet.errors import InputError, unknown
+from supernet.errors import InputError
 from supernet.files import write_atomically
 
 STRATEGIES = ("exact", "greedy")  # those that need no more than drops
@@ -61,36 +61,48 @@ def answer(
         InputError: the run has not ended; a target cannot be met; a table lacks rows of the run's space.
     """
     if strategy not in STRATEGIES:
-        raise unknown("strategy for an answer without evaluating", strategy, STRATEGIES)
+        raise InputError(f"{strategy} evaluates networks: add --verify, or give --strategy {' or '.join(STRATEGIES)}")
     held = finished(run)
+    if out is not None and out.resolve() == run.resolve():
+        raise InputError(f"{run} holds the search to answer from: give another --out")
     objective = held.request["settings"].get("objective", "latency")
     if objective != "latency":
         raise InputError(f"{run} was searched for {objective}, which an answer by drops does not have: add --verify")
     drops = Drops.load(run / "drops.csv", held.space)
     settings = held.request["settings"]
-    budgets = _budgets(held, target_ms, device, targets, table)
+    budgets, paths = _budgets(held, target_ms, device, targets, table)
     refuse_unreachable(held.space, budgets)
     evaluations = read_evaluations(run / "evaluations.csv")
-    scores = Scores(held.space, drops.base, _importance(held), drops, drops.evaluation_for, settings["score"])
+    importance = _importance(held)
+    start = drops.base if "init" in held.request else start_network(held.space, importance)
+    scores = Scores(held.space, start, importance, drops, drops.evaluation_for, settings["score"])
     limits = limits_of(held.space, None, settings.get("max_params", 0), settings.get("max_macs", 0))
     if strategy == "exact":
         found = exact(scores, budgets, limits, lambda arch: evaluations.get(described(arch)))
     else:
-        found = greedy(scores, budgets, limits)
-    out = out or run / "-".join(["at", *(f"{budget.ms:g}ms" for budget in budgets)])
-    predicted = drops.evaluation_for(found.arch)
+        found = choose("greedy", scores, budgets, limits)
+    out = out or run / _name(held, budgets, strategy)
+    devices = [_on_device(budget, path, found.arch) for budget, path in zip(budgets, paths, strict=True)]
+    whole = evaluations.get(described(found.arch))
+    asked = [{name: device[name] for name in ("device", "target_ms", "table")} for device in devices]
+    claim(out, {"command": "nas-search --from", "from": str(run.resolve()), "targets": asked, "strategy": strategy})
     result = {
-        "from": str(run),
-        "strategy": strategy,
-        "targets": [_on_device(budget, found.arch) for budget in budgets],
-        "predicted_loss": predicted.loss,
-        "loss": evaluations[described(found.arch)].loss if described(found.arch) in evaluations else None,
-        "start_loss": drops.evaluation.loss,
-        "additivity": held.result.get("additivity"),
+        **devices[0],
+        "loss": whole.loss if whole is not None else None,
+        "accuracy": None,
+        "params": None,
+        "macs": None,
         "seed": held.request["seed"],
+        "strategy": strategy,
+        "from": str(run),
+        "targets": devices,
+        "network": described(found.arch),
+        "predicted_loss": drops.sum_for(found.arch),
+        "start_loss": drops.sum_for(start),
+        "gap": found.gap,
+        "additivity": held.result.get("additivity"),
     }
     name = "-".join([held.space.name, *(f"{budget.ms:g}ms" for budget in budgets)])
-    out.mkdir(parents=True, exist_ok=True)
     replace(found.arch.without_identity(), name=name).save(out / "searched.yaml")
     write_csv(out / "trajectory.csv", found.records(), found.columns)
     tables = [budget.table for budget in budgets]
@@ -106,25 +118,35 @@ def _budgets(
     device: str | None,
     targets: Sequence[tuple[str, float]],
     files: Sequence[Path],
-) -> list[Budgeted]:
-    """Return the devices' tables, for the run's space, and their milliseconds."""
+) -> tuple[list[Budgeted], list[Path]]:
+    """Return the devices' tables, for the run's space, their milliseconds, and where the tables lie."""
+    if target_ms is None and device is not None:
+        raise InputError(f"--device {device} has no target: give --target {device}=MS, or --target-ms")
     own = {target["device"]: Path(target["table"]) for target in held.targets}
     given = {LatencyTable.load(path).device: path for path in files}
     wanted = [] if target_ms is None else [(device or held.targets[0]["device"], target_ms)]
-    found = []
+    found, paths = [], []
     for name, ms in [*wanted, *targets]:
         id = _id(name)
         path = given.pop(id, None) or own.get(id) or find_table(id)
         table = LatencyTable.load(path)
-        table.require(held.space.layers(), f"nas-build-lut --device {id} --missing --space {held.folder / 'space.yaml'}")
+        table.require(held.space.layers(), f"nas-build-lut --device {id} --missing --space {held.space_file}")
         of_space = table.calibrated_for(held.space)
         own_table = of_space if of_space.calibrations else table
         found.append(Budgeted(own_table, own_table, Target(ms).ms))
+        paths.append(path)
     if given:
         raise InputError(f"the table {next(iter(given.values()))} is of {next(iter(given))}, which has no target")
     if twice := next((b.device for b in found if sum(b.device == c.device for c in found) > 1), None):
         raise InputError(f"there are two targets on {twice}: give one for each device")
-    return found
+    return found, paths
+
+
+def _name(held: Finished, budgets: Sequence[Budgeted], strategy: str) -> str:
+    """Return what the folder of an answer is called, in the run's: by its targets, devices that are not the run's, strategy."""
+    own = [target["device"] for target in held.targets] == [budget.device for budget in budgets]
+    parts = [f"{budget.ms:g}ms" if own else f"{budget.device}-{budget.ms:g}ms" for budget in budgets]
+    return "-".join(["at", *parts, *([strategy] if strategy != "exact" else [])])
 
 
 def _id(device: str) -> str:
@@ -144,12 +166,16 @@ def _importance(held: Finished) -> Importance:
     return [by_slot[at] for at in held.space.slots]
 
 
-def _on_device(budget: Budgeted, arch: ArchConfig) -> dict[str, Any]:
+def _on_device(budget: Budgeted, path: Path, arch: ArchConfig) -> dict[str, Any]:
     return {
         "target_ms": budget.ms,
         "device": budget.device,
+        "table": str(path),
         "provenance": budget.table.provenance,
         "predicted_ms": budget.table.predict_ms(arch.without_identity()),
+        "measured_ms": None,
+        "measured_low_ms": None,
+        "measured_high_ms": None,
     }
 
 
@@ -167,5 +193,7 @@ def _print(result: Mapping[str, Any], held: Finished, out: Path) -> None:
     )
     if result["strategy"] == "exact":
         print(f"  {exact_for(result)}")
-    targets = " ".join(f"--target {device['device']}={device['target_ms']:g}" for device in result["targets"])
-    print(f"  next: nas-search --from {held.folder} {targets} --verify (evaluates and measures)")
+    asked = " ".join(
+        f"--target {device['device']}={device['target_ms']:g} --table {device['table']}" for device in result["targets"]
+    )
+    print(f"  next: nas-search --from {held.folder} {asked} --strategy {result['strategy']} --verify (evaluates and measures)")

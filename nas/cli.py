@@ -230,8 +230,8 @@ def search(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--strategy",
         metavar="NAME",
-        help="greedy: the paper's slimming loop (default); exact: the best network that the drops of single changes admit; "
-        "optuna: a study that other processes can share",
+        help="greedy: the paper's slimming loop (default); exact: the best network that the drops of single changes admit "
+        "(default with --from); optuna: a study that other processes can share",
     )
     parser.add_argument(
         "--config",
@@ -241,7 +241,10 @@ def search(arguments: Sequence[str] | None = None) -> None:
         "on parameters and MACs, the objectives mes and throughput",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where the results go (default: runs/<space>-<target>ms-seed<seed>)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the results go (default: runs/<space>-<target>ms-seed<seed>; of an answer with --from, RUN/at-<target>ms)",
     )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of everything random (default: 0)")
     start = parser.add_argument_group("start from a network that has its weights")
@@ -311,7 +314,7 @@ def _search_from(given: argparse.Namespace) -> None:
     run, results = given.from_run, given.verify
     if run is None:
         raise InputError("--verify needs the folder of a search: nas-search --from RUN --verify [results.json]")
-    if own := [name for name in ("data", "space", "config", "seed", "init", "weights") if getattr(given, name)]:
+    if own := [name for name in ("data", "space", "seed", "init", "weights") if getattr(given, name)]:
         raise InputError(f"--from {run} has its own {', '.join(own)}: leave --{', --'.join(own)} out")
     targets = given.target_ms is not None or given.target
     if not targets and results is None:
@@ -322,7 +325,7 @@ def _search_from(given: argparse.Namespace) -> None:
             raise InputError("--verify measures the network that was found: leave --table, --strategy and --out out")
         from nas.verify import verify
 
-        result = verify(run, given.device, Path(results) if results else None)
+        result = verify(run, given.device, Path(results) if results else None, given.config)
     elif results:
         raise InputError(f"{results} is of the network of {run}, not of one for another target: leave the targets out")
     else:
@@ -336,12 +339,16 @@ def _search_from(given: argparse.Namespace) -> None:
         if results is None:
             from nas.again import answer
 
+            if given.config is not None:
+                raise InputError("--config changes nothing in an answer by the drops: leave it out, or add --verify")
             answer(run, strategy=given.strategy or "exact", **target)
             return
         from nas.request import finished
         from nas.search import Request, search_from
 
-        result = search_from(run, Request(strategy=given.strategy or finished(run).request["strategy"], **target))
+        result = search_from(
+            run, Request(strategy=given.strategy or finished(run).request["strategy"], config=given.config, **target)
+        )
     if result is not None and result["met"] is False:
         raise SystemExit(1)
 

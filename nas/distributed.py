@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +59,9 @@ def together(work: Callable[[], None]) -> None:
     finally:
         # In the middle of an exchange the others do not listen: they end as the connection does, with this process.
         if not Shared.exchanging:
-            _tell("end", code)
-            dist.destroy_process_group()
+            with suppress(Failed):  # one of them is gone; why this process ends is said already
+                _tell("end", code)
+                dist.destroy_process_group()
 
 
 def shared(evaluate: Evaluator | Recovered) -> Evaluator | Recovered | Shared:

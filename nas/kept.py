@@ -43,7 +43,8 @@ class Remembered:
                 new.setdefault(network, []).append(at)
         names = list(new)
         for number, evaluation in evaluations(self.evaluate, [archs[places[0]] for places in new.values()]):
-            self._known[names[number]] = evaluation
+            # Other processes may write the file too: those of an Optuna study that share a folder.
+            self._known = {**read_evaluations(self.path), **self._known, names[number]: evaluation}
             records = ({"network": k, "loss": repr(v.loss), "accuracy": repr(v.accuracy)} for k, v in self._known.items())
             write_csv(self.path, records, ("network", "loss", "accuracy"))
             yield from ((at, evaluation) for at in new[names[number]])
@@ -96,6 +97,10 @@ class Checks:
                 return None
             self._keep(name, measure_alone(self.profiler, arch, table_reference(self.table), arch.group_size))
         return self.known[name][0].ms
+
+    def knows(self, arch: ArchConfig) -> bool:
+        """Whether it was measured."""
+        return described(arch.without_identity()) in self.known
 
     def add(self, arch: ArchConfig, found: Measurement) -> None:
         """Keep a measurement."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ class OnDevice:
     def name(self) -> str:
         return self.table.device
 
+    def digest(self) -> str:
+        """Return a hash of all that the table says."""
+        return hashlib.sha256(self.path.read_bytes() + self.path.with_suffix(".meta.json").read_bytes()).hexdigest()
+
     def record(self, arch: ArchConfig, check: Check) -> dict[str, Any]:
         """Return what `result.json` says of a network on this device."""
         return {
@@ -69,8 +74,8 @@ def places(targets: Sequence[tuple[str | None, float]], tables: Sequence[Path] =
     named = {LatencyTable.load(path).device: path for path in tables}
     result: list[Place] = []
     for device, ms in targets:
-        wanted = resolve_device(device) if device is not None else None
-        path = named.pop(wanted, None) if wanted is not None else None
+        # None means this machine's CPU where its table is given.
+        path = named.pop(resolve_device(device or "cpu"), None)
         result.append(Place(Target(ms), *resolve_table(device, path), named=path is not None))
     ids = [place.device for place in result]
     if twice := next((id for id in ids if ids.count(id) > 1), None):

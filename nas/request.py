@@ -65,6 +65,14 @@ class Finished:
         return several
 
     @property
+    def space_file(self) -> Path:
+        """A file of its space, for a command; written where an earlier version has not."""
+        path = self.folder / "space.yaml"
+        if not path.exists():
+            self.space.save(path)
+        return path
+
+    @property
     def data(self) -> Path | None:
         """What `--data` was."""
         return None if self.request["data"] == "digits" else Path(self.request["data"])

@@ -42,8 +42,8 @@ def print_result(result: Mapping[str, Any], folder: Path, source: str, validatio
         print("  control: the same reduction without concatenation; whatever it is as good at is not the sharing's doing")
     if result["largest_of_space"]:
         print(f"  {_of_the_largest(result)}")
-    elif (left := _left(result)) > SLACK:
-        print(f"  {100 * left:.1f} % of the target is left: the networks that were tried nearer to it scored worse")
+    elif (left := _left(result)) > SLACK and result["met"] and not result["candidate"]:
+        print(f"  {100 * left:.1f} % of the target is left: nothing was found nearer to it that fits and scores better")
     if result["strategy"] == "exact" and not result["largest_of_space"]:
         print(f"  {exact_for(result)}")
     if result["demonstration"]:

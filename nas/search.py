@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,17 +17,18 @@ from safetensors.torch import save as save_safetensors
 from nas.data import ImageData, load_data, natural_size
 from nas.distributed import shared
 from nas.evaluation import Evaluator, accuracy_of, recalibrate
-from nas.guarantee import Check, Goal, Outcome, meet
+from nas.guarantee import Goal, Outcome, meet
 from nas.kept import Checks, Remembered, described, write_csv
-from nas.lookup import OnDevice, groups_of, places, usable_table
+from nas.lookup import OnDevice, groups_of, places, resolve_device, usable_table
 from nas.pretrained import Pretrained, layers_kept, on_data, pretrained_supernet, requested
 from nas.progress import progress, say
 from nas.recovery import Recovered
+from nas.report import NAME as REPORT
 from nas.report import write_report
 from nas.request import Finished, claim, finished
 from nas.result import print_result
 from nas.scores import ADDITIVITY_COLUMNS, Drops, Evaluate, additivity, measure_drops, single_changes
-from nas.slimming import Importance, MobileEfficiency, Trajectory, check_limits, start_network
+from nas.slimming import Importance, MobileEfficiency, Trajectory, check_limits, rounded_up, start_network
 from nas.strategies import (
     FRONTIER_COLUMNS,
     Budgeted,
@@ -41,6 +42,7 @@ from nas.strategies import (
     refuse_unreachable,
 )
 from nas.supernet_training import SupernetSettings, channel_method, logits_of, train_supernet, training_size
+from nas.table import LatencyTable
 from nas.taylor import channels
 from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
 from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, train_finalists, usable_ways
@@ -108,19 +110,24 @@ class Work:
     folder: Path
     given: Pretrained | None
 
+    def checks(self) -> list[Checks]:
+        """Return what is known of each device's networks, and measures them where it is this machine's."""
+        files = (measurements_file(self.devices, at) for at in range(len(self.devices)))
+        return [Checks(self.folder / file, device.table) for file, device in zip(files, self.devices, strict=True)]
+
 
 def run_search(
     request: Request,
     space: SearchSpace | None = None,
     settings: SupernetSettings | None = None,
     again: bool = False,
-    trained: Path | None = None,
+    trained: Finished | None = None,
 ) -> dict[str, Any]:
     """Search, write the results to the run's folder, print them, and return the content of `result.json`.
 
     `space` and `settings` stand in for what `request` names; `again`: also where the folder has a result, because more is
-    known of what networks take on the devices. `trained`: the folder of a search that differs in targets, devices or strategy
-    alone; what it trained and evaluated is taken from there.
+    known of what networks take on the devices. `trained`: a search that differs in targets, devices or strategy alone; what it
+    trained and evaluated is taken from there.
     """
     targets = request.all_targets
     settings = settings or SupernetSettings.load(request.config)
@@ -143,13 +150,21 @@ def run_search(
     data = load_data(request.data, train_size, request.seed, settings.score_images)
     space = space.with_classes(len(data.classes))
     folder = request.out or Path("runs") / run_name(space.name, [ms for _, ms in targets], request.seed)
+    if trained is not None and data.fingerprint != trained.request["data_fingerprint"]:
+        raise InputError(f"the images of {data.source} are not those of {trained.folder}: search anew, without --from")
     space_name = request.space or space.name
-    if given is not None:
+    if trained is not None:
+        space_name = str(trained.space_file)
+    elif given is not None:
         space_name = str(folder / "space.yaml")
         if not (folder / "request.json").exists():
             space.save(folder / "space.yaml")  # a refusal of the table names the command that measures this space
     devices = tuple(OnDevice(place.target, *usable_table(place, space, space_name)) for place in found)
+    if settings.objective == "throughput" and len(devices) > 1:
+        raise InputError("the objective throughput has one device: give one target, or leave the objective out")
     refuse_unreachable(space, [Budgeted(device.table, device.table, device.target.ms) for device in devices])
+    if request.strategy == "optuna" or settings.objective != "latency":
+        refuse_below_smallest(space, devices)
     check_limits(space, limits_of(space, None, settings.max_params, settings.max_macs))
     first = devices[0]
     several = [{"device": d.name, "target_ms": d.target.ms, "table": str(d.path.resolve())} for d in devices]
@@ -171,14 +186,29 @@ def run_search(
         },
         since={"settings": SupernetSettings().deciding()},
     )
+    space.save(folder / "space.yaml")
     if trained is not None:
-        borrow(trained, folder)
+        borrow(trained.folder, folder)
     ended = folder / "result.json"
     if again or not ended.exists():
+        (folder / REPORT).unlink(missing_ok=True)
         _search(Work(devices, space, train_size, data, settings, request.strategy, request.seed, folder, given))
+    if not (folder / REPORT).exists():
+        write_report(folder)
     result: dict[str, Any] = json.loads(ended.read_text())
     print_result(result, folder, data.source, len(data.val))
     return result
+
+
+def refuse_below_smallest(space: SearchSpace, devices: Sequence[OnDevice]) -> None:
+    """Refuse targets that only networks other than the smallest meet, where the search always has to have that one."""
+    for device in devices:
+        least_ms = device.table.predict_ms(space.smallest)
+        if device.target.ms < least_ms:
+            raise InputError(
+                f"the target of {device.target.ms:g} ms is below the smallest network of {space.name} on {device.name}: give "
+                f"at least {rounded_up(least_ms)} ms, or another strategy and objective"
+            )
 
 
 def search_from(run: Path, request: Request) -> dict[str, Any]:
@@ -192,15 +222,17 @@ def search_from(run: Path, request: Request) -> dict[str, Any]:
     if request.out is not None and request.out.resolve() == run.resolve():
         raise InputError(f"{run} holds the search to start from: give another --out")
     if request.target_ms is not None and request.device is None:
-        first = held.targets[0]
-        request = replace(request, device=first["device"], table=request.table or (Path(first["table"]),))
+        request = replace(request, device=held.targets[0]["device"])
+    known = {LatencyTable.load(path).device for path in request.table}
+    wanted = {resolve_device(device) for device, _ in request.all_targets if device is not None} - known
+    tables = [Path(target["table"]) for target in held.targets if target["device"] in wanted]
     seed = held.request["seed"]
     out = request.out or Path("runs") / run_name(held.space.name, [ms for _, ms in request.all_targets], seed)
     return run_search(
-        replace(request, data=held.data, seed=seed, out=out, **beginning(held)),
+        replace(request, table=(*request.table, *tables), data=held.data, seed=seed, out=out, **beginning(held)),
         space=held.space,
-        settings=SupernetSettings(**held.request["settings"]),
-        trained=run,
+        settings=SupernetSettings.of_run(held.request["settings"], request.config),
+        trained=held,
     )
 
 
@@ -232,70 +264,99 @@ def network_name(space: str, targets_ms: Sequence[float]) -> str:
     return "-".join([space, *(f"{ms:g}ms" for ms in targets_ms)])
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A trained supernet and what it says of the networks: everything that a strategy goes by.
+
+    `begin` and `original`: with --init, the network to begin with, and the same trained on the images. `additivity`: how far
+    the drops add up, where that was checked.
+    """
+
+    supernet: AnySupernet
+    evaluator: Evaluator
+    evaluate: Remembered
+    scores: Scores
+    importance_from: str
+    additivity: dict[str, float | None] | None
+    begin: ArchConfig | None
+    original: torch.nn.Sequential | None
+
+
 def _search(work: Work) -> None:
-    devices, space, data = work.devices, work.space, work.data
-    settings, seed, folder = work.settings, work.seed, work.folder
-    first = devices[0]
-    ways: tuple[MultiplexSpec | None, ...] = (None,)
-    if settings.objective == "throughput":
-        ways = (None, *usable_ways(space, first.table))
-    elif space.mux:
-        own_pass = f"the objective is {settings.objective}, so each image has a pass of its own"
-        say(f"{own_pass}: the groups (mux) of {space.name} are left out")
+    judged = _judged(work)
+    outcomes = _outcomes(work, judged)
+    finalists: list[Finalist] = []
+    mux = None
+    if len(outcomes) > 1:
+        finalists = _finalists(
+            outcomes,
+            judged.supernet,
+            judged.evaluator,
+            work.data,
+            work.checks()[0],
+            work.settings,
+            work.seed,
+            work.folder,
+        )
+        mux = best_of(finalists).arch.mux
+    _write(work, judged, outcomes[mux], mux, finalists)
+
+
+def _judged(work: Work) -> Judged:
+    """Train the supernet, and judge by it; write what is judged."""
+    space, data, settings, folder = work.space, work.data, work.settings, work.folder
     supernet, begin, original = _supernet(work)
     logits = logits_of(supernet, settings) if begin is None else None
     base = begin or (space.largest if logits is None else start_network(space, logits))
     evaluator = evaluator_of(supernet, base, data, settings, folder)
-    scored = Recovered(evaluator, data, settings, seed) if settings.recovery_steps else evaluator
+    scored = Recovered(evaluator, data, settings, work.seed) if settings.recovery_steps else evaluator
     evaluate = Remembered(shared(scored), folder / "evaluations.csv")
     drops = drops_of(space, base, evaluate)
     drops.save(folder / "drops.csv")
     importance = logits if logits is not None else drops.importance()
     write_importance(folder / "importance.csv", space, importance)
-    report_signal(space, begin or start_network(space, importance), evaluate, len(data.score), trained_here=begin is None)
+    start = begin or start_network(space, importance)
+    report_signal(space, start, evaluate, len(data.score), trained_here=begin is None)
     networks = settings.additivity_networks or (ADDITIVITY_NETWORKS if work.strategy == "exact" else 0)
-    check_of_drops = additivity_of(space, drops, evaluate, networks, seed, folder)
-    tables = [device.table for device in devices]
+    additivity = additivity_of(space, drops, evaluate, networks, work.seed, folder)
+    tables = [device.table for device in work.devices]
     write_csv(folder / "frontier.csv", frontier_records(space, drops, tables), FRONTIER_COLUMNS)
+    scores = Scores(space, start, importance, drops, evaluate, settings.score)
+    source = "logits" if logits is not None else "drops"
+    return Judged(supernet, evaluator, evaluate, scores, source, additivity, begin, original)
 
-    checks = [Checks(folder / measurements_file(devices, at), device.table) for at, device in enumerate(devices)]
+
+def _outcomes(work: Work, judged: Judged) -> dict[MultiplexSpec | None, Outcome]:
+    """Search, and measure, for each way of grouping images: None, a pass for each, and for throughput those of the space."""
+    devices, space, settings, folder = work.devices, work.space, work.settings, work.folder
+    ways: tuple[MultiplexSpec | None, ...] = (None,)
+    if settings.objective == "throughput":
+        ways = (None, *usable_ways(space, devices[0].table))
+    elif space.mux:
+        own_pass = f"the objective is {settings.objective}, so each image has a pass of its own"
+        say(f"{own_pass}: the groups (mux) of {space.name} are left out")
+    checks = work.checks()
     mes = efficiency_of(settings)
     study = study_of(work) if work.strategy == "optuna" else None
-    scores = Scores(space, begin or start_network(space, importance), importance, drops, evaluate, settings.score)
 
     def found_for(mux: MultiplexSpec | None) -> Outcome:
         predictors = [GroupedPredictor(d.table, space, mux) if mux is not None else d.table for d in devices]
         limits = limits_of(space, mux, settings.max_params, settings.max_macs)
 
         def search(budgets: tuple[float, ...], start: Trajectory | None, landing: float) -> Trajectory:
-            found = choose(
-                work.strategy,
-                scores,
-                [Budgeted(d.table, p, ms) for d, p, ms in zip(devices, predictors, budgets, strict=True)],
-                limits,
-                start=start,
-                landing=landing,
-                mes=mes,
-                study=study,
-            )
+            within = [Budgeted(d.table, p, ms) for d, p, ms in zip(devices, predictors, budgets, strict=True)]
+            found = choose(work.strategy, judged.scores, within, limits, start=start, landing=landing, mes=mes, study=study)
             write_csv(folder / "trajectory.csv", found.records(), found.columns)
             return found
 
-        def check(at: int) -> Callable[[ArchConfig], Check]:
-            return lambda arch: checks[at](space.multiplexed(arch, mux))
+        def goal(at: int) -> Goal:
+            predict_ms = predictors[at].predict_ms
+            least_ms = fastest_ms(space, devices[at].table) if mux is None else predict_ms(space.smallest)
+            return Goal(devices[at].target, predict_ms, lambda arch: checks[at](space.multiplexed(arch, mux)), least_ms)
 
         if len(ways) > 1:
             say("each image by itself" if mux is None else f"groups of {mux.n}")
-        goals = [
-            Goal(
-                device.target,
-                predictor.predict_ms,
-                check(at),
-                fastest_ms(space, device.table) if mux is None else predictor.predict_ms(space.smallest),
-            )
-            for at, (device, predictor) in enumerate(zip(devices, predictors, strict=True))
-        ]
-        return meet(goals, search, scores.charge_of)
+        return meet([goal(at) for at in range(len(devices))], search, judged.scores.charge_of)
 
     outcomes: dict[MultiplexSpec | None, Outcome] = {}
     for way in ways:
@@ -305,13 +366,13 @@ def _search(work: Work) -> None:
             if way is None:
                 raise
             say(f"groups of {way.n} are left out: {error}")
-    finalists: list[Finalist] = []
-    mux = None
-    if len(outcomes) > 1:
-        finalists = _finalists(outcomes, supernet, evaluator, data, checks[0], settings, seed, folder)
-        mux = best_of(finalists).arch.mux
-    outcome = outcomes[mux]
-    trajectory = outcome.trajectory
+    return outcomes
+
+
+def _write(work: Work, judged: Judged, outcome: Outcome, mux: MultiplexSpec | None, finalists: Sequence[Finalist]) -> None:
+    """Write what was found: the network, its inherited weights, `result.json`."""
+    devices, space, data, settings, folder = work.devices, work.space, work.data, work.settings, work.folder
+    first, trajectory, begin = devices[0], outcome.trajectory, judged.begin
     write_csv(folder / "trajectory.csv", trajectory.records(), trajectory.columns)
     candidate = folder / CANDIDATE
     candidate.unlink(missing_ok=True)
@@ -322,22 +383,25 @@ def _search(work: Work) -> None:
     if finalists:
         best = best_of(finalists)
         model = best.model
-        loss, accuracy = accuracy_of(model, data.val.shuffled(seed))[0], best.val.mean
+        loss, accuracy = accuracy_of(model, data.val.shuffled(work.seed))[0], best.val.mean
     else:
         unchanged = layers_kept(begin, trajectory.arch) if begin is not None else 0
-        model = found_network(supernet, trajectory.arch, evaluator.recalibration, evaluator.kept, unchanged)
+        evaluator = judged.evaluator
+        model = found_network(judged.supernet, trajectory.arch, evaluator.recalibration, evaluator.kept, unchanged)
         loss, accuracy = accuracy_of(model, data.val)
     complexity = count(deployed)
     deployed.save(folder / "searched.yaml")
     write_atomically(folder / "weights.safetensors", save_safetensors(deployed_weights(model, deployed)))
     on_devices = [device.record(deployed, check) for device, check in zip(devices, outcome.checks, strict=True)]
+    ms = on_devices[0]["measured_ms"] or on_devices[0]["predicted_ms"]
+    mes = efficiency_of(settings)
     result = {
         **on_devices[0],
         "loss": loss,
         "accuracy": accuracy,
         "params": complexity.params,
         "macs": complexity.macs,
-        "seed": seed,
+        "seed": work.seed,
         "strategy": work.strategy,
         "space": space.name,
         "image_size": deployed.image_size,
@@ -347,29 +411,28 @@ def _search(work: Work) -> None:
         "met": outcome.met,
         "targets": on_devices,
         "candidate": str(candidate) if outcome.candidate is not None else None,
-        "evaluations": evaluate.asked,
+        "evaluations": judged.evaluate.asked,
         "score_loss": trajectory.evaluation.loss,
         "network": described(trajectory.arch),
+        "gap": trajectory.gap,
         "demonstration": data.demonstration,
         "skipped_images": len(data.skipped),
         "largest_of_space": not trajectory.steps,
         "objective": settings.objective,
         "mux": knobs_of(mux) if mux is not None else None,
-        "importance": "logits" if logits is not None else "drops",
+        "importance": judged.importance_from,
         "max_params": settings.max_params or None,
         "max_macs": settings.max_macs or None,
-        "mes": None
-        if mes is None
-        else mes.of(complexity.params, on_devices[0]["measured_ms"] or on_devices[0]["predicted_ms"]),
-        "additivity": check_of_drops,
+        "mes": mes.of(complexity.params, ms) if mes is not None else None,
+        "additivity": judged.additivity,
         "versions": {name: version(name) for name in ("metapath-nas", "torch")},
     }
-    if work.given is not None and begin is not None and original is not None:
+    if work.given is not None and begin is not None and judged.original is not None:
         result["init"] = {
             "network": work.given.arch.name,
             "weights": work.given.source,
             "predicted_ms": first.table.predict_ms(begin),
-            "accuracy": accuracy_of(original, data.val)[1],
+            "accuracy": accuracy_of(judged.original, data.val)[1],
             "teacher": str(folder / "teacher.yaml"),
         }
     if finalists:
@@ -377,7 +440,6 @@ def _search(work: Work) -> None:
         write_csv(folder / "throughput.csv", rows, THROUGHPUT_COLUMNS)
         result["throughput"] = rows
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    write_report(folder)
 
 
 def _supernet(work: Work) -> tuple[AnySupernet, ArchConfig | None, torch.nn.Sequential | None]:
@@ -414,7 +476,7 @@ def study_of(work: Work) -> Study:
     settings = work.settings.deciding()
     storage = work.settings.optuna_storage or work.folder / "study.journal"
     asked = {
-        "targets": [(device.name, device.target.ms) for device in work.devices],
+        "targets": [(device.name, device.target.ms, device.digest()) for device in work.devices],
         "data": work.data.fingerprint,
         "space": work.space.to_yaml(),
         "settings": settings,

@@ -160,7 +160,8 @@ _Places = Iterator[list[_Offer]]  # where an action may be taken, the best first
 class Option:
     """One action that was offered: what it does, the network it leads to, and what it costs and saves.
 
-    `gain`: what the score divides by, milliseconds or MES. `figures`: of the limits, and the MES, where there are any."""
+    `gain`: what the score divides by, milliseconds or MES. `figures`: of the limits, and the MES, where there are any.
+    `gap`: of a network that was solved for, by how many nats another may be better by the drops; 0 where none is, proven."""
 
     action: str
     stage: int
@@ -171,6 +172,7 @@ class Option:
     score: float
     gain: float = math.nan
     figures: Mapping[str, float] = field(default_factory=dict)
+    gap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,11 @@ class Trajectory:
     arch: ArchConfig
     ms: float
     evaluation: Evaluation
+
+    @property
+    def gap(self) -> float:
+        """By how many nats another network may be better by the drops, where the last step was solved for."""
+        return self.steps[-1].taken.gap if self.steps else 0.0
 
     @property
     def columns(self) -> tuple[str, ...]:

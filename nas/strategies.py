@@ -59,6 +59,20 @@ class Scores:
         """Return what is to be small: the loss, or the share of images that are wrong."""
         return evaluation.loss if self.charged == "loss" else 1 - evaluation.accuracy
 
+    @property
+    def charged_drops(self) -> Drops:
+        """The drops in what is charged: with `score: accuracy` their loss is the share of images that are wrong."""
+        if self.charged == "loss":
+            return self.drops
+
+        def in_errors(drop: Drop) -> Drop:
+            return drop._replace(drop_loss=drop.drop_accuracy, loss=1 - drop.accuracy)
+
+        base = Evaluation(1 - self.drops.evaluation.accuracy, self.drops.evaluation.accuracy)
+        singles = {change: in_errors(drop) for change, drop in self.drops.singles.items()}
+        pairs = {pair: in_errors(drop) for pair, drop in self.drops.pairs.items()}
+        return replace(self.drops, evaluation=base, singles=singles, pairs=pairs)
+
     def charge_of(self, found: Trajectory) -> float:
         return self.charge(found.evaluation)
 
@@ -103,18 +117,34 @@ def no_drops(space: SearchSpace) -> Drops:
     return Drops(space, space.largest, Evaluation(0.0, 0.0), dict.fromkeys(changes, Drop(0.0, 0.0, 0.0, 0.0)), {})
 
 
+def fastest(space: SearchSpace, table: LatencyTable) -> ArchConfig | None:
+    """Return the network of the space of which the table says the least; None where milliseconds are no sum over layers."""
+    try:
+        return frontier(space, no_drops(space), table)[0]
+    except InputError:
+        return None
+
+
 def fastest_ms(space: SearchSpace, table: LatencyTable) -> float:
-    """Return the least that the table says of a network of the space, milliseconds."""
-    return table.predict_ms(frontier(space, no_drops(space), table)[0])
+    """Return the least that the table says of a network of the space, milliseconds; of the smallest one where a network's
+    milliseconds are no sum over its layers."""
+    return table.predict_ms(fastest(space, table) or space.smallest)
 
 
 FRONTIER_COLUMNS = ("device", "ms", "loss", "gap", "network")
 
 
 def frontier_records(space: SearchSpace, drops: Drops, tables: Sequence[LatencyTable]) -> Iterator[dict[str, object]]:
-    """Yield the rows of `frontier.csv`: for each device, the networks that are the best by the drops for some latency there."""
+    """Yield the rows of `frontier.csv`: for each device, the networks that are the best by the drops for some latency there.
+
+    None of a device where a network's milliseconds are no sum over its layers."""
     for table in tables:
-        for found in solutions(space, drops, table):
+        try:
+            best_ones = solutions(space, drops, table)
+        except InputError as error:
+            say(f"no frontier on {table.device}: {error}")
+            continue
+        for found in best_ones:
             values = (table.device, found.ms, found.loss, found.gap, described(found.arch))
             yield dict(zip(FRONTIER_COLUMNS, values, strict=True))
 
@@ -131,13 +161,12 @@ def refuse_unreachable(space: SearchSpace, budgets: Sequence[Budgeted]) -> None:
                 f"the target of {budget.ms:g} ms is below the fastest network of {space.name} on {budget.device}: give at "
                 f"least {rounded_up(least_ms)} ms"
             )
-    if len(budgets) == 1 or _within(space, budgets, 1.0) is not None:
+    if len(budgets) == 1 or any(fastest(space, budget.table) is None for budget in budgets):
+        return  # a search will tell
+    nearest = space.smallest
+    low, high = 1.0, max(budget.table.predict_ms(nearest) / budget.ms for budget in budgets)
+    if high <= 1 or _within(space, budgets, 1.0) is not None:
         return
-    low, high = 1.0, 2.0
-    nearest = _within(space, budgets, high)
-    while nearest is None:
-        low, high = high, 2 * high
-        nearest = _within(space, budgets, high)
     while high > 1.0005 * low:
         middle = (low + high) / 2
         if (found := _within(space, budgets, middle)) is None:
@@ -231,18 +260,22 @@ def exact(
         *(Budget(limit.name, limit.at_most) for limit in limits),
     ]
     beside = [*limits, *(budget.limit() for budget in budgets[1:])]
-    found = best(space, scores.drops, first.table, within, count)
+    found = best(space, scores.charged_drops, first.table, within, count)
     whole = evaluate_all(evaluate, [each.arch for each in found]) if evaluate is not None else [None] * len(found)
     known = [evaluation for evaluation in whole if evaluation is not None]
-    if len(known) < len(found):
+    all_known = len(known) == len(found)
+    if not all_known:
         known = [scores.drops.evaluation_for(solution.arch) for solution in found]
     options = []
     for rank, (solution, evaluation) in enumerate(zip(found, known, strict=True), 1):
-        action = f"number {rank} by the drops" + (f", proven to {solution.gap:.3g} nats" if solution.gap else "")
+        action = f"number {rank} by the drops"
         figures = {limit.name: limit.of(solution.arch) for limit in beside}
         saved_ms = ms - solution.ms
-        options.append(Option(action, -1, solution.arch, solution.ms, saved_ms, evaluation, math.nan, figures=figures))
-    options.sort(key=lambda option: scores.charge(option.evaluation))  # stable: by the drops they stand in order already
+        options.append(
+            Option(action, -1, solution.arch, solution.ms, saved_ms, evaluation, math.nan, figures=figures, gap=solution.gap)
+        )
+    if all_known:
+        options.sort(key=lambda option: scores.charge(option.evaluation))
     step = Step(ms, at_start, tuple(options), {limit.name: limit.of(begin) for limit in beside})
     return Trajectory(begin, (step,), step.taken.arch, step.taken.ms, step.taken.evaluation)
 
@@ -286,8 +319,8 @@ def choose(
     budgets: Sequence[Budgeted],
     limits: Sequence[Limit],
     *,
-    start: Trajectory | None,
-    landing: float,
+    start: Trajectory | None = None,
+    landing: float = LANDING,
     mes: MobileEfficiency | None = None,
     study: Study | None = None,
 ) -> Trajectory:
@@ -343,4 +376,5 @@ def exact_for(result: Mapping[str, Any]) -> str:
     told = "was not checked"
     if found and found["r_squared"] is not None:
         told = f"is {found['r_squared']:.2f} on {found['networks']} random networks"
-    return f"exact for the drops of single changes, not for accuracy: how far they add up (R2) {told}"
+    proof = "exact" if not result.get("gap") else f"proven to {result['gap']:.3g} nats"
+    return f"{proof} for the drops of single changes, not for accuracy: how far they add up (R2) {told}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -45,6 +45,7 @@ from supernet.weights import AnySupernet
 Paths = Literal["single", "fair", "elastic"]
 
 COUNTS = ("score_images", "recalibration_images", "finalist_epochs", "init_epochs", "optuna_trials")
+FREE = ("cache_gb", "optuna_sampler", "optuna_trials", "optuna_storage", "additivity_networks")  # of a search that goes on
 OBJECTIVES = ("latency", "mes", "throughput")
 MES = ("mes_size_unit", "mes_latency_unit_ms", "mes_size_alpha", "mes_latency_alpha")
 NOT_NEGATIVE = (
@@ -212,6 +213,21 @@ class SupernetSettings:
         del found["cache_gb"]  # it may be lowered where a search has run out of memory
         del found["optuna_storage"]  # other processes may reach it by another address, with a password
         return found
+
+    @classmethod
+    def of_run(cls, decided: Mapping[str, Any], path: Path | None) -> SupernetSettings:
+        """Return the settings of a finished search, from its request; those that `path` gives too may be other ones.
+
+        Raises:
+            InputError: the file has a setting that the supernet or its scores depend on.
+        """
+        given = checked_fields(cls, read_yaml(path, "the config file"), f"the config file {path}") if path is not None else {}
+        if bound := [name for name in given if name not in FREE]:
+            raise InputError(
+                f"{path} gives {', '.join(bound)}, which the finished search has decided: give {', '.join(FREE)} alone, or "
+                "search anew without --from"
+            )
+        return cls(**{**decided, **given})
 
     @classmethod
     def load(cls, path: str | Path | None) -> SupernetSettings:

@@ -25,7 +25,9 @@ from supernet.space import SearchSpace
 VISITS = (12, 36, 60)  # of the network, by the end of each pass
 
 
-def verify(run: Path, device: str | None = None, results: Path | None = None) -> dict[str, Any] | None:
+def verify(
+    run: Path, device: str | None = None, results: Path | None = None, config: Path | None = None
+) -> dict[str, Any] | None:
     """Measure the network that a search found, search on if it misses a target, and return the new result.
 
     Where a table's device is this machine's, it is measured here; at `device`, `ssh://user@host`, there. For others a job
@@ -40,7 +42,7 @@ def verify(run: Path, device: str | None = None, results: Path | None = None) ->
     which = {"request_sha256": hashlib.sha256(text.encode()).hexdigest(), "network": name_of(tuple(arch.layers()))}
     places = [OnDevice(Target(t["target_ms"]), LatencyTable.load(Path(t["table"])), Path(t["table"])) for t in held.targets]
     checks = {place.name: Checks(run / measurements_file(places, at), place.table) for at, place in enumerate(places)}
-    elsewhere = [place for place in places if checks[place.name].profiler is None]
+    elsewhere = [place for place in places if checks[place.name].profiler is None and not checks[place.name].knows(arch)]
     if results is None:
         address = Address.parse(device) if device is not None else None
         if address is not None and len(elsewhere) > 1:
@@ -62,7 +64,7 @@ def verify(run: Path, device: str | None = None, results: Path | None = None) ->
             assert address is not None
             results = run_over_ssh(address, jobs[0])
     if results is not None:
-        _take(results, elsewhere or places, checks, which, run)
+        _take(results, places, checks, which, arch)
     return run_search(
         Request(
             targets=tuple((place.name, place.target.ms) for place in places),
@@ -74,7 +76,7 @@ def verify(run: Path, device: str | None = None, results: Path | None = None) ->
             **beginning(held),
         ),
         space=held.space,
-        settings=SupernetSettings(**held.request["settings"]),
+        settings=SupernetSettings.of_run(held.request["settings"], config),
         again=True,
     )
 
@@ -85,17 +87,22 @@ def _say_how(job: Path, table: LatencyTable, run: Path) -> None:
     print(f"{job}: {how}, bring results.json back, and give it to `nas-search --from {run} --verify results.json`")
 
 
-def _take(results: Path, places: list[OnDevice], checks: dict[str, Checks], which: dict[str, str], run: Path) -> None:
+def _take(results: Path, places: list[OnDevice], checks: dict[str, Checks], which: dict[str, str], arch: ArchConfig) -> None:
     """Keep what a device wrote of the network."""
     measured, manifest = read_results(results)
     if manifest["verify"] != which:
-        raise InputError(f"{results} does not measure the network of {run}: export its job with --from {run} --verify")
-    place = next((place for place in places if place.name == manifest["device"]), places[0])
+        raise InputError(f"{results} does not measure the network of this search: export its job with --from RUN --verify")
+    place = next((place for place in places if place.name == manifest["device"]), None)
+    if place is None:
+        names = " or ".join(place.name for place in places)
+        raise InputError(
+            f"{results} is of {manifest['device']}, but the search was for {names}: give the results of its own job"
+        )
     _refuse_another_device(results, measured, place.table)
     visits = visits_of(measured).get(which["network"])
     if visits is None:
         raise InputError(f"{results}: the device could not run the network ({measured['flags'][which['network']]})")
-    checks[place.name].add(ArchConfig.load(_measured_network(run)), summarise(visits, table_reference(place.table)))
+    checks[place.name].add(arch, summarise(visits, table_reference(place.table)))
 
 
 def _measured_network(run: Path) -> Path:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from test_cli import SETTINGS, SPACE, additive_table, refused
 
-import nas.supernet_training
 from nas import cli
 from nas.evaluation import Evaluator
 from nas.kept import described
 from nas.profilers.ort_cpu import OrtCpu
 from nas.scores import Drops
 from nas.search import borrow
+from nas.slimming import start_network
 from nas.solver import best
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
@@ -52,8 +52,8 @@ def nothing_is_evaluated(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a network was evaluated, or a supernet trained")
 
-    monkeypatch.setattr(Evaluator, "__call__", refuse)
-    monkeypatch.setattr(nas.supernet_training, "train_supernet", refuse)
+    monkeypatch.setattr(Evaluator, "_evaluate", refuse)
+    monkeypatch.setattr("nas.search.train_supernet", refuse)
 
 
 def read(path: Path) -> dict[str, object]:
@@ -82,6 +82,27 @@ def test_another_target_is_answered_by_the_drops(run: Path, board: LatencyTable,
 
 
 @pytest.mark.usefixtures("nothing_is_evaluated")
+def test_that_nothing_is_evaluated_would_be_seen(run: Path, board: LatencyTable) -> None:
+    with pytest.raises(AssertionError, match="evaluated, or a supernet trained"):
+        cli.search(["--from", "run", "--target-ms", f"{0.6 * largest_ms(board):.6f}", "--verify", "--out", "next"])
+
+
+def test_the_start_is_the_searchs_own_where_importance_is_from_drops(board: LatencyTable) -> None:
+    """A network with the best candidate of each slot, not the first."""
+    Path("drops.yaml").write_text(SETTINGS.replace("mixture_epochs: 1", "mixture_epochs: 0"))
+    where = ["--space", "micro.yaml", "--config", "drops.yaml", "--device", "board-cpu", "--out", "run"]
+    cli.search(["--target-ms", f"{0.8 * largest_ms(board):.6f}", *where])
+    space = SearchSpace.load("micro.yaml")
+    drops = Drops.load(Path("run/drops.csv"), space)
+    start = start_network(space, drops.importance())
+    assert start.stages != drops.base.stages, "the case is one where they differ"
+    ms = 1.01 * board.predict_ms(start)
+    cli.search(["--from", "run", "--target-ms", f"{ms:.6f}"])
+    (folder,) = Path("run").glob("at-*")
+    assert ArchConfig.load(folder / "searched.yaml").stages == start.without_identity().stages
+
+
+@pytest.mark.usefixtures("nothing_is_evaluated")
 def test_two_devices_are_answered_together_and_the_folder_is_named_by_the_targets(run: Path, board: LatencyTable) -> None:
     ms = largest_ms(board)
     cli.search(["--from", "run", "--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.3 * ms:.6f}"])
@@ -104,7 +125,40 @@ def test_what_cannot_be_answered_is_refused_in_one_line_and_nothing_is_written(
     assert "two targets on board-cpu" in refused(cli.search, [*where, "--target-ms", "1", "--target", "board-cpu=1"], capsys)
     other = ["--target-ms", "1", "--table", "tables/phone-npu.csv"]
     assert "is of phone-npu, which has no target" in refused(cli.search, [*where, *other], capsys)
+    assert "give another --out" in refused(cli.search, [*where, "--target-ms", "1", "--out", "run"], capsys)
+    assert "add --verify" in refused(cli.search, [*where, "--target-ms", "1", "--strategy", "optuna"], capsys)
+    assert "has no target" in refused(cli.search, [*where, "--device", "board-cpu", "--target", "phone-npu=1"], capsys)
+    said = refused(cli.search, [*where, "--target-ms", "1", "--verify", "--config", "settings.yaml"], capsys)
+    assert "weight_epochs" in said and "which the finished search has decided" in said
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.usefixtures("nothing_is_evaluated")
+def test_an_answer_for_another_request_is_not_overwritten(
+    run: Path, board: LatencyTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ms = largest_ms(board)
+    cli.search(["--from", "run", "--target-ms", f"{0.6 * ms:.6f}", "--out", "next"])
+    cli.search(["--from", "run", "--target-ms", f"{0.6 * ms:.6f}", "--out", "next"])
+    capsys.readouterr()
+    asked = ["--from", "run", "--target-ms", f"{0.5 * ms:.6f}", "--out", "next"]
+    assert "next holds another request (targets" in refused(cli.search, asked, capsys)
+    cli.search(["--from", "run", "--target", f"phone-npu={0.3 * ms:.6f}"])
+    cli.search(["--from", "run", "--target-ms", f"{0.6 * ms:.6f}", "--strategy", "greedy"])
+    names = sorted(path.name for path in run.glob("at-*"))
+    assert [name.rsplit("-", 1)[-1] == "greedy" for name in names] == [True, False]
+    assert names[1].startswith("at-phone-npu-")
+
+
+def test_other_images_than_those_of_the_run_are_refused(
+    run: Path, board: LatencyTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = json.loads((run / "request.json").read_text())
+    (run / "request.json").write_text(json.dumps(request | {"data_fingerprint": "of other images"}))
+    capsys.readouterr()
+    asked = ["--from", "run", "--target-ms", f"{0.6 * largest_ms(board):.6f}", "--verify", "--out", "next"]
+    assert "are not those of run: search anew" in refused(cli.search, asked, capsys)
+    assert not Path("next").exists()
 
 
 def test_the_whole_search_for_another_target_trains_nothing_again(

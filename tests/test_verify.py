@@ -168,7 +168,8 @@ def test_results_of_another_network_are_refused_and_nothing_is_lost(target: floa
     results.write_text(json.dumps({**json.loads(results.read_text()), "job_sha256": digest}))
     before = Path("run/result.json").read_bytes()
     capsys.readouterr()
-    assert "does not measure the network of run" in refused(cli.search, ["--from", "run", "--verify", str(results)], capsys)
+    said = refused(cli.search, ["--from", "run", "--verify", str(results)], capsys)
+    assert "does not measure the network of this search" in said
     assert Path("run/result.json").read_bytes() == before
     assert "measures the network of a search" in refused(cli.build_lut, ["--import-results", str(results)], capsys)
 
@@ -187,7 +188,7 @@ def test_results_of_another_network_are_refused_and_nothing_is_lost(target: floa
         (["--from", "run", "--target-ms", "1", "--verify", "results.json"], "leave the targets out"),
         (["--from", "run", "--target-ms", "1"], "run holds no finished search"),
         (["--from", "run", "--target-ms", "1", "--verify"], "run holds no finished search"),
-        (["--from", "run", "--target-ms", "1", "--strategy", "optuna"], "unknown strategy for an answer without evaluating"),
+        (["--from", "run", "--target-ms", "1", "--strategy", "optuna"], "optuna evaluates networks: add --verify"),
         (["--target", "cpu"], "'cpu' is not a target on a device: give DEVICE=MS"),
         (["--target", "cpu=fast"], "'fast' is not a target"),
         (["--device", "cpu", "--target", "cpu=3"], "--device cpu has no target: give --target cpu=MS"),
