@@ -409,7 +409,7 @@ class _Run:
         return len(done), sum(t.user_attrs.get("budgets") == self.networks.budgets for t in done)
 
     def _ended(self) -> int:
-        """Return how many trials have ended, but for those that gave way to another of the same network."""
+        """Return how many trials have ended, but for those that missed, or gave way to another of the same network."""
         ended = self._trials(TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
         return sum(t.user_attrs.get("dropped") not in ("tried", "misses") for t in ended)
 
