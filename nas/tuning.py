@@ -9,7 +9,8 @@ So a study of 200 trials evaluates 200 different networks, however few of all ne
 *Parameters* are called `stage1.width` and `stage1.slot2`, counted from 1; a stage with one width has no parameter for it.
 Blocks on tokens stand behind the others of their stage, and a trial's parameters say what stands where, so two trials with
 different parameters are different networks. The value is what is charged (the loss, or the error); the user attributes
-of a trial have the rest: `network`, `ms`, `loss`, `accuracy`, one for each limit, and the `budget_ms` that it was made under.
+of a trial have the rest: `network`, `ms`, `loss`, `accuracy`, one for each limit, and the `budgets` that it was made under, the
+target's (`ms`) and each limit's.
 
 *Many processes* that share a storage work on one study, and evaluate as many networks as it has trials between them. Each
 trial has a number that the storage gives once; one that finds enough trials, or its own network, under smaller numbers is
@@ -35,10 +36,12 @@ import random
 import re
 import threading
 import time
+import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -50,7 +53,6 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalRedisBackend, JournalStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import DBAPIError
 
 from nas.kept import described
 from nas.progress import progress, say
@@ -65,10 +67,11 @@ SamplerName = Literal["tpe", "nsga2"]
 TRIALS = 200
 OPTIONS = 6  # of the best networks that the answer lists
 POPULATION = 20  # of NSGA-II: ten generations in 200 trials; Optuna's own 50 would leave four
-FRUITLESS = 3  # trials in a row that found no new network: the space has no more
+FRUITLESS = 3  # proposals in a row in whose place there was no new network: the space has no more
 BEAT_S = 20.0  # how often a running trial says that its process is alive
 GRACE_S = 120.0  # a running trial that has been silent for so long has lost its process
 ASKED_S = 30.0  # the same before a trial says whose it is: only the sampler works meanwhile
+BOOT = "/proc/sys/kernel/random/boot_id"  # of this start of this machine; clones share name and the namespace's number
 POLL_S = 0.5  # how often a process that has nothing to do looks whether the others are done
 
 Params = Mapping[str, Any]
@@ -110,8 +113,8 @@ def tune(
     several processes at once, with the same study and storage, it goes on with it, and waits for trials that others run: all
     return the same network.
 
-    A study that has trials of another budget (`nas.guarantee` tightens it where the device disagrees with the table) goes
-    on: those of its trials that keep this budget count, and at least `more` are made under it.
+    A study that has trials of other budgets, the target's or a limit's (`nas.guarantee` changes them where a device disagrees
+    with its table), goes on: those of its trials that keep these budgets count, and at least `more` are made under them.
 
     Args:
         evaluate: a network to its loss and accuracy. Asked for networks that keep the target and the limits, and for `begin`.
@@ -131,9 +134,9 @@ def tune(
         on_trial: called after each network that this process evaluated.
 
     Raises:
-        InputError: the budget is not positive, or it or a limit is below the smallest network of the space; the sampler or
-            the score is unknown; the storage cannot be used; a known network is not in the space; or `evaluate` gives no
-            finite number for what is minimised.
+        InputError: the budget is not positive, or it or a limit is below the space's smallest network and all known ones, or
+            no network is found that keeps them all; the sampler or the score is unknown; the storage cannot be used; a known
+            network is not in the space; or `evaluate` gives no finite number for what is minimised.
     """
     target = budget if isinstance(budget, Target) else Target(budget)
     if sampler not in get_args(SamplerName):
@@ -144,23 +147,29 @@ def tune(
     for name, value in (("trials", trials), ("more", more)):
         if type(value) is not int or value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, but is {value!r}")
-    smallest_ms = table.predict_ms(space.smallest)
-    if target.ms < smallest_ms:
-        raise InputError(
-            f"the target of {target.ms:g} ms is below the smallest network of {space.name}: "
-            f"give at least {rounded_up(smallest_ms)} ms"
-        )
-    check_limits(space, limits)
-    networks = _Networks(space, table, target.ms, limits)
+    networks = _Networks(space, table, target.ms, limits, known)
+    if networks.excess(networks.least) > 0:
+        least_ms = min(table.predict_ms(arch) for arch in networks.sure)
+        if target.ms < least_ms:
+            raise InputError(
+                f"the target of {target.ms:g} ms is below the fastest network that is known of {space.name}: "
+                f"give at least {rounded_up(least_ms)} ms"
+            )
+        check_limits(space, limits)
     start = Step(table.predict_ms(begin), evaluate(begin), (), networks.limited(begin))
     if networks.excess(begin) == 0 and not front:
         return Trajectory(begin, (), begin, start.ms, start.evaluation)
     first = [networks.params(arch) for arch in known if networks.excess(networks.member(arch)) == 0]
     chosen = _Sampler(sampler, networks, first, seed)
     metrics = ["loss" if score == "loss" else "error", *(["ms"] if front else [])]
-    run = _Run(_opened(study_name, storage, chosen, metrics), networks, evaluate, score, front, start)
+    run = _Run(_opened(study_name, storage, chosen, metrics), chosen, evaluate, score, front, start)
     run.finish(trials, min(more, trials), on_trial)
     options = tuple(run.best()[:OPTIONS])
+    if not options:
+        raise InputError(
+            f"no network of {space.name} was found that keeps the target of {target.ms:g} ms and the limits together: give "
+            "larger ones"
+        )
     step = Step(start.ms, start.evaluation, options, start.figures)
     return Trajectory(begin, (step,), step.taken.arch, step.taken.ms, step.taken.evaluation)
 
@@ -168,11 +177,22 @@ def tune(
 class _Networks:
     """The networks of a space as parameters of a study, and which of them keep the target and the limits."""
 
-    def __init__(self, space: SearchSpace, table: Predictor, budget_ms: float, limits: Sequence[Limit]) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        table: Predictor,
+        budget_ms: float,
+        limits: Sequence[Limit],
+        known: Sequence[ArchConfig] = (),
+    ) -> None:
         self.space = space
         self.table = table
         self.budget_ms = budget_ms
         self.limits = limits
+        self.budgets = {"ms": budget_ms, **{limit.name: limit.at_most for limit in limits}}
+        # Where a table has narrow layers that are slow, the smallest network is not the fastest.
+        self.sure = (space.smallest, *map(self.member, known))
+        self.least = min(self.sure, key=lambda arch: (self.excess(arch), table.predict_ms(arch)))
         self.options: dict[str, tuple[Any, ...]] = {}
         for number, stage in enumerate(space.stages, 1):
             self.options[f"stage{number}.width"] = stage.widths
@@ -227,7 +247,7 @@ class _Networks:
             yield self.params(self.arch({**params, name: option}))
 
     def repaired(self, params: Params, rng: random.Random) -> dict[str, Any]:
-        """Return a network near the given one that keeps the target and the limits."""
+        """Return a network near the given one that keeps the target and the limits; `least` where none is found."""
         params = self.params(self.arch(params))
         excess = self.excess(self.arch(params))
         while excess > 0:
@@ -237,11 +257,11 @@ class _Networks:
                     params, excess = near, left
                     break
             else:  # nothing near misses them by less
-                return self.params(self.space.smallest)
+                return self.params(self.least)
         return params
 
     def untried(self, params: Params, tried: set[frozenset[tuple[str, Any]]], rng: random.Random) -> dict[str, Any]:
-        """Return the nearest network that keeps the target and the limits and has not been tried; one that has, if all have.
+        """Return the nearest network that keeps the target and the limits and has not been tried; if all have, one that has.
 
         Nearest by single changes through networks that keep them all, in random order where several are as near.
         """
@@ -276,6 +296,8 @@ class _Sampler(BaseSampler):
     """Proposes networks that keep the target and the limits and have not been tried: first the known ones, then Optuna's.
 
     Optuna's sampler is made anew for each trial, with a seed of its own: it keeps nothing that is not in the study.
+    `exhausted` says of the last proposal that there was nothing new to propose; a network that another process proposes at the
+    same moment is new to both.
     """
 
     def __init__(self, name: SamplerName, networks: _Networks, first: Sequence[Params], seed: int) -> None:
@@ -283,6 +305,7 @@ class _Sampler(BaseSampler):
         self.networks = networks
         self.first = first
         self.seed = seed
+        self.exhausted = False
 
     def _proposer(self, trial: FrozenTrial) -> BaseSampler:
         seed = random.Random(f"{self.seed} {trial.number}").randrange(1 << 32)
@@ -297,13 +320,16 @@ class _Sampler(BaseSampler):
         proposed = proposer.sample_relative(study, trial, proposer.infer_relative_search_space(study, trial))
         others = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
         tried = {_key(other.params) for other in others if other.number != trial.number}
+        self.exhausted = False
         for params in self.first:
             if _key(params) not in tried:
                 return dict(params)
         for name, distribution in search_space.items():
             if name not in proposed:
                 proposed[name] = proposer.sample_independent(study, trial, name, distribution)
-        return self.networks.untried(proposed, tried, random.Random(f"{self.seed} {trial.number} change"))
+        found = self.networks.untried(proposed, tried, random.Random(f"{self.seed} {trial.number} change"))
+        self.exhausted = _key(found) in tried or self.networks.excess(self.networks.arch(found)) > 0
+        return found
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -320,14 +346,15 @@ class _Run:
     def __init__(
         self,
         study: Study,
-        networks: _Networks,
+        sampler: _Sampler,
         evaluate: Callable[[ArchConfig], Evaluation],
         score: Score,
         front: bool,
         start: Step,
     ) -> None:
         self.study = study
-        self.networks = networks
+        self.sampler = sampler
+        self.networks = sampler.networks
         self.evaluate = evaluate
         self.score = score
         self.front = front
@@ -335,10 +362,10 @@ class _Run:
         self.others = _Others()
 
     def finish(self, trials: int, more: int, on_trial: Callable[[Option], None] | None) -> None:
-        """Evaluate networks until `trials` of the study keep the target, and at least `more` were made under it."""
+        """Evaluate networks until `trials` of the study keep the budgets, and at least `more` were made under them."""
         kept, fresh = self._done()
         missing = max(trials - kept, more - fresh)
-        fruitless, waiting = 0, False
+        fruitless, ended, waiting = 0, 0, False
         with progress("trials", max(trials, missing + kept), kept) as tick:
             while True:
                 before, (kept, fresh) = kept, self._done()
@@ -346,9 +373,9 @@ class _Run:
                 if kept >= trials and fresh >= more:
                     return
                 running = self._running()
-                if fruitless >= FRUITLESS and not running and waiting:
-                    fruitless, waiting = 0, False  # what others ran may have failed
-                elif fruitless >= FRUITLESS and not running:
+                if (now := self._ended()) != ended:
+                    fruitless, ended = 0, now  # one that has failed gives its network back
+                if fruitless >= FRUITLESS and not running:
                     say(f"{self.networks.space.name} has no other network within the budget: the study ends with {kept} trials")
                     return
                 if fruitless >= FRUITLESS or (kept + running >= trials and fresh + running >= more):
@@ -363,7 +390,7 @@ class _Run:
                     found = self._evaluated(trial)
                     if found is not None and on_trial is not None:
                         on_trial(found)
-                fruitless = fruitless + 1 if dropped == "tried" else 0
+                fruitless = fruitless + 1 if dropped in ("tried", "misses") and self.sampler.exhausted else 0
 
     def best(self) -> list[Option]:
         """Return the networks of the study that keep the target and the limits, the best first."""
@@ -375,11 +402,16 @@ class _Run:
         return self.study.get_trials(deepcopy=False, states=states)
 
     def _done(self, below: int | None = None) -> tuple[int, int]:
-        """Return how many trials (of a number below) keep the target and the limits, and how many were made under this one."""
+        """Return how many trials (of a number below) keep the target and the limits, and how many were made under them."""
         done = [
             t for t in self._trials(TrialState.COMPLETE) if self.networks.kept_by(t) and (below is None or t.number < below)
         ]
-        return len(done), sum(t.user_attrs.get("budget_ms") == self.networks.budget_ms for t in done)
+        return len(done), sum(t.user_attrs.get("budgets") == self.networks.budgets for t in done)
+
+    def _ended(self) -> int:
+        """Return how many trials have ended, but for those that missed, or gave way to another of the same network."""
+        ended = self._trials(TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
+        return sum(t.user_attrs.get("dropped") not in ("tried", "misses") for t in ended)
 
     def _running(self, below: int | None = None) -> int:
         """Return how many trials (of a number below) others run, and end those whose process is gone."""
@@ -397,7 +429,7 @@ class _Run:
         """End a trial that is not to be evaluated; say why not: it misses the target, or was tried, or is one too many."""
         arch = self.networks.arch(trial.params)
         figures = {"ms": self.networks.table.predict_ms(arch), **self.networks.limited(arch)}
-        known = {"worker": _worker(), "network": described(arch), "budget_ms": self.networks.budget_ms, **figures}
+        known = {"worker": _worker(), "network": described(arch), "budgets": self.networks.budgets, **figures}
         try:
             for name, value in known.items():
                 trial.set_user_attr(name, value)
@@ -493,11 +525,17 @@ class _Others:
 
 def _worker() -> list[Any]:
     """Return what tells processes apart: the machine, the container where there are such, and the process's number."""
+    return [*_place(), os.getpid()]
+
+
+@cache
+def _place() -> tuple[str, str, str]:
+    """Return the machine's name, what no other machine of that name has, and the container."""
     try:
-        container = os.readlink("/proc/self/ns/pid")
+        boot, container = Path(BOOT).read_text(encoding="ascii").strip(), os.readlink("/proc/self/ns/pid")
     except OSError:  # not on Linux
-        container = ""
-    return [platform.node(), container, os.getpid()]
+        boot, container = f"{uuid.getnode():x}", ""
+    return platform.node(), boot, container
 
 
 def _alive(pid: int) -> bool:
@@ -580,6 +618,8 @@ def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
     if scheme.startswith("redis"):
         return JournalStorage(JournalRedisBackend(text))
     # SQLite lets one process write at a time: the others wait. A server may have closed a connection during an evaluation.
+    from sqlalchemy.exc import DBAPIError  # Optuna's own requirement for databases
+
     engine = {"connect_args": {"timeout": 60}} if scheme.startswith("sqlite") else {"pool_pre_ping": True}
     for pause_s in (0.3, 1.0, 3.0):
         with suppress(DBAPIError):  # two processes that begin at once both make the tables, and one of them cannot

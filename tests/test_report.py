@@ -18,6 +18,7 @@ from tables import plain_calibration
 
 from nas.kept import Checks, described, write_csv
 from nas.report import write_report
+from nas.report.device import published_networks
 from nas.report.run import read_run
 from nas.scores import ADDITIVITY_COLUMNS, measure_drops
 from nas.slimming import Evaluation, MobileEfficiency, Trajectory, slim
@@ -181,8 +182,8 @@ def finished(folder: Path, target: float = 0.6, result: Mapping[str, Any] | None
     return found
 
 
-def page_of(folder: Path, **options: Any) -> Page:
-    return Page(write_report(folder, **options).read_text(encoding="utf-8"))
+def page_of(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
 def change(folder: Path, name: str, **values: Any) -> None:
@@ -240,6 +241,54 @@ def test_what_was_asked_and_found_is_at_the_top(tmp_path: Path) -> None:
 def test_a_page_says_how_a_run_ended(tmp_path: Path, values: dict[str, Any], said: str) -> None:
     finished(tmp_path, result=values)
     assert said in page_of(tmp_path).text
+
+
+def device(name: str, target_ms: float, high_ms: float | None, batch: int = 1) -> dict[str, Any]:
+    """What `result.json` says of a device; measured 1 % under the upper end of its interval."""
+    ms, low_ms = (None, None) if high_ms is None else (0.99 * high_ms, 0.98 * high_ms)
+    measured = {"measured_ms": ms, "measured_low_ms": low_ms, "measured_high_ms": high_ms}
+    asked = {"device": name, "target_ms": target_ms, "table": f"{name}.csv", "batch": batch}
+    return {**asked, "predicted_ms": 0.9 * target_ms, **measured}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "met", "verdict", "said", "unsaid"),
+    [
+        (7.9, None, None, "open", ["Not measured on b. The table predicts 1.08 ms on b", "7.82 ms measured on a"], ["is met"]),
+        (None, 1.5, False, "bad", ["target is missed: 1.48 ms measured on b", "1.2 ms allowed", "a was not"], ["Not measured"]),
+        (7.9, 1.5, False, "bad", ["The target is missed: 1.48 ms measured on b"], ["7.82 ms measured", "8 ms allowed"]),
+        (8.5, 1.5, False, "bad", ["The targets are missed: 8.41 ms measured on a", "; 1.48 ms measured on b"], []),
+        (7.9, 1.1, True, "good", ["All targets are met: 7.82 ms measured on a", "1.09 ms measured on b"], []),
+        (None, None, None, "open", ["Not measured on a and b. The table predicts 7.20 ms on a and 1.08 ms on b"], []),
+    ],
+)
+def test_the_verdict_is_of_all_devices_and_names_those_that_decide(
+    tmp_path: Path,
+    first: float | None,
+    second: float | None,
+    met: bool | None,
+    verdict: str,
+    said: list[str],
+    unsaid: list[str],
+) -> None:
+    targets = [device("a", 8.0, first), device("b", 1.2, second)]
+    finished(tmp_path, result={**targets[0], "targets": targets, "met": met})
+    page = page_of(tmp_path)
+    assert len(page.of_class("verdict")) == len(page.of_class(verdict)) == 1
+    top = page.text.partition("predicted ")[0]
+    for sentence in said:
+        assert sentence in top
+    for sentence in unsaid:
+        assert sentence not in top
+
+
+def test_a_call_is_told_of_each_device(tmp_path: Path) -> None:
+    targets = [device("a", 8.0, 7.9), device("b", 1.2, 1.1)]
+    finished(tmp_path, result={**targets[0], "targets": targets})
+    assert "at most 8 ms on a and 1.2 ms on b for an image." in page_of(tmp_path).text
+    targets[1]["batch"] = 64
+    change(tmp_path, "result.json", targets=targets)
+    assert "at most 8 ms on a for an image and 1.2 ms on b for a call of 64 images." in page_of(tmp_path).text
 
 
 def test_what_the_network_kept_is_marked_in_its_slots(tmp_path: Path) -> None:
@@ -326,15 +375,30 @@ def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
         ("importance.csv", "no importance.csv"),
         ("trajectory.csv", "no steps"),
         ("evaluations.csv", "not known: it is not among the run's evaluated networks"),
-        ("additivity.csv", ""),
-        ("measurements.csv", ""),
         ("tables/toy-cpu.csv", "Without milliseconds"),
     ],
 )
 def test_what_is_missing_is_left_out_with_a_sentence(tmp_path: Path, missing: str, said: str) -> None:
     finished(tmp_path)
+    assert said not in page_of(tmp_path).text
     (tmp_path / missing).unlink()
     assert said in page_of(tmp_path).text
+
+
+@pytest.mark.parametrize(
+    ("missing", "left_out"),
+    [
+        ("additivity.csv", "Loss: whole networks against sums of single drops"),
+        ("measurements.csv", "last on 2026-03-04 05:06 UTC"),
+    ],
+)
+def test_what_needs_no_sentence_is_left_out_without_one(tmp_path: Path, missing: str, left_out: str) -> None:
+    found = finished(tmp_path)
+    assert left_out in page_of(tmp_path).text
+    (tmp_path / missing).unlink()
+    text = page_of(tmp_path).text
+    assert left_out not in text and missing not in text
+    assert f"the network found: predicted {found.ms:#.3g} ms, measured {0.98 * found.ms:#.3g} ms" in text  # by result.json
 
 
 def test_a_space_that_cannot_be_read_is_done_without(tmp_path: Path) -> None:
@@ -399,16 +463,66 @@ def test_the_frontier_is_drawn_with_the_target_and_the_published_networks(
     assert "The frontier of this run was not computed" in page_of(tmp_path).text
     points = [(0.04, 2.5), (0.09, 2.25), (0.03, 2.75)]
     assert 0.04 < 0.6 * table_of(SPACE).predict_ms(SPACE.largest) < 0.09
-    page = page_of(tmp_path, frontier=points)
+    write_csv(tmp_path / "frontier.csv", [{"ms": ms, "loss": loss} for ms, loss in points], ("ms", "loss"))
+    page = page_of(tmp_path)
     ms, loss = table_of(SPACE).predict_ms(of_space), judged(of_space).loss
     assert f"published: {ms:#.3g} ms predicted, loss {loss:.4g} by the sum of drops" in page.text
     assert "no rows of theirs: other" in page.text
     assert f"found: {found.ms:#.3g} ms, loss {found.evaluation.loss:.4g} by the sum of drops" in page.text
-    assert "At the target it is 2.5" in page.text
+    assert f"At the {found.ms:#.3g} ms that the table says of the network found, it is 2.5" in page.text
+    assert "exact for the scores" in page.text and "corrected by measurement" not in page.text
     (line,) = page.of_class("frontier")[:1]
     assert len(line["points"].split()) == 5  # steps from the quickest on: right, then down
-    write_csv(tmp_path / "frontier.csv", [{"ms": ms, "loss": loss} for ms, loss in points], ("ms", "loss"))
+    rows = [
+        {"device": d, "ms": ms, "loss": loss} for d in ("another", "toy-cpu") for ms, loss in points[: 3 - (d == "another")]
+    ]
+    write_csv(tmp_path / "frontier.csv", rows, ("device", "ms", "loss"))
     assert page_of(tmp_path).of_class("frontier")[0]["points"] == line["points"]
+
+
+def test_the_network_found_is_compared_at_its_own_milliseconds_when_the_budget_was_corrected(tmp_path: Path) -> None:
+    """A device that is faster than its table: the network found is above the target by the table."""
+    found = finished(tmp_path)
+    points = [{"ms": factor * found.ms, "loss": loss} for factor, loss in ((0.8, 2.75), (0.95, 2.5), (1.0, 2.25), (1.1, 2.0))]
+    write_csv(tmp_path / "frontier.csv", points, ("ms", "loss"))
+    target = 0.97 * found.ms
+    change(tmp_path, "result.json", target_ms=target, measured_ms=0.96 * found.ms, measured_networks=2)
+    text = page_of(tmp_path).text
+    assert f"At the {found.ms:#.3g} ms that the table says of the network found, it is 2.25;" in text
+    assert f"The target is {target:g} ms, but the budget was corrected by measurement" in text
+    # Slower than its table: it is below the target by more than the loop leaves.
+    change(tmp_path, "result.json", target_ms=1.2 * found.ms, measured_ms=1.19 * found.ms)
+    text = page_of(tmp_path).text
+    assert "it is 2.25;" in text and "corrected by measurement" in text
+    change(tmp_path, "result.json", measured_networks=1)
+    assert "corrected by measurement" not in page_of(tmp_path).text
+
+
+def test_a_frontier_that_is_not_proven_says_so(tmp_path: Path) -> None:
+    finished(tmp_path)
+    points = [{"ms": 0.03, "loss": 2.75, "gap": 0.0}, {"ms": 0.04, "loss": 2.5, "gap": 0.0625}]
+    write_csv(tmp_path / "frontier.csv", points, ("ms", "loss", "gap"))
+    text = page_of(tmp_path).text
+    assert "up to 0.062 nats less may be possible" in text and "exact for the scores" not in text
+    assert text.count("proven to 0.062 nats") == 1
+
+
+def test_published_networks_are_predicted_as_the_frontier_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the calibration of the run's space, though another one of the table is nearer."""
+    finished(tmp_path)
+    of_space = replace(SPACE.arch((8, 24), [["mb4d"] * 2, ["mb4d", "mb4d", "mb3d"]]), name="published")
+    monkeypatch.setattr("nas.report.device.zoo_names", lambda: ["published"])
+    monkeypatch.setattr("nas.report.device.zoo", lambda name: of_space.with_classes(1000))
+    table = table_of(SPACE)
+    (own,) = table.calibrations
+    at = table.sum_ms(of_space)
+    near = replace(own, space="near", space_sha256="0" * 64, scale=2.0, networks=(), sum_low_ms=at / 2, sum_high_ms=at)
+    both = replace(table, calibrations=(replace(own, sum_low_ms=2 * at, sum_high_ms=3 * at), near))
+    both.save(tmp_path / "tables")
+    ms = table.predict_ms(of_space)
+    assert both.predict_ms(of_space) > 1.5 * ms
+    (net,), _ = published_networks(read_run(tmp_path))
+    assert net.ms == pytest.approx(ms)
 
 
 def test_a_page_of_thousands_of_networks_stays_small(tmp_path: Path) -> None:
@@ -417,10 +531,39 @@ def test_a_page_of_thousands_of_networks_stays_small(tmp_path: Path) -> None:
     options = [replace(step.taken, action=f"trial {n}", ms=step.taken.ms * (1 - n / 20000)) for n in range(5000)]
     one = replace(found, steps=(replace(step, options=tuple(options)),))
     write_csv(tmp_path / "trajectory.csv", one.records(), one.columns)
-    page = page_of(tmp_path, frontier=[(0.02 + n / 1e5, 3 - n / 5000) for n in range(5000)])
+    points = ({"ms": 0.02 + n / 1e5, "loss": 3 - n / 5000} for n in range(5000))
+    write_csv(tmp_path / "frontier.csv", points, ("ms", "loss"))
+    page = page_of(tmp_path)
     assert (tmp_path / "report.html").stat().st_size < 300_000
     assert 100 < len(page.of_class("lost")) < 1000
-    assert "The strategy optuna: 1 step, of 5000 networks offered" in page.text
+
+
+@pytest.mark.parametrize(
+    ("strategy", "actions", "said", "unsaid"),
+    [
+        ("optuna", ["trial 7", "trial 3"], ["The best 2 of the networks that an Optuna study of 40 trials"], ["by the drops"]),
+        ("exact", ["number 2 by the drops", "number 1 by the drops"], ["The best 2 by the drops"], ["did not reach", "nats."]),
+        ("exact", ["number 1 by the drops, proven to 0.5 nats"], ["better by the drops, by at most 0.5 nats"], []),
+        ("greedy", ["number 2 by the drops", "number 1 by the drops"], ["did not reach the target. The best 2"], []),
+    ],
+)
+def test_how_a_network_was_chosen_is_in_the_words_of_its_strategy(
+    tmp_path: Path, strategy: str, actions: list[str], said: list[str], unsaid: list[str]
+) -> None:
+    found = finished(tmp_path, result={"strategy": strategy, "gap": 0.5 if "proven" in actions[0] else 0.0})
+    change(tmp_path, "request.json", settings={"score": "loss", "optuna_trials": 40})
+    step = found.steps[0]
+    one = replace(step, options=tuple(replace(step.taken, action=action) for action in actions))
+    write_csv(tmp_path / "trajectory.csv", replace(found, steps=(one,)).records(), found.columns)
+    text = page_of(tmp_path).text
+    for sentence in said:
+        assert sentence in text
+    for sentence in ["1 step", "costs least", "actions that the step chose from", *unsaid]:
+        assert sentence not in text
+    # The loop may go on from there, when a measurement has tightened the budget.
+    write_csv(tmp_path / "trajectory.csv", replace(found, steps=(one, *found.steps)).records(), found.columns)
+    text = page_of(tmp_path).text
+    assert said[0] in text and f"Then {len(found.steps)} step" in text
 
 
 def test_the_command_asks_the_same_again(tmp_path: Path) -> None:
@@ -432,9 +575,26 @@ def test_the_command_asks_the_same_again(tmp_path: Path) -> None:
     given = dict(zip(words[1::2], words[2::2], strict=True))
     assert given["--data"] == "/my pictures" and given["--seed"] == "5" and given["--device"] == "toy-cpu"
     assert given["--space"] == "space.yaml"  # micro does not ship
-    assert float(given["--target-ms"]) == pytest.approx(
-        json.loads((tmp_path / "result.json").read_text())["target_ms"], rel=1e-5
-    )
+    assert float(given["--target-ms"]) == json.loads((tmp_path / "result.json").read_text())["target_ms"]
+    assert "cache_gb" in text and "optuna_storage" in text
+
+
+def test_a_run_that_began_with_a_network_shows_it(tmp_path: Path) -> None:
+    init = {"network": "mine", "weights": "mine.safetensors", "predicted_ms": 1.25, "accuracy": 0.9}
+    finished(tmp_path, result={"init": init})
+    change(tmp_path, "request.json", init="name: <mine>\n")
+    text = page_of(tmp_path).text
+    assert "--init init.yaml --weights mine.safetensors --space space.yaml" in text
+    assert "init.yaml name: <mine>" in text and "space.yaml name: micro" in text
+
+
+def test_the_files_of_a_run_are_named_where_they_are(tmp_path: Path) -> None:
+    finished(tmp_path)
+    names = ["space.yaml", "study.journal", "measurements-a.csv", "measurements-b.csv"]
+    assert not set(names) & {a.get("href") for _, a in page_of(tmp_path).elements}
+    for name in names:
+        (tmp_path / name).touch()
+    assert set(names) <= {a.get("href") for _, a in page_of(tmp_path).elements}
 
 
 def test_a_folder_without_a_finished_search_is_refused(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ import itertools
 import math
 import multiprocessing
 import os
+import random
 import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import optuna
 import pytest
@@ -26,6 +28,7 @@ from nas.kept import described
 from nas.slimming import Evaluation, Limit, Option, Trajectory
 from nas.tuning import SamplerName, study_name, tune
 from supernet.arch import ArchConfig
+from supernet.errors import InputError
 from supernet.space import SearchSpace
 
 SPACE = SearchSpace(
@@ -201,7 +204,7 @@ def test_parameters_are_named_by_stage_and_slot(storage: InMemoryStorage) -> Non
     }
     attributes = trial.user_attrs
     assert trial.value == attributes["loss"] == loss_of(SEEDS[1])
-    assert (attributes["accuracy"], attributes["ms"], attributes["budget_ms"]) == (1 / loss_of(SEEDS[1]), 4.0, BUDGET_MS)
+    assert (attributes["accuracy"], attributes["ms"], attributes["budgets"]) == (1 / loss_of(SEEDS[1]), 4.0, {"ms": BUDGET_MS})
 
 
 def test_the_same_seed_gives_the_same_study() -> None:
@@ -269,6 +272,18 @@ def test_a_tighter_budget_counts_the_trials_that_keep_it_and_adds_some(storage: 
     assert len({trial.user_attrs["network"] for trial in complete(storage)}) == 20 + (20 - kept) + 7
 
 
+def test_another_limit_is_another_budget_too(storage: InMemoryStorage) -> None:
+    """With several devices the milliseconds of the second are a limit, and only theirs may be corrected."""
+    other = Table({"mb4d": 1 / 8, "mb3d": 1 / 32, "identity": 0})
+    asked = []
+    for at_most in (3.0, 3.2, 3.2):  # all trials keep the looser limit: it is the new ones that are counted
+        evaluate = Evaluator()
+        tuned(storage, evaluate, limits=[Limit("ms_elsewhere", other.predict_ms, at_most)], trials=12, more=5)
+        asked.append(len(evaluate.candidates))
+    assert asked == [12, 5, 0]
+    assert complete(storage)[-1].user_attrs["budgets"] == {"ms": BUDGET_MS, "ms_elsewhere": 3.2}
+
+
 def test_an_evaluation_that_fails_is_no_trial_that_counts(storage: InMemoryStorage) -> None:
     class Broken(Evaluator):
         def __call__(self, arch: ArchConfig) -> Evaluation:
@@ -308,6 +323,43 @@ def test_a_target_that_the_first_network_meets_needs_no_study(storage: InMemoryS
     found = tuned(storage, budget_ms=1000.0)
     assert (found.arch, found.steps) == (FULL, ())
     assert not storage.get_all_studies()
+
+
+class SlowNarrow(Table):
+    """A device on which the narrower width of the first stage costs 1 ms more."""
+
+    def predict_ms(self, arch: ArchConfig) -> float:
+        return super().predict_ms(arch) + (arch.stages[0].width == 8)
+
+
+QUICK = SPACE.arch((16, 16, 32), (("identity",) * 2, ("identity",) * 3, ("identity",) * 2))  # 1 ms; the smallest takes 2 there
+
+
+def test_a_known_network_may_be_faster_than_the_smallest(storage: InMemoryStorage) -> None:
+    evaluate, elsewhere = Evaluator(), Limit("ms_elsewhere", SlowNarrow().predict_ms, 1.5)
+
+    def found(table: Table, *known: ArchConfig, limits: Sequence[Limit] = ()) -> float:
+        name = f"{type(table).__name__} {len(limits)}"
+        return tune(
+            SPACE, evaluate, table, 1.5, FULL, study_name=name, storage=storage, trials=2, known=known, limits=limits
+        ).ms
+
+    assert refusal(lambda: found(SlowNarrow())).endswith("give at least 2 ms")
+    assert "ms_elsewhere" in refusal(lambda: found(Table(), limits=[elsewhere]))
+    assert found(SlowNarrow(), QUICK) == found(Table(), QUICK, limits=[elsewhere]) == 1.0
+    assert {arch.widths[0] for arch in evaluate.asked} == {16, 24}
+
+
+def test_what_cannot_be_changed_to_keep_the_target_becomes_the_fastest_known_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning._Networks, "neighbours", lambda self, params, rng: iter(()))
+    networks = tuning._Networks(SPACE, SlowNarrow(), 1.5, [], [QUICK])
+    assert networks.arch(networks.repaired(networks.params(FULL), random.Random(0))) == QUICK
+
+
+def test_a_study_ends_where_nothing_keeps_target_and_limits_together(storage: InMemoryStorage) -> None:
+    narrow = Limit("width", lambda arch: arch.stages[0].width, 8)
+    with pytest.raises(InputError, match="and the limits together"):
+        tune(SPACE, Evaluator(), SlowNarrow(), 1.5, FULL, study_name="s", storage=storage, known=[QUICK], limits=[narrow])
 
 
 # -- Many processes ----------------------------------------------------------------------------------------------------
@@ -409,6 +461,94 @@ def test_of_two_last_trials_the_later_one_gives_way(
     trials = opened(storage).trials[4:]
     assert [t.state.name for t in trials] == ["FAIL", "FAIL", "COMPLETE"]
     assert trials[1].user_attrs["dropped"] == "too many"
+
+
+class BeforeAll:
+    """A study as a process saw it that began before there were any trials."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.study, name)
+
+    def get_trials(self, **_: object) -> list[FrozenTrial]:
+        return []
+
+
+@dataclass
+class TimedEvaluator(Evaluator):
+    """It also keeps the time of each evaluation."""
+
+    clock: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    def __call__(self, arch: ArchConfig) -> Evaluation:
+        self.times.append(self.clock[0])
+        return super().__call__(arch)
+
+
+def run_elsewhere(storage: BaseStorage, *archs: ArchConfig) -> list[Trial]:
+    """Let trials of these networks run in another place."""
+    study, networks = opened(storage), tuning._Networks(SPACE, Table(), BUDGET_MS, [])
+    trials = []
+    for arch in archs:
+        study.enqueue_trial(networks.params(arch))
+        trials.append(study.ask(networks.distributions))
+        trials[-1].set_user_attr("worker", ["elsewhere", "", "", 1])
+    return trials
+
+
+def test_processes_that_begin_at_once_do_not_wait_for_each_other(
+    storage: InMemoryStorage, monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    """They propose the same known network, as they do not see each other yet: then another, not none."""
+    optuna.create_study(study_name="study", storage=storage)
+    run_elsewhere(storage, SEEDS[0])
+    sample = tuning._Sampler.sample_relative
+
+    def sampled(self: Any, study: Any, trial: FrozenTrial, space: Any) -> Any:
+        return sample(self, BeforeAll(study) if trial.number <= 2 * tuning.FRUITLESS else study, trial, space)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning._Sampler, "sample_relative", sampled)
+    evaluate = TimedEvaluator(clock=clock)
+    tuned(storage, evaluate, known=SEEDS, trials=4)
+    dropped = [t.user_attrs.get("dropped") for t in opened(storage).trials]
+    assert dropped[: 2 * tuning.FRUITLESS + 2] == [None] + ["tried"] * 2 * tuning.FRUITLESS + [None]
+    assert evaluate.times[:4] == [0.0] * 4  # three of four; the fourth trial is the other's, who goes silent
+
+
+def test_a_network_is_taken_up_when_its_trial_fails_though_others_run(
+    storage: InMemoryStorage, monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    under = [arch for arch in networks() if Table().predict_ms(arch) <= 2.0]
+    optuna.create_study(study_name="study", storage=storage)
+    failing, running = run_elsewhere(storage, *under[-2:])
+    sleep, evaluate = tuning.time.sleep, Evaluator()
+
+    def slept(seconds: float) -> None:
+        sleep(seconds)
+        running.set_user_attr("beat", clock[0])
+        failing.set_user_attr("beat", clock[0]) if clock[0] < 60 else opened(storage).tell(
+            failing, state=TrialState.FAIL, skip_if_finished=True
+        )
+        if set(evaluate.candidates) == set(under[:-1]):
+            opened(storage).tell(running, 1.0, skip_if_finished=True)
+        assert clock[0] < 600, "it waits for trials that have nothing to do with it"
+
+    monkeypatch.setattr(tuning.time, "sleep", slept)
+    tuned(storage, evaluate, budget_ms=2.0, trials=len(under) + 10)
+    assert set(evaluate.candidates) >= set(under[:-1])
+
+
+def test_machines_of_one_name_are_told_apart(storage: InMemoryStorage) -> None:
+    """Clones have one name and one number of the first namespace; a process number of one says nothing on the other."""
+    optuna.create_study(study_name="study", storage=storage)
+    (trial,) = run_elsewhere(storage, SEEDS[0])
+    name, start, container, _ = tuning._worker()
+    for place, lost in (([name, start, container], True), ([name, "another start", container], False)):
+        trial.set_user_attr("worker", [*place, 2**22 + 1])  # above the largest number of a process
+        assert tuning._Others().lost(opened(storage).trials[0]) is lost
 
 
 def test_a_trial_that_was_taken_for_lost_does_not_count(storage: InMemoryStorage, capsys: pytest.CaptureFixture[str]) -> None:

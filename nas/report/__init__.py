@@ -7,7 +7,6 @@ that has been moved) is left out, with a sentence in its place. The same files g
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -25,30 +24,27 @@ from supernet.files import write_atomically
 NAME = "report.html"
 
 
-def write_report(folder: Path, frontier: Sequence[tuple[float, float]] | None = None) -> Path:
+def write_report(folder: Path) -> Path:
     """Write `folder/report.html` about the search that ended in `folder`, and return its path.
-
-    `frontier`: points (milliseconds, loss by the sum of drops) of the best networks at every target; None: those of
-    `folder/frontier.csv` (columns `ms`, `loss`), where there is one.
 
     Raises:
         InputError: the folder holds no finished search.
     """
     folder = Path(folder)
-    page = report(read_run(folder), frontier)
+    page = report(read_run(folder))
     path = folder / NAME
     write_atomically(path, page)
     return path
 
 
-def report(run: Run, frontier: Sequence[tuple[float, float]] | None = None) -> str:
+def report(run: Run) -> str:
     """Return the page about a run."""
     parts = [
         ("network", "The network", network_section(run)),
         ("choices", "What each choice is worth", choices_section(run)),
         ("way", "The way to the target", trajectory_section(run)),
         ("images", "Images that share a pass", throughput_section(run)),
-        ("device", "Other networks on this device", device_section(run, frontier)),
+        ("device", "Other networks on this device", device_section(run)),
         ("trust", "Predicted and measured", accuracy_section(run)),
         ("table", "Where the milliseconds come from", table_section(run)),
         ("made", "How it was made", made_section(run)),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 from nas.report.run import Run
 from nas.report.svg import Axis, mark
@@ -12,13 +14,17 @@ from nas.report.text import digits, joined, large, ms_of, or_dash
 
 def headline(run: Run) -> str:
     """What was asked, what was found."""
-    result, batch = run.result, int(run.result.get("batch", 1))
-    call = "an image" if batch == 1 else f"a call of {batch} images"
+    result = run.result
+    calls = [_call(each) for each in run.targets]
+    own = len(set(calls)) > 1  # a call is not the same on every device
+    most = " and ".join(
+        f"<b>{each['target_ms']:g} ms</b> on <b>{escape(each['device'])}</b>{f' for {call}' if own else ''}"
+        for each, call in zip(run.targets, calls, strict=True)
+    )
     objective = {"mes": ", by mobile efficiency", "throughput": ", by throughput"}.get(result.get("objective", ""), "")
-    most = " and ".join(f"<b>{each['target_ms']:g} ms</b> on <b>{escape(each['device'])}</b>" for each in run.targets)
     asked = (
-        f"Asked: a network of the space <b>{escape(result.get('space', 'unknown'))}</b> that takes at most {most} for "
-        f"{call}{objective}."
+        f"Asked: a network of the space <b>{escape(result.get('space', 'unknown'))}</b> that takes at most {most}"
+        f"{'' if own else f' for {calls[0]}'}{objective}."
     )
     page = f'<p class="kicker">Search report</p><h1>{escape(run.arch.name)}</h1><p class="asked">{asked}</p>'
     style, sign, verdict = _verdict(run)
@@ -29,6 +35,11 @@ def headline(run: Run) -> str:
             "at work. Its network is not one to ship: give your own images with <code>--data</code>.</p>"
         )
     return f"{page}{_tiles(run)}{_gauge(run)}{_devices(run)}"
+
+
+def _call(device: Mapping[str, Any]) -> str:
+    batch = int(device.get("batch", 1))
+    return "an image" if batch == 1 else f"a call of {batch} images"
 
 
 def _devices(run: Run) -> str:
@@ -47,18 +58,26 @@ def _devices(run: Run) -> str:
 
 
 def _verdict(run: Run) -> tuple[str, str, str]:
-    result = run.result
-    if result.get("measured_ms") is None:
+    """How the run ended, with the devices that decide it: those that are elsewhere, those that miss, or all."""
+    result, several = run.result, len(run.targets) > 1
+    measured = [each for each in run.targets if each.get("measured_high_ms") is not None]
+    elsewhere = [each for each in run.targets if each.get("measured_high_ms") is None]
+    if run.met is None:
+        where = " and ".join(escape(each["device"]) for each in elsewhere)
+        predicted = " and ".join(
+            ms_of(each["predicted_ms"]) + (f" on {escape(each['device'])}" if several else "") for each in elsewhere
+        )
+        there = "".join(f" {_measured(each, several)}." for each in measured)
         return (
             "open",
             "?",
-            f"<b>Not measured.</b> The table predicts {ms_of(result['predicted_ms'])}; {escape(result['device'])} was not at "
-            f"hand. <code>nas-search --from {escape(shlex.quote(str(run.folder)))} --verify</code> measures the network there.",
+            f"<b>Not measured{f' on {where}' if several else ''}.</b> The table predicts {predicted}; {where} "
+            f"{'was' if len(elsewhere) == 1 else 'were'} not at hand. <code>nas-search --from "
+            f"{escape(shlex.quote(str(run.folder)))} --verify</code> measures the network there.{there}",
         )
-    measured = (
-        f"{ms_of(result['measured_ms'])} measured on the device (95 % interval: {digits(result['measured_low_ms'])} to "
-        f"{digits(result['measured_high_ms'])}), {run.target_ms:g} ms allowed"
-    )
+    missed = [each for each in measured if each["measured_high_ms"] > each["target_ms"]]
+    deciding = measured if run.met else missed or measured
+    told = "; ".join(_measured(each, several) for each in deciding)
     more = ""
     if result.get("largest_of_space"):
         began = result.get("init", {}).get("network")
@@ -70,8 +89,16 @@ def _verdict(run: Run) -> tuple[str, str, str]:
     if result.get("candidate"):
         more += " A slower network might fit too: <code>--verify</code> again measures it."
     if run.met:
-        return "good", "✓", f"<b>The target is met:</b> {measured}.{more}"
-    return "bad", "✗", f"<b>The target is missed:</b> {measured}.{more}"
+        return "good", "✓", f"<b>{'All targets are' if several else 'The target is'} met:</b> {told}.{more}"
+    more += "".join(f" {escape(each['device'])} was not at hand." for each in elsewhere)
+    return "bad", "✗", f"<b>{'The targets are' if len(missed) > 1 else 'The target is'} missed:</b> {told}.{more}"
+
+
+def _measured(device: Mapping[str, Any], several: bool) -> str:
+    return (
+        f"{ms_of(device['measured_ms'])} measured on {escape(device['device']) if several else 'the device'} (95 % interval: "
+        f"{digits(device['measured_low_ms'])} to {digits(device['measured_high_ms'])}), {device['target_ms']:g} ms allowed"
+    )
 
 
 def _tiles(run: Run) -> str:

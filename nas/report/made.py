@@ -42,18 +42,21 @@ def made_section(run: Run) -> str:
         "frontier.csv",
         "evaluations.csv",
         "measurements.csv",
+        *sorted(path.name for path in run.folder.glob("measurements-*.csv")),
         "throughput.csv",
+        "study.journal",
+        "space.yaml",
     )
-    there = [f'<a href="{name}">{name}</a>' for name in names if (run.folder / name).exists()]
+    there = [f'<a href="{escape(name)}">{escape(name)}</a>' for name in names if (run.folder / name).exists()]
+    files = {"settings.yaml": settings, "space.yaml": request.get("space"), "init.yaml": request.get("init")}
+    shown = "".join(
+        f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>" for name, text in files.items() if text
+    )
     return (
-        f"<p>The command, with every setting written out:</p><pre>{escape(command(run))}</pre>{facts(rows)}"
-        f"<details><summary>settings.yaml</summary><pre>{escape(settings)}</pre></details>"
-        + (
-            f"<details><summary>space.yaml</summary><pre>{escape(request['space'])}</pre></details>"
-            if "space" in request
-            else ""
-        )
-        + f"<p class=small>Files beside this page: {', '.join(there)}.</p>"
+        f"<p>The command, with every setting written out:</p><pre>{escape(command(run))}</pre>{facts(rows)}{shown}"
+        "<p class=small>Not recorded are the settings that change nothing in what is found: <code>cache_gb</code>, and "
+        "<code>optuna_storage</code>, which may hold a password.</p>"
+        f"<p class=small>Files beside this page: {', '.join(there)}.</p>"
     )
 
 
@@ -62,21 +65,25 @@ def command(run: Run) -> str:
     request, result = run.request, run.result
     words = ["nas-search"]
     if len(run.targets) == 1:
-        words += ["--target-ms", f"{run.target_ms:g}", "--device", result["device"]]
+        words += ["--target-ms", _whole(run.target_ms), "--device", result["device"]]
         words += ["--table", str(request.get("table") or result["table"])]
     else:
-        words += [word for each in run.targets for word in ("--target", f"{each['device']}={each['target_ms']:g}")]
+        words += [word for each in run.targets for word in ("--target", f"{each['device']}={_whole(each['target_ms'])}")]
         words += [word for each in run.targets for word in ("--table", str(each["table"]))]
     if not run.demonstration and request.get("data"):
         words += ["--data", str(request["data"])]
     if "init" in request:
         words += ["--init", "init.yaml", "--weights", str((result.get("init") or {}).get("weights", "given.safetensors"))]
-    else:
-        words += ["--space", _space_argument(run)]
+    words += ["--space", "space.yaml" if "init" in request else _space_argument(run)]
     if result.get("strategy", "greedy") != "greedy":
         words += ["--strategy", str(result["strategy"])]
     words += ["--config", "settings.yaml", "--seed", str(result.get("seed", 0)), "--out", str(run.folder)]
     return shlex.join(words)
+
+
+def _whole(number: float) -> str:
+    """Return a number with all its digits, without those that say nothing."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 def _space_argument(run: Run) -> str:

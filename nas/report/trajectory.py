@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -72,17 +73,48 @@ def trajectory_section(run: Run) -> str:
             ("circle", "lost", "not taken"),
         ]
     )
-    how = {"mes": "the mobile efficiency score gained"}.get(str(run.result.get("objective")), "the milliseconds saved")
     measured = int(run.result.get("measured_networks") or 0)
     again = f" {measured} networks were measured on the device before this one was chosen." if measured > 1 else ""
-    strategy = run.result.get("strategy", "greedy")
-    told = (
-        f"{_counted(len(taken), 'step')}. Each offers several actions and takes the one that costs least {what} for {how}."
-        if strategy == "greedy"
-        else f"The strategy {escape(strategy)}: {_counted(len(taken), 'step')}, of {_counted(len(lines), 'network')} offered."
-    )
-    intro = f"<p>{told} Point at a mark to read what it is.{again}</p>"
+    intro = f"<p>{_told(run, taken, steps, what)} Point at a mark to read what it is.{again}</p>"
     return f'{intro}<figure class="single">{chart.html()}{key}</figure>{_steps_table(taken, steps, len(lines))}'
+
+
+def _told(run: Run, taken: Sequence[Mapping[str, str]], steps: Mapping[int, Sequence[object]], what: str) -> str:
+    """How the network was chosen: from a study, from the best by the drops, step by step; these may follow each other."""
+    said = []
+    loop = [line for line in taken if _choice(line) == ""]
+    for line in taken:
+        number = len(steps[int(line["step"])])
+        if _choice(line) == "study":
+            trials = run.request.get("settings", {}).get("optuna_trials")
+            study = "an Optuna study" + (f" of {trials} trials" if trials else "")
+            said.append(f"The best {number} of the networks that {study} evaluated; the first of them is the answer.")
+        elif _choice(line) == "drops":
+            begin = "The loop of single actions did not reach the target. " if _greedy(run) else ""
+            gap = to_number(run.result.get("gap"))
+            proven = f" Another one may be better by the drops, by at most {gap:.2g} nats." if gap > 0 else ""
+            said.append(
+                f"{begin}The best {number} by the drops of single changes, judged as whole networks: the best of them was "
+                f"taken.{proven}"
+            )
+    if loop:
+        gain = {"mes": "the mobile efficiency score gained"}.get(str(run.result.get("objective")), "the milliseconds saved")
+        then = "Then " if said else ""
+        said.append(
+            f"{then}{_counted(len(loop), 'step')}. Each offers several actions and takes the one that costs least {what} for "
+            f"{gain}."
+        )
+    return " ".join(said)
+
+
+def _choice(line: Mapping[str, str]) -> str:
+    """Return what a step chose from: the networks of a study, the best by the drops, or (nothing) actions of the loop."""
+    action = line["action"]
+    return "study" if action.startswith("trial ") else "drops" if re.match(r"number \d+ by the drops", action) else ""
+
+
+def _greedy(run: Run) -> bool:
+    return bool(run.result.get("strategy", "greedy") == "greedy")
 
 
 def _counted(number: int, what: str) -> str:
@@ -103,6 +135,7 @@ def _step_text(line: Mapping[str, str]) -> str:
 
 def _steps_table(taken: Sequence[Mapping[str, str]], steps: Mapping[int, Sequence[object]], offered: int) -> str:
     more = [name for name in taken[0] if name not in COLUMNS and name.endswith("_after")]
+    chosen = all(_choice(line) for line in taken)
     head = "".join(
         f"<th>{name}</th>"
         for name in ("step", "action", "ms after", "saved ms", "loss after", "top-1 after", "score", "offered")
@@ -126,10 +159,12 @@ def _steps_table(taken: Sequence[Mapping[str, str]], steps: Mapping[int, Sequenc
         ]
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     return (
-        f'<details><summary>{_counted(len(taken), "step")} as a table</summary><div class="scroll"><table class="plain-table">'
+        f"<details><summary>{'The choice' if chosen else _counted(len(taken), 'step')} as a table</summary>"
+        '<div class="scroll"><table class="plain-table">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         "<p class=small>Score: the rise in loss (or the drop in accuracy) for what the action gains, per millisecond "
-        f"unless the columns say otherwise. Offered: actions that the step chose from. All {offered} are in trajectory.csv.</p>"
+        f"unless the columns say otherwise. Offered: {'networks' if chosen else 'actions'} that the step chose from. All "
+        f"{offered} are in trajectory.csv.</p>"
         "</details>"
     )
 
