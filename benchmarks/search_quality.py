@@ -406,9 +406,10 @@ def probe(study: Study) -> Pace:
     x, y = batch(recipe.batch_size)
     training = []
     for target_ms in study.given.targets:
-        arch = next(random_networks(space, study.own_table, target_ms, random.Random(0)), None)
-        if arch is None:
+        draw = next(random_networks(space, study.own_table, target_ms, random.Random(0)), None)
+        if draw is None:
             raise InputError(f"{space.name} has no networks of about {target_ms:g} ms, by the table: give other --targets")
+        arch = draw
         model = build_model(arch).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(model.parameters())
         of_image = timed(partial(train_step, model, optimizer, x, y, recipe)) / len(x)
