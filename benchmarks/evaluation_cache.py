@@ -61,7 +61,7 @@ def search(
     """Return the drops of single changes and what slimming finds, as nas-search does it."""
     base = space.largest if logits is None else start_network(space, logits)
     drops = measure_drops(space, base, evaluate)
-    return drops, slim(space, logits or drops.importance(), evaluate, table, target_ms)
+    return drops, slim(space, logits or drops.importance(), evaluate, table, target_ms, only_better=True)
 
 
 def targets(space: SearchSpace, table: LatencyTable, number: int) -> list[float]:

@@ -9,7 +9,7 @@ At each target, by one recipe, top-1 on images that no search saw, of:
 
 - every strategy of the search, for each seed with a supernet of its own, which serves all targets and strategies
 - random networks that take as long, each trained once: their median, and the best of them
-- random search: as many random networks that take as long as the search evaluated ones, the best by the same supernet's word
+- random search: random networks that take as long, as many as the search evaluated, the best by the same supernet's word
 - EfficientFormer-L1 scaled uniformly, and MobileNetV2 at a smaller width, as large as the target allows
 
 Every network is timed whole on this CPU, at the pace that the table was built at, and counts as meeting a target where the
@@ -20,6 +20,8 @@ the same command goes on after a kill, and --part divides the work among process
 from __future__ import annotations
 
 import argparse
+import csv
+import hashlib
 import json
 import random
 import re
@@ -47,21 +49,31 @@ from rivals import (
     largest_l1,
     largest_mobilenet,
     network_name,
+    random_at_target,
     random_networks,
 )
 from studies import hold_out, last_row, new_model, train_alone, train_model
 
-from nas.data import ImageData, load_images
+from nas.data import ImageData, load_images, natural_size
 from nas.evaluation import accuracy_of
-from nas.kept import Remembered, write_csv
+from nas.kept import Remembered, described, read_evaluations, write_csv
 from nas.measure import measure_alone, table_reference
 from nas.progress import duration, progress, say
 from nas.recovery import Recovered
-from nas.request import claim
+from nas.request import claim, finished
+from nas.scores import Drops, completed
 from nas.search import Request, borrow, evaluator_of, run_search, search_from
 from nas.slimming import start_network
 from nas.strategies import STRATEGIES
-from nas.supernet_training import SupernetSettings, epoch_size, logits_of, mixture_step, train_supernet, weight_step
+from nas.supernet_training import (
+    SupernetSettings,
+    epoch_size,
+    logits_of,
+    mixture_step,
+    train_supernet,
+    training_size,
+    weight_step,
+)
 from nas.table import LatencyTable
 from nas.training import RECIPES, accelerator, train_step, training_batch
 from supernet.arch import ArchConfig
@@ -71,8 +83,6 @@ from supernet.files import write_atomically
 from supernet.metapath import Supernet
 from supernet.model import build_model
 from supernet.space import SearchSpace
-
-"""What searches with one supernet share."""
 
 # What the estimate of the work takes for granted.
 EVALUATIONS = 200  # of a search
@@ -98,6 +108,11 @@ class Study:
     def data(self) -> ImageData:
         """All images that are not held out train a network that was found, but one: loading sets it apart to score."""
         return load_images(self.images, SearchSpace.load(self.given.space).image_size, seed=0, score_images=1)
+
+    @cached_property
+    def search_size(self) -> int:
+        """The image size, in pixels, that a search trains its supernet at and scores at."""
+        return training_size(SearchSpace.load(self.given.space), natural_size(self.images), self.settings.image_size)
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -208,19 +223,21 @@ def choose_by_search(seed: int, study: Study, folder: Path) -> list[Chosen]:
             run = folder / f"{target_ms:g}ms-{strategy}"
             result = searched(study, seed, target_ms, strategy, run, earlier)
             earlier = run
-            evaluations = max(evaluations, result["evaluations"])
+            needed = networks_evaluated(run)
+            evaluations = max(evaluations, needed)
             arch = ArchConfig.load(run / "searched.yaml")
             took = Time(result["measured_ms"], result["measured_low_ms"], result["measured_high_ms"])
-            found.append(study.chosen(strategy, target_ms, arch, took, seed, result["evaluations"]))
+            found.append(study.chosen(strategy, target_ms, arch, took, seed, needed))
         assert earlier is not None
-        found.append(search_at_random(study, seed, target_ms, evaluations, folder / f"{target_ms:g}ms-random", earlier))
+        found += search_at_random(study, seed, target_ms, evaluations, folder / f"{target_ms:g}ms-random", earlier)
     return found
 
 
 def searched(study: Study, seed: int, target_ms: float, strategy: str, run: Path, earlier: Path | None) -> dict[str, Any]:
-    """Return the result of one search; what an earlier search with the same supernet evaluated is not evaluated again."""
+    """Return the result of one search; an earlier one's supernet and drops of single changes are used."""
     given = study.given
     if earlier is not None:
+        keep_drops(earlier, run)
         return search_from(earlier, Request(target_ms, table=(given.table,), strategy=strategy, out=run))
     request = Request(
         target_ms, table=(given.table,), data=study.images, space=given.space, strategy=strategy, out=run, seed=seed
@@ -228,12 +245,48 @@ def searched(study: Study, seed: int, target_ms: float, strategy: str, run: Path
     return run_search(request, settings=study.settings)
 
 
-def search_at_random(study: Study, seed: int, target_ms: float, evaluations: int, folder: Path, run: Path) -> Chosen:
-    """Return the best of so many random networks, as the supernet of `run` scores them."""
+EVALUATED = ("network", "loss", "accuracy")
+"""Columns of `evaluations.csv`."""
+
+
+def keep_drops(earlier: Path, run: Path) -> None:
+    """Begin the evaluations of `run`, a search that has none yet, with those of an earlier one's drops alone.
+
+    It would borrow all that the earlier search evaluated. What a strategy goes on to evaluate for one target, another one may
+    need too: it evaluates that again, so that each run's file says how many networks the run took.
+    """
+    file = run / "evaluations.csv"
+    if not file.exists():
+        drops = networks_of_drops(earlier)
+        known = read_evaluations(earlier / "evaluations.csv")
+        rows = ((name, repr(found.loss), repr(found.accuracy)) for name, found in known.items() if name in drops)
+        write_csv(file, (dict(zip(EVALUATED, row, strict=True)) for row in rows), EVALUATED)
+
+
+def networks_of_drops(run: Path) -> set[str]:
+    """Return the networks that a run's drops were measured in, the base among them."""
+    space = finished(run).space
+    drops = Drops.load(run / "drops.csv", space)
+    changed = (completed(space, drops.base, [change]) for change in drops.singles)
+    return {described(drops.base), *(described(arch) for arch in changed if arch is not None)}
+
+
+def networks_evaluated(run: Path) -> int:
+    """Return how many different networks a search evaluated to choose one: all but those on which it only checked how far drops
+    add up. They are counted in its files, so that a kill changes nothing."""
+    checked: set[str] = set()
+    if (run / "additivity.csv").exists():
+        checked = {line["network"] for line in csv.DictReader((run / "additivity.csv").read_text().splitlines())}
+    return len(read_evaluations(run / "evaluations.csv").keys() - (checked - networks_of_drops(run)))
+
+
+def search_at_random(study: Study, seed: int, target_ms: float, evaluations: int, folder: Path, run: Path) -> list[Chosen]:
+    """Return the best of so many random networks, as the supernet of `run` scores them; nothing where none meets the target."""
     borrow(run, folder)
     settings, space = study.settings, study.space
-    data = load_images(study.images, space.image_size, seed, score_images=settings.score_images)  # those of the search
-    supernet = train_supernet(space, data, settings, seed, folder)
+    # Images and supernet are those of the search.
+    data = load_images(study.images, study.search_size, seed, score_images=settings.score_images)
+    supernet = train_supernet(space.at(study.search_size), data, settings, seed, folder)
     logits = logits_of(supernet, settings)
     base = space.largest if logits is None else start_network(space, logits)
     evaluator = evaluator_of(supernet, base, data, settings, folder)
@@ -241,7 +294,7 @@ def search_at_random(study: Study, seed: int, target_ms: float, evaluations: int
     evaluate = Remembered(scored, folder / "evaluations.csv")
     check = Measured(folder / "measured.json", study.table)
     rng = random.Random(f"random search, seed {seed}, {target_ms:g} ms")
-    draws = random_networks(space, study.own_table, target_ms, rng)
+    draws = random_at_target(space, study.own_table, check, target_ms, rng)
     with progress(f"random search at {target_ms:g} ms", evaluations) as tick:
 
         def loss_of(arch: ArchConfig) -> float:
@@ -250,12 +303,16 @@ def search_at_random(study: Study, seed: int, target_ms: float, evaluations: int
             return loss
 
         arch = best_scored(draws, loss_of, check, target_ms, evaluations)
-    return study.chosen(RANDOM_SEARCH, target_ms, replace(arch, name="random-search"), check(arch), seed, evaluations)
+    if arch is None:
+        say(f"warning: no random network that meets {target_ms:g} ms was found: random search has no part in that comparison")
+        return []
+    return [study.chosen(RANDOM_SEARCH, target_ms, replace(arch, name="random-search"), check(arch), seed, evaluations)]
 
 
 def choose_at_random(target_ms: float, study: Study, folder: Path) -> list[Chosen]:
     check = Measured(folder / "measured.json", study.table)
-    draws = random_networks(study.space, study.own_table, target_ms, random.Random(f"random networks, {target_ms:g} ms"))
+    rng = random.Random(f"random networks, {target_ms:g} ms")
+    draws = random_at_target(study.space, study.own_table, check, target_ms, rng)
     archs = draw_at_target(draws, check, target_ms, study.given.random)
     named = [replace(arch, name=f"random{number:02d}") for number, arch in enumerate(archs)]
     return [study.chosen(RANDOM, target_ms, arch, check(arch)) for arch in named]
@@ -349,14 +406,20 @@ def probe(study: Study) -> Pace:
     x, y = batch(recipe.batch_size)
     training = []
     for target_ms in study.given.targets:
-        arch = next(random_networks(space, study.own_table, target_ms, random.Random(0)))
+        draw = next(random_networks(space, study.own_table, target_ms, random.Random(0)), None)
+        if draw is None:
+            raise InputError(f"{space.name} has no networks of about {target_ms:g} ms, by the table: give other --targets")
+        arch = draw
         model = build_model(arch).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(model.parameters())
         of_image = timed(partial(train_step, model, optimizer, x, y, recipe)) / len(x)
         images = recipe.images_per_epoch or len(data.train)
         training.append(recipe.epochs * of_image * (images + len(data.val) / 3))  # a pass back takes two forward
 
-    net = ElasticSupernet(space) if settings.paths == "elastic" else Supernet(space)
+    at_size = space.at(study.search_size)
+    if study.search_size != space.image_size:
+        data = load_images(study.images, study.search_size, seed=0, score_images=1)
+    net = ElasticSupernet(at_size) if settings.paths == "elastic" else Supernet(at_size)
     net = net.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     x, y = batch(settings.batch_size)
     weights = timed(lambda: weight_step(net, x, y, settings, generator, 0)) / len(x)
@@ -365,7 +428,7 @@ def probe(study: Study) -> Pace:
     if settings.mixture_epochs:
         mixture = timed(lambda: mixture_step(net, x, y, settings, generator, settings.tau_start)) / len(x)
         supernet += settings.mixture_epochs * seen / 4 * mixture
-    largest = build_model(space.largest).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    largest = build_model(at_size.largest).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     some = data.train.shuffled(0)
     some = replace(some, rows=some.rows[:256], labels=some.labels[:256])
     forward = timed(lambda: accuracy_of(largest, some)) / len(some)
@@ -460,33 +523,53 @@ def part_of(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def content_of(file: Path, table: LatencyTable) -> dict[str, Any]:
+    """Return what identifies a table, and the pace that measurements are brought to: what is kept was measured for both."""
+    reference = table_reference(table)._asdict()
+    return {"table_sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "reference_ms": reference}
+
+
 ASKED = ("space", "targets", "strategies", "seeds", "crossed", "epochs", "images_per_epoch", "random", "val_images")
 """Settings that decide what is done; a report takes them from the study's folder."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="an image folder")
-    parser.add_argument("--table", type=Path, help="of this machine's CPU; it is also the pace of all measurements")
-    parser.add_argument("--space", default="efficientformer-tiny")
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.35, 0.5, 0.8], metavar="MS")
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=3, help="of supernets and of trainings")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="the images, one folder for each class")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="the latency table (CSV) of this machine's CPU; all is measured at its pace"
+    )
+    parser.add_argument("--space", default="efficientformer-tiny", help="what is searched in (%(default)s)")
+    parser.add_argument(
+        "--targets", type=float, nargs="+", default=[0.35, 0.5, 0.8], metavar="MS", help="of one image (0.35 0.5 0.8)"
+    )
+    parser.add_argument(
+        "--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME", help=f"of the search ({' '.join(STRATEGIES)})"
+    )
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of supernets and of trainings (%(default)s)")
     parser.add_argument(
         "--crossed", action="store_true", help="train each seed's network with every seed, not with its own alone"
     )
-    parser.add_argument("--random", type=int, default=20, help="random networks at each target")
-    parser.add_argument("--epochs", type=int, default=4, help="of each training")
-    parser.add_argument("--images-per-epoch", type=int, default=0, help="0: all training images")
-    parser.add_argument("--val-images", type=int, default=10_000, help="that are held out, where the data have no val/")
-    parser.add_argument("--config", type=Path, help="of the supernet, as for nas-search")
+    parser.add_argument("--random", type=int, default=20, metavar="N", help="random networks at each target (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=2, metavar="N", help="of each training of a network (%(default)s)")
+    parser.add_argument("--images-per-epoch", type=int, default=0, metavar="N", help="of them (0: all training images)")
     parser.add_argument(
-        "--supernet-images", type=int, default=0, help="that a supernet sees in all (default: what --config says)"
+        "--val-images",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="that are held out, where the data have no val/ (%(default)s)",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="of the supernet, as for nas-search")
+    parser.add_argument(
+        "--supernet-images", type=int, default=0, metavar="N", help="that a supernet sees in all (0: what --config says)"
     )
     parser.add_argument("--choose", action="store_true", help="find and measure the networks, and train none")
     parser.add_argument("--report", action="store_true", help="print what is finished in --out, and end")
     parser.add_argument("--part", default="1/1", metavar="K/N", help="do only the K-th of N shares of the work")
-    parser.add_argument("--out", type=Path, default=Path("search-quality"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("search-quality"), metavar="FOLDER", help="where everything is kept (%(default)s)"
+    )
     given = parser.parse_args()
     for strategy in given.strategies:
         if strategy not in STRATEGIES:
@@ -504,10 +587,15 @@ def main() -> None:
 
     study = Study(given)
     cpu_of(study.table)
-    request = {name: value for name, value in vars(given).items() if name in ASKED}
-    settings = asdict(study.settings)
     claim(
-        given.out, {"command": "benchmarks/search_quality.py", "data": study.data.fingerprint, **request, "settings": settings}
+        given.out,
+        {
+            "command": "benchmarks/search_quality.py",
+            "data": study.data.fingerprint,
+            **{name: value for name, value in vars(given).items() if name in ASKED},
+            "settings": asdict(study.settings),
+            **content_of(given.table, study.own_table),  # refuses one without the space's layers, before anything is claimed
+        },
     )
     groups = groups_of(given)
     say_estimate(study, groups)

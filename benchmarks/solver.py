@@ -242,7 +242,7 @@ def main() -> None:
             equal += same
             if not same:
                 print(f"instance {seed}: milp {loss}, exact {found}, at most {target_ms!r} ms", file=sys.stderr)
-            greedy = slim(space, drops.importance(), drops.evaluation_for, table, target_ms)
+            greedy = slim(space, drops.importance(), drops.evaluation_for, table, target_ms, only_better=True)
             gaps.append((greedy.evaluation.loss - found) / (drops.sum_for(space.smallest) - found))
             if seed < given.repeats:
                 params = Budget.params(0.8 * count_params(best(space, drops, table, target_ms)[0].arch))
