@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nas.guarantee import SLACK
 from nas.kept import described, read_evaluations, write_csv
 from nas.request import Finished, claim, finished
 from nas.scores import Drops
@@ -193,6 +194,13 @@ def _print(result: Mapping[str, Any], held: Finished, out: Path) -> None:
     )
     if result["strategy"] == "exact":
         print(f"  {exact_for(result)}")
+    for device in held.result.get("targets", [held.result]):
+        off = device["measured_ms"] / device["predicted_ms"] - 1 if device["measured_ms"] else 0.0
+        if abs(off) > SLACK and device["device"] in [each["device"] for each in result["targets"]]:
+            print(
+                f"  that search's own network took {100 * abs(off):.1f} % {'more' if off > 0 else 'less'} on "
+                f"{device['device']} than its table says"
+            )
     asked = " ".join(
         f"--target {device['device']}={device['target_ms']:g} --table {device['table']}" for device in result["targets"]
     )

@@ -43,7 +43,8 @@ def print_result(result: Mapping[str, Any], folder: Path, source: str, validatio
     if result["largest_of_space"]:
         print(f"  {_of_the_largest(result)}")
     elif (left := _left(result)) > SLACK and result["met"] and not result["candidate"]:
-        print(f"  {100 * left:.1f} % of the target is left: nothing was found nearer to it that fits and scores better")
+        other = "; --strategy exact looks at all networks" if result["strategy"] == "greedy" else ""
+        print(f"  {100 * left:.1f} % of the target is left: nothing was found nearer to it that fits and scores better{other}")
     if result["strategy"] == "exact" and not result["largest_of_space"]:
         print(f"  {exact_for(result)}")
     if result["demonstration"]:

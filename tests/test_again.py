@@ -75,6 +75,13 @@ def test_another_target_is_answered_by_the_drops(run: Path, board: LatencyTable,
     assert result["from"] == "run"
     assert "exact for the drops of single changes, not for accuracy" in said
     assert "--verify (evaluates and measures)" in said
+    assert "than its table says" not in said, "nothing was measured"
+    result = read(run / "result.json")
+    predicted = result["predicted_ms"]
+    assert isinstance(predicted, float)
+    (run / "result.json").write_text(json.dumps(result | {"targets": [result | {"measured_ms": 1.2 * predicted}]}))
+    cli.search(["--from", "run", "--target-ms", f"{ms:.6f}", "--out", "next"])
+    assert "own network took 20.0 % more on board-cpu than its table says" in capsys.readouterr().out
     with open("next/frontier.csv") as file:
         points = list(csv.DictReader(file))
     assert {point["device"] for point in points} == {"board-cpu"}
