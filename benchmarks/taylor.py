@@ -122,10 +122,13 @@ def cuts_of_space(
     yield Cut("whole", 1.0, "first", start, found_network(supernet, start, images))
     for method in METHODS:
         kept = None if method == "first" else supernet_scores(supernet, start, batches, method)
+        made: set[ArchConfig] = set()
         for share in given.shares:
             widths = [min(s.widths, key=lambda w, s=s: abs(w - share * s.widths[-1])) for s in space.stages]  # type: ignore[misc]
             target = at_widths(start, widths)
-            yield Cut("width", share, method, target, found_network(supernet, target, images, kept))
+            if target not in made:  # a space has no widths below its smallest
+                yield Cut("width", share, method, target, found_network(supernet, target, images, kept))
+            made.add(target)
 
 
 def judged(cut: Cut, data: ImageData, val: Images, recovery: Recipe | None, seed: int, folder: Path) -> dict[str, object]:
