@@ -15,11 +15,11 @@ import numpy as np
 import yaml
 
 from nas.data import load_data, natural_size
+from nas.judging import evaluator_of
 from nas.kept import Remembered
 from nas.progress import progress
 from nas.recovery import Recovered
 from nas.scores import Drops, additivity, measure_drops, measure_pairs, pairs_to_measure, single_changes
-from nas.search import evaluator_of
 from nas.slimming import start_network
 from nas.statistics import bootstrap, kendall_tau, line, r_squared
 from nas.supernet_training import SupernetSettings, logits_of, train_supernet, training_size

@@ -21,10 +21,10 @@ from guarantee import Worth
 
 from nas.data import load_data
 from nas.evaluation import Evaluator
+from nas.judging import evaluator_of
 from nas.kept import described
 from nas.prefixes import PrefixCache, Tree, cheapest_order
 from nas.scores import Drops, measure_drops
-from nas.search import evaluator_of
 from nas.slimming import Evaluation, Importance, Trajectory, evaluations, slim, start_network
 from nas.supernet_training import SupernetSettings, logits_of, train_supernet, training_size
 from nas.table import LatencyTable

@@ -85,7 +85,7 @@ def made_up(space: SearchSpace, seed: int) -> Callable[[ArchConfig], Evaluation]
 def of_run(folder: Path) -> tuple[SearchSpace, LatencyTable, Drops, Callable[[ArchConfig], Evaluation]]:
     """Return the space of a run, its table, its drops, and how its supernet does on a network."""
     from nas.data import load_data, natural_size
-    from nas.search import evaluator_of
+    from nas.judging import evaluator_of
     from nas.slimming import start_network
 
     try:

@@ -28,12 +28,12 @@ import torch
 from studies import last_row, train_alone, with_larger_val
 
 from nas.data import ImageData, load_images
+from nas.judging import evaluator_of
 from nas.kept import write_csv
 from nas.progress import progress, say
 from nas.recovery import Recovered
 from nas.request import claim
 from nas.scores import measure_drops
-from nas.search import evaluator_of
 from nas.slimming import start_network
 from nas.statistics import bootstrap, kendall_tau, regret_among
 from nas.supernet_training import SupernetSettings, logits_of, sandwich, single_path, train_supernet

@@ -56,13 +56,14 @@ from studies import hold_out, last_row, new_model, train_alone, train_model
 
 from nas.data import ImageData, load_images, natural_size
 from nas.evaluation import accuracy_of
+from nas.judging import evaluator_of
 from nas.kept import Remembered, described, read_evaluations, write_csv
 from nas.measure import measure_alone, table_reference
 from nas.progress import duration, progress, say
 from nas.recovery import Recovered
 from nas.request import claim, finished
 from nas.scores import Drops, completed
-from nas.search import Request, borrow, evaluator_of, run_search, search_from
+from nas.search import Request, borrow, run_search, search_from
 from nas.slimming import start_network
 from nas.strategies import STRATEGIES
 from nas.supernet_training import (

@@ -23,9 +23,9 @@ from safetensors.torch import save as save_safetensors
 
 from nas.data import ImageData, Images, load_images
 from nas.evaluation import accuracy_of, recalibrate
+from nas.judging import deployed_weights, found_network
 from nas.progress import say
 from nas.request import claim
-from nas.search import deployed_weights, found_network
 from nas.slimming import start_network
 from nas.supernet_training import SupernetSettings, train_supernet, training_size
 from nas.taylor import Method, calibration_batches, supernet_scores, unit_scores

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -16,19 +15,27 @@ from safetensors.torch import save as save_safetensors
 
 from nas.data import ImageData, load_data, natural_size
 from nas.distributed import shared
-from nas.evaluation import Evaluator, accuracy_of, recalibrate
+from nas.evaluation import Evaluator, accuracy_of
 from nas.guarantee import Goal, Outcome, meet
+from nas.judging import (
+    additivity_of,
+    deployed_weights,
+    drops_of,
+    evaluator_of,
+    found_network,
+    report_signal,
+    write_importance,
+)
 from nas.kept import Checks, Remembered, described, write_csv
 from nas.lookup import OnDevice, groups_of, places, resolve_device, usable_table
 from nas.pretrained import Pretrained, layers_kept, on_data, pretrained_supernet, requested
-from nas.progress import progress, say
+from nas.progress import say
 from nas.recovery import Recovered
 from nas.report import NAME as REPORT
 from nas.report import write_report
 from nas.request import Finished, claim, finished
 from nas.result import print_result
-from nas.scores import ADDITIVITY_COLUMNS, Drops, Evaluate, additivity, measure_drops, single_changes
-from nas.slimming import Importance, MobileEfficiency, Trajectory, check_limits, rounded_up, start_network
+from nas.slimming import MobileEfficiency, Trajectory, check_limits, rounded_up, start_network
 from nas.strategies import (
     FRONTIER_COLUMNS,
     Budgeted,
@@ -41,19 +48,17 @@ from nas.strategies import (
     limits_of,
     refuse_unreachable,
 )
-from nas.supernet_training import SupernetSettings, channel_method, logits_of, train_supernet, training_size
+from nas.supernet_training import SupernetSettings, logits_of, train_supernet, training_size
 from nas.table import LatencyTable
-from nas.taylor import channels
 from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
 from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, train_finalists, usable_ways
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError
 from supernet.files import write_atomically
-from supernet.model import build_model, count
+from supernet.model import count
 from supernet.space import SearchSpace
 from supernet.specs import knobs_of
-from supernet.units import UnitScores
-from supernet.weights import AnySupernet, at_size, subnetwork
+from supernet.weights import AnySupernet
 
 ADDITIVITY_NETWORKS = 50  # on which the sum of drops is checked where it decides
 TRAINED = ("supernet.pt", "channels.json", "distillation.pt", "evaluations.csv")  # what another target changes nothing in
@@ -65,7 +70,7 @@ class Request:
     """What a user asks of `nas-search`; None or nothing where a flag was left out.
 
     `target_ms` on `device` is the first target, those of `targets` (device, milliseconds) are met beside it. `table`: files, of
-    those devices. `run`: a finished search, whose supernet and scores are used.
+    those devices.
     """
 
     target_ms: float | None = None
@@ -459,16 +464,6 @@ def measurements_file(devices: Sequence[OnDevice], at: int) -> str:
     return "measurements.csv" if len(devices) == 1 else f"measurements-{devices[at].name}.csv"
 
 
-def write_importance(path: Path, space: SearchSpace, importance: Importance) -> None:
-    """Write `importance.csv`: each slot's kinds and their log-odds against identity."""
-    records = (
-        {"stage": stage + 1, "slot": slot + 1, "kind": kind, "log_odds": value}
-        for (stage, slot), odds in zip(space.slots, importance, strict=True)
-        for kind, value in odds.items()
-    )
-    write_csv(path, records, ("stage", "slot", "kind", "log_odds"))
-
-
 def study_of(work: Work) -> Study:
     """Return the Optuna study of a search. Its name is the same wherever the same is asked for, whatever paths there are."""
     from nas.tuning import study_name  # optuna takes a while to import
@@ -485,41 +480,6 @@ def study_of(work: Work) -> Study:
     }
     name = study_name(network_name(work.space.name, [device.target.ms for device in work.devices]), asked)
     return Study(name, storage, work.settings.optuna_sampler, work.settings.optuna_trials, work.seed)
-
-
-def evaluator_of(
-    supernet: AnySupernet, base: ArchConfig, data: ImageData, settings: SupernetSettings, folder: Path
-) -> Evaluator:
-    """Return what scores the supernet's networks; which channels narrow ones inherit is judged in `base`, a network at the
-    largest widths, and kept in `folder/channels.json`."""
-    images = settings.recalibration_images
-    member = base.at(supernet.space.image_size)
-    kept = channels(folder / "channels.json", supernet, member, data, images, channel_method(settings))
-    return Evaluator(supernet, data, images, settings.cache_bytes, kept)
-
-
-def drops_of(space: SearchSpace, base: ArchConfig, evaluate: Evaluate) -> Drops:
-    """Return the drop of every single change of the base network, with progress shown."""
-    with progress("drops of single changes", len(single_changes(space, base)) + 1) as tick:
-        return measure_drops(space, base, evaluate, tick)
-
-
-def additivity_of(
-    space: SearchSpace, drops: Drops, evaluate: Evaluate, count: int, seed: int, folder: Path
-) -> dict[str, float | None] | None:
-    """Check the sum of the drops on `count` random networks, if any; write `additivity.csv`, say and return how good it is."""
-    if not count:
-        return None
-    with progress("networks with several changes", count) as tick:
-        found = additivity(space, drops, evaluate, count, seed, tick)
-    write_csv(folder / "additivity.csv", found.records, ADDITIVITY_COLUMNS)
-    say(
-        f"the sum of single drops on {len(found.records)} networks with several changes: R2 {found.r_squared:.2f}, Kendall's "
-        f"tau {found.tau:.2f}, slope {found.slope:.2f}"
-    )
-    figures = {"r_squared": found.r_squared, "tau": found.tau, "slope": found.slope}
-    # JSON has no NaN, which they are where all networks are equally good.
-    return {"networks": len(found.records), **{k: None if math.isnan(v) else v for k, v in figures.items()}}
 
 
 def efficiency_of(settings: SupernetSettings) -> MobileEfficiency | None:
@@ -558,48 +518,3 @@ def _finalists(
         return path
 
     return train_finalists(found, inherited, data, checks, checks.group_ms, settings, folder / "throughput", seed)
-
-
-def report_signal(
-    space: SearchSpace, largest: ArchConfig, evaluate: Remembered, images: int, *, trained_here: bool = True
-) -> None:
-    """Say how far the largest network and the one without blocks are apart: what the scores have to go by."""
-    kinds = [["identity"] * stage.depth for stage in space.stages]
-    empty = space.arch(largest.widths, kinds)
-    full, bare = evaluate(largest), evaluate(empty)
-    say(
-        f"on the {images} scoring images, as networks are scored: largest network loss {full.loss:.3f}, top-1 "
-        f"{100 * full.accuracy:.1f} %; identity only loss {bare.loss:.3f}, top-1 {100 * bare.accuracy:.1f} %"
-    )
-    noise = 2 * math.sqrt(2 * full.accuracy * (1 - full.accuracy) / images)
-    if full.accuracy - bare.accuracy <= noise or full.loss >= bare.loss:
-        say(
-            "warning: they are as good as equal, so the scores carry no signal and which blocks go is chance; "
-            + (
-                "train the supernet for longer (weight_epochs in --config) or on larger images"
-                if trained_here
-                else "give --init a network that was trained on such images"
-            )
-        )
-
-
-def found_network(
-    supernet: AnySupernet, arch: ArchConfig, images: torch.Tensor, kept: UnitScores | None = None, unchanged: int = 0
-) -> torch.nn.Sequential:
-    """Return the found network at the supernet's image size, with inherited weights, and statistics recomputed on `images` but
-    for those of the first `unchanged` layers."""
-    model = subnetwork(supernet, arch.at(supernet.space.image_size), kept)
-    model = model.to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    recalibrate(model, images, unchanged)
-    return model.eval()
-
-
-def deployed_weights(model: torch.nn.Sequential, deployed: ArchConfig) -> dict[str, torch.Tensor]:
-    """Return the state of `model` under the names of the network to deploy, what depends on the image size at its size."""
-    target = build_model(deployed)
-    weights = {}
-    for (name, module), source in zip(target.named_children(), model.children(), strict=True):
-        for key, like in module.state_dict().items():
-            value = source.state_dict()[key].cpu()
-            weights[f"{name}.{key}"] = at_size(key, value, like).contiguous()
-    return weights

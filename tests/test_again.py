@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import SETTINGS, SPACE, additive_table, refused
+from test_cli import SETTINGS, additive_table, board_table, refused
 
 from nas import cli
 from nas.evaluation import Evaluator
 from nas.kept import described
-from nas.profilers.ort_cpu import OrtCpu
 from nas.scores import Drops
 from nas.search import borrow
 from nas.slimming import start_network
@@ -22,17 +21,8 @@ from supernet.space import SearchSpace
 
 @pytest.fixture
 def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatencyTable:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
-    monkeypatch.setattr("nas.lookup.user_folder", lambda: tmp_path / "tables")
-    monkeypatch.setattr("nas.job._cache", lambda: tmp_path / "cache")
-    monkeypatch.setattr(OrtCpu, "onnx", lambda self, model: b"")
-    Path("micro.yaml").write_text(SPACE)
-    Path("settings.yaml").write_text(SETTINGS)
-    space = SearchSpace.load("micro.yaml")
-    additive_table(space, "phone-npu", 0.5).save(tmp_path / "tables")
-    found = additive_table(space, "board-cpu")
-    found.save(tmp_path / "tables")
+    found = board_table(tmp_path, monkeypatch)
+    additive_table(SearchSpace.load("micro.yaml"), "phone-npu", 0.5).save(tmp_path / "tables")
     return found
 
 

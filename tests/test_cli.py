@@ -15,6 +15,7 @@ from tables import plain_calibration
 
 from nas import cli
 from nas.pretrained import space_of
+from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
 from nas.scores import Drops
 from nas.table import LatencyTable, Row, measured_layers
@@ -71,6 +72,20 @@ def additive_table(space: SearchSpace, device: str, scale: float = 1.0) -> Laten
     return LatencyTable(
         device, rows, (plain_calibration(space),), "imported", {"reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}}
     )
+
+
+def board_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatencyTable:
+    """The only table of a user whose device is elsewhere, in a folder with `micro.yaml` and `settings.yaml`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr("nas.lookup.user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr("nas.job._cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(OrtCpu, "onnx", lambda self, model: b"")
+    Path("micro.yaml").write_text(SPACE)
+    Path("settings.yaml").write_text(SETTINGS)
+    found = additive_table(SearchSpace.load("micro.yaml"), "board-cpu")
+    found.save(tmp_path / "tables")
+    return found
 
 
 @pytest.fixture

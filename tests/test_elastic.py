@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas.data import ImageData, Images
 from nas.evaluation import Evaluator, recalibrate
-from nas.search import found_network
+from nas.judging import found_network
 from supernet.arch import ArchConfig
 from supernet.elastic import ElasticSupernet, sharing, widest
 from supernet.model import build_model

@@ -234,7 +234,7 @@ def test_a_search_that_was_killed_goes_on_where_it_was(
     assert not Path("run/result.json").exists()
     kept = Path("run/evaluations.csv").read_bytes()
     capsys.readouterr()
-    monkeypatch.setattr("nas.search.Evaluator.__call__", lambda *_: pytest.fail("what was evaluated is kept"))
+    monkeypatch.setattr("nas.evaluation.Evaluator._evaluate", lambda *_: pytest.fail("what was evaluated is kept"))
     search(target)
     assert capsys.readouterr().err.count("has finished before") == 2
     assert Path("run/evaluations.csv").read_bytes() == kept

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
-from test_cli import INIT_SETTINGS, SETTINGS, SPACE, TINY, additive_table, refused
+from test_cli import INIT_SETTINGS, TINY, additive_table, board_table, refused
 
 from nas import cli
 from nas.measure import CACHED, STREAMING, name_of
 from nas.pretrained import space_of
-from nas.profilers.ort_cpu import OrtCpu
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
 from supernet.model import build_model
@@ -23,16 +22,7 @@ REFERENCES = (0.25, 0.3)  # what the made-up table says that they take
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatencyTable:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
-    monkeypatch.setattr("nas.lookup.user_folder", lambda: tmp_path / "tables")
-    monkeypatch.setattr("nas.job._cache", lambda: tmp_path / "cache")
-    monkeypatch.setattr(OrtCpu, "onnx", lambda self, model: b"")
-    Path("micro.yaml").write_text(SPACE)
-    Path("settings.yaml").write_text(SETTINGS)
-    found = additive_table(SearchSpace.load("micro.yaml"), "board-cpu")
-    found.save(tmp_path / "tables")
-    return found
+    return board_table(tmp_path, monkeypatch)
 
 
 @pytest.fixture
