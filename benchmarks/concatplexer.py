@@ -18,14 +18,16 @@ from pathlib import Path
 
 import torch
 
+from nas.checkpoints import load_weights
 from nas.data import ImageData, Images, load_images
 from nas.export import onnx_bytes
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import OrtModel, cpu_name
 from nas.profilers.timing import Measurement, Visit, median_reference, summarise, visit_in_rounds
 from nas.progress import say
+from nas.recipe import RECIPES
 from nas.throughput import GROUPINGS, Accuracy, grouped_accuracy, wait_ms
-from nas.training import RECIPES, load_weights, train_network
+from nas.training import train_network
 from supernet.arch import ArchConfig, MultiplexSpec, Stage
 from supernet.errors import InputError
 from supernet.model import build_model, count

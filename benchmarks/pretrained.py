@@ -31,6 +31,7 @@ from safetensors.torch import save as save_safetensors
 from studies import train_model
 from torch import nn
 
+from nas.checkpoints import load_weights
 from nas.data import ImageData, load_images
 from nas.devices import profiler_of
 from nas.evaluation import accuracy_of, recalibrate
@@ -38,16 +39,13 @@ from nas.export import onnx_bytes
 from nas.measure import Profiler, measure_alone, table_reference
 from nas.profilers.ort_session import OrtModel
 from nas.progress import say
+from nas.recipe import RECIPES
 from nas.request import claim
 from nas.search import Request, run_search
 from nas.table import LatencyTable
 from nas.taylor import calibration_batches, unit_scores
-from nas.training import (
-    RECIPES,
-    load_teacher,
-    load_weights,
-    train_network,
-)
+from nas.teacher import load_teacher
+from nas.training import train_network
 from supernet.arch import ArchConfig
 from supernet.blocks.efficientformer import LayerScale
 from supernet.errors import InputError

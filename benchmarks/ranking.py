@@ -31,6 +31,7 @@ from nas.data import ImageData, load_images
 from nas.judging import evaluator_of
 from nas.kept import write_csv
 from nas.progress import progress, say
+from nas.recipe import RECIPES
 from nas.recovery import Recovered
 from nas.request import claim
 from nas.scores import measure_drops
@@ -38,7 +39,6 @@ from nas.slimming import start_network
 from nas.statistics import bootstrap, kendall_tau, regret_among
 from nas.supernet_training import SupernetSettings, logits_of, sandwich, single_path, train_supernet
 from nas.table import LatencyTable
-from nas.training import RECIPES
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.model import count

@@ -60,11 +60,13 @@ from nas.judging import evaluator_of
 from nas.kept import Remembered, described, read_evaluations, write_csv
 from nas.measure import measure_alone, table_reference
 from nas.progress import duration, progress, say
+from nas.recipe import RECIPES
 from nas.recovery import Recovered
 from nas.request import claim, finished
 from nas.scores import Drops, completed
 from nas.search import Request, borrow, run_search, search_from
 from nas.slimming import start_network
+from nas.steps import accelerator, training_batch
 from nas.strategies import STRATEGIES
 from nas.supernet_training import (
     SupernetSettings,
@@ -76,7 +78,7 @@ from nas.supernet_training import (
     weight_step,
 )
 from nas.table import LatencyTable
-from nas.training import RECIPES, accelerator, train_step, training_batch
+from nas.training import train_step
 from supernet.arch import ArchConfig
 from supernet.elastic import ElasticSupernet
 from supernet.errors import InputError, unknown

@@ -11,23 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nas.checkpoints import load_checkpoint, save_checkpoint
 from nas.data import SUFFIXES, ImageData, Images, epoch_batches
 from nas.evaluation import accuracy_of
 from nas.progress import progress, say
-from nas.training import (
-    History,
-    Recipe,
-    Teacher,
-    accelerator,
-    cosine,
-    load_checkpoint,
-    parameter_groups,
-    save_checkpoint,
-    set_layer_scale,
-    train_network,
-    train_step,
-    training_batch,
-)
+from nas.recipe import Recipe
+from nas.steps import accelerator, cosine, parameter_groups, set_layer_scale, training_batch
+from nas.teacher import Teacher
+from nas.training import History, train_network, train_step
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.training import accelerator, mixed_precision, parameter_groups, set_layer_scale
+from nas.steps import accelerator, mixed_precision, parameter_groups, set_layer_scale
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
 from supernet.elastic import ElasticSupernet

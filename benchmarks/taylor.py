@@ -21,15 +21,18 @@ from typing import get_args
 import torch
 from safetensors.torch import save as save_safetensors
 
+from nas.checkpoints import load_weights
 from nas.data import ImageData, Images, load_images
 from nas.evaluation import accuracy_of, recalibrate
 from nas.judging import deployed_weights, found_network
 from nas.progress import say
+from nas.recipe import RECIPES, Recipe
 from nas.request import claim
 from nas.slimming import start_network
+from nas.steps import accelerator
 from nas.supernet_training import SupernetSettings, train_supernet, training_size
 from nas.taylor import Method, calibration_batches, supernet_scores, unit_scores
-from nas.training import RECIPES, Recipe, accelerator, load_weights, train_network
+from nas.training import train_network
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.files import write_atomically

@@ -419,7 +419,9 @@ def train(arguments: Sequence[str] | None = None) -> None:
 
     def work() -> None:
         from nas.data import load_data
-        from nas.training import load_recipe, load_teacher, train_network
+        from nas.recipe import load_recipe
+        from nas.teacher import load_teacher
+        from nas.training import train_network
         from supernet.zoo import load_arch
 
         arch = load_arch(given.arch)

@@ -135,7 +135,7 @@ def export_network(arch: str, weights: Path | None, out: Path) -> None:
 
     One that multiplexes is written for one full group.
     """
-    from nas.training import load_weights
+    from nas.checkpoints import load_weights
 
     config = load_arch(arch)
     torch.manual_seed(0)

@@ -21,26 +21,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from nas.checkpoints import CLASSIFIER, load_checkpoint, load_state, load_weights, save_checkpoint
 from nas.data import ImageData, epoch_batches
 from nas.evaluation import accuracy_of
 from nas.networks import import_timm
 from nas.progress import progress, say
+from nas.recipe import Recipe
+from nas.steps import accelerator, cosine, mixed_precision, parameter_groups, training_batch
 from nas.supernet_training import SupernetSettings, epoch_size
 from nas.taylor import calibration_batches, unit_scores
-from nas.training import (
-    CLASSIFIER,
-    Recipe,
-    accelerator,
-    cosine,
-    load_checkpoint,
-    load_state,
-    load_weights,
-    mixed_precision,
-    parameter_groups,
-    save_checkpoint,
-    train_network,
-    training_batch,
-)
+from nas.training import train_network
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, first_line, placed
 from supernet.files import write_atomically

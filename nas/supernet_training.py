@@ -18,22 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.checkpoints import load_checkpoint, save_checkpoint
 from nas.curves import curves
 from nas.data import ImageData, epoch_batches
 from nas.progress import progress, say
 from nas.slimming import Score
-from nas.taylor import Method
-from nas.training import (
+from nas.steps import (
     PRECISIONS,
     accelerator,
     cosine,
-    load_checkpoint,
     mixed_precision,
     parameter_groups,
-    save_checkpoint,
     set_layer_scale,
     training_batch,
 )
+from nas.taylor import Method
 from supernet.arch import ArchConfig
 from supernet.elastic import ElasticSupernet, widest
 from supernet.errors import InputError, unknown

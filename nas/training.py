@@ -1,165 +1,36 @@
-"""Training: what every recipe shares, and the training of a found network."""
+"""Training of a found network."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.checkpoints import digest, load_checkpoint, load_weights, save_checkpoint
 from nas.curves import curves
-from nas.data import ImageData, augment, epoch_batches, normalise
+from nas.data import ImageData, epoch_batches
 from nas.evaluation import accuracy_of
 from nas.progress import LINE_EVERY_S, duration, progress, say
+from nas.recipe import Recipe
 from nas.request import claim
+from nas.steps import accelerator, cosine, mixed_precision, parameter_groups, set_layer_scale, training_batch
+from nas.teacher import Teacher
 from supernet.arch import ArchConfig
-from supernet.blocks.concatplexer import is_group_part
-from supernet.blocks.efficientformer import LayerScale
-from supernet.errors import InputError, unknown
-from supernet.files import checked_fields, read_yaml, write_atomically
+from supernet.errors import InputError
+from supernet.files import write_atomically
 from supernet.model import build_model
-from supernet.weights import at_size
 
 MEASURED_STEPS = 10  # the first step is left out: it also allocates
-UNDECAYED = ("attention_biases", "cls_token", "pos_embed", "segments", "pair_biases")  # beside vectors
-PRECISIONS = ("auto", "fp32", "bf16")
-CLASSIFIER = ("head.fc.weight", "head.fc.bias")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a found network is trained: AdamW, warm-up over a twentieth of the steps, then cosine to a hundredth.
-
-    Also the fields of `nas-train --recipe FILE`.
-    """
-
-    epochs: int
-    """How often the training images are seen (or `images_per_epoch` of them); validation follows each time."""
-    batch_size: int
-    """Images a step; what is left over begins the next epoch."""
-    learning_rate: float
-    """The highest, after the warm-up."""
-    layer_scale: float
-    """Initial layer scale; the published 1e-5 suits trainings of hundreds of epochs. Given weights keep theirs."""
-    clip_norm: float
-    """The norm to which a longer gradient is shortened."""
-    weight_decay: float = 0.025
-    """AdamW's; biases, norms, layer scales and attention biases do not decay."""
-    label_smoothing: float = 0.1
-    """Share of the target that is spread over all classes; validation has none."""
-    images_per_epoch: int = 0
-    """0: all training images."""
-    accelerator: str = "auto"
-    """auto, cpu, cuda or mps."""
-    precision: str = "auto"
-    """fp32, bf16 (matrix products in bfloat16, weights in fp32), or auto: bf16 where the hardware multiplies it itself."""
-    distillation: Literal["soft", "hard"] = "soft"
-    """What is learned from a teacher: soft, its probabilities (Hinton et al. 2015); hard, its decisions (DeiT)."""
-    teacher_weight: float = 0.5
-    """Share of the loss that is the teacher's; the labels have the rest."""
-    teacher_temperature: float = 2.0
-    """Of soft distillation: both sides' logits are divided by it."""
-
-    def __post_init__(self) -> None:
-        # Batch norm cannot train on one value, which is what one image is at the end of a small network.
-        for name, least in (("epochs", 1), ("batch_size", 2), ("images_per_epoch", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, but is {getattr(self, name)}")
-        for name in ("learning_rate", "layer_scale", "clip_norm", "teacher_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be a positive number, but is {getattr(self, name)}")
-        if self.distillation not in ("soft", "hard"):
-            raise unknown("distillation", self.distillation, ("soft", "hard"))
-        if not 0 <= self.teacher_weight <= 1:
-            raise InputError(f"teacher_weight must be from 0 to 1, but is {self.teacher_weight}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"weight_decay must be a number from 0 on, but is {self.weight_decay}")
-        if not 0 <= self.label_smoothing < 1:
-            raise InputError(f"label_smoothing must be at least 0 and below 1, but is {self.label_smoothing}")
-        if self.accelerator not in ("auto", "cpu", "cuda", "mps"):
-            raise unknown("accelerator", self.accelerator, ("auto", "cpu", "cuda", "mps"))
-        if self.precision not in PRECISIONS:
-            raise unknown("precision", self.precision, PRECISIONS)
-
-
-RECIPES: dict[str, Recipe] = {
-    "quick": Recipe(epochs=30, batch_size=128, learning_rate=2e-3, layer_scale=0.1, clip_norm=5.0),
-    # For a network that has its weights: they are to be mended, not learned anew.
-    "finetune": Recipe(epochs=10, batch_size=128, learning_rate=5e-4, layer_scale=0.1, clip_norm=5.0),
-}
-
-
-def load_recipe(name_or_path: str | Path) -> Recipe:
-    """Return a recipe by its name, or read one from a YAML file.
-
-    Raises:
-        InputError: there is neither, or a field is unknown, missing, of another type, or not allowed.
-    """
-    text = str(name_or_path)
-    if text in RECIPES:
-        return RECIPES[text]
-    if not text.endswith((".yaml", ".yml")) and "/" not in text:
-        raise unknown("recipe", text, [*RECIPES, "a YAML file"])
-    where = f"the recipe file {text}"
-    given = checked_fields(Recipe, read_yaml(text, "the recipe file"), where)
-    try:
-        return Recipe(**given)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-
-
-@dataclass(frozen=True, eq=False)
-class Teacher:
-    """A trained network whose outputs another one learns from."""
-
-    network: nn.Module
-    """In eval mode, its weights frozen: normalised images (B, 3, S, S) to logits (B, classes), S the student's image size."""
-    digest: str
-    """Of the architecture and its weights."""
-
-
-def load_teacher(network: str | Path, image_size: int, num_classes: int) -> Teacher:
-    """Return the network of a YAML file that has its weights beside it, at this image size.
-
-    The weights of `teacher.yaml` are `teacher.safetensors`, and so on; those of nas-train's `arch.yaml` are
-    `model.safetensors`, those of nas-search's `searched.yaml` are `weights.safetensors`. What of them depends on the image size
-    is resized.
-
-    Raises:
-        InputError: one of the two files is missing or cannot be used, or the network has other classes.
-    """
-    path = Path(network)
-    if path.suffix not in (".yaml", ".yml"):
-        raise InputError(
-            f"the teacher {network} is no YAML file: give one that has its weights beside it, such as the teacher.yaml of "
-            "nas-search --init, or the arch.yaml of nas-train"
-        )
-    arch = ArchConfig.load(path).without_identity()
-    weights = path.with_suffix(".safetensors")
-    if not weights.exists():
-        weights = path.with_name({"arch": "model", "searched": "weights"}.get(path.stem, path.stem) + ".safetensors")
-    if arch.num_classes != num_classes:
-        raise InputError(
-            f"the teacher {path} knows {arch.num_classes} classes, but the data have {num_classes}: give one that was "
-            "trained on them"
-        )
-    own = build_model(arch)
-    load_weights(own, weights)
-    model = build_model(arch.at(image_size))
-    given = own.state_dict()
-    model.load_state_dict({name: at_size(name, given[name], like) for name, like in model.state_dict().items()})
-    text = f"{arch.to_yaml()}{_digest(weights)}"
-    return Teacher(model.eval().requires_grad_(False), f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}")
 
 
 @dataclass(frozen=True)
@@ -336,26 +207,6 @@ def train_step(
     return loss.item()
 
 
-def mixed_precision(device: torch.device, precision: str = "auto") -> torch.autocast:
-    """Return the context in which a loss is computed: matrix products in bfloat16 by `precision` bf16, in fp32 by fp32.
-
-    auto is bf16 on CUDA, and on a CPU with instructions for it (AVX-512 or AMX); elsewhere bfloat16 is emulated, so
-    auto is fp32.
-    """
-    on = precision == "bf16"
-    if precision == "auto":
-        on = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
-
-
-def _cpu_has_bfloat16() -> bool:
-    try:
-        has = torch.cpu.get_capabilities()
-    except AttributeError:  # an older torch cannot say
-        return False
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-
-
 def training_loss(logits: Tensor, labels: Tensor, recipe: Recipe, taught: Tensor | None = None) -> Tensor:
     """Return the loss of logits (B, classes) against labels (B,), and against a teacher's logits `taught` (B, classes).
 
@@ -372,13 +223,6 @@ def training_loss(logits: Tensor, labels: Tensor, recipe: Recipe, taught: Tensor
         own, theirs = (logits.float() / t).log_softmax(1), (taught.float() / t).log_softmax(1)
         other = t * t * F.kl_div(own, theirs, reduction="batchmean", log_target=True)
     return (1 - recipe.teacher_weight) * loss + recipe.teacher_weight * other
-
-
-def training_batch(data: ImageData, indices: Tensor, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the training images at `indices` (B,), augmented and normalised (B, 3, S, S), and labels (B,)."""
-    pixels, labels = data.train.batch(indices)
-    x = normalise(augment(pixels.to(device), generator, data.flips))
-    return x.contiguous(memory_format=torch.channels_last), labels.to(device)
 
 
 @dataclass
@@ -413,150 +257,7 @@ def _request(
         "data": data.source,
         "data_fingerprint": data.fingerprint,
         "training_images": len(data.train),
-        "weights": None if weights is None else _digest(weights),
+        "weights": None if weights is None else digest(weights),
         "teacher": None if teacher is None else teacher.digest,
         "arch": arch.to_yaml(),
     }
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
-    except OSError as error:
-        raise InputError(f"the weights file {path} cannot be read: {error.strerror}") from error
-
-
-def load_weights(model: nn.Module, path: str | Path, *, adapt: bool = False) -> None:
-    """Load a `model.safetensors`, or the network of a `checkpoint.pt`, into a network of `build_model`.
-
-    Names and shapes must be the network's own. With `adapt`, as a start for training, a classifier for another number
-    of classes is left out (the network keeps its own), attention biases for a map of another size are resized, and a network
-    that groups its images keeps its own parts for that; a line on stderr says so.
-
-    Raises:
-        InputError: the file cannot be read or does not fit. The network is then as it was.
-    """
-    load_state(model, _read_weights(Path(path)), Path(path), adapt=adapt)
-
-
-def load_state(model: nn.Module, given: Mapping[str, Tensor], path: str | Path, *, adapt: bool = False) -> None:
-    """Load weights that were read from `path` (which messages name), as `load_weights` does."""
-    own = model.state_dict()
-    if adapt:
-        given = _adapted(given, own, path)
-    faults = [f"lacks {name}" for name in own if name not in given]
-    faults += [f"has an unexpected {name}" for name in given if name not in own]
-    faults += [
-        f"has {name} of shape {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in given and given[name].shape != tensor.shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 1} more such faults" if len(faults) > 1 else ""
-        raise InputError(
-            f"the weights file {path} does not fit the network: it {faults[0]}{more}: give the network that it was "
-            "written for, whose YAML file lies beside it"
-        )
-    model.load_state_dict(given)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"the weights file {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            found: Any = safetensors.torch.load_file(path)
-        else:
-            found = torch.load(path, weights_only=True, map_location="cpu")["net"]
-        if not all(isinstance(tensor, Tensor) for tensor in found.values()):
-            raise TypeError("no state dict")
-    except Exception as error:  # neither library has one base for what damaged files raise
-        raise InputError(
-            f"the weights file {path} cannot be read: give a model.safetensors or a checkpoint.pt of nas-train"
-        ) from error
-    return dict(found)
-
-
-def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """Return the weights with the network's own classifier, resized attention biases and its own parts for groups of images,
-    where that makes them fit."""
-    adapted = dict(given)
-    if parts := [name for name in own if name not in given and is_group_part(name)]:
-        say(f"{path} knows no groups of images: the {len(parts)} tensors that groups need are learned anew")
-        adapted.update({name: own[name] for name in parts})
-    if all(n in given and n in own and given[n].shape[1:] == own[n].shape[1:] for n in CLASSIFIER):
-        were, are = (len(tensors[CLASSIFIER[1]]) for tensors in (given, own))
-        if were != are:
-            say(f"the classifier of {path} is for {were} classes, not {are}: it is left out and learned anew")
-            adapted.update({name: own[name] for name in CLASSIFIER})
-    resized = [name for name in own if name in given and at_size(name, given[name], own[name]) is not given[name]]
-    if resized:
-        say(f"{len(resized)} tensors of {path} are for another image size (attention biases, positions): they are resized")
-        adapted.update({name: at_size(name, given[name], own[name]) for name in resized})
-    return adapted
-
-
-def accelerator(wanted: str = "auto") -> torch.device:
-    """Return the device to train on: CUDA, then Apple's, then the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return torch.device(next(name for name, there in available.items() if there))
-    if not available[wanted]:
-        usable = ", ".join(name for name, there in available.items() if there)
-        raise InputError(f"this PyTorch finds no {wanted} device: use one of {usable}")
-    return torch.device(wanted)
-
-
-def set_layer_scale(model: nn.Module, value: float) -> None:
-    """Set every layer scale of a network to one initial value."""
-    for module in model.modules():
-        if isinstance(module, LayerScale):
-            nn.init.constant_(module.gamma, value)
-
-
-def parameter_groups(named: Iterator[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimizer groups: vectors, attention biases and what is added to tokens do not decay, everything else does."""
-    decays: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for name, parameter in named:
-        (free if parameter.ndim <= 1 or name.endswith(UNDECAYED) else decays).append(parameter)
-    return [{"params": decays, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-
-
-def cosine(step: int, steps: int) -> float:
-    """Return the factor on the learning rate: linear warm-up over a twentieth of the steps, cosine to a hundredth."""
-    warm_up = max(1, steps // 20)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
-class Stateful(Protocol):
-    """A part of a checkpoint: a network, an optimizer, a History."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
-
-
-def save_checkpoint(path: Path, epoch: int, **parts: Stateful) -> None:
-    """Write the state of a run after `epoch` epochs, whole or not at all."""
-    file = io.BytesIO()
-    torch.save({"epoch": epoch, **{name: part.state_dict() for name, part in parts.items()}}, file)
-    write_atomically(path, file.getvalue())
-
-
-def load_checkpoint(path: Path, **parts: Stateful) -> int:
-    """Load the state that `save_checkpoint` wrote into the parts, if there is one; return how many epochs are done."""
-    if not path.exists():
-        return 0
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        epoch = int(state["epoch"])
-    except Exception as error:  # torch.load has no common base for what damaged files raise
-        raise InputError(f"the checkpoint {path} does not belong to this run or is damaged: remove it") from error
-    say(f"going on from {path} after epoch {epoch}")
-    return epoch

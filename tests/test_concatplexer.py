@@ -15,8 +15,10 @@ from nas.export import export_network, onnx_bytes, with_ordinary_values
 from nas.measure import build_module
 from nas.plan import random_network, terms_of
 from nas.profilers import coreml
+from nas.recipe import RECIPES
+from nas.steps import parameter_groups
 from nas.table import LatencyTable, Row
-from nas.training import RECIPES, parameter_groups, train_network
+from nas.training import train_network
 from supernet.arch import ArchConfig, MultiplexSpec, Stage
 from supernet.blocks.concatplexer import Reducer, places
 from supernet.errors import InputError

@@ -9,8 +9,9 @@ import pytest
 from nas import supernet_training, training
 from nas.curves import curves
 from nas.data import ImageData, load_images
+from nas.recipe import Recipe
 from nas.supernet_training import SupernetSettings, train_supernet
-from nas.training import Recipe, train_network
+from nas.training import train_network
 from supernet.arch import ArchConfig, Stage
 from supernet.space import SearchSpace
 from supernet.specs import MB4D

@@ -14,6 +14,7 @@ from test_weights import L1, distance, timm_state
 from torch import Tensor, nn
 
 from nas import pretrained
+from nas.checkpoints import save_checkpoint
 from nas.data import ImageData, load_images, normalise
 from nas.evaluation import recalibrate
 from nas.export import with_ordinary_values
@@ -29,7 +30,6 @@ from nas.pretrained import (
     space_of,
 )
 from nas.supernet_training import SupernetSettings
-from nas.training import save_checkpoint
 from supernet.arch import ArchConfig, Stage
 from supernet.metapath import Supernet
 from supernet.model import build_model

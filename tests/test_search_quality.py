@@ -60,11 +60,12 @@ from nas.data import load_images
 from nas.kept import Remembered, described, read_evaluations, write_csv
 from nas.measure import CACHED, SESSION_VISITS, Reopened, measure_alone
 from nas.profilers.timing import Workload
+from nas.recipe import Recipe
 from nas.request import claim
 from nas.scores import measure_drops
 from nas.slimming import Evaluation
 from nas.table import LatencyTable
-from nas.training import Recipe, train_network
+from nas.training import train_network
 from supernet.arch import MB3D, MB4D, ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.model import build_model

@@ -12,6 +12,7 @@ from small_spaces import stage_space
 from torch import Tensor, nn
 
 from nas import supernet_training
+from nas.checkpoints import save_checkpoint
 from nas.data import ImageData, Images
 from nas.evaluation import Evaluator
 from nas.supernet_training import (
@@ -27,7 +28,6 @@ from nas.supernet_training import (
     train_supernet,
     training_size,
 )
-from nas.training import save_checkpoint
 from supernet.elastic import ElasticSupernet
 from supernet.errors import InputError
 from supernet.metapath import Supernet, sample_path

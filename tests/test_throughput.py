@@ -14,6 +14,7 @@ from tables import plain_calibration
 
 import nas
 from nas import cli
+from nas.checkpoints import load_weights
 from nas.data import Images, load_images
 from nas.evaluation import Evaluator
 from nas.guarantee import Check, Outcome
@@ -27,7 +28,7 @@ from nas.slimming import Evaluation, Trajectory
 from nas.supernet_training import SupernetSettings
 from nas.table import Calibration, LatencyTable, Row, measured_layers
 from nas.throughput import Accuracy, Finalist, GroupedPredictor, best_of, grouped_accuracy, usable_ways, wait_ms
-from nas.training import load_weights, train_network
+from nas.training import train_network
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.metapath import Supernet
 from supernet.space import SearchSpace

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,22 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nas import training
+from nas import checkpoints, training
+from nas.checkpoints import load_weights
 from nas.data import ImageData, load_images, normalise
 from nas.evaluation import accuracy_of
+from nas.recipe import RECIPES, Recipe, load_recipe
 from nas.request import claim
-from nas.training import (
-    RECIPES,
-    Recipe,
-    TrainingResult,
-    cosine,
-    load_recipe,
-    load_teacher,
-    load_weights,
-    mixed_precision,
-    parameter_groups,
-    training_loss,
-)
+from nas.steps import cosine, mixed_precision, parameter_groups
+from nas.teacher import load_teacher
+from nas.training import TrainingResult, training_loss
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.model import build_model
@@ -75,11 +69,17 @@ def network() -> nn.Sequential:
 
 
 # Within epoch 2, in its validation, at its checkpoint, between its checkpoint and its metrics.
-KILLS = [("train_step", 8, 1), ("accuracy_of", 2, 1), ("write_atomically", 3, 1), ("write_atomically", 4, 2)]
+KILLS = [
+    (training, "train_step", 8, 1),
+    (training, "accuracy_of", 2, 1),
+    (checkpoints, "write_atomically", 2, 1),
+    (training, "write_atomically", 2, 2),
+]
 
 
-@pytest.mark.parametrize(("function", "calls", "epochs"), KILLS)
+@pytest.mark.parametrize(("module", "function", "calls", "epochs"), KILLS)
 def test_resumed_training_equals_uninterrupted(
+    module: ModuleType,
     function: str,
     calls: int,
     epochs: int,
@@ -88,7 +88,7 @@ def test_resumed_training_equals_uninterrupted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original, seen = getattr(training, function), 0
+    original, seen = getattr(module, function), 0
 
     def killed(*args: Any) -> Any:
         nonlocal seen
@@ -98,7 +98,7 @@ def test_resumed_training_equals_uninterrupted(
         return original(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, function, killed)
+        patch.setattr(module, function, killed)
         training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == epochs
     resumed = training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)

@@ -17,11 +17,12 @@ from golden.recipe import images, weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nas.checkpoints import load_weights
 from nas.export import onnx_bytes
 from nas.measure import build_module, input_shape
 from nas.plan import terms_of
 from nas.profilers import coreml
-from nas.training import load_weights, parameter_groups
+from nas.steps import parameter_groups
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.metapath import Supernet

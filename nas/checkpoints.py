@@ -1,0 +1,134 @@
+"""Weights and the state of a run, on disk: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from nas.progress import say
+from supernet.blocks.concatplexer import is_group_part
+from supernet.errors import InputError
+from supernet.files import write_atomically
+from supernet.weights import at_size
+
+CLASSIFIER = ("head.fc.weight", "head.fc.bias")
+
+
+def load_weights(model: nn.Module, path: str | Path, *, adapt: bool = False) -> None:
+    """Load a `model.safetensors`, or the network of a `checkpoint.pt`, into a network of `build_model`.
+
+    Names and shapes must be the network's own. With `adapt`, as a start for training, a classifier for another number
+    of classes is left out (the network keeps its own), attention biases for a map of another size are resized, and a network
+    that groups its images keeps its own parts for that; a line on stderr says so.
+
+    Raises:
+        InputError: the file cannot be read or does not fit. The network is then as it was.
+    """
+    load_state(model, _read_weights(Path(path)), Path(path), adapt=adapt)
+
+
+def load_state(model: nn.Module, given: Mapping[str, Tensor], path: str | Path, *, adapt: bool = False) -> None:
+    """Load weights that were read from `path` (which messages name), as `load_weights` does."""
+    own = model.state_dict()
+    if adapt:
+        given = _adapted(given, own, path)
+    faults = [f"lacks {name}" for name in own if name not in given]
+    faults += [f"has an unexpected {name}" for name in given if name not in own]
+    faults += [
+        f"has {name} of shape {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 1} more such faults" if len(faults) > 1 else ""
+        raise InputError(
+            f"the weights file {path} does not fit the network: it {faults[0]}{more}: give the network that it was "
+            "written for, whose YAML file lies beside it"
+        )
+    model.load_state_dict(given)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"the weights file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = safetensors.torch.load_file(path)
+        else:
+            found = torch.load(path, weights_only=True, map_location="cpu")["net"]
+        if not all(isinstance(tensor, Tensor) for tensor in found.values()):
+            raise TypeError("no state dict")
+    except Exception as error:  # neither library has one base for what damaged files raise
+        raise InputError(
+            f"the weights file {path} cannot be read: give a model.safetensors or a checkpoint.pt of nas-train"
+        ) from error
+    return dict(found)
+
+
+def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Return the weights with the network's own classifier, resized attention biases and its own parts for groups of images,
+    where that makes them fit."""
+    adapted = dict(given)
+    if parts := [name for name in own if name not in given and is_group_part(name)]:
+        say(f"{path} knows no groups of images: the {len(parts)} tensors that groups need are learned anew")
+        adapted.update({name: own[name] for name in parts})
+    if all(n in given and n in own and given[n].shape[1:] == own[n].shape[1:] for n in CLASSIFIER):
+        were, are = (len(tensors[CLASSIFIER[1]]) for tensors in (given, own))
+        if were != are:
+            say(f"the classifier of {path} is for {were} classes, not {are}: it is left out and learned anew")
+            adapted.update({name: own[name] for name in CLASSIFIER})
+    resized = [name for name in own if name in given and at_size(name, given[name], own[name]) is not given[name]]
+    if resized:
+        say(f"{len(resized)} tensors of {path} are for another image size (attention biases, positions): they are resized")
+        adapted.update({name: at_size(name, given[name], own[name]) for name in resized})
+    return adapted
+
+
+def digest(path: Path) -> str:
+    """Return what tells this file's bytes from others.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    except OSError as error:
+        raise InputError(f"the weights file {path} cannot be read: {error.strerror}") from error
+
+
+class Stateful(Protocol):
+    """A part of a checkpoint: a network, an optimizer, a History."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+def save_checkpoint(path: Path, epoch: int, **parts: Stateful) -> None:
+    """Write the state of a run after `epoch` epochs, whole or not at all."""
+    file = io.BytesIO()
+    torch.save({"epoch": epoch, **{name: part.state_dict() for name, part in parts.items()}}, file)
+    write_atomically(path, file.getvalue())
+
+
+def load_checkpoint(path: Path, **parts: Stateful) -> int:
+    """Load the state that `save_checkpoint` wrote into the parts, if there is one; return how many epochs are done."""
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        epoch = int(state["epoch"])
+    except Exception as error:  # torch.load has no common base for what damaged files raise
+        raise InputError(f"the checkpoint {path} does not belong to this run or is damaged: remove it") from error
+    say(f"going on from {path} after epoch {epoch}")
+    return epoch

@@ -1,0 +1,79 @@
+"""What every training shares: where and in which precision it computes, what decays, the learning rate, a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nas.data import ImageData, augment, normalise
+from supernet.blocks.efficientformer import LayerScale
+from supernet.errors import InputError
+
+PRECISIONS = ("auto", "fp32", "bf16")
+UNDECAYED = ("attention_biases", "cls_token", "pos_embed", "segments", "pair_biases")  # beside vectors
+
+
+def accelerator(wanted: str = "auto") -> torch.device:
+    """Return the device to train on: CUDA, then Apple's, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    if not available[wanted]:
+        usable = ", ".join(name for name, there in available.items() if there)
+        raise InputError(f"this PyTorch finds no {wanted} device: use one of {usable}")
+    return torch.device(wanted)
+
+
+def mixed_precision(device: torch.device, precision: str = "auto") -> torch.autocast:
+    """Return the context in which a loss is computed: matrix products in bfloat16 by `precision` bf16, in fp32 by fp32.
+
+    auto is bf16 on CUDA, and on a CPU with instructions for it (AVX-512 or AMX); elsewhere bfloat16 is emulated, so
+    auto is fp32.
+    """
+    on = precision == "bf16"
+    if precision == "auto":
+        on = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        has = torch.cpu.get_capabilities()
+    except AttributeError:  # an older torch cannot say
+        return False
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def set_layer_scale(model: nn.Module, value: float) -> None:
+    """Set every layer scale of a network to one initial value."""
+    for module in model.modules():
+        if isinstance(module, LayerScale):
+            nn.init.constant_(module.gamma, value)
+
+
+def parameter_groups(named: Iterator[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Return optimizer groups: vectors, attention biases and what is added to tokens do not decay, everything else does."""
+    decays: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in named:
+        (free if parameter.ndim <= 1 or name.endswith(UNDECAYED) else decays).append(parameter)
+    return [{"params": decays, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def cosine(step: int, steps: int) -> float:
+    """Return the factor on the learning rate: linear warm-up over a twentieth of the steps, cosine to a hundredth."""
+    warm_up = max(1, steps // 20)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def training_batch(data: ImageData, indices: Tensor, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the training images at `indices` (B,), augmented and normalised (B, 3, S, S), and labels (B,)."""
+    pixels, labels = data.train.batch(indices)
+    x = normalise(augment(pixels.to(device), generator, data.flips))
+    return x.contiguous(memory_format=torch.channels_last), labels.to(device)
