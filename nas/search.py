@@ -466,7 +466,7 @@ def measurements_file(devices: Sequence[OnDevice], at: int) -> str:
 
 def study_of(work: Work) -> Study:
     """Return the Optuna study of a search. Its name is the same wherever the same is asked for, whatever paths there are."""
-    from nas.tuning import study_name  # optuna takes a while to import
+    from nas.shared_study import study_name  # optuna takes a while to import
 
     settings = work.settings.deciding()
     storage = work.settings.optuna_storage or work.folder / "study.journal"

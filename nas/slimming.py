@@ -83,6 +83,10 @@ class Evaluation(NamedTuple):
     loss: float
     accuracy: float = math.nan
 
+    def charge(self, score: Score) -> float:
+        """Return what is to be small: the loss, or the share of images that are wrong."""
+        return self.loss if score == "loss" else 1 - self.accuracy
+
 
 Found = TypeVar("Found")
 
@@ -435,7 +439,7 @@ class _Run:
         return self._charge(one) > self._charge(other)
 
     def _charge(self, evaluation: Evaluation) -> float:
-        return evaluation.loss if self.score == "loss" else 1 - evaluation.accuracy
+        return evaluation.charge(self.score)
 
     def _empty_slot(self, arch: ArchConfig) -> _Places:
         """Action 1: identity for the least important slot, the next one where that would not gain anything."""

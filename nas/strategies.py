@@ -37,7 +37,7 @@ from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace
 
 if TYPE_CHECKING:
-    from nas.tuning import SamplerName
+    from nas.proposals import SamplerName
 
 SHORTLIST = 6  # networks, the best by the drops, that are evaluated as whole ones
 STRATEGIES = ("greedy", "exact", "optuna")
@@ -56,8 +56,8 @@ class Scores:
     charged: Score = "loss"
 
     def charge(self, evaluation: Evaluation) -> float:
-        """Return what is to be small: the loss, or the share of images that are wrong."""
-        return evaluation.loss if self.charged == "loss" else 1 - evaluation.accuracy
+        """Return what is to be small of a network."""
+        return evaluation.charge(self.charged)
 
     @property
     def charged_drops(self) -> Drops:

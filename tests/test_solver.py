@@ -13,7 +13,8 @@ from small_spaces import stage_space
 from tables import plain_calibration
 
 from benchmarks.solver import OFF, counted_ms, made_up_drops, milp_choices, milp_network
-from nas.knapsack import cheapest, efficient, multiple_choice, trade_offs
+from nas.dominance import efficient
+from nas.knapsack import cheapest, multiple_choice, trade_offs
 from nas.scores import Drop, Drops, pairs_to_measure, single_changes
 from nas.slimming import slim
 from nas.solver import Budget, Solution, best, frontier, solutions

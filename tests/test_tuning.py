@@ -23,10 +23,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from refusals import refusal
 from small_spaces import stage_space
 
-from nas import tuning
+from nas import proposals, shared_study, tuning
 from nas.kept import described
+from nas.proposals import SamplerName
+from nas.shared_study import study_name
 from nas.slimming import Evaluation, Limit, Option, Trajectory
-from nas.tuning import SamplerName, study_name, tune
+from nas.tuning import tune
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.space import SearchSpace
@@ -301,7 +303,7 @@ def test_an_evaluation_that_fails_is_no_trial_that_counts(storage: InMemoryStora
 def test_what_a_user_enqueues_is_evaluated_if_it_keeps_the_target(storage: InMemoryStorage) -> None:
     tuned(storage, trials=3)
     study = opened(storage)
-    names = tuning._Networks(SPACE, Table(), BUDGET_MS, [])
+    names = proposals.Networks(SPACE, Table(), BUDGET_MS, [])
     for arch in (TOO_SLOW, SEEDS[0]):
         study.enqueue_trial(names.params(arch))
     evaluate = Evaluator()
@@ -351,8 +353,8 @@ def test_a_known_network_may_be_faster_than_the_smallest(storage: InMemoryStorag
 
 
 def test_what_cannot_be_changed_to_keep_the_target_becomes_the_fastest_known_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning._Networks, "neighbours", lambda self, params, rng: iter(()))
-    networks = tuning._Networks(SPACE, SlowNarrow(), 1.5, [], [QUICK])
+    monkeypatch.setattr(proposals.Networks, "neighbours", lambda self, params, rng: iter(()))
+    networks = proposals.Networks(SPACE, SlowNarrow(), 1.5, [], [QUICK])
     assert networks.arch(networks.repaired(networks.params(FULL), random.Random(0))) == QUICK
 
 
@@ -426,7 +428,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
-    monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    for module in (tuning, shared_study):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     return now
 
 
@@ -434,15 +437,15 @@ def test_a_process_elsewhere_is_lost_when_it_is_silent(storage: InMemoryStorage,
     tuned(storage, trials=3)
     trial = opened(storage).ask()
     trial.set_user_attr("worker", ["elsewhere", "", 1])
-    others = tuning._Others()
+    others = shared_study.Others()
     for beat in range(4):  # as long as it is heard of it is there, however slow
         trial.set_user_attr("beat", beat)
         assert not others.lost(opened(storage).trials[-1])
-        clock[0] += 0.9 * tuning.GRACE_S
+        clock[0] += 0.9 * shared_study.GRACE_S
     began = clock[0]
     tuned(storage, trials=4)  # waits until the other is lost, and takes its place
     assert [t.state.name for t in opened(storage).trials] == ["COMPLETE"] * 3 + ["FAIL", "COMPLETE"]
-    assert clock[0] - began == pytest.approx(tuning.GRACE_S, abs=2 * tuning.POLL_S)
+    assert clock[0] - began == pytest.approx(shared_study.GRACE_S, abs=2 * tuning.POLL_S)
 
 
 def test_of_two_last_trials_the_later_one_gives_way(
@@ -490,7 +493,7 @@ class TimedEvaluator(Evaluator):
 
 def run_elsewhere(storage: BaseStorage, *archs: ArchConfig) -> list[Trial]:
     """Let trials of these networks run in another place."""
-    study, networks = opened(storage), tuning._Networks(SPACE, Table(), BUDGET_MS, [])
+    study, networks = opened(storage), proposals.Networks(SPACE, Table(), BUDGET_MS, [])
     trials = []
     for arch in archs:
         study.enqueue_trial(networks.params(arch))
@@ -505,12 +508,12 @@ def test_processes_that_begin_at_once_do_not_wait_for_each_other(
     """They propose the same known network, as they do not see each other yet: then another, not none."""
     optuna.create_study(study_name="study", storage=storage)
     run_elsewhere(storage, SEEDS[0])
-    sample = tuning._Sampler.sample_relative
+    sample = proposals.Sampler.sample_relative
 
     def sampled(self: Any, study: Any, trial: FrozenTrial, space: Any) -> Any:
         return sample(self, BeforeAll(study) if trial.number <= 2 * tuning.FRUITLESS else study, trial, space)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tuning._Sampler, "sample_relative", sampled)
+    monkeypatch.setattr(proposals.Sampler, "sample_relative", sampled)
     evaluate = TimedEvaluator(clock=clock)
     tuned(storage, evaluate, known=SEEDS, trials=4)
     dropped = [t.user_attrs.get("dropped") for t in opened(storage).trials]
@@ -545,10 +548,10 @@ def test_machines_of_one_name_are_told_apart(storage: InMemoryStorage) -> None:
     """Clones have one name and one number of the first namespace; a process number of one says nothing on the other."""
     optuna.create_study(study_name="study", storage=storage)
     (trial,) = run_elsewhere(storage, SEEDS[0])
-    name, start, container, _ = tuning._worker()
+    name, start, container, _ = shared_study.worker()
     for place, lost in (([name, start, container], True), ([name, "another start", container], False)):
         trial.set_user_attr("worker", [*place, 2**22 + 1])  # above the largest number of a process
-        assert tuning._Others().lost(opened(storage).trials[0]) is lost
+        assert shared_study.Others().lost(opened(storage).trials[0]) is lost
 
 
 def test_a_trial_that_was_taken_for_lost_does_not_count(storage: InMemoryStorage, capsys: pytest.CaptureFixture[str]) -> None:
