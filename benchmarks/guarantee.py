@@ -22,8 +22,9 @@ from nas.devices import open_profiler, profiler_of
 from nas.guarantee import Check, Goal, Outcome, meet
 from nas.measure import CACHED, STREAMING, measure_alone, table_reference
 from nas.progress import progress
-from nas.slimming import Trajectory, slim
+from nas.slimming import slim
 from nas.table import LatencyTable, Target
+from nas.trajectory import Trajectory
 from supernet.arch import ArchConfig
 from supernet.space import SearchSpace
 from supernet.specs import Identity

@@ -25,9 +25,10 @@ from scipy.sparse import coo_array
 from nas.knapsack import Answer, cheapest, multiple_choice, trade_offs
 from nas.progress import progress
 from nas.scores import Change, Drop, Drops, single_changes
-from nas.slimming import Evaluation, slim
+from nas.slimming import slim
 from nas.solver import Budget, best, solutions
 from nas.table import LatencyTable
+from nas.trajectory import Evaluation
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.space import SearchSpace

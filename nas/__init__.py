@@ -7,8 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nas.slimming import Evaluation as Evaluation
-    from nas.slimming import Trajectory as Trajectory
     from nas.slimming import slim as slim
     from nas.solver import Budget as Budget
     from nas.solver import Solution as Solution
@@ -16,6 +14,8 @@ if TYPE_CHECKING:
     from nas.solver import solutions as solutions
     from nas.table import LatencyTable as LatencyTable
     from nas.table import Target as Target
+    from nas.trajectory import Evaluation as Evaluation
+    from nas.trajectory import Trajectory as Trajectory
     from supernet.arch import ArchConfig as ArchConfig
     from supernet.errors import InputError as InputError
     from supernet.model import Complexity as Complexity
@@ -30,13 +30,13 @@ _HOME = {
     "ArchConfig": "supernet.arch",
     "Budget": "nas.solver",
     "Complexity": "supernet.model",
-    "Evaluation": "nas.slimming",
+    "Evaluation": "nas.trajectory",
     "InputError": "supernet.errors",
     "LatencyTable": "nas.table",
     "SearchSpace": "supernet.space",
     "Solution": "nas.solver",
     "Target": "nas.table",
-    "Trajectory": "nas.slimming",
+    "Trajectory": "nas.trajectory",
     "build_model": "supernet.model",
     "count": "supernet.model",
     "frontier": "nas.solver",

@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from nas.profilers.bench import Failed
-from nas.slimming import Evaluation, evaluations
+from nas.trajectory import Evaluation, evaluations
 from supernet.arch import ArchConfig
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas.data import ImageData, Images, normalise
 from nas.prefixes import PrefixCache, Tree, cheapest_order, shares
-from nas.slimming import Evaluation
+from nas.trajectory import Evaluation
 from supernet.arch import ArchConfig
 from supernet.specs import Layer
 from supernet.units import UnitScores

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from nas.progress import say
-from nas.slimming import LANDING, Trajectory
+from nas.slimming import LANDING
 from nas.table import Target
+from nas.trajectory import Trajectory
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from nas.guarantee import Check
 from nas.profilers.bench import now
 from nas.profilers.timing import Measurement
-from nas.slimming import Evaluation, evaluations
 from nas.table import LatencyTable
+from nas.trajectory import Evaluation, evaluations
 from supernet.arch import ArchConfig
 from supernet.files import write_atomically
 from supernet.specs import knobs_of, label

@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from nas.slimming import Limit, Predictor
+from nas.trajectory import Limit, Predictor
 from supernet.arch import ArchConfig
 from supernet.space import SearchSpace
 

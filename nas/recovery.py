@@ -11,9 +11,9 @@ from torch import nn
 
 from nas.data import ImageData, epoch_batches
 from nas.evaluation import Evaluator
-from nas.slimming import Evaluation
 from nas.steps import cosine, mixed_precision, parameter_groups, training_batch
 from nas.supernet_training import SupernetSettings
+from nas.trajectory import Evaluation
 from supernet.arch import ArchConfig
 
 

@@ -27,8 +27,9 @@ from statistics import median
 from typing import NamedTuple
 
 from nas.kept import described, write_csv
-from nas.slimming import Evaluation, Importance, evaluate_all
+from nas.slimming import Importance
 from nas.statistics import kendall_tau, line, r_squared
+from nas.trajectory import Evaluation, evaluate_all
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.space import SearchSpace

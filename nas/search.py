@@ -35,7 +35,7 @@ from nas.report import NAME as REPORT
 from nas.report import write_report
 from nas.request import Finished, claim, finished
 from nas.result import print_result
-from nas.slimming import MobileEfficiency, Trajectory, check_limits, rounded_up, start_network
+from nas.slimming import MobileEfficiency, check_limits, rounded_up, start_network
 from nas.strategies import (
     FRONTIER_COLUMNS,
     Budgeted,
@@ -52,6 +52,7 @@ from nas.supernet_training import SupernetSettings, logits_of, train_supernet, t
 from nas.table import LatencyTable
 from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
 from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, train_finalists, usable_ways
+from nas.trajectory import Trajectory
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError
 from supernet.files import write_atomically

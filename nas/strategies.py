@@ -15,23 +15,10 @@ from typing import TYPE_CHECKING, Any
 from nas.kept import described
 from nas.progress import say
 from nas.scores import Drop, Drops, Evaluate, single_changes
-from nas.slimming import (
-    LANDING,
-    Evaluation,
-    Importance,
-    Limit,
-    MobileEfficiency,
-    Option,
-    Predictor,
-    Score,
-    Step,
-    Trajectory,
-    evaluate_all,
-    rounded_up,
-    slim,
-)
+from nas.slimming import LANDING, Importance, MobileEfficiency, rounded_up, slim
 from nas.solver import Budget, best, frontier, solutions
 from nas.table import LatencyTable
+from nas.trajectory import Evaluation, Limit, Option, Predictor, Score, Step, Trajectory, evaluate_all
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace

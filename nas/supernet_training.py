@@ -22,7 +22,6 @@ from nas.checkpoints import load_checkpoint, save_checkpoint
 from nas.curves import curves
 from nas.data import ImageData, epoch_batches
 from nas.progress import progress, say
-from nas.slimming import Score
 from nas.steps import (
     PRECISIONS,
     accelerator,
@@ -33,6 +32,7 @@ from nas.steps import (
     training_batch,
 )
 from nas.taylor import Method
+from nas.trajectory import Score
 from supernet.arch import ArchConfig
 from supernet.elastic import ElasticSupernet, widest
 from supernet.errors import InputError, unknown

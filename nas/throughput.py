@@ -23,11 +23,11 @@ from nas.data import ImageData, Images, normalise
 from nas.guarantee import Check
 from nas.progress import say
 from nas.recipe import Recipe
-from nas.slimming import Predictor
 from nas.steps import accelerator
 from nas.supernet_training import SupernetSettings, epoch_size
 from nas.table import LatencyTable
 from nas.training import train_network
+from nas.trajectory import Predictor
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.model import build_model, count
 from supernet.space import SearchSpace

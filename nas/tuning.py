@@ -41,8 +41,9 @@ from nas.kept import described
 from nas.progress import progress, say
 from nas.proposals import Networks, Sampler, SamplerName, key
 from nas.shared_study import Others, beating, opened, worker
-from nas.slimming import Evaluation, Limit, Option, Predictor, Score, Step, Trajectory, check_limits, rounded_up
+from nas.slimming import check_limits, rounded_up
 from nas.table import Target
+from nas.trajectory import Evaluation, Limit, Option, Predictor, Score, Step, Trajectory
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace

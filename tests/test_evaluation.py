@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nas.data import ImageData, Images, normalise
 from nas.evaluation import Evaluator, accuracy_of, machine_memory, memory_for_activations, recalibrate, recalibrated
-from nas.slimming import Evaluation
+from nas.trajectory import Evaluation
 from supernet.arch import ArchConfig
 from supernet.metapath import Supernet
 from supernet.model import build_model

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from nas.guarantee import MEASUREMENTS, Check, Goal, Outcome, meet
-from nas.slimming import Evaluation, Option, Step, Trajectory
 from nas.table import Target
+from nas.trajectory import Evaluation, Option, Step, Trajectory
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 

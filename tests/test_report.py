@@ -21,8 +21,9 @@ from nas.report import write_report
 from nas.report.device import published_networks
 from nas.report.run import read_run
 from nas.scores import ADDITIVITY_COLUMNS, measure_drops
-from nas.slimming import Evaluation, MobileEfficiency, Trajectory, slim
+from nas.slimming import MobileEfficiency, slim
 from nas.table import CheckedNetwork, LatencyTable, Row, measured_layers
+from nas.trajectory import Evaluation, Trajectory
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError
 from supernet.space import SearchSpace

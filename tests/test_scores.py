@@ -30,8 +30,9 @@ from nas.scores import (
     pairs_to_measure,
     single_changes,
 )
-from nas.slimming import Evaluation, start_network
+from nas.slimming import start_network
 from nas.supernet_training import SupernetSettings
+from nas.trajectory import Evaluation
 from supernet.arch import ArchConfig
 from supernet.metapath import Supernet
 from supernet.space import SearchSpace, StageSpace

@@ -63,9 +63,9 @@ from nas.profilers.timing import Workload
 from nas.recipe import Recipe
 from nas.request import claim
 from nas.scores import measure_drops
-from nas.slimming import Evaluation
 from nas.table import LatencyTable
 from nas.training import train_network
+from nas.trajectory import Evaluation
 from supernet.arch import MB3D, MB4D, ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.model import build_model

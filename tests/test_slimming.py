@@ -12,19 +12,8 @@ from pathlib import Path
 import pytest
 from refusals import refusal
 
-from nas.slimming import (
-    COLUMNS,
-    LANDING,
-    MIN_SAVING,
-    Evaluation,
-    Limit,
-    MobileEfficiency,
-    Step,
-    Trajectory,
-    slim,
-    slot_score,
-    start_network,
-)
+from nas.slimming import LANDING, MIN_SAVING, MobileEfficiency, slim, slot_score, start_network
+from nas.trajectory import COLUMNS, Evaluation, Limit, Step, Trajectory
 from supernet.arch import ArchConfig
 from supernet.space import SearchSpace, StageSpace
 from supernet.specs import MB3D, MB4D, Block, Embedding, Identity

@@ -11,9 +11,9 @@ from small_spaces import stage_space
 from tables import plain_calibration
 
 from nas.scores import Drop, Drops, changes_of, single_changes
-from nas.slimming import Evaluation, Limit, Trajectory
 from nas.strategies import Budgeted, Scores, choose, exact, fastest_ms, frontier_records, greedy, limits_of, refuse_unreachable
 from nas.table import LatencyTable, Row, measured_layers
+from nas.trajectory import Evaluation, Limit, Trajectory
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.model import count

@@ -24,11 +24,11 @@ from nas.plan import for_batch
 from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import Measurement, References, Visit
 from nas.search import _finalists
-from nas.slimming import Evaluation, Trajectory
 from nas.supernet_training import SupernetSettings
 from nas.table import Calibration, LatencyTable, Row, measured_layers
 from nas.throughput import Accuracy, Finalist, GroupedPredictor, best_of, grouped_accuracy, usable_ways, wait_ms
 from nas.training import train_network
+from nas.trajectory import Evaluation, Trajectory
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.metapath import Supernet
 from supernet.space import SearchSpace

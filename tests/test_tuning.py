@@ -27,7 +27,7 @@ from nas import proposals, shared_study, tuning
 from nas.kept import described
 from nas.proposals import SamplerName
 from nas.shared_study import study_name
-from nas.slimming import Evaluation, Limit, Option, Trajectory
+from nas.trajectory import Evaluation, Limit, Option, Trajectory
 from nas.tuning import tune
 from supernet.arch import ArchConfig
 from supernet.errors import InputError

@@ -10,7 +10,7 @@ from html import escape
 from nas.report.run import Run, to_number
 from nas.report.svg import Axis, Chart, legend
 from nas.report.text import joined, missing, ms_of, or_dash, percent_of
-from nas.slimming import COLUMNS
+from nas.trajectory import COLUMNS
 
 DRAWN_OPTIONS = 600  # options; of more, only the best of each step are drawn
 
