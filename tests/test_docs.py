@@ -3,9 +3,11 @@
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nas import cli
 
@@ -128,6 +130,14 @@ def test_flags_that_the_prose_names_exist(capsys: pytest.CaptureFixture[str]) ->
             if name is not None:
                 flags = {word.partition("=")[0] for word in words[words.index(name) :] if re.match(r"--[a-z]", word)}
                 assert flags <= helps[name], f"{page.name}: `{code}` has {flags - helps[name]}"
+
+
+def test_the_settings_that_the_page_lists_are_those_that_there_are_with_their_defaults() -> None:
+    from nas.supernet_training import SupernetSettings
+
+    section = (ROOT / "docs/search.md").read_text().split("\n## Settings\n")[1]
+    listed = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])  # type: ignore[index]
+    assert listed == asdict(SupernetSettings())
 
 
 def test_what_is_still_being_built_is_not_there_yet(capsys: pytest.CaptureFixture[str]) -> None:

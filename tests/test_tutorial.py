@@ -1,7 +1,7 @@
 """The tutorial's commands, extracted from its page and run in order, as a reader would type them.
 
-What is replaced: the archive, by one of the same format with a few noisy images; and, for the table and the search, the clock and what
-it times, by the pretended device of test_lut. Nothing on the page is changed. Files that are written, trained, exported and timed are real.
+Nothing on the page is changed. What is replaced: the archive, by one of the same format with a few noisy images; and, for the
+table and the search, the clock and what it times, by the pretended device of test_lut. All other work is real.
 """
 
 import io
@@ -93,7 +93,7 @@ def test_the_tutorial_from_its_first_line_to_its_last(
             continue
         for line in text.splitlines():
             words = shlex.split(line)
-            if set(NOT_MERGED) & set(words) or any(w.endswith("-int8.onnx") and not Path(w).exists() for w in words):
+            if NOT_MERGED and any("int8" in word for word in words):
                 left_out.append(line)
             elif words[0].startswith("nas-"):
                 give(words)
