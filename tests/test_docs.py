@@ -138,6 +138,8 @@ def test_the_settings_that_the_page_lists_are_those_that_there_are_with_their_de
     section = (ROOT / "docs/search.md").read_text().split("\n## Settings\n")[1]
     listed = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])  # type: ignore[index]
     assert listed == asdict(SupernetSettings())
+    (other,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/imagenet.md").read_text(), re.DOTALL)
+    assert SupernetSettings(**yaml.safe_load(other)) != SupernetSettings()
 
 
 def test_what_is_still_being_built_is_not_there_yet(capsys: pytest.CaptureFixture[str]) -> None:
