@@ -101,6 +101,19 @@ def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:
     return Pretrained(arch, model.state_dict(), source)
 
 
+def starting_weights(network: str, weights: str, arch: ArchConfig) -> Path | Pretrained:
+    """Return the weights that a training of `arch` starts from as `train_network` takes them: a file of this package's as its
+    path, timm's read.
+
+    Raises:
+        InputError: as `load_pretrained`; a file of this package's is looked into by the training itself.
+    """
+    path = Path(weights)
+    if weights.startswith(TIMM) or any(_THEIRS.match(name) for name in _read_state(path)):
+        return load_pretrained(network, weights, arch)
+    return path
+
+
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Return the state dict of a file, also where it is a part of a checkpoint."""
     if not path.is_file():

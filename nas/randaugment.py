@@ -81,8 +81,8 @@ def invert(x: Tensor, level: Tensor) -> Tensor:
 
 
 def posterize(x: Tensor, level: Tensor) -> Tensor:
-    """The highest 4 bits of a value kept at level 0, none at 10."""
-    bits = 4 - (level.abs() / 10 * 4).long()
+    """The highest 4 bits of a value kept at level 0, one from 7.5 on."""
+    bits = (4 - (level.abs() / 10 * 4).long()).clamp_min(1)  # timm keeps none at 10, which leaves nothing of the image
     step = (2.0 ** (8 - bits)).view(-1, 1, 1, 1).to(x.device)
     return torch.div((x * 255).round(), step, rounding_mode="floor") * step / 255
 
