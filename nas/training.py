@@ -25,7 +25,7 @@ from nas.evaluation import accuracy_of
 from nas.progress import LINE_EVERY_S, Tick, duration, progress, say
 from nas.recipe import Recipe
 from nas.request import claim
-from nas.steps import accelerator, clip_by_weights, cosine, mixed_precision, parameter_groups, set_layer_scale
+from nas.steps import accelerator, clip_by_weights, mixed_precision, parameter_groups, set_layer_scale
 from nas.teacher import Teacher
 from supernet.arch import ArchConfig
 from supernet.distillation import add_second_classifier, one_classifier
