@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_ends_the_command_with_one_line(
 def test_a_network_is_trained_at_another_size_from_timms_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Under timm's names, with a table of attention biases for maps of 4 x 4 and 5 classes."""
+    """Under timm's names (a Flat counts as a block), with attention biases for maps of 4 x 4 and 5 classes."""
     monkeypatch.chdir(tmp_path)
     arch = ARCH.with_classes(5)
     arch.save(Path("arch.yaml"))
@@ -216,7 +216,7 @@ def test_a_network_is_trained_at_another_size_from_timms_weights(
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         renamed = name.replace("stage1_block1.", "stages.0.blocks.0.").replace("stage2_embedding.", "stages.1.downsample.")
-        renamed = renamed.replace("stage2_block1.", "stages.1.blocks.0.").replace("stage2_block2.", "stages.1.blocks.1.")
+        renamed = renamed.replace("stage2_block1.", "stages.1.blocks.0.").replace("stage2_block2.", "stages.1.blocks.2.")
         renamed = renamed.replace("head.norm.", "norm.")
         if renamed.startswith("head.fc."):
             state["head" + renamed.removeprefix("head.fc")] = state["head_dist" + renamed.removeprefix("head.fc")] = tensor
