@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nas.augmentation import step_batch, step_generator, steps_of, training_indices
+from nas.augmentation import augmented, draw, step_generator, steps_of, training_indices
 from nas.checkpoints import load_checkpoint, save_checkpoint
 from nas.data import SUFFIXES, ImageData, Images
 from nas.evaluation import accuracy_of
@@ -120,7 +120,10 @@ def train_model(
                 rate = recipe.rate(step, batch, per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                x, y = step_batch(data, indices, recipe, step_generator(seed, epoch, at), device)
+                pixels, labels = data.train.batch(indices)
+                draws = draw(len(indices), pixels.shape[2], recipe, data.flips, step_generator(seed, epoch, at))
+                x, y = augmented(pixels.to(device), labels.to(device), draws, recipe, len(data.classes))
+                x = x.contiguous(memory_format=torch.channels_last)
                 losses.append(train_step(model, optimizer, x, y, recipe, teacher))
                 step += 1
                 tick(1)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nas.data import IMAGENET_MEAN, IMAGENET_STD, ImageData, epoch_batches
+from nas.data import IMAGENET_MEAN, IMAGENET_STD, epoch_batches
 from nas.randaugment import OPERATIONS, operated
 from nas.recipe import Recipe
 
@@ -78,17 +78,6 @@ def steps_of(n: int, recipe: Recipe) -> tuple[int, int]:
     """Return how many images a step has, and how many steps an epoch, over `n` images."""
     size = recipe.images_per_epoch or n
     return min(size, recipe.batch_size), max(1, size // recipe.batch_size)
-
-
-def step_batch(
-    data: ImageData, indices: Tensor, recipe: Recipe, generator: torch.Generator, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return the training images at `indices` (B,), augmented and normalised (B, 3, S, S), and their targets (see `augmented`),
-    on the device. The draws come from `generator` alone."""
-    pixels, labels = data.train.batch(indices)
-    draws = draw(len(indices), pixels.shape[2], recipe, data.flips, generator)
-    x, targets = augmented(pixels.to(device), labels.to(device), draws, recipe, len(data.classes))
-    return x.contiguous(memory_format=torch.channels_last), targets
 
 
 # -- Drawing -----------------------------------------------------------------------------------------------------------

@@ -20,16 +20,17 @@ GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 def operated(x: Tensor, operations: Tensor, levels: Tensor) -> Tensor:
     """Return images (B, 3, S, S), values from 0 to 1, after their operations (B, n), indices into OPERATIONS or -1, in turn, at
     their levels (B, n): from 0 to 10, and the sign says which way."""
+    x = x.clone()
     for operation, level in zip(operations.unbind(1), levels.unbind(1), strict=True):
         at = ((operation >= 0) & (operation < len(GEOMETRIC))).nonzero()[:, 0]
         if len(at):
             there = at.to(x.device)
-            x = x.index_copy(0, there, transformed(x[there], operation[at], level[at]))
+            x[there] = transformed(x[there], operation[at], level[at])
         for number, change in enumerate(INTENSITIES.values(), len(GEOMETRIC)):
             at = (operation == number).nonzero()[:, 0]
             if len(at):
                 there = at.to(x.device)
-                x = x.index_copy(0, there, change(x[there], level[at]).clamp(0, 1))
+                x[there] = change(x[there], level[at]).clamp(0, 1)
     return x
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.augmentation import step_batch, step_generator, steps_of, training_indices
+from nas.augmentation import augmented, draw, step_generator, steps_of, training_indices
 from nas.checkpoints import digest, load_checkpoint, load_state, load_weights, save_checkpoint
 from nas.curves import Points, curves
 from nas.data import ImageData, Images
@@ -258,9 +258,7 @@ def _run_epoch(run: _Run, epoch: int, step_taken: Callable[[], None]) -> None:
         step = run.per_epoch * epoch + at
         for group in run.optimizer.param_groups:
             group["lr"] = run.rate(step)
-        generator = step_generator(run.seed, epoch, at)
-        x, y = step_batch(run.data, indices, run.recipe, generator, run.device)
-        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))  # for what the network draws: drop path
+        x, y = _batch(run, epoch, at, indices)
         loss = train_step(run.model, run.optimizer, x, y, run.recipe, run.teacher)
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -276,6 +274,17 @@ def _run_epoch(run: _Run, epoch: int, step_taken: Callable[[], None]) -> None:
         if now - saved >= CHECKPOINT_EVERY_S and at + 1 < run.per_epoch:
             run.save(epoch)
             saved = now
+
+
+def _batch(run: _Run, epoch: int, at: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the images and targets of a step, on the device. All that is random in the step follows from the seed, the epoch
+    and the step's place in it."""
+    generator = step_generator(run.seed, epoch, at)
+    pixels, labels = run.data.train.batch(indices)
+    draws = draw(len(indices), pixels.shape[2], run.recipe, run.data.flips, generator)
+    torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))  # for what the network itself draws: drop path
+    x, y = augmented(pixels.to(run.device), labels.to(run.device), draws, run.recipe, len(run.data.classes))
+    return x.contiguous(memory_format=torch.channels_last), y
 
 
 def _finish_epoch(run: _Run, epoch: int, val: Images, draw_curves: Callable[[Points], None]) -> None:
