@@ -18,6 +18,7 @@ from nas.checkpoints import load_weights
 from nas.data import ImageData, load_images
 from nas.ema import MovingAverage
 from nas.evaluation import accuracy_of
+from nas.pretrained import load_pretrained
 from nas.recipe import RECIPES, Recipe
 from nas.steps import clip_by_weights
 from nas.teacher import Teacher, load_teacher
@@ -138,6 +139,9 @@ def test_a_whole_epoch_of_the_published_recipe_with_a_teacher(
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), from_checkpoint.state_dict().values(), strict=True)
     )
+    files = (str(tmp_path / name) for name in ("checkpoint.pt", "model.safetensors"))
+    one, other = (load_pretrained("arch.yaml", file, result.arch).digest for file in files)
+    assert one == other, "a search that starts from it takes the same"
     held = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["net"]
     assert not torch.equal(held["head.fc.labels.weight"], held["head.fc.teacher.weight"]), "both are there to go on from"
 
