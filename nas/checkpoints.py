@@ -128,6 +128,12 @@ def load_checkpoint(path: Path, **parts: Stateful) -> int:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         epoch = int(state["epoch"])
+        if epoch < 0:
+            raise ValueError("no number of epochs")
+    except OSError as error:  # of the disk, not of what is in the file, which is not to be removed for that
+        raise InputError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # torch.load has no common base for what damaged files raise
         raise InputError(f"the checkpoint {path} does not belong to this run or is damaged: remove it") from error
     say(f"going on from {path} after epoch {epoch}")

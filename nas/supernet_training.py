@@ -435,8 +435,13 @@ def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettin
                 losses.append(loss)
                 step += 1
                 tick(costs[epoch])
-            if not torch.stack(losses).isfinite().all():
-                raise FloatingPointError(f"the supernet's loss is not finite in epoch {epoch + 1}: lower learning_rate")
+            finite = torch.stack(losses).isfinite()
+            if not finite.all() or not all(parameter.isfinite().all() for parameter in net.parameters()):
+                at = step - len(losses) + 1 + int(finite.long().argmin()) if not finite.all() else step
+                raise FloatingPointError(
+                    f"the supernet's loss is not finite at step {at}, in epoch {epoch + 1} of {epochs}: lower learning_rate in "
+                    f"--config; {f'{checkpoint} holds the weights after epoch {epoch}' if epoch else 'no epoch was whole'}"
+                )
             curve = "supernet/loss" if epoch < settings.weight_epochs else "supernet/mixture_loss"
             draw({curve: enumerate(torch.stack(losses).tolist(), step - len(losses) + 1)})
             save_checkpoint(checkpoint, epoch + 1, net=net, **optimizers)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from supernet.arch import ArchConfig, MultiplexSpec, Stage, mux_from_entry, stage_resolutions
+from supernet.arch import MOST_STAGES, ArchConfig, MultiplexSpec, Stage, mux_from_entry, stage_resolutions
 from supernet.errors import InputError, placed, unknown
 from supernet.files import checked_fields, checked_list, read_yaml, write_atomically
 from supernet.specs import (
@@ -39,6 +39,8 @@ from supernet.specs import (
 )
 
 _FOLDER = Path(__file__).parent / "spaces"
+MOST_WIDTHS = 256  # of a stage
+DEEPEST = 256  # slots of a stage
 MIN_MAP = 4  # below 4x4 a pool mixer is zero and a softmax is over one token: nothing can be chosen
 
 
@@ -58,14 +60,16 @@ class StageSpace:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "entry", unplaced(self.entry))
-        if not self.widths:
-            raise InputError("a stage must have at least one width")
+        if not 0 < len(self.widths) <= MOST_WIDTHS:
+            raise InputError(f"a stage must have 1 to {MOST_WIDTHS} widths, but has {len(self.widths)}")
         for width in self.widths:
             check_width(width)
         if list(self.widths) != sorted(set(self.widths)):
             raise InputError(f"widths must ascend without repeats, but are {list(self.widths)}")
         if type(self.depth) is not int or self.depth < 1:
             raise InputError(f"depth must be a whole number of at least 1, but is {self.depth!r}")
+        if self.depth > DEEPEST:
+            raise InputError(f"depth must be at most {DEEPEST}, but is {self.depth}")
         kinds = self.kinds
         if len(set(kinds)) != len(kinds) or "identity" not in kinds or len(kinds) < 2:
             raise InputError(f"candidates must be identity and at least one other kind, each once, but are {list(kinds)}")
@@ -117,8 +121,8 @@ class SearchSpace:
     mux: tuple[MultiplexSpec, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.stages:
-            raise InputError(f"space {self.name!r} has no stages")
+        if not 0 < len(self.stages) <= MOST_STAGES:
+            raise InputError(f"a space has 1 to {MOST_STAGES} stages, but {self.name!r} has {len(self.stages)}")
         _ = self.largest  # an ArchConfig checks image size, classes and strides
         if len(set(self.mux)) < len(self.mux):
             raise InputError(f"mux: each way of grouping images stands once, but {self.name} repeats one")
@@ -445,6 +449,8 @@ def _widths(given: object) -> tuple[int, ...]:
             raise InputError(f"widths must be a list or whole numbers min, max and step, but is {given!r}")
         if given["min"] > given["max"]:
             raise InputError(f"widths: min must be at most max, but is {given!r}")
+        if (given["max"] - given["min"]) // given["step"] >= MOST_WIDTHS:
+            raise InputError(f"widths: a stage has at most {MOST_WIDTHS}, but {given!r} are more")
         given = list(range(given["min"], given["max"] + 1, given["step"]))
     widths = checked_list(given, "widths")
     for width in widths:

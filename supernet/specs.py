@@ -17,6 +17,8 @@ from supernet.errors import InputError, unknown
 from supernet.files import checked_fields
 from supernet.user_block import loaded, user_block
 
+LARGEST = 2**20  # of any size or number of a network: more is a slip, and would be computed with for hours
+WIDEST = 2**16  # channels
 WIDTH_STEP = 8  # the finest grid of the published networks (EfficientFormerV2: 40, 120)
 ACTIVATIONS = ("relu", "gelu", "hardswish")
 
@@ -94,6 +96,8 @@ def check_positive(spec: object, *names: str) -> None:
         value = getattr(spec, name)
         if type(value) is not int or value < 1:
             raise InputError(f"{type(spec).__name__}: {name} must be a whole number of at least 1, but is {value!r}")
+        if value > LARGEST:
+            raise InputError(f"{type(spec).__name__}: {name} must be at most {LARGEST}, but is {value}")
 
 
 def check_group(spec: Any) -> None:
@@ -629,6 +633,8 @@ class Layer(NamedTuple):
 def check_width(width: object) -> None:
     if type(width) is not int or width < WIDTH_STEP or width % WIDTH_STEP:
         raise InputError(f"a width must be a positive multiple of {WIDTH_STEP}, but is {width!r}")
+    if width > WIDEST:
+        raise InputError(f"a width must be at most {WIDEST}, but is {width}")
 
 
 def placed_entry(entry: Entry | None, width: int, width_in: int | None, stride: int) -> Entry:
