@@ -6,7 +6,6 @@ No torch, so that the answer comes at once.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -169,9 +168,11 @@ def _importance(held: Finished) -> Importance:
         for line in read_csv(path, ("stage", "slot", "kind", "log_odds"), "the file of importance", do):
             by_slot[int(line["stage"]) - 1, int(line["slot"]) - 1][line["kind"]] = float(line["log_odds"])
     for (stage, slot), odds in by_slot.items():
-        if odds.keys() != set(held.space.stages[stage].kinds) - {"identity"} or not all(map(math.isfinite, odds.values())):
+        if odds.keys() != set(held.space.stages[stage].kinds) - {"identity"} or not all(
+            abs(value) < 700 for value in odds.values()
+        ):
             raise InputError(
-                f"{path} has not a number for each kind of slot {slot + 1} of stage {stage + 1} of {held.space.name}: {do}"
+                f"{path} has not a number that exp takes for each kind of slot {slot + 1} of stage {stage + 1} of {held.space.name}: {do}"
             )
     return [by_slot[at] for at in held.space.slots]
 

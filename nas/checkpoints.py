@@ -63,13 +63,28 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             found: Any = safetensors.torch.load_file(path)
         else:
             found = torch.load(path, weights_only=True, map_location="cpu")["net"]
-        if not all(isinstance(tensor, Tensor) for tensor in found.values()):
-            raise TypeError("no state dict")
+        found = plain(found)
+    except MemoryError:
+        raise
     except Exception as error:  # neither library has one base for what damaged files raise
         raise InputError(
             f"the weights file {path} cannot be read: give a model.safetensors or a checkpoint.pt of nas-train"
         ) from error
     return dict(found)
+
+
+def plain(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return a state dict whose values are ordinary tensors with names; short floating-point numbers in float32.
+
+    Raises:
+        TypeError: it holds something else: no tensor, a sparse, quantised or complex one, one without memory.
+    """
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"no state dict: it has {name!r}")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
+            raise TypeError(f"{name} is no ordinary tensor")
+    return {name: t.float() if t.is_floating_point() and t.itemsize < 4 else t for name, t in state.items()}
 
 
 def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:

@@ -92,8 +92,10 @@ def finished(run: Path) -> Finished:
         ]
         if not all(isinstance(text, str) for text in texts) or not held.targets:
             raise TypeError("its strategy, data, devices or tables are no texts")
-        if type(request["seed"]) is not int or not isinstance(request["settings"], dict):
-            raise TypeError("its seed is no whole number, or its settings are no mapping")
+        settings = request["settings"]
+        limits = [request["seed"], settings.get("max_params", 0), settings.get("max_macs", 0)]
+        if not all(type(number) is int and number >= 0 for number in limits) or settings["score"] not in ("loss", "accuracy"):
+            raise ValueError("its seed or a limit is no whole number, or its score is none")
         for target in (*held.targets, *result.get("targets", [result])):
             Target(target["target_ms"])
     return held

@@ -154,8 +154,10 @@ class ArchConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "image_size", "num_classes")
-        if not 0 < len(self.stages) <= MOST_STAGES:
-            raise InputError(f"a network has 1 to {MOST_STAGES} stages, but {self.name!r} has {len(self.stages)}")
+        if not self.stages:
+            raise InputError(f"network {self.name!r} has no stages")
+        if len(self.stages) > MOST_STAGES:
+            raise InputError(f"a network has {MOST_STAGES} stages at most, but {self.name!r} has {len(self.stages)}")
         for number, stage in enumerate(self.stages):
             placed_entry(stage.entry, stage.width, self.stages[number - 1].width if number else None, stage.stride)
         Head(self.stages[-1].width, self.num_classes, form=self.head)

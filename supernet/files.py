@@ -97,7 +97,7 @@ def parse_yaml(text: object, where: str) -> dict[str, Any]:
         # PyYAML raises ValueError for a date such as 2024-13-45, and others for its own tags where they do not fit
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
-        raise InputError(f"{where} is not valid YAML{line}: mend it there, or write it anew") from error
+        raise InputError(f"{where} is not valid YAML{line}") from error
     if not isinstance(content, dict):
         raise InputError(f"{where} must hold a mapping of fields, but holds {type(content).__name__}")
     return content

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from supernet.arch import MOST_STAGES, ArchConfig, MultiplexSpec, Stage, mux_from_entry, stage_resolutions
+from supernet.arch import ArchConfig, MultiplexSpec, Stage, mux_from_entry, stage_resolutions
 from supernet.errors import InputError, placed, unknown
 from supernet.files import checked_fields, checked_list, read_yaml, write_atomically
 from supernet.specs import (
@@ -60,8 +60,10 @@ class StageSpace:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "entry", unplaced(self.entry))
-        if not 0 < len(self.widths) <= MOST_WIDTHS:
-            raise InputError(f"a stage must have 1 to {MOST_WIDTHS} widths, but has {len(self.widths)}")
+        if not self.widths:
+            raise InputError("a stage must have at least one width")
+        if len(self.widths) > MOST_WIDTHS:
+            raise InputError(f"a stage has {MOST_WIDTHS} widths at most, but there are {len(self.widths)}")
         for width in self.widths:
             check_width(width)
         if list(self.widths) != sorted(set(self.widths)):
@@ -121,8 +123,8 @@ class SearchSpace:
     mux: tuple[MultiplexSpec, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 < len(self.stages) <= MOST_STAGES:
-            raise InputError(f"a space has 1 to {MOST_STAGES} stages, but {self.name!r} has {len(self.stages)}")
+        if not self.stages:
+            raise InputError(f"space {self.name!r} has no stages")
         _ = self.largest  # an ArchConfig checks image size, classes and strides
         if len(set(self.mux)) < len(self.mux):
             raise InputError(f"mux: each way of grouping images stands once, but {self.name} repeats one")

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard
 
 from supernet.errors import InputError, unknown
 from supernet.files import checked_fields
-from supernet.user_block import loaded, user_block
+from supernet.user_block import loaded, user_block, users_code
 
 LARGEST = 2**20  # of any size or number of a network: more is a slip, and would be computed with for hours
 WIDEST = 2**16  # channels
@@ -708,7 +708,13 @@ def _from_entry(entry: object, at: dict[str, int], kinds: dict[str, type[Any]], 
                 f"a {what}'s {name} is its stage's {'width' if name == 'dim' else name}: leave it out of {entry!r}"
             )
     knobs = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items() if name != "kind"}
-    return spec_type(**checked_fields(spec_type, {**at, **knobs}, f"{what} {kind}"))
+    given = checked_fields(spec_type, {**at, **knobs}, f"{what} {kind}")
+    if kind in kinds:
+        return spec_type(**given)
+    with users_code(kind, "where it is made"):
+        spec = spec_type(**given)
+        hash(spec)  # a knob that is no list of values could not be the key of a table's row
+        return spec
 
 
 def spec_type_of(kind: str) -> type[Any]:
