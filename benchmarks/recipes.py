@@ -3,8 +3,8 @@
     python benchmarks/recipes.py run/searched.yaml --data cifar10 --out recipes --seeds 0 1 2
 
 Trains the network from nothing by each recipe with each seed, as nas-train does; validation images are looked at after each
-epoch and decide nothing. What is finished is kept in `--out`, and a run that was killed goes on. Seconds are those of the epochs,
-validation included, as metrics.csv has them: leave the machine alone meanwhile.
+epoch and decide nothing. What is finished is kept in `--out`, and a run that was killed goes on. Seconds are those of the
+epochs, validation included, as metrics.csv has them: leave the machine alone meanwhile.
 """
 
 import argparse

@@ -5,13 +5,13 @@ No torch, so that the answer comes at once.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nas.alone import alone
 from nas.guarantee import SLACK
 from nas.kept import described, read_evaluations, write_csv
 from nas.request import Finished, claim, finished
@@ -31,7 +31,7 @@ from nas.strategies import (
 from nas.table import LatencyTable, Target, find_table
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
-from supernet.files import write_atomically
+from supernet.files import read_csv, reading, write_atomically
 
 STRATEGIES = ("exact", "greedy")  # those that need no more than drops
 
@@ -86,31 +86,32 @@ def answer(
     devices = [_on_device(budget, path, found.arch) for budget, path in zip(budgets, paths, strict=True)]
     whole = evaluations.get(described(found.arch))
     asked = [{name: device[name] for name in ("device", "target_ms", "table")} for device in devices]
-    claim(out, {"command": "nas-search --from", "from": str(run.resolve()), "targets": asked, "strategy": strategy})
-    result = {
-        **devices[0],
-        "loss": whole.loss if whole is not None else None,
-        "accuracy": None,
-        "params": None,
-        "macs": None,
-        "seed": held.request["seed"],
-        "strategy": strategy,
-        "from": str(run),
-        "targets": devices,
-        "network": described(found.arch),
-        "predicted_loss": drops.sum_for(found.arch),
-        "start_loss": drops.sum_for(start),
-        "gap": found.gap,
-        "additivity": held.result.get("additivity"),
-    }
-    name = "-".join([held.space.name, *(f"{budget.ms:g}ms" for budget in budgets)])
-    replace(found.arch.without_identity(), name=name).save(out / "searched.yaml")
-    write_csv(out / "trajectory.csv", found.records(), found.columns)
-    tables = [budget.table for budget in budgets]
-    write_csv(out / "frontier.csv", frontier_records(held.space, drops, tables), FRONTIER_COLUMNS)
-    write_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
-    _print(result, held, out)
-    return result
+    with alone(out):
+        claim(out, {"command": "nas-search --from", "from": str(run.resolve()), "targets": asked, "strategy": strategy})
+        result = {
+            **devices[0],
+            "loss": whole.loss if whole is not None else None,
+            "accuracy": None,
+            "params": None,
+            "macs": None,
+            "seed": held.request["seed"],
+            "strategy": strategy,
+            "from": str(run),
+            "targets": devices,
+            "network": described(found.arch),
+            "predicted_loss": drops.sum_for(found.arch),
+            "start_loss": drops.sum_for(start),
+            "gap": found.gap,
+            "additivity": held.result.get("additivity"),
+        }
+        name = "-".join([held.space.name, *(f"{budget.ms:g}ms" for budget in budgets)])
+        replace(found.arch.without_identity(), name=name).save(out / "searched.yaml")
+        write_csv(out / "trajectory.csv", found.records(), found.columns)
+        tables = [budget.table for budget in budgets]
+        write_csv(out / "frontier.csv", frontier_records(held.space, drops, tables), FRONTIER_COLUMNS)
+        write_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
+        _print(result, held, out)
+        return result
 
 
 def _budgets(
@@ -160,10 +161,19 @@ def _id(device: str) -> str:
 
 
 def _importance(held: Finished) -> Importance:
-    lines = csv.DictReader((held.folder / "importance.csv").read_text(encoding="utf-8").splitlines())
+    path = held.folder / "importance.csv"
+    do = f"search anew, or take {held.folder} from a copy"
     by_slot: dict[tuple[int, int], dict[str, float]] = {at: {} for at in held.space.slots}
-    for line in lines:
-        by_slot[int(line["stage"]) - 1, int(line["slot"]) - 1][line["kind"]] = float(line["log_odds"])
+    with reading(str(path), do):
+        for line in read_csv(path, ("stage", "slot", "kind", "log_odds"), "the file of importance", do):
+            by_slot[int(line["stage"]) - 1, int(line["slot"]) - 1][line["kind"]] = float(line["log_odds"])
+    for (stage, slot), odds in by_slot.items():
+        if odds.keys() != set(held.space.stages[stage].kinds) - {"identity"} or not all(
+            abs(value) < 700 for value in odds.values()
+        ):
+            raise InputError(
+                f"{path} has not a number that exp takes for each kind of slot {slot + 1} of stage {stage + 1} of {held.space.name}: {do}"
+            )
     return [by_slot[at] for at in held.space.slots]
 
 

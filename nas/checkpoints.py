@@ -64,8 +64,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             found: Any = safetensors.torch.load_file(path)
         else:
             found = kept_state(torch.load(path, weights_only=True, map_location="cpu"))
-        if not all(isinstance(tensor, Tensor) for tensor in found.values()):
-            raise TypeError("no state dict")
+        found = plain(found)
+    except MemoryError:
+        raise
     except Exception as error:  # neither library has one base for what damaged files raise
         raise InputError(
             f"the weights file {path} cannot be read: give a model.safetensors or a checkpoint.pt of nas-train"
@@ -77,6 +78,20 @@ def kept_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the weights that the training of a `checkpoint.pt` would end with, as it stands: the average where there is one,
     with one classifier."""
     return one_classifier(checkpoint["ema"]["network"] if "ema" in checkpoint else checkpoint["net"])
+
+
+def plain(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return a state dict whose values are ordinary tensors with names; short floating-point numbers in float32.
+
+    Raises:
+        TypeError: it holds something else: no tensor, a sparse, quantised or complex one, one without memory.
+    """
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"no state dict: it has {name!r}")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
+            raise TypeError(f"{name} is no ordinary tensor")
+    return {name: t.float() if t.is_floating_point() and t.itemsize < 4 else t for name, t in state.items()}
 
 
 def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
@@ -135,6 +150,12 @@ def load_checkpoint(path: Path, **parts: Stateful) -> int:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         epoch = int(state["epoch"])
+        if epoch < 0:
+            raise ValueError("no number of epochs")
+    except OSError as error:  # of the disk, not of what is in the file, which is not to be removed for that
+        raise InputError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # torch.load has no common base for what damaged files raise
         raise InputError(f"the checkpoint {path} does not belong to this run or is damaged: remove it") from error
     say(f"going on from {path} after epoch {epoch}")

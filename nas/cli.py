@@ -7,14 +7,18 @@ the arguments are parsed, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nas.alone import alone
 from nas.profilers.bench import Failed
-from supernet.errors import InputError, unknown
+from supernet.errors import FULL, InputError, one_line, unknown
 
 ARCH_HELP = "a network: a YAML file, or the name of a published one (efficientformer_l1, efficientvit_m4, deit_tiny, ...)"
 
@@ -22,8 +26,16 @@ ARCH_HELP = "a network: a YAML file, or the name of a published one (efficientfo
 class _Parser(argparse.ArgumentParser):
     """Errors are one line on stderr and exit code 2, without the usage block."""
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        given = sys.argv[1:] if args is None else list(args)
+        for argument in given:  # an unset variable of the shell: as a path it would be the working folder
+            name, equals, value = argument.partition("=")
+            if not argument or (name.startswith("--") and equals and not value):
+                self.error(f"{argument or 'an argument'} is empty: give its value, or leave it out")
+        return super().parse_args(given, namespace)
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{one_line(f'{self.prog}: {message}; see {self.prog} --help')}\n")
 
 
 def _parser(command: str, does: str, example: str) -> _Parser:
@@ -36,12 +48,16 @@ def _parser(command: str, does: str, example: str) -> _Parser:
     )
 
 
-def _run(command: str, work: Callable[[], None]) -> None:
-    """Do the work of a command; turn what went wrong into its exit code."""
+def _run(command: str, work: Callable[[], None], folder: Path | None = None) -> None:
+    """Do the work of a command, alone in `folder` if there is one; turn what went wrong into its exit code."""
+    with suppress(AttributeError):  # a name of a file that is no text is printed with its bytes' codes
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        work()
+        with alone(folder) if folder is not None else nullcontext():
+            work()
+        sys.stdout.flush()  # a full disk is told here, not by the interpreter's end
     except InputError as error:
-        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (FloatingPointError, Failed) as error:  # training diverged; the device could not be measured
         print(f"{command}: {error}", file=sys.stderr)
@@ -50,7 +66,25 @@ def _run(command: str, work: Callable[[], None]) -> None:
         print(f"{command}: stopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(1) from None
     except BrokenPipeError:
+        _leave_stdout()
         raise SystemExit(1) from None
+    except OSError as error:
+        _leave_stdout()
+        what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
+        print(one_line(f"{command}: {what}"), file=sys.stderr)
+        # A place that was named and is no place for this, or a machine that has run out of something.
+        raise SystemExit(1 if error.filename is None or error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else 2) from None
+    except MemoryError:
+        print(f"{command}: out of memory: give a smaller network, image size or batch", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _leave_stdout() -> None:
+    """Let what is still to be printed go nowhere: the interpreter would fail with it at its end."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _milliseconds(text: str) -> float:
@@ -71,13 +105,13 @@ def _target(text: str) -> tuple[str, float]:
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**31:
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a seed: give a whole number from 0 to 2147483647")
     return int(text)
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= 4096:
+    if not text.isdecimal() or len(text) > 4 or not 0 < int(text) <= 4096:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give a whole number from 1 to 4096")
     return int(text)
 
@@ -452,7 +486,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
         result = train_network(arch, data, recipe, given.out, given.seed, weights=weights, teacher=teacher)
         print(f"top-1 {100 * result.accuracy:.2f} %, loss {result.loss:.4f} after {result.epochs} epochs: {result.folder}")
 
-    _run(parser.prog, work)
+    _run(parser.prog, work, given.out)
 
 
 def export(arguments: Sequence[str] | None = None) -> None:

@@ -35,7 +35,7 @@ from nas.profilers.timing import DISCARDED, MAX_CALLS, MIN_CALLS, VISIT_MS, Refe
 from nas.progress import Tick, progress, say
 from nas.table import space_sha256
 from supernet.errors import InputError
-from supernet.files import write_atomically
+from supernet.files import read_json, write_atomically
 from supernet.space import SearchSpace
 
 SCHEMA = 1
@@ -257,7 +257,7 @@ def read_results(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         InputError: it is no results file, its job is unknown, a model lacks visits, or the numbers are not milliseconds.
     """
     try:
-        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path, "the results file", "bring results.json from the device again")
         job, schema, unit, place = (results[k] for k in ("job_sha256", "schema", "unit", "environment"))
         flags = {str(name): str(word) for name, word in (results.get("flags") or {}).items()}
         failed = {name for name, word in flags.items() if word != "off-npu"}
@@ -266,9 +266,9 @@ def read_results(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         }
         if not isinstance(place, dict):
             raise ValueError("it does not say where it was measured")
-    except OSError as error:
-        raise InputError(f"the results file {path} cannot be read ({error.strerror}): give what run_job.py wrote") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is no whole results file ({error}): bring results.json from the device again") from error
     if schema != SCHEMA:
         raise InputError(f"{path} has schema {schema!r}, this version reads {SCHEMA}: export the job anew and run it")

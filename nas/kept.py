@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from nas.profilers.timing import Measurement
 from nas.table import LatencyTable
 from nas.trajectory import Evaluation, evaluations
 from supernet.arch import ArchConfig
-from supernet.files import write_atomically
+from supernet.files import read_csv, reading, write_atomically
 from supernet.specs import knobs_of, label
 
 
@@ -54,8 +55,10 @@ def read_evaluations(path: Path) -> dict[str, Evaluation]:
     """Return what `Remembered` keeps in a file: networks as `described` says them, and their evaluations."""
     if not path.exists():
         return {}
-    lines = csv.DictReader(path.read_text().splitlines())
-    return {line["network"]: Evaluation(float(line["loss"]), float(line["accuracy"])) for line in lines}
+    do = "remove it, and what it held is evaluated again"
+    lines = read_csv(path, ("network", "loss", "accuracy"), "the file of evaluations", do)
+    with reading(str(path), do):
+        return {line["network"]: Evaluation(float(line["loss"]), float(line["accuracy"])) for line in lines}
 
 
 class Checks:
@@ -72,9 +75,14 @@ class Checks:
         self.profiler = profiler_of(table)
         self.known: dict[str, tuple[Check, str]] = {}
         if path.exists():
-            for line in csv.DictReader(path.read_text().splitlines()):
-                ms, low_ms, high_ms = (float(line[name]) for name in self.HEADER[1:4])
-                self.known[line["network"]] = Check(ms, low_ms, high_ms), line["measured_at"]
+            do = "remove it, and what it held is measured again"
+            lines = read_csv(path, self.HEADER, "the file of measurements", do)
+            with reading(str(path), do):
+                for line in lines:
+                    ms, low_ms, high_ms = (float(line[name]) for name in self.HEADER[1:4])
+                    if not 0 < low_ms <= ms <= high_ms < math.inf:
+                        raise ValueError(f"{line['network']} has {ms} ms between {low_ms} and {high_ms}")
+                    self.known[line["network"]] = Check(ms, low_ms, high_ms), line["measured_at"]
 
     def __call__(self, arch: ArchConfig) -> Check:
         """Return how long a network takes, if it is known, or if the table's device is this machine's."""

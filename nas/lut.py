@@ -5,7 +5,6 @@ Every visit is appended to `<device>.samples.csv`; a killed build goes on from t
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import random
@@ -17,18 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import yaml
 
+from nas.alone import alone
 from nas.audit import NOISY, Doubt, doubts, flagged, say_if_untrue
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import CHAINS, CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, Terms, Work, for_batch, terms_of, work_for
-from nas.profilers.bench import Bench, Samples, TooNoisy, carry_out, now, read_samples, reference_of
+from nas.profilers.bench import Bench, Damaged, Samples, TooNoisy, carry_out, now, read_samples, reference_of
 from nas.profilers.timing import Measurement, Visit, Workload, summarise
 from nas.progress import progress, say
 from nas.table import Calibration, CheckedNetwork, LatencyTable, Row, find_table, measured_layers, space_sha256
 from supernet.arch import ArchConfig
-from supernet.errors import InputError
-from supernet.files import write_atomically
+from supernet.errors import InputError, placed
+from supernet.files import parse_yaml, read_csv, read_json, reading, write_atomically
 from supernet.space import SearchSpace
 from supernet.specs import Layer
 from supernet.zoo import load_arch
@@ -52,6 +51,11 @@ def build_table(
         InputError: the space is too small, or the table there was measured otherwise and is only to be completed.
         Failed: the device was too busy or too hot to be measured; nothing is written.
     """
+    with alone(folder, profiler.id):
+        return _built(profiler, space, folder, only_missing, seed)
+
+
+def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: bool, seed: int) -> LatencyTable:
     torch.manual_seed(seed)
     path = folder / f"{profiler.id}.csv"
     place = profiler.environment()
@@ -67,7 +71,10 @@ def build_table(
     marker = folder / f"{profiler.id}.building.json"
     started = _started(marker, space, place)
     flags = _Flags(folder / f"{profiler.id}.flags.json", started)
-    samples = Samples(folder / f"{profiler.id}.samples.csv", started)
+    try:
+        samples = Samples(folder / f"{profiler.id}.samples.csv", started)
+    except Damaged as error:
+        raise InputError(str(error)) from error
     for warning in place["warnings"]:
         say(f"warning: {warning}")
     say(
@@ -169,7 +176,7 @@ def import_results(path: Path, folder: Path, device: str | None = None) -> Laten
     found = device_of(results, manifest)
     if device not in (None, found):
         raise InputError(f"{path} is of {found}, not of {device}: leave --device out, or bring the results of {device}")
-    space = SearchSpace.from_dict(yaml.safe_load(manifest["space"]), "the job's space")
+    space = SearchSpace.from_dict(parse_yaml(manifest["space"], "the job's space"), "the job's space")
     place = place_of(results, manifest)
     old = table_to_extend(folder / f"{found}.csv", place, only_missing=False, provenance="imported")
     layers = measured_layers(space.layers())
@@ -197,16 +204,11 @@ def import_medians(path: Path, folder: Path | None, device: str | None) -> Laten
         raise InputError(f"say whose medians {path} holds: --device ID, of a table that is there (--list)")
     beside = find_table(device)
     table = LatencyTable.load(beside)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
-            lines = [(line["network"], float(line["ms"])) for line in csv.DictReader(file)]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give a CSV file with the columns network,ms") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} is not a CSV file with the columns network,ms and numbers of milliseconds ({error})"
-        ) from error
-    archs = [load_arch(network) for network, _ in lines]
+    do = "give a CSV file with the columns network,ms and numbers of milliseconds"
+    with reading(str(path), do):
+        lines = [(line["network"], float(line["ms"])) for line in read_csv(path, ("network", "ms"), "the file of medians", do)]
+    with placed(str(path)):
+        archs = [load_arch(network) for network, _ in lines]
     y = np.array([ms for _, ms in lines])
     if len(archs) < FEWEST_MEDIANS or not (np.isfinite(y) & (y > 0)).all():
         raise InputError(
@@ -279,10 +281,10 @@ def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> str:
     request = {"space": space_sha256(space), **{k: place[k] for k in SAME}}
     if marker.exists():
         try:
-            before = json.loads(marker.read_text())
-        except ValueError:
+            before = read_json(marker, "the marker of a build")
+        except InputError:
             before = {}
-        if {k: before.get(k) for k in request} == request:
+        if {k: before.get(k) for k in request} == request and isinstance(before.get("started"), str):
             say(f"going on with the build that began at {before['started']}")
             return str(before["started"])
     started = now()
@@ -294,7 +296,11 @@ def rows_off_their_visits(table: LatencyTable, samples: Path) -> list[Doubt]:
     """Return the rows that are not what the visits of any of a table's builds, in its samples file, make of them: somebody
     changed them. Rows whose models that file lacks are not looked at."""
     reference = table_reference(table)
-    builds = [read_samples(samples, b["started"], b["finished"]) for b in table.meta.get("builds", ())]
+    try:
+        with reading(f"the sidecar of {table.device}", "build the table anew with nas-build-lut"):
+            builds = [read_samples(samples, str(b["started"]), str(b["finished"])) for b in table.meta.get("builds", ())]
+    except Damaged as error:
+        raise InputError(str(error)) from error
     found = []
     for layer, row in table.rows.items():
         terms = terms_of(layer)
@@ -315,10 +321,10 @@ class _Flags:
         self.path, self.started = path, started
         self.words: dict[str, str] = {}
         try:
-            before = json.loads(path.read_text())
+            before = read_json(path, "the file of flags")
             if before["started"] == started:
-                self.words = before["words"]
-        except (OSError, ValueError, KeyError):
+                self.words = {str(model): str(word) for model, word in before["words"].items()}
+        except (InputError, KeyError, AttributeError):
             pass
 
     def update(self, words: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from nas.checkpoints import CLASSIFIER, kept_state, load_checkpoint, load_state, load_weights, save_checkpoint
+from nas.checkpoints import CLASSIFIER, kept_state, load_checkpoint, load_state, load_weights, plain, save_checkpoint
 from nas.data import ImageData, epoch_batches
 from nas.evaluation import accuracy_of
 from nas.networks import import_timm
@@ -84,12 +84,12 @@ def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:
     with placed(weights):
         if any(_OURS.match(name) for name in given):
             classes = given.get(CLASSIFIER[1])
-            arch = arch.with_classes(arch.num_classes if classes is None else len(classes))
+            arch = arch.with_classes(arch.num_classes if classes is None else classes.numel())
             model = build_model(arch)
             load_state(model, given, weights, adapt=True)
         elif any(_THEIRS.match(name) for name in given):
             known = next((given[name] for name in _CLASSIFIERS_OF_TIMM if name in given), None)
-            arch = arch.with_classes(arch.num_classes if known is None else len(known))
+            arch = arch.with_classes(arch.num_classes if known is None else known.numel())
             model = build_model(arch)
             load_timm_weights(model, given)
         else:
@@ -120,10 +120,12 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise InputError(f"the weights file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(path))
+            return plain(safetensors.torch.load_file(path))
         found: Any = torch.load(path, weights_only=True, map_location="cpu")
         if isinstance(found, dict) and isinstance(found.get("net"), dict):
             found = kept_state(found)
+    except MemoryError:
+        raise
     except Exception as error:  # neither library has one base for what damaged files raise
         raise InputError(
             f"the weights file {path} cannot be read: give a state dict as .safetensors, or as .pt of tensors alone"
@@ -131,10 +133,13 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     for part in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(part), dict):
             found = found[part]
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+    try:
+        return plain(found)
+    except (TypeError, AttributeError) as error:
         held = ", ".join(map(str, list(found)[:3])) if isinstance(found, dict) else type(found).__name__
-        raise InputError(f"the weights file {path} holds no state dict, but {held}: give one of timm or of nas-train")
-    return found
+        raise InputError(
+            f"the weights file {path} holds no state dict, but {held}: give one of timm or of nas-train"
+        ) from error
 
 
 def _timm_state(weights: str) -> dict[str, Tensor]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from supernet.errors import InputError
-from supernet.files import write_atomically
+from nas.table import Target
+from supernet.errors import InputError, first_line
+from supernet.files import parse_yaml, read_json, write_atomically
 from supernet.space import SearchSpace
 
 SHOWN = 60  # characters of a value in a refusal
@@ -32,12 +32,7 @@ def claim(folder: Path, request: Mapping[str, Any], since: Mapping[str, Any] | N
     if not path.exists():
         write_atomically(path, text + "\n")
         return
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(held, dict):
-            raise ValueError("no mapping")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read, so what {folder} holds is unknown: give another --out") from error
+    held = read_json(path, "the request file", f"what {folder} holds is unknown: give another --out")
     held = _completed(held, json.loads(json.dumps(since or {})))
     given = json.loads(text)  # tuples have become lists, as in the file
     names = [*given, *(name for name in held if name not in given)]
@@ -84,15 +79,36 @@ def finished(run: Path) -> Finished:
     Raises:
         InputError: it holds none.
     """
+    with _finished(run):
+        request = read_json(run / "request.json", "the request file")
+        result = read_json(run / "result.json", "the result file")
+        where = f"the space of {run}"
+        space = SearchSpace.from_dict(parse_yaml(request["space"], where), where)
+        held = Finished(run, request, result, space)
+        texts = [
+            request["strategy"],
+            request["data"],
+            *(target[name] for target in held.targets for name in ("device", "table")),
+        ]
+        if not all(isinstance(text, str) for text in texts) or not held.targets:
+            raise TypeError("its strategy, data, devices or tables are no texts")
+        settings = request["settings"]
+        limits = [request["seed"], settings.get("max_params", 0), settings.get("max_macs", 0)]
+        if not all(type(number) is int and number >= 0 for number in limits) or settings["score"] not in ("loss", "accuracy"):
+            raise ValueError("its seed or a limit is no whole number, or its score is none")
+        for target in (*held.targets, *result.get("targets", [result])):
+            Target(target["target_ms"])
+    return held
+
+
+@contextmanager
+def _finished(run: Path) -> Iterator[None]:
     try:
-        request = json.loads((run / "request.json").read_text(encoding="utf-8"))
-        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-        space = SearchSpace.from_dict(yaml.safe_load(request["space"]), f"the space of {run}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # an InputError is a ValueError
         raise InputError(
-            f"{run} holds no finished search ({error}): give the --out folder of a nas-search that ended"
+            f"{run} holds no finished search ({first_line(error)}): give the --out folder of a nas-search that ended"
         ) from error
-    return Finished(run, request, result, space)
 
 
 def _completed(held: Mapping[str, Any], since: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ terms of single changes and of pairs inside a stage, with all pairs measured, it
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import random
@@ -32,6 +31,7 @@ from nas.statistics import kendall_tau, line, r_squared
 from nas.trajectory import Evaluation, evaluate_all
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
+from supernet.files import read_csv, reading
 from supernet.space import SearchSpace
 
 COLUMNS = ("stage", "slot", "option", "drop_loss", "drop_accuracy", "loss", "accuracy")
@@ -152,6 +152,8 @@ class Drops:
             (base,) = (_drop(line) for line in lines if not line["stage"])
         except ValueError as error:
             raise InputError(f"{path} cannot be read ({error}): write it anew") from error
+        if not all(math.isfinite(drop.drop_loss) and math.isfinite(drop.loss) for drop in (base, *singles.values())):
+            raise InputError(f"{path} has a loss that is no finite number: write it anew")
         choices = _choices(space)
         left = {at: [o for o in options if Change(*at, o) not in singles] for at, options in choices.items()}
         if any(len(o) != 1 for o in left.values()) or sum(map(len, choices.values())) != len(left) + len(singles):
@@ -161,9 +163,10 @@ class Drops:
         kinds = [[str(chosen[i, j]) for j in range(stage.depth)] for i, stage in enumerate(space.stages)]
         pairs = {}
         beside = path.with_name("pairs.csv")
-        for entry in _read(beside, PAIR_COLUMNS) if beside.exists() else []:
-            first = _change(entry["stage"], entry["slot"], entry["option"])
-            pairs[first, _change(entry["stage"], entry["second_slot"], entry["second_option"])] = _drop(entry)
+        with reading(str(beside), "remove it, or write it anew"):
+            for entry in _read(beside, PAIR_COLUMNS) if beside.exists() else []:
+                first = _change(entry["stage"], entry["slot"], entry["option"])
+                pairs[first, _change(entry["stage"], entry["second_slot"], entry["second_option"])] = _drop(entry)
         return cls(space, space.arch(widths, kinds), Evaluation(base.loss, base.accuracy), singles, pairs)
 
 
@@ -396,10 +399,4 @@ def _drop(row: Mapping[str, str]) -> Drop:
 
 
 def _read(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    try:
-        reader = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    if tuple(reader.fieldnames or ()) != tuple(columns):
-        raise InputError(f"{path} must have the columns {', '.join(columns)}, but has {', '.join(reader.fieldnames or ())}")
-    return list(reader)
+    return read_csv(path, columns, "the file of drops", "write it anew")

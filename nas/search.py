@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_safetensors
 
+from nas.alone import alone
 from nas.data import ImageData, load_data, natural_size
 from nas.distributed import shared
 from nas.evaluation import Evaluator, accuracy_of
@@ -55,7 +56,7 @@ from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, 
 from nas.trajectory import Trajectory
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError
-from supernet.files import write_atomically
+from supernet.files import read_json, reading, write_atomically
 from supernet.model import count
 from supernet.space import SearchSpace
 from supernet.specs import knobs_of
@@ -174,36 +175,39 @@ def run_search(
     check_limits(space, limits_of(space, None, settings.max_params, settings.max_macs))
     first = devices[0]
     several = [{"device": d.name, "target_ms": d.target.ms, "table": str(d.path.resolve())} for d in devices]
-    claim(
-        folder,
-        {
-            "command": "nas-search",
-            "target_ms": first.target.ms,
-            "device": first.name,
-            "table": str(first.path.resolve()),
-            **({"targets": several} if len(several) > 1 else {}),
-            "data": data.source,
-            "data_fingerprint": data.fingerprint,
-            "space": space.to_yaml(),
-            "strategy": request.strategy,
-            "settings": settings.deciding(),
-            "seed": request.seed,
-            **({"init": given.arch.to_yaml(), "weights": given.digest} if given is not None else {}),
-        },
-        since={"settings": SupernetSettings().deciding()},
-    )
-    space.save(folder / "space.yaml")
-    if trained is not None:
-        borrow(trained.folder, folder)
-    ended = folder / "result.json"
-    if again or not ended.exists():
-        (folder / REPORT).unlink(missing_ok=True)
-        _search(Work(devices, space, train_size, data, settings, request.strategy, request.seed, folder, given))
-    if not (folder / REPORT).exists():
-        write_report(folder)
-    result: dict[str, Any] = json.loads(ended.read_text())
-    print_result(result, folder, data.source, len(data.val))
-    return result
+    with alone(folder, shared=request.strategy == "optuna"):  # whose processes share a study, and may share its folder
+        claim(
+            folder,
+            {
+                "command": "nas-search",
+                "target_ms": first.target.ms,
+                "device": first.name,
+                "table": str(first.path.resolve()),
+                **({"targets": several} if len(several) > 1 else {}),
+                "data": data.source,
+                "data_fingerprint": data.fingerprint,
+                "space": space.to_yaml(),
+                "strategy": request.strategy,
+                "settings": settings.deciding(),
+                "seed": request.seed,
+                **({"init": given.arch.to_yaml(), "weights": given.digest} if given is not None else {}),
+            },
+            since={"settings": SupernetSettings().deciding()},
+        )
+        space.save(folder / "space.yaml")
+        if trained is not None:
+            borrow(trained.folder, folder)
+        ended = folder / "result.json"
+        if again or not ended.exists():
+            (folder / REPORT).unlink(missing_ok=True)
+            _search(Work(devices, space, train_size, data, settings, request.strategy, request.seed, folder, given))
+        if not (folder / REPORT).exists():
+            write_report(folder)
+        do = "remove it, and give the same command again"
+        result = read_json(ended, "the result file", do)
+        with reading(str(ended), do):
+            print_result(result, folder, data.source, len(data.val))
+        return result
 
 
 def refuse_below_smallest(space: SearchSpace, devices: Sequence[OnDevice]) -> None:

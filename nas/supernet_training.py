@@ -35,7 +35,7 @@ from nas.taylor import Method
 from nas.trajectory import Score
 from supernet.arch import ArchConfig
 from supernet.elastic import ElasticSupernet, widest
-from supernet.errors import InputError, unknown
+from supernet.errors import InputError, placed, unknown
 from supernet.files import checked_fields, read_yaml
 from supernet.metapath import Choice, Noise, Supernet, sample_path
 from supernet.space import SearchSpace
@@ -60,6 +60,7 @@ NOT_NEGATIVE = (
 IMPORTANCES = ("auto", "logits", "drops")
 IDENTITY_SHARE = 0.25  # of sampled slots are empty while weights warm up on single paths
 MIXTURE_IMAGES = 1024  # an epoch of the mixture sees at least, or all that there are
+MOST_EPOCHS = 100_000
 MIXTURE_COST = 3  # single paths that a mixture takes as long as, for the time left
 
 
@@ -189,6 +190,8 @@ class SupernetSettings:
                 f"paths: elastic trains narrow networks on the first channels, but channels is {self.channels}: give first, or "
                 "leave it out"
             )
+        if self.weight_epochs + self.mixture_epochs > MOST_EPOCHS:
+            raise InputError(f"weight_epochs and mixture_epochs must be {MOST_EPOCHS:,} at most together")
         if not self.weight_epochs + self.mixture_epochs:
             raise InputError("weight_epochs and mixture_epochs are both 0: give one of them at least 1")
         for name in ("weight_decay", "arrivals_per_second", "cache_gb"):
@@ -226,14 +229,17 @@ class SupernetSettings:
                 f"{path} gives {', '.join(bound)}, which the finished search has decided: give {', '.join(FREE)} alone, or "
                 "search anew without --from"
             )
-        return cls(**{**decided, **given})
+        with placed(f"the config file {path}" if path is not None else "the settings of the run"):
+            return cls(**checked_fields(cls, {**decided, **given}, "the settings of the run"))
 
     @classmethod
     def load(cls, path: str | Path | None) -> SupernetSettings:
         """Read the settings that a YAML file gives; the others have their defaults."""
         if path is None:
             return cls()
-        return cls(**checked_fields(cls, read_yaml(path, "the config file"), f"the config file {path}"))
+        where = f"the config file {path}"
+        with placed(where):
+            return cls(**checked_fields(cls, read_yaml(path, "the config file"), where))
 
 
 def training_size(space: SearchSpace, data_size: int, wanted: int = 0) -> int:
@@ -435,8 +441,13 @@ def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettin
                 losses.append(loss)
                 step += 1
                 tick(costs[epoch])
-            if not torch.stack(losses).isfinite().all():
-                raise FloatingPointError(f"the supernet's loss is not finite in epoch {epoch + 1}: lower learning_rate")
+            finite = torch.stack(losses).isfinite()
+            if not finite.all() or not all(parameter.isfinite().all() for parameter in net.parameters()):
+                at = step - len(losses) + 1 + int(finite.long().argmin()) if not finite.all() else step
+                raise FloatingPointError(
+                    f"the supernet's loss is not finite at step {at}, in epoch {epoch + 1} of {epochs}: lower learning_rate in "
+                    f"--config; {f'{checkpoint} holds the weights after epoch {epoch}' if epoch else 'no epoch was whole'}"
+                )
             curve = "supernet/loss" if epoch < settings.weight_epochs else "supernet/mixture_loss"
             draw({curve: enumerate(torch.stack(losses).tolist(), step - len(losses) + 1)})
             save_checkpoint(checkpoint, epoch + 1, net=net, **optimizers)

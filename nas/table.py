@@ -17,7 +17,7 @@ import yaml
 
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
-from supernet.files import write_atomically
+from supernet.files import read_json, write_atomically
 from supernet.space import SearchSpace
 from supernet.specs import SPECS, Head, Layer, Spec, is_embedding, is_stem, knobs_of, spec_type_of
 from supernet.user_block import is_foreign, loaded
@@ -350,14 +350,14 @@ def _load(path: Path) -> LatencyTable:
     for file in (path, sidecar_path):
         if not file.is_file():
             raise InputError(f"the latency table {path} needs {file}, which is not there: copy both files or build it anew")
-    try:
-        sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{sidecar_path} is not whole JSON: build the table anew with nas-build-lut") from error
-    if not isinstance(sidecar, dict) or sidecar.get("schema") != SCHEMA:
-        given = sidecar.get("schema") if isinstance(sidecar, dict) else None
+    sidecar = read_json(sidecar_path, "the latency table's sidecar", "build the table anew with nas-build-lut")
+    if sidecar.get("schema") != SCHEMA:
+        given = sidecar.get("schema")
         raise InputError(f"{sidecar_path} has schema {given!r}, this version reads {SCHEMA}: build the table anew")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"the latency table {path} cannot be read: {error.strerror}") from error
     if hashlib.sha256(content).hexdigest() != sidecar.get("csv_sha256"):
         raise InputError(
             f"{path} is not the file that its sidecar describes (truncated or edited): build it anew with nas-build-lut"

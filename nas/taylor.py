@@ -25,7 +25,7 @@ from nas.evaluation import recalibrate
 from nas.progress import progress
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
-from supernet.files import write_atomically
+from supernet.files import read_json, write_atomically
 from supernet.metapath import Supernet
 from supernet.specs import Identity, Layer
 from supernet.units import UnitScores, axes, key, sections, stage_of
@@ -211,12 +211,12 @@ def to_json(scores: UnitScores, method: Method) -> str:
 def from_json(path: Path) -> UnitScores:
     """Return the scores that a file holds."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, "the file of channels")
         stages = tuple(torch.tensor(values, dtype=torch.float64) for values in content["stages"])
         inside = {
             name: {role: torch.tensor(values, dtype=torch.float64) for role, values in roles.items()}
             for name, roles in content["inside"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise InputError(f"{path} is damaged: remove it, and the scores are computed again") from error
     return UnitScores(stages, inside)

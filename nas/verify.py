@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from nas.alone import alone
 from nas.job import Address, export_job, read_results, run_over_ssh, visits_of
 from nas.kept import Checks
 from nas.lookup import OnDevice
@@ -14,7 +15,7 @@ from nas.plan import Work
 from nas.profilers.bench import Plan
 from nas.profilers.timing import summarise
 from nas.progress import say
-from nas.request import finished
+from nas.request import Finished, finished
 from nas.search import CANDIDATE, Request, beginning, measurements_file, run_search
 from nas.supernet_training import SupernetSettings
 from nas.table import LatencyTable, Target
@@ -37,6 +38,11 @@ def verify(
         InputError: the folder holds no finished search, or the results are of another network.
     """
     held = finished(run)
+    with alone(run):
+        return _verify(run, held, device, results, config)
+
+
+def _verify(run: Path, held: Finished, device: str | None, results: Path | None, config: Path | None) -> dict[str, Any] | None:
     text = (run / "request.json").read_text(encoding="utf-8")
     arch = ArchConfig.load(_measured_network(run))
     which = {"request_sha256": hashlib.sha256(text.encode()).hexdigest(), "network": name_of(tuple(arch.layers()))}

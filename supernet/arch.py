@@ -77,6 +77,9 @@ __all__ = [
 ]
 
 
+MOST_STAGES = 16
+
+
 @dataclass(frozen=True)
 class Stage:
     """Blocks of one width. `stride` is the reduction on entering, by `entry`: a stem for the first stage, an embedding for
@@ -153,6 +156,8 @@ class ArchConfig:
         check_positive(self, "image_size", "num_classes")
         if not self.stages:
             raise InputError(f"network {self.name!r} has no stages")
+        if len(self.stages) > MOST_STAGES:
+            raise InputError(f"a network has {MOST_STAGES} stages at most, but {self.name!r} has {len(self.stages)}")
         for number, stage in enumerate(self.stages):
             placed_entry(stage.entry, stage.width, self.stages[number - 1].width if number else None, stage.stride)
         Head(self.stages[-1].width, self.num_classes, form=self.head)

@@ -1,7 +1,12 @@
 """The one exception for input that cannot be used, and how it says where."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+LONGEST = 1200  # characters of a refusal: what a file holds may be quoted in it
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
+"""What a file system says of itself when a file cannot be written to its end, whoever asked for it and wherever."""
 
 
 class InputError(ValueError):
@@ -10,11 +15,22 @@ class InputError(ValueError):
     The commands print its message on stderr and end with exit code 2.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str, longest: int = LONGEST) -> str:
+    """Return a text as one line for a terminal: what cannot be printed (line ends, escape sequences, halves of characters) as
+    its code, and the middle left out of one that is too long."""
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
 
 def unknown(what: str, given: object, allowed: Iterable[str]) -> InputError:
     """Return an InputError that names the allowed values nearest to `given`."""
     options = sorted(allowed)
-    near = difflib.get_close_matches(str(given).lower(), options, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(str(given)[:80].lower(), options, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return InputError(f"unknown {what} {given!r}: {hint}allowed: {', '.join(options)}")
 

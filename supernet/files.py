@@ -1,30 +1,47 @@
-"""Files that are whole or absent: atomic writing, and YAML read with every field's type checked."""
+"""Files that are whole or absent: atomic writing; YAML, JSON and CSV read so that whatever they hold is used or refused."""
 
+import csv
+import io
+import json
+import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
 import yaml
 
-from supernet.errors import InputError, unknown
+from supernet.errors import FULL, InputError, first_line, unknown
+
+PART = ".metapath-part"  # ends the names of files that are being written
+MOST_VALUES = 100_000  # of a YAML file: a few lines of aliases can stand for more than a memory holds
+DEEPEST = 40  # lists and mappings in each other
+LARGEST = 2**63  # of a whole number
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # numbers such as 1e-3, which YAML 1.1 takes for text
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write `content` to `path` through a temporary file beside it: a kill leaves the old file or the new one."""
+    """Write `content` to `path` through a temporary file beside it: a kill leaves the old file or the new one.
+
+    The content is on the disk before it takes the file's name. After a power cut the old file may be there again.
+
+    Raises:
+        InputError: the place is none for a file, or may not be written to.
+        OSError: the disk is full or fails. The old file is then as it was.
+    """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
+    temporary = None
     try:
+        if path.exists() and not path.is_file():  # a folder; or a device, which would be replaced
+            raise InputError(f"{path} cannot be written, as something that is no file has that name: choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): choose another folder") from error
-    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -34,27 +51,130 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
         os.replace(temporary, path)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
+        _remove(temporary)
+        if error.errno in FULL:
+            raise OSError(
+                error.errno, f"{path} cannot be written ({error.strerror}): make room; what was there before is as it was"
+            ) from error
         raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        _remove(temporary)
         raise
+
+
+def _remove(temporary: str | None) -> None:
+    if temporary is not None:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """Return the text of a file, without a mark at its beginning; `what` names it in errors."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a UnicodeDecodeError is one
+        raise InputError(f"{what} {path} is no text in UTF-8: save it as such, or give another file") from error
 
 
 def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     """Return the mapping that the YAML file holds; `what` names it in errors."""
-    path = Path(path)
+    return parse_yaml(read_text(path, what), f"{what} {path}")
+
+
+def parse_yaml(text: object, where: str) -> dict[str, Any]:
+    """Return the mapping that a YAML text holds; `where` names it in errors.
+
+    Raises:
+        InputError: it is no text, no YAML or no mapping, or holds what no file of ours can mean.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{where} must be a YAML text, but is {type(text).__name__}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # PyYAML raises ValueError for a date such as 2024-13-45
-        where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where else ""
-        raise InputError(f"{what} {path} is not valid YAML{line}") from error
+        content = yaml.safe_load(text)
+        _check_values(content, where, MOST_VALUES)
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        # PyYAML raises ValueError for a date such as 2024-13-45, and others for its own tags where they do not fit
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise InputError(f"{where} is not valid YAML{line}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{what} {path} must hold a mapping of fields, but holds {type(content).__name__}")
+        raise InputError(f"{where} must hold a mapping of fields, but holds {type(content).__name__}")
     return content
+
+
+def read_json(path: str | Path, what: str, do: str = "give another file") -> dict[str, Any]:
+    """Return the mapping that the JSON file holds; `what` names it in errors, `do` is what helps.
+
+    Raises:
+        InputError: the file cannot be read, is cut, or holds something else.
+    """
+    try:
+        content = json.loads(read_text(path, what))
+        _check_values(content, f"{what} {path}")
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{what} {path} is not whole JSON: {do}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{what} {path} must hold a mapping, but holds {type(content).__name__}: {do}")
+    return content
+
+
+def _check_values(content: object, where: str, most: float = math.inf) -> None:
+    """Refuse content that is nested too deeply, has too many values, or has a text or a number that is none."""
+    left: list[tuple[object, int]] = [(content, 0)]
+    seen = 0
+    while left:
+        value, depth = left.pop()
+        seen += 1
+        if seen > most or depth > DEEPEST:
+            raise InputError(
+                f"{where} holds too much: at most {DEEPEST} lists and mappings in each other, and {MOST_VALUES} values"
+            )
+        if isinstance(value, dict):
+            left += ((each, depth + 1) for pair in value.items() for each in pair)
+        elif isinstance(value, list | tuple | set):
+            left += ((each, depth + 1) for each in value)
+        elif isinstance(value, int) and not -LARGEST < value < LARGEST:
+            raise InputError(f"{where} holds a whole number of more than 63 bits: give a smaller one")
+        elif isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise InputError(f"{where} holds the half of a character in {value!r}: leave it out")
+
+
+def read_csv(path: str | Path, columns: Sequence[str], what: str, do: str = "give another file") -> list[dict[str, str]]:
+    """Return the lines of a CSV file that has at least these columns, each line a cell in every one of them.
+
+    Raises:
+        InputError: the file cannot be read, lacks a column, or has a line that is cut or too long; `what` names it, `do` helps.
+    """
+    text = read_text(path, what)
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        lines = list(reader)
+    except csv.Error as error:
+        raise InputError(f"{what} {path} is no CSV file ({error}): {do}") from error
+    found = list(reader.fieldnames or ())
+    if missing := [name for name in columns if name not in found]:
+        raise InputError(f"{what} {path} must have the columns {', '.join(columns)}, but lacks {', '.join(missing)}: {do}")
+    for number, line in enumerate(lines, 2):
+        if None in line or None in line.values():
+            raise InputError(f"{what} {path} has {len(found)} columns, but line {number} has not as many cells: {do}")
+    return lines
+
+
+@contextmanager
+def reading(where: str, do: str) -> Iterator[None]:
+    """Refuse a file whose values are not what the block of code takes them for: a number, a field that is there, a list."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise InputError(f"{where} cannot be used ({type(error).__name__}: {first_line(error)}): {do}") from error
 
 
 def checked_fields(cls: type, given: object, where: str) -> dict[str, Any]:

@@ -39,6 +39,8 @@ from supernet.specs import (
 )
 
 _FOLDER = Path(__file__).parent / "spaces"
+MOST_WIDTHS = 256  # of a stage
+DEEPEST = 256  # slots of a stage
 MIN_MAP = 4  # below 4x4 a pool mixer is zero and a softmax is over one token: nothing can be chosen
 
 
@@ -60,12 +62,16 @@ class StageSpace:
         object.__setattr__(self, "entry", unplaced(self.entry))
         if not self.widths:
             raise InputError("a stage must have at least one width")
+        if len(self.widths) > MOST_WIDTHS:
+            raise InputError(f"a stage has {MOST_WIDTHS} widths at most, but there are {len(self.widths)}")
         for width in self.widths:
             check_width(width)
         if list(self.widths) != sorted(set(self.widths)):
             raise InputError(f"widths must ascend without repeats, but are {list(self.widths)}")
         if type(self.depth) is not int or self.depth < 1:
             raise InputError(f"depth must be a whole number of at least 1, but is {self.depth!r}")
+        if self.depth > DEEPEST:
+            raise InputError(f"depth must be at most {DEEPEST}, but is {self.depth}")
         kinds = self.kinds
         if len(set(kinds)) != len(kinds) or "identity" not in kinds or len(kinds) < 2:
             raise InputError(f"candidates must be identity and at least one other kind, each once, but are {list(kinds)}")
@@ -445,6 +451,8 @@ def _widths(given: object) -> tuple[int, ...]:
             raise InputError(f"widths must be a list or whole numbers min, max and step, but is {given!r}")
         if given["min"] > given["max"]:
             raise InputError(f"widths: min must be at most max, but is {given!r}")
+        if (given["max"] - given["min"]) // given["step"] >= MOST_WIDTHS:
+            raise InputError(f"widths: a stage has at most {MOST_WIDTHS}, but {given!r} are more")
         given = list(range(given["min"], given["max"] + 1, given["step"]))
     widths = checked_list(given, "widths")
     for width in widths:

@@ -15,8 +15,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard
 
 from supernet.errors import InputError, unknown
 from supernet.files import checked_fields
-from supernet.user_block import loaded, user_block
+from supernet.user_block import loaded, user_block, users_code
 
+LARGEST = 2**20  # of any size or number of a network: more is a slip, and would be computed with for hours
+WIDEST = 2**16  # channels
 WIDTH_STEP = 8  # the finest grid of the published networks (EfficientFormerV2: 40, 120)
 ACTIVATIONS = ("relu", "gelu", "hardswish")
 
@@ -94,6 +96,8 @@ def check_positive(spec: object, *names: str) -> None:
         value = getattr(spec, name)
         if type(value) is not int or value < 1:
             raise InputError(f"{type(spec).__name__}: {name} must be a whole number of at least 1, but is {value!r}")
+        if value > LARGEST:
+            raise InputError(f"{type(spec).__name__}: {name} must be at most {LARGEST}, but is {value}")
 
 
 def check_group(spec: Any) -> None:
@@ -629,6 +633,8 @@ class Layer(NamedTuple):
 def check_width(width: object) -> None:
     if type(width) is not int or width < WIDTH_STEP or width % WIDTH_STEP:
         raise InputError(f"a width must be a positive multiple of {WIDTH_STEP}, but is {width!r}")
+    if width > WIDEST:
+        raise InputError(f"a width must be at most {WIDEST}, but is {width}")
 
 
 def placed_entry(entry: Entry | None, width: int, width_in: int | None, stride: int) -> Entry:
@@ -702,7 +708,13 @@ def _from_entry(entry: object, at: dict[str, int], kinds: dict[str, type[Any]], 
                 f"a {what}'s {name} is its stage's {'width' if name == 'dim' else name}: leave it out of {entry!r}"
             )
     knobs = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items() if name != "kind"}
-    return spec_type(**checked_fields(spec_type, {**at, **knobs}, f"{what} {kind}"))
+    given = checked_fields(spec_type, {**at, **knobs}, f"{what} {kind}")
+    if kind in kinds:
+        return spec_type(**given)
+    with users_code(kind, "where it is made"):
+        spec = spec_type(**given)
+        hash(spec)  # a knob that is no list of values could not be the key of a table's row
+        return spec
 
 
 def spec_type_of(kind: str) -> type[Any]:

@@ -3,6 +3,8 @@ torch module. In YAML its kind is the file and the class: `my_blocks.py:GhostBlo
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -37,6 +39,8 @@ def user_block(kind: str) -> type[Any]:
         )
     if "dim" not in {f.name for f in fields(found)}:
         raise InputError(f"the block {kind!r} lacks the field `dim`, its width")
+    if not isinstance(getattr(found, "tokens", False), bool):
+        raise InputError(f"the block {kind!r} must say `tokens` as True or False, but says {found.tokens!r}")
     if found not in loaded.values():  # a file that is named in two ways
         found.kind = kind
         found.tokens = getattr(found, "tokens", False)
@@ -44,8 +48,25 @@ def user_block(kind: str) -> type[Any]:
     return loaded[kind]
 
 
+@contextmanager
+def users_code(kind: str, what: str) -> Iterator[None]:
+    """Refuse a block whose own code fails: whatever it raises names the block, and what was asked of it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the block {kind!r} fails with {type(error).__name__} ({first_line(error)}) {what}: mend its file"
+        ) from error
+
+
 def _module(path: str, kind: str) -> ModuleType:
-    if not Path(path).is_file():
+    try:
+        there = Path(path).is_file()
+    except OSError:  # such as a name that is too long
+        there = False
+    if not there:
         raise InputError(f"the block {kind!r} is to come from {path}, which is not there: give FILE.py:CLASS, from this folder")
     module_name = f"metapath_user {Path(path).resolve()}"
     if module_name in sys.modules:
@@ -56,7 +77,7 @@ def _module(path: str, kind: str) -> ModuleType:
     sys.modules[module_name] = module  # dataclasses look their own module up by name
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
+    except (Exception, SystemExit) as error:  # whatever a user's file raises
         del sys.modules[module_name]
         raise InputError(
             f"{path} fails with {type(error).__name__} ({first_line(error)}): mend it, for the block {kind!r}"

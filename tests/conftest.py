@@ -1,5 +1,9 @@
 """One thread for torch, in the tests and in what they start: its operations here are so small that two threads wait for each
-other at every one of them, and the tests already run on several cores (pytest-xdist)."""
+other at every one of them, and the tests already run on several cores (pytest-xdist).
+
+Hypothesis draws the same examples each time; `HYPOTHESIS_PROFILE=thorough pytest tests/test_user_files.py` draws 500 new ones for
+each kind of file.
+"""
 
 import os
 
@@ -9,3 +13,12 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture]
+settings.register_profile("usual", max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=SLOW)
+settings.register_profile(
+    "thorough", max_examples=500, deadline=None, database=None, suppress_health_check=SLOW, print_blob=True
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))

@@ -228,7 +228,7 @@ def test_a_file_that_is_no_network_is_refused_by_its_field(change: Change, messa
         (b"name: l1\nstages: [{width: 48, stri", "is not valid YAML (line 2)"),
         (b"name: l1\n\timage_size: 224\n", "is not valid YAML (line 2)"),
         (b"name: !!python/object/apply:os.getcwd []\n", "is not valid YAML (line 1)"),
-        (b"\xff\xfe\xfa", "is not valid YAML"),
+        (b"\xff\xfe\xfa", "is no text in UTF-8: save it as such, or give another file"),
     ],
     ids=["empty", "list", "truncated", "tab", "code", "binary"],
 )

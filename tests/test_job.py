@@ -159,7 +159,7 @@ def no_unit(results: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (no_mapping, "no whole results file"),
+        (no_mapping, "must hold a mapping"),
         (somewhere_else, "cannot be a device id"),
         (other_job, "belongs to a job whose manifest"),
         (lacks_a_model, r"lacks 1 of \d+ models, '4 x mb4d\(dim=16\) at 8 px' first"),
@@ -186,7 +186,7 @@ def test_results_that_are_not_the_jobs_are_refused_in_one_line(
 def test_a_cut_results_file_is_refused(folder: Path, work: Work, tmp_path: Path) -> None:
     path = written(folder, pretended_results(folder, work))
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match="no whole results file"):
+    with pytest.raises(InputError, match="is not whole JSON"):
         import_results(path, tmp_path / "out")
 
 

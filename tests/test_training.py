@@ -478,7 +478,7 @@ def test_claim_shows_where_long_values_differ(tmp_path: Path) -> None:
 
 def test_claim_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "request.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"not whole JSON: what .* holds is unknown: give another --out"):
         claim(tmp_path, {"x": 1})
     file = tmp_path / "file"
     file.write_text("")

@@ -10,7 +10,7 @@ import csv
 import datetime
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,13 @@ class Disturbed(Failed):
 
 class TooNoisy(Failed):
     """What was measured cannot be trusted, because the device was too busy or too hot; it is not to be gone on with."""
+
+
+class Damaged(Failed):
+    """A samples file does not hold what was written to it."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path} was changed by hand or is damaged ({why}): remove it, and its visits are made again")
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,7 @@ class Samples:
                 with path.open("r+b") as file:
                     file.truncate(len(whole))
             self.visits = read_samples(path, since)
-            with path.open(newline="", encoding="utf-8") as lines:
-                times = [line["measured_at"] for line in csv.DictReader(lines) if line["measured_at"] >= since]
+            times = [line["measured_at"] for line in _whole_lines(path) if line["measured_at"] >= since]
             self.since = min(times, default=self.since)
         fresh = not path.exists() or not path.stat().st_size
         self._file = path.open("a", newline="")
@@ -125,12 +131,27 @@ class Samples:
 def read_samples(path: Path, since: str = "", until: str = "9999") -> dict[str, list[Visit]]:
     """Return the visits of a samples file that were made between two times, by model. A line that was cut is left out."""
     visits: dict[str, list[Visit]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            if line[Samples.HEADER[-1]] and since <= line["measured_at"] <= until:
-                reference = References(float(line[Samples.HEADER[3]]), float(line[Samples.HEADER[4]]))
-                visits.setdefault(line["model"], []).append(Visit(float(line["raw_ms"]), reference))
+    for line in _whole_lines(path):
+        if since <= line["measured_at"] <= until:
+            try:
+                raw_ms, *references = times = [float(line[name]) for name in Samples.HEADER[2:]]
+            except ValueError as error:
+                raise Damaged(path, str(error)) from error
+            if not all(0 < ms < math.inf for ms in times):
+                raise Damaged(path, f"{line['model']!r} has a visit of {times} ms")
+            visits.setdefault(line["model"], []).append(Visit(raw_ms, References(*references)))
     return visits
+
+
+def _whole_lines(path: Path) -> Iterator[Mapping[str, str]]:
+    """Yield the lines of a samples file that have a cell in every column."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        try:
+            for line in csv.DictReader(file):
+                if all(line.get(name) for name in Samples.HEADER):
+                    yield line
+        except csv.Error as error:
+            raise Damaged(path, str(error)) from error
 
 
 def reference_of(visits: Mapping[str, Sequence[Visit]]) -> References:

@@ -19,7 +19,7 @@ from nas.report.network import network_section
 from nas.report.run import Run, read_run
 from nas.report.trajectory import throughput_section, trajectory_section
 from nas.report.trust import accuracy_section, table_section
-from supernet.files import write_atomically
+from supernet.files import reading, write_atomically
 
 NAME = "report.html"
 
@@ -31,7 +31,8 @@ def write_report(folder: Path) -> Path:
         InputError: the folder holds no finished search.
     """
     folder = Path(folder)
-    page = report(read_run(folder))
+    with reading(f"what {folder} holds", "it was changed, or is another version's: search anew"):  # every figure of it is shown
+        page = report(read_run(folder))
     path = folder / NAME
     write_atomically(path, page)
     return path

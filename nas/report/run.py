@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,13 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nas.kept import described
 from nas.scores import Drops
 from nas.table import Calibration, LatencyTable
 from supernet.arch import ArchConfig, MultiplexSpec, Stage
 from supernet.errors import InputError
+from supernet.files import parse_yaml, read_csv, read_json
 from supernet.space import SearchSpace
 from supernet.specs import at_width, label
 
@@ -41,9 +38,8 @@ class Run:
     def rows(self, name: str) -> list[dict[str, str]]:
         """Return the lines of a CSV file of the folder, none where it is missing."""
         try:
-            with (self.folder / name).open(encoding="utf-8", newline="") as file:
-                return list(csv.DictReader(file))
-        except OSError:
+            return read_csv(self.folder / name, (), "the file")
+        except InputError:
             return []
 
     @property
@@ -155,16 +151,15 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     try:
-        request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        request, result = (read_json(folder / f"{name}.json", "the file") for name in ("request", "result"))
+    except InputError as error:
         raise InputError(
             f"{folder} holds no finished search ({error}): give the --out folder of a nas-search that ended"
         ) from error
     space = table = None
     why = ""
-    with suppress(InputError, KeyError, TypeError, yaml.YAMLError):  # a user's own block whose file is gone, an old request
-        space = SearchSpace.from_dict(yaml.safe_load(request["space"]), f"the space of {folder}")
+    with suppress(InputError, KeyError, TypeError):  # a user's own block whose file is gone, an old request
+        space = SearchSpace.from_dict(parse_yaml(request["space"], "its space"), f"the space of {folder}")
     path = Path(request.get("table") or result["table"])
     try:
         table = LatencyTable.load(path)

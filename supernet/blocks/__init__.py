@@ -6,6 +6,8 @@ from torch import nn
 
 from supernet import specs
 from supernet.blocks import concatplexer, efficientformer, efficientformer_v2, efficientvit, layers, vit
+from supernet.errors import InputError
+from supernet.user_block import users_code
 
 MODULES: dict[type[Any], Any] = {
     specs.MB4D: efficientformer.MB4DModule,
@@ -39,5 +41,11 @@ def build_layer(layer: specs.Layer) -> nn.Module:
     """
     spec, resolution = layer
     found = MODULES.get(type(spec))
-    module: nn.Module = found(spec, resolution) if found else spec.module(resolution)  # type: ignore[union-attr]
+    if found:
+        module: nn.Module = found(spec, resolution)
+        return module
+    with users_code(spec.kind, "where its module is built"):
+        module = spec.module(resolution)  # type: ignore[union-attr]
+    if not isinstance(module, nn.Module):
+        raise InputError(f"module() of the block {spec.kind!r} gives {type(module).__name__}, which is no torch.nn.Module")
     return module

@@ -1,0 +1,119 @@
+"""One process at a time in a folder.
+
+The lock is the operating system's, on a file in the folder, and is held by a process: one that is killed loses it, so that
+nothing is left behind that would have to be cleared away. POSIX record locks, which NFS knows too, and which the worker
+processes that a killed one leaves behind do not have; on Windows the lock of a byte.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from nas.progress import say
+from supernet.errors import FULL, InputError
+from supernet.files import PART
+
+_FAR = 1 << 20  # the byte that is locked on Windows, where what is locked cannot be read
+_held: set[Path] = set()
+
+
+@contextmanager
+def alone(folder: str | Path, name: str = "", *, shared: bool = False) -> Iterator[None]:
+    """Hold `folder` for this process, or the files in it that begin with `name`, while the block runs.
+
+    What an earlier process had half written when it was killed is removed. Within the block, the same process may ask again.
+    Of the processes of torchrun the first one holds the folder for all. Where the file system knows no locks, a line says so,
+    and nothing is held.
+
+    Args:
+        shared: others may be here too, if they also share: the processes of an Optuna study.
+
+    Raises:
+        InputError: another process holds it, or the folder cannot be written.
+        OSError: the disk is full or fails.
+    """
+    folder = Path(folder)
+    path = folder.resolve() / f".{name + '.' if name else ''}lock"
+    if path in _held or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    handle = _opened(path, folder, shared)
+    _held.add(path)
+    try:
+        if not shared:
+            cut = f".{name}.*{PART}" if name else f".*{PART}"
+            for left_over in [path for below in ("", "*/", "*/*/") for path in folder.glob(below + cut)]:
+                with suppress(OSError):
+                    left_over.unlink()
+        yield
+    finally:
+        _held.discard(path)
+        if sys.platform == "win32":
+            os.close(handle)
+        # Removed while it is locked: whoever has opened it meanwhile finds that the folder has another one, or none.
+        with suppress(OSError):
+            if not shared or _lock(handle, shared=False):
+                path.unlink()
+        if sys.platform != "win32":
+            os.close(handle)
+        for made in new:
+            with suppress(OSError):  # what was refused leaves no folder; what was done has files in it
+                made.rmdir()
+
+
+def _opened(path: Path, folder: Path, shared: bool) -> int:
+    """Return the handle of the lock file, which is locked and is the one in the folder."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            raise InputError(f"the folder {folder} cannot be written ({error.strerror}): give another --out") from error
+        try:
+            if not _lock(handle, shared):
+                holder = os.read(handle, 200).decode(errors="replace")
+                raise InputError(
+                    f"{folder} is in use by another process ({holder or 'it has just begun'}): wait until it ends, stop it, "
+                    "or give another --out"
+                )
+        except InputError:
+            os.close(handle)
+            raise
+        except OSError as error:
+            say(f"warning: {folder} cannot be locked ({error.strerror}): let no second command work there meanwhile")
+        with suppress(OSError):
+            there, here = os.stat(path), os.fstat(handle)
+            if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
+                with suppress(OSError):
+                    os.ftruncate(handle, 0)
+                    os.write(handle, f"{os.getpid()} on {platform.node()}".encode())
+                return handle
+        os.close(handle)  # its holder has just removed it
+
+
+def _lock(handle: int, shared: bool) -> bool:
+    """Lock the file; return False where another process has it, and raise OSError where the file system knows no locks."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            if not shared:
+                os.lseek(handle, _FAR, os.SEEK_SET)
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+                os.lseek(handle, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.lockf(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: POSIX allows both
+        os.lseek(handle, 0, os.SEEK_SET)
+        return False
+    return True
