@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.about import note
 from nas.curves import curves
 from nas.data import ImageData, augment, epoch_batches, normalise
 from nas.evaluation import accuracy_of
@@ -185,6 +186,7 @@ def train_network(
     *,
     weights: Path | None = None,
     teacher: Teacher | None = None,
+    targets: Sequence[Mapping[str, Any]] = (),
 ) -> TrainingResult:
     """Train a network at its own image size, which is also the data's, and return how it does on `data.val`.
 
@@ -193,8 +195,9 @@ def train_network(
     augmented images, it learns from that too, as the recipe says. `folder` then holds `arch.yaml`, `model.safetensors`,
     `metrics.csv` (a row for each epoch; the learning rate is that of its last step, the training loss is smoothed) and
     `checkpoint.pt`, written after each epoch; and the curves of `nas.curves`. The next call with the same arguments goes on
-    from there, to the same weights as if it had never stopped; if the training is finished, it returns its result. On one
-    machine with one number of threads, the same seed gives the same weights.
+    from there, to the same weights as if it had never stopped; if the training is finished, it returns its result. The weights
+    name their classes, and the `targets` of the network's search (see `nas.about`), for nas-export. On one machine with one
+    number of threads, the same seed gives the same weights.
 
     Raises:
         InputError: the image sizes differ, the folder holds another training, the weights do not fit, or there is no
@@ -233,7 +236,7 @@ def train_network(
     history.write(folder / "metrics.csv")
     arch.save(folder / "arch.yaml")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, note(data.classes, targets)))
     last = history.rows[-1]
     return TrainingResult(arch, last["val_loss"], last["val_accuracy"], recipe.epochs, folder)
 
