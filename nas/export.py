@@ -302,9 +302,7 @@ def _weighted(network: str, weights: str | Path | None, arch: ArchConfig) -> tup
 
         read = load_pretrained(network, str(weights), arch)
         if read.arch.num_classes != arch.num_classes:
-            say(
-                f"{weights} knows {read.arch.num_classes} classes, not {arch.num_classes} as {network} says: it has {weights}'s"
-            )
+            say(f"{network} says {arch.num_classes} classes, but {weights} knows {read.arch.num_classes}: these are exported")
         arch = read.arch
         model = build_model(arch)
         model.load_state_dict(read.state)

@@ -91,7 +91,8 @@ class Features(nn.Sequential):
 
 def stage_maps(arch: ArchConfig, layers: Mapping[str, nn.Module], x: Tensor) -> list[Tensor]:
     """Send images (N, 3, S, S) through a network's layers, from the first on; return the map of every stage reached."""
-    taps, maps = stage_taps(arch), []
+    taps = stage_taps(arch)
+    maps: list[Tensor] = []
     for name, module in layers.items():
         x = module(x)
         if name == taps[len(maps)]:

@@ -128,19 +128,28 @@ def gelu_by_table(model: bytes) -> bytes:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[Any] = []
     steps = [
-        numpy_helper.from_array(np.float32(1 / 256), "sigmoid_scale"),
-        numpy_helper.from_array(np.uint8(0), "sigmoid_zero_point"),
+        numpy_helper.from_array(np.array(1 / 256, np.float32), "sigmoid_scale"),
+        numpy_helper.from_array(np.array(0, np.uint8), "sigmoid_zero_point"),
     ]
     replaced = False
+
+    def leaves_quantised(name: str) -> bool:
+        return bool(users[name]) and all(
+            user.op_type == "QuantizeLinear" or (user.op_type == "Reshape" and leaves_quantised(user.output[0]))
+            for user in users[name]
+        )
+
     for node in graph.node:
-        entering = maker.get(node.input[0]) if node.op_type == "Gelu" else None
-        leaving = {user.op_type for user in users[node.output[0]]} if entering is not None else set()
-        if entering is None or entering.op_type != "DequantizeLinear" or leaving != {"QuantizeLinear"}:
+        entering, reshapes = maker.get(node.input[0]) if node.op_type == "Gelu" else None, []
+        while entering is not None and entering.op_type == "Reshape":  # of tokens, around a product
+            reshapes.append(entering)
+            entering = maker.get(entering.input[0])
+        if entering is None or entering.op_type != "DequantizeLinear" or not leaves_quantised(node.output[0]):
             nodes.append(node)
             continue
         replaced = True
         quantised_x, scale, zero_point = entering.input
-        stretched = numpy_helper.to_array(constants[scale]) * np.float32(1.702)  # the factor costs nothing here
+        stretched = np.array(1.702 * numpy_helper.to_array(constants[scale]), np.float32)  # the factor costs nothing here
         graph.initializer.append(numpy_helper.from_array(stretched, f"{node.name}_scale"))
 
         def add(kind: str, inputs: list[str], result: str, of: str = node.name) -> str:
@@ -153,7 +162,9 @@ def gelu_by_table(model: bytes) -> bytes:
         gate = add("DequantizeLinear", [gate, steps[0].name, steps[1].name], f"{node.name}_gate")
         # a dequantisation of its own for each user, which is what is fused
         x = add("DequantizeLinear", [quantised_x, scale, zero_point], f"{node.name}_x")
-        add("Mul", [x, gate], node.output[0])
+        y = add("Mul", [x, gate], f"{node.name}_product" if reshapes else node.output[0])
+        for number, reshape in enumerate(reversed(reshapes), 1):
+            y = add("Reshape", [y, reshape.input[1]], f"{node.name}_{number}" if number < len(reshapes) else node.output[0])
     if not replaced:
         return model
     graph.initializer.extend(steps)
@@ -170,7 +181,7 @@ def quantise_on(model: bytes, data: ImageData, batch: int, seed: int) -> tuple[b
     ONNX Runtime; `validation_images`, `calibration_images`.
     """
     inputs = CalibrationInputs(data, batch, seed)
-    say(f"int8: ranges from {inputs.count:,} training images, accuracy on {len(data.val):,} validation images")
+    say(f"int8: ranges from {inputs.images:,} training images, accuracy on {len(data.val):,} validation images")
     small = quantised(model, inputs)
     # Shuffled: groups of one class would be told apart too easily by a network that multiplexes.
     before, after = onnx_accuracy([model, small], data.val.shuffled(seed), batch)
@@ -178,7 +189,7 @@ def quantise_on(model: bytes, data: ImageData, batch: int, seed: int) -> tuple[b
         "accuracy": after,
         "accuracy_fp32": before,
         "validation_images": len(data.val),
-        "calibration_images": inputs.count,
+        "calibration_images": inputs.images,
     }
     return small, figures
 
@@ -189,9 +200,9 @@ class CalibrationInputs(Sequence[Array]):
 
     def __init__(self, data: ImageData, batch: int, seed: int, images: int = CALIBRATION_IMAGES) -> None:
         self.data = data
-        self.count = min(images, len(data.train))
-        drawn = np.random.default_rng([seed, 8]).choice(len(data.train), self.count, replace=False)
-        self.rows = np.resize(drawn, -(-self.count // batch) * batch).reshape(-1, batch)
+        self.images = min(images, len(data.train))
+        drawn = np.random.default_rng([seed, 8]).choice(len(data.train), self.images, replace=False)
+        self.rows = np.resize(drawn, -(-self.images // batch) * batch).reshape(-1, batch)
 
     def __len__(self) -> int:
         """Return the number of batches."""
