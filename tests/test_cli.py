@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import yaml
 from PIL import Image
@@ -313,6 +314,10 @@ def test_from_images_to_a_network_within_its_target(
     assert "top-1" in capsys.readouterr().out
     cli.export(["trained/arch.yaml", "--weights", "trained/model.safetensors", "--format", "onnx", "--out", "model.onnx"])
     assert "model.onnx" in capsys.readouterr().out
+    about = onnxruntime.InferenceSession("model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(about["classes"]) == ["cat", "dog"]
+    (target,) = json.loads(about["targets"])
+    assert target["target_ms"] == json.loads((run / "result.json").read_text())["target_ms"], "through both commands"
     cli.profile(["model.onnx", "--json"])
     profile = json.loads(capsys.readouterr().out)
     assert profile["measured_low_ms"] <= profile["measured_ms"] <= profile["measured_high_ms"]
