@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nas.feature_maps import features as features
     from nas.slimming import slim as slim
     from nas.solver import Budget as Budget
     from nas.solver import Solution as Solution
@@ -39,6 +40,7 @@ _HOME = {
     "Trajectory": "nas.trajectory",
     "build_model": "supernet.model",
     "count": "supernet.model",
+    "features": "nas.feature_maps",
     "frontier": "nas.solver",
     "load_timm_weights": "supernet.weights",
     "slim": "nas.slimming",

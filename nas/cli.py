@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from nas.alone import alone
 from nas.profilers.bench import Failed
-from supernet.errors import FULL, InputError, one_line, unknown
+from supernet.errors import FULL, InputError, one_line
 
 ARCH_HELP = "a network: a YAML file, or the name of a published one (efficientformer_l1, efficientvit_m4, deit_tiny, ...)"
 
@@ -114,6 +114,10 @@ def _count(text: str) -> int:
     if not text.isdecimal() or len(text) > 4 or not 0 < int(text) <= 4096:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give a whole number from 1 to 4096")
     return int(text)
+
+
+def _batch(text: str) -> int | str:
+    return text if text == "dynamic" else _count(text)
 
 
 def build_lut(arguments: Sequence[str] | None = None) -> None:
@@ -466,6 +470,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     def work() -> None:
+        from nas.about import targets_beside
         from nas.data import load_data
         from nas.pretrained import starting_weights
         from nas.recipe import load_recipe
@@ -483,7 +488,16 @@ def train(arguments: Sequence[str] | None = None) -> None:
         data = load_data(given.data, arch.image_size, given.seed, score_images=1)  # nothing is scored: train on all
         classes = len(data.classes)
         teacher = load_teacher(given.teacher, arch.image_size, classes, device) if given.teacher is not None else None
-        result = train_network(arch, data, recipe, given.out, given.seed, weights=weights, teacher=teacher)
+        result = train_network(
+            arch,
+            data,
+            recipe,
+            given.out,
+            given.seed,
+            weights=weights,
+            teacher=teacher,
+            targets=targets_beside(given.arch),
+        )
         print(f"top-1 {100 * result.accuracy:.2f} %, loss {result.loss:.4f} after {result.epochs} epochs: {result.folder}")
 
     _run(parser.prog, work, given.out)
@@ -493,22 +507,69 @@ def export(arguments: Sequence[str] | None = None) -> None:
     """Run `nas-export`."""
     parser = _parser(
         "nas-export",
-        "Write a network as a file that a runtime loads, and check the file's numbers against PyTorch's (to 1e-4).",
-        "  nas-export trained/arch.yaml --weights trained/model.safetensors --format onnx --out model.onnx",
+        "Write a network as a file that a runtime loads without this package: ONNX, a Core ML package, or a torch.export\n"
+        "program. Before it is written its numbers are checked against PyTorch's (to 1e-4; Core ML's, in fp16, on a Mac\n"
+        "alone). Inside the file stand its classes, how images are normalised, and which target on which device it was\n"
+        "searched for (docs/export.md).",
+        "  nas-export trained/arch.yaml --weights trained/model.safetensors --out flowers.onnx\n"
+        "  nas-export trained/arch.yaml --weights trained/model.safetensors --int8 --data ~/flowers --out flowers-int8.onnx\n"
+        "  nas-export trained/arch.yaml --weights trained/model.safetensors --batch dynamic --out flowers.pt2\n"
+        "  nas-export efficientformer_l1 --weights l1.safetensors --out l1.mlpackage",
     )
     parser.add_argument("arch", metavar="ARCH", help=ARCH_HELP)
     parser.add_argument(
-        "--weights", type=Path, metavar="W", help="weights, model.safetensors or a checkpoint (default: random)"
+        "--weights",
+        metavar="W",
+        help="its weights: a model.safetensors or checkpoint.pt of nas-train, weights.safetensors of nas-search, timm's state "
+        "dict of a published network, or timm:NAME where timm is installed (default: random ones, to time it)",
     )
-    parser.add_argument("--format", required=True, metavar="F", help="onnx")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the file to write, which ends in .onnx, .mlpackage or .pt2"
+    )
+    parser.add_argument("--format", metavar="F", help="onnx, coreml or torch (default: as FILE ends)")
+    parser.add_argument(
+        "--form",
+        default="deploy",
+        metavar="F",
+        help="deploy: rewritten to run fast, the function unchanged (default); plain: the operators as they were trained",
+    )
+    parser.add_argument(
+        "--batch",
+        type=_batch,
+        metavar="N",
+        help="images a call, or dynamic: any number (onnx, torch) (default: 1; a full group where the network multiplexes)",
+    )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="onnx: products with weights in 8 bits, ranges from training images of --data, and print the accuracy before and "
+        "after on its validation images",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="PATH", help="the images that it was trained on, for --int8 (default: handwritten digits)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="which images calibrate; the seed of nas-train keeps validation images apart where PATH has no val/ (default: 0)",
+    )
     given = parser.parse_args(arguments)
 
     def work() -> None:
-        if given.format != "onnx":
-            raise unknown("format", given.format, ("onnx",))
         from nas.export import export_network
 
-        export_network(given.arch, given.weights, given.out)
+        export_network(
+            given.arch,
+            given.weights,
+            given.out,
+            given.format,
+            given.form,
+            given.batch,
+            int8=given.int8,
+            data=given.data,
+            seed=given.seed,
+        )
 
     _run(parser.prog, work)

@@ -1,11 +1,12 @@
-"""From a network to a file that a runtime loads, checked against eager before it is returned."""
+"""From a network to a file that a runtime loads, checked against eager before it is written."""
 
 from __future__ import annotations
 
 import io
-import tempfile
+import json
+import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from nas.about import INPUT, OUTPUT, metadata, read_note, targets_beside
 from nas.progress import say
-from supernet.errors import InputError
+from supernet.arch import ArchConfig
+from supernet.errors import InputError, first_line, unknown
 from supernet.files import write_atomically
 from supernet.model import build_model
 from supernet.zoo import load_arch
@@ -24,10 +27,14 @@ Array = npt.NDArray[Any]
 
 OPSET = 20
 TOLERANCE = 1e-4  # of the largest logit, or absolute where logits are below 1
+HALF_TOLERANCE = 5e-2  # the same of a network that computes in fp16 throughout
+DYNAMIC = "dynamic"
+FORMATS = {"onnx": ".onnx", "coreml": ".mlpackage", "torch": ".pt2"}
+FORMS = ("deploy", "plain")
 
 
-def onnx_bytes(model: nn.Module, example: Tensor) -> bytes:
-    """Return `model` in eval mode as ONNX, for inputs of the example's shape.
+def onnx_bytes(model: nn.Module, example: Tensor, *, dynamic: bool = False) -> bytes:
+    """Return `model` in eval mode as ONNX, for inputs of the example's shape; with `dynamic`, for any number of images.
 
     The TorchScript-based exporter is used: for these networks ONNX Runtime arrives at the same optimised graph as from
     the newer one, in a tenth of the time. Latency tables are measured on the graphs that this function writes.
@@ -41,67 +48,279 @@ def onnx_bytes(model: nn.Module, example: Tensor) -> bytes:
             file,  # type: ignore[arg-type]  # the TorchScript exporter writes to file objects
             dynamo=False,
             opset_version=OPSET,
-            input_names=["image"],
-            output_names=["logits"],
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_axes={name: {0: "batch"} for name in (INPUT, OUTPUT)} if dynamic else None,
         )
     return file.getvalue()
 
 
-def quantised(model: bytes, inputs: Sequence[Array]) -> bytes:
-    """Return an ONNX model quantised statically to int8: QDQ form, weights per output channel, ranges of the activations
-    from `inputs`, a list of float32 arrays of the shape of its only input."""
-    import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+def onnx_session(model: bytes) -> Any:
+    """Return an ONNX Runtime session on this machine's CPU."""
+    import onnxruntime
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self, name: str) -> None:
-            self.feeds = iter([{name: array} for array in inputs])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
-        def get_next(self) -> dict[str, Array] | None:
-            return next(self.feeds, None)
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+def torch_program(model: nn.Module, example: Tensor, *, dynamic: bool = False) -> torch.export.ExportedProgram:
+    """Return `model` in eval mode as torch.export's program, for inputs of the example's shape; with `dynamic`, for any number
+    of images."""
+    shapes = None
+    if dynamic:
+        example = example.expand(2, -1, -1, -1).contiguous()  # what is traced with one image is for one image
+        shapes = ({0: torch.export.Dim("batch", min=1)},)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plain, prepared, result = (Path(folder) / name for name in ("plain.onnx", "prepared.onnx", "result.onnx"))
-        plain.write_bytes(model)
-        quant_pre_process(plain, prepared, skip_symbolic_shape=True)  # batch norms into convolutions
-        quantize_static(
-            prepared,
-            result,
-            Reader(onnx.load(plain).graph.input[0].name),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
+        return torch.export.export(model.eval(), (example,), dynamic_shapes=shapes)
+
+
+def expectations(model: nn.Module, image_size: int, batch: int | str = 1) -> list[tuple[Tensor, Array]]:
+    """Return inputs for a file to be checked on, each with eager's logits: one of `batch` images, two for a dynamic batch.
+
+    Raises:
+        InputError: the logits are not finite.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for count in (1, 3) if batch == DYNAMIC else (int(batch),):
+        example = torch.randn(count, 3, image_size, image_size, generator=generator)
+        with torch.inference_mode():
+            expected = model.eval()(example).numpy()
+        if not np.isfinite(expected).all():
+            raise InputError("the network's logits are not finite: nothing is written; give the weights of a good training")
+        found.append((example, expected))
+    return found
+
+
+def difference(found: Array, expected: Array, tolerance: float = TOLERANCE) -> float:
+    """Return the largest difference of a file's logits from eager's.
+
+    Raises:
+        InputError: it is more than `tolerance` (of the largest logit, or absolute where logits are below 1).
+    """
+    largest = float(np.abs(found - expected).max())
+    if not largest <= tolerance * max(1.0, float(np.abs(expected).max())):  # not: NaN is refused too
+        raise InputError(
+            f"the exported network differs from eager by {largest:.2g}, more than {tolerance:g}: nothing is written; please "
+            "report it, with the network's YAML file"
         )
-        return result.read_bytes()
+    return largest
 
 
-def export_onnx(model: nn.Module, image_size: int, path: str | Path, batch: int = 1) -> float:
-    """Write `model` as ONNX for batches of `batch` images and return its largest difference from eager.
+def checked_onnx(model: nn.Module, expected: list[tuple[Tensor, Array]], *, dynamic: bool = False) -> tuple[bytes, float]:
+    """Return `model` as ONNX, and its largest difference from `expected` (see `expectations`) in ONNX Runtime.
+
+    Raises:
+        InputError: it differs.
+    """
+    data = onnx_bytes(model, expected[0][0], dynamic=True) if dynamic else onnx_bytes(model, expected[0][0])
+    session = onnx_session(data)
+    return data, max(difference(session.run(None, {INPUT: x.numpy()})[0], y) for x, y in expected)
+
+
+def export_onnx(
+    model: nn.Module, image_size: int, path: str | Path, batch: int | str = 1, about: Mapping[str, str] | None = None
+) -> float:
+    """Write `model` as ONNX for batches of `batch` images (or `dynamic`) and return its largest difference from eager.
+
+    `about` becomes the file's metadata.
 
     Raises:
         InputError: eager's logits are not finite, or ONNX Runtime's differ from them by more than 1e-4 (of the largest,
             or absolute where logits are below 1); nothing is written.
     """
-    import onnxruntime
+    data, largest = checked_onnx(model, expectations(model, image_size, batch), dynamic=batch == DYNAMIC)
+    write_atomically(path, _with_metadata(data, about or {}))
+    return largest
 
-    example = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+
+def _with_metadata(model: bytes, about: Mapping[str, str]) -> bytes:
+    """Return an ONNX model with its metadata."""
+    import onnx
+
+    if not about:
+        return model
+    proto = onnx.load_from_string(model)
+    onnx.helper.set_model_props(proto, dict(about))
+    return bytes(proto.SerializeToString())
+
+
+def export_torch(
+    model: nn.Module, expected: list[tuple[Tensor, Array]], path: Path, about: Mapping[str, str], *, dynamic: bool = False
+) -> float:
+    """Write `model` as torch.export's program, its metadata as `metadata.json` inside; return its largest difference to eager.
+
+    Raises:
+        InputError: torch.export cannot trace it, or what was read back differs; nothing is written.
+    """
+    file = io.BytesIO()
+    try:
+        program = torch_program(model, expected[0][0], dynamic=dynamic)
+    except Exception as error:  # torch.export has no one base for what it cannot trace
+        raise InputError(f"torch.export cannot trace this network ({first_line(error)}): choose --format onnx") from error
+    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(dict(about), indent=2)})
+    data = file.getvalue()
+    read = torch.export.load(io.BytesIO(data)).module()
     with torch.inference_mode():
-        expected = model.eval()(example).numpy()
-    if not np.isfinite(expected).all():
-        raise InputError("the network's logits are not finite: nothing is written; give the weights of a good training")
-    data = onnx_bytes(model, example)
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    found = session.run(None, {"image": example.numpy()})[0]
-    difference = float(np.abs(found - expected).max())
-    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):  # not: NaN is refused too
-        raise InputError(
-            f"the exported network differs from eager by {difference:.2g}, more than {TOLERANCE:g}: nothing is written"
-        )
+        largest = max(difference(read(x).numpy(), y) for x, y in expected)
     write_atomically(path, data)
-    return difference
+    return largest
+
+
+def export_coreml(model: nn.Module, expected: list[tuple[Tensor, Array]], path: Path, about: Mapping[str, str]) -> float | None:
+    """Write `model` as a Core ML package in the form that Core ML's tables are measured on; return its largest difference from
+    eager on a Mac, None elsewhere, where nothing can run it.
+
+    Raises:
+        InputError: coremltools is missing or cannot convert it, or on a Mac its logits differ by more than fp16 explains;
+            nothing is written.
+    """
+    from nas.profilers.coreml import coremltools, save_package
+
+    found: list[float] = []
+
+    def check(package: Path) -> None:
+        if platform.system() != "Darwin":
+            return
+        loaded = coremltools().models.MLModel(str(package))
+        for x, y in expected:
+            logits = loaded.predict({INPUT: x.numpy().astype(np.float16)})[OUTPUT].astype(np.float32)
+            found.append(difference(logits, y, HALF_TOLERANCE))
+
+    save_package(model, expected[0][0], path, names=(INPUT, OUTPUT), about=about, check=check)
+    return max(found, default=None)
+
+
+def export_network(
+    network: str,
+    weights: str | Path | None,
+    out: Path,
+    format: str | None = None,
+    form: str = "deploy",
+    batch: int | str | None = None,
+    *,
+    int8: bool = False,
+    data: Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Write a network to `out` and print what was written; without weights, random ones, and it says so.
+
+    Args:
+        network: a YAML file or a zoo name.
+        weights: as `nas.pretrained.load_pretrained` takes them.
+        format: onnx, coreml or torch; None: as the name of `out` says.
+        form: deploy (rewritten to be fast, the function unchanged) or plain.
+        batch: images of a call, or dynamic; None: one, or one full group where the network multiplexes.
+        int8: quantise, with ranges from training images of `data`, and print the accuracy on its validation images.
+        data: an image folder; None: the embedded digits.
+        seed: of the images that are drawn.
+    """
+    from supernet.deploy import deployed
+
+    format = _format(format, out)
+    if form not in FORMS:
+        raise unknown("form", form, FORMS)
+    if int8 and format != "onnx":
+        raise InputError(f"int8 is for ONNX Runtime, not for --format {format}: choose onnx, or leave --int8 out")
+    if data is not None and not int8:
+        raise InputError("--data is what --int8 is calibrated on: add --int8, or leave --data out")
+    arch = load_arch(network).without_identity()
+    if batch == DYNAMIC and (arch.multiplexes or format == "coreml"):
+        why = f"{arch.name} multiplexes" if arch.multiplexes else "Core ML's Neural Engine takes fixed sizes"
+        raise InputError(f"--batch dynamic is not possible here, as {why}: give a number")
+    batch = arch.group_size if batch is None else batch
+    arch, model, said = _weighted(network, weights, arch)
+    images = None
+    if int8:
+        from nas.data import load_data
+
+        images = load_data(data, arch.image_size, seed, score_images=1)
+        said["classes"] = _same_classes(said.get("classes"), images.classes, arch, images.source)
+    elif weights is not None and "classes" not in said:
+        say(f"{weights} does not name its classes: the file will not either (nas-train writes them into model.safetensors)")
+    expected = expectations(model, arch.image_size, batch)
+    if form == "deploy":
+        model = deployed(model, arch)
+    about = metadata(arch, form, batch, **said)
+    dynamic = batch == DYNAMIC
+    lines = []
+    if format == "torch":
+        within = f"within {export_torch(model, expected, out, about, dynamic=dynamic):.1e} of PyTorch"
+    elif format == "coreml":
+        largest = export_coreml(model, expected, out, about)
+        within = "fp16, NOT CHECKED: only a Mac can run it" if largest is None else f"fp16, within {largest:.1e} of PyTorch"
+    else:
+        onnx, largest = checked_onnx(model, expected, dynamic=dynamic)
+        within = f"within {largest:.1e} of PyTorch"
+        if images is not None:
+            from nas.int8 import quantise_on
+
+            onnx, figures = quantise_on(onnx, images, 1 if dynamic else int(batch), seed)
+            about = metadata(arch, form, batch, **said, int8=figures)
+            within = f"int8; before quantisation {within}"
+            lines.append(
+                f"  top-1 {100 * figures['accuracy']:.2f} % on {figures['validation_images']} validation images, "
+                f"{100 * figures['accuracy_fp32']:.2f} % before quantisation; ranges from "
+                f"{figures['calibration_images']} training images"
+            )
+        write_atomically(out, _with_metadata(onnx, about))
+    n = "N" if dynamic else batch
+    print(f"{out}: ({n}, 3, {arch.image_size}, {arch.image_size}) to ({n}, {arch.num_classes}), {within}")
+    for line in lines:
+        print(line)
+
+
+def _format(given: str | None, out: Path) -> str:
+    """Return the format, as given or as the file's name says; the two must agree."""
+    if given is not None and given not in FORMATS:
+        raise unknown("format", given, FORMATS)
+    by_name = next((name for name, suffix in FORMATS.items() if out.suffix == suffix), None)
+    if by_name is None or given not in (None, by_name):
+        wanted = FORMATS[given] if given is not None else " or ".join(FORMATS.values())
+        raise InputError(f"{out} is no name for {given or 'an exported network'}: give one that ends in {wanted}")
+    return by_name
+
+
+def _weighted(network: str, weights: str | Path | None, arch: ArchConfig) -> tuple[ArchConfig, nn.Module, dict[str, Any]]:
+    """Return the network with its weights, and what is known of its classes and targets."""
+    said: dict[str, Any] = {}
+    if targets := targets_beside(network):
+        said["targets"] = targets
+    if weights is None:
+        say("no --weights: the file will hold random weights, good for timing only")
+        torch.manual_seed(0)
+        return arch, build_model(arch), said
+    if arch.multiplexes:  # nothing of it may be left as it was drawn
+        from nas.checkpoints import load_weights
+
+        model = build_model(arch)
+        load_weights(model, weights)
+    else:
+        from nas.pretrained import load_pretrained
+
+        read = load_pretrained(network, str(weights), arch)
+        if read.arch.num_classes != arch.num_classes:
+            say(f"{network} says {arch.num_classes} classes, but {weights} knows {read.arch.num_classes}: these are exported")
+        arch = read.arch
+        model = build_model(arch)
+        model.load_state_dict(read.state)
+    noted = read_note(weights)
+    if len(noted.get("classes", [])) != arch.num_classes:
+        noted.pop("classes", None)
+    return arch, model, {**noted, **said}
+
+
+def _same_classes(known: Any, found: tuple[str, ...], arch: ArchConfig, source: str) -> list[str]:
+    """Return the class names of the data that calibrate a network, which must be the network's."""
+    if len(found) != arch.num_classes or (known is not None and list(found) != known):
+        theirs = f"{len(known)} classes ({', '.join(known[:3])}, ...)" if known else f"{arch.num_classes} classes"
+        raise InputError(
+            f"the network knows {theirs}, but {source} has {len(found)} ({', '.join(found[:3])}, ...): give the images that it "
+            "was trained on"
+        )
+    return list(found)
 
 
 def with_ordinary_values(model: nn.Module, seed: int) -> nn.Module:
@@ -128,22 +347,3 @@ def with_ordinary_values(model: nn.Module, seed: int) -> nn.Module:
                 fan_in = tensor[0].numel()
                 tensor.normal_(0, fan_in**-0.5, generator=generator)
     return model
-
-
-def export_network(arch: str, weights: Path | None, out: Path) -> None:
-    """Write the network as ONNX to `out` and print what was written; without weights, random ones, and it says so.
-
-    One that multiplexes is written for one full group.
-    """
-    from nas.checkpoints import load_weights
-
-    config = load_arch(arch)
-    torch.manual_seed(0)
-    model = build_model(config)
-    if weights is None:
-        say("no --weights: the file will hold random weights, good for timing only")
-    else:
-        load_weights(model, weights)
-    size, batch = config.image_size, config.group_size
-    difference = export_onnx(model, size, out, batch)
-    print(f"{out}: ({batch}, 3, {size}, {size}) to ({batch}, {config.num_classes}), within {difference:.1e} of PyTorch")

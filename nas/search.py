@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_safetensors
 
+from nas.about import note
 from nas.alone import alone
 from nas.data import ImageData, load_data, natural_size
 from nas.distributed import shared
@@ -401,7 +402,7 @@ def _write(work: Work, judged: Judged, outcome: Outcome, mux: MultiplexSpec | No
         loss, accuracy = accuracy_of(model, data.val)
     complexity = count(deployed)
     deployed.save(folder / "searched.yaml")
-    write_atomically(folder / "weights.safetensors", save_safetensors(deployed_weights(model, deployed)))
+    write_atomically(folder / "weights.safetensors", save_safetensors(deployed_weights(model, deployed), note(data.classes)))
     on_devices = [device.record(deployed, check) for device, check in zip(devices, outcome.checks, strict=True)]
     ms = on_devices[0]["measured_ms"] or on_devices[0]["predicted_ms"]
     mes = efficiency_of(settings)

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.about import note
 from nas.augmentation import augmented, draw, step_generator, steps_of, training_indices
 from nas.checkpoints import digest, load_checkpoint, load_state, load_weights, save_checkpoint
 from nas.curves import Points, curves
@@ -63,6 +64,7 @@ def train_network(
     *,
     weights: Path | Pretrained | None = None,
     teacher: Teacher | None = None,
+    targets: Sequence[Mapping[str, Any]] = (),
 ) -> TrainingResult:
     """Train a network at its own image size, which is also the data's, and return how it does on `data.val`.
 
@@ -73,8 +75,8 @@ def train_network(
     what they do together), `metrics.csv` (a row for each epoch; the learning rate is that of its last step, the training loss
     is smoothed) and `checkpoint.pt`, written after each epoch, and every ten minutes in a long one; and the curves of
     `nas.curves`. The next call with the same arguments goes on from there, to the same weights as if it had never stopped; if
-    the training is finished, it returns its result. On one machine with one number of threads, the same seed gives the same
-    weights.
+    the training is finished, it returns its result. The weights name their classes, and the `targets` of the network's search
+    (see `nas.about`), for nas-export. On one machine with one number of threads, the same seed gives the same weights.
 
     Raises:
         InputError: the image sizes differ, the folder holds another training, the weights do not fit, or there is no
@@ -130,7 +132,7 @@ def train_network(
     arch.save(folder / "arch.yaml")
     state = one_classifier((run.average.network if run.average is not None else run.model).state_dict())
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, note(run.data.classes, targets)))
     last, of = run.history.rows[-1], "val" if run.average is None else "ema"
     return TrainingResult(arch, last[f"{of}_loss"], last[f"{of}_accuracy"], recipe.all_epochs, folder)
 

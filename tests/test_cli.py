@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import yaml
 from PIL import Image
@@ -314,6 +315,10 @@ def test_from_images_to_a_network_within_its_target(
     assert "top-1" in capsys.readouterr().out
     cli.export(["trained/arch.yaml", "--weights", "trained/model.safetensors", "--format", "onnx", "--out", "model.onnx"])
     assert "model.onnx" in capsys.readouterr().out
+    about = onnxruntime.InferenceSession("model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(about["classes"]) == ["cat", "dog"]
+    (target,) = json.loads(about["targets"])
+    assert target["target_ms"] == json.loads((run / "result.json").read_text())["target_ms"], "through both commands"
     cli.profile(["model.onnx", "--json"])
     profile = json.loads(capsys.readouterr().out)
     assert profile["measured_low_ms"] <= profile["measured_ms"] <= profile["measured_high_ms"]
@@ -546,7 +551,7 @@ def test_nas_profile_predicts_by_layer_for_a_device_that_is_not_here(
         (cli.train, ["efficientformer_l1", "--out", "t", "--recipe", "quik"], "did you mean quick"),
         (cli.train, ["efficientformer_l1", "--out", "t", "--recipe", "finetun"], "did you mean finetune"),
         (cli.export, ["efficientformer_l1", "--format", "onyx", "--out", "m"], "did you mean onnx"),
-        (cli.export, ["efficientformer_l1", "--format", "onnx", "--out", "m", "--weights", "no.safetensors"], "no.safetensors"),
+        (cli.export, ["efficientformer_l1", "--format", "onnx", "--out", "m.onnx", "--weights", "no.pt"], "no.pt"),
         (cli.build_lut, [], "--device cpu"),
         (cli.build_lut, ["--device", "a1000"], "unknown device 'a1000'"),
         (cli.build_lut, ["--device", "cpu", "--space", "tiny"], "efficientformer-tiny"),
@@ -576,6 +581,7 @@ def test_public_names_are_those_of_the_design() -> None:
         "SearchSpace",
         "build_model",
         "count",
+        "features",
         "load_timm_weights",
         "slim",
         "zoo",

@@ -1,21 +1,40 @@
 """The exported file computes what eager computes, or there is none."""
 
+import errno
+import json
 import math
-from collections import defaultdict
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
+import yaml
+from PIL import Image
+from refusals import refusal
+from safetensors.torch import save_file
 from torch import Tensor
 
-from nas.export import export_onnx, onnx_bytes, with_ordinary_values
+from nas.about import note
+from nas.data import load_images, normalise
+from nas.export import export_network, export_onnx, onnx_bytes, onnx_session, torch_program, with_ordinary_values
+from nas.int8 import CalibrationInputs, quantised
+from nas.profilers import coreml
+from nas.profilers.ort_cpu import OrtCpu
 from supernet.arch import ArchConfig, Stage
 from supernet.blocks.efficientformer import LAYER_SCALE, LayerScale
 from supernet.errors import InputError
 from supernet.model import build_model
-from supernet.specs import MB3D, MB4D
+from supernet.specs import MB3D, MB4D, Layer, PatchStem, Sandwich, ViT
 
 MB3D_16 = MB3D(16, num_heads=2, key_dim=8, attn_ratio=2)
 MAP_HEAD = ArchConfig("map-head", 32, 5, (Stage(8, 4, (MB4D(8),)), Stage(16, 2, (MB4D(16), MB4D(16)))))
@@ -26,6 +45,8 @@ UNFLAT = ArchConfig(
     5,
     (Stage(8, 2, ()), Stage(8, 1, (MB4D(8),)), Stage(16, 2, (MB4D(16), MB3D_16)), Stage(16, 2, (MB3D_16,))),
 )
+VIT = ArchConfig("vit", 32, 5, (Stage(16, 8, (ViT(16, num_heads=2),), PatchStem(16, 8)),), "class_token")
+SANDWICH = ArchConfig("sandwich", 32, 5, (Stage(16, 4, (Sandwich(16, num_heads=2, key_dim=8, window=3),)),), "batch_norm")
 ODD = UNFLAT.at(45)  # maps of 23, 23, 12 and 6
 
 
@@ -69,7 +90,7 @@ def test_broken_weights_are_refused(value: float, tmp_path: Path) -> None:
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_ordinary_values(build_model(MAP_HEAD), seed=1)
     other = onnx_bytes(with_ordinary_values(build_model(MAP_HEAD), seed=2), torch.zeros(1, 3, 32, 32))
-    monkeypatch.setattr("nas.export.onnx_bytes", lambda *_: other)
+    monkeypatch.setattr("nas.export.onnx_bytes", lambda *_, **__: other)
     with pytest.raises(InputError, match="differs from eager"):
         export_onnx(model, 32, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
@@ -97,3 +118,227 @@ def test_ordinary_values_follow_the_seed() -> None:
     first, again, other = (with_ordinary_values(build_model(MAP_HEAD), seed) for seed in (0, 0, 1))
     pairs = zip(first.parameters(), again.parameters(), other.parameters(), strict=True)
     assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in pairs)
+
+
+# -- The command's formats -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A searched and trained network: arch.yaml, result.json, weights that name their classes."""
+    monkeypatch.chdir(tmp_path)
+    UNFLAT.save("searched.yaml")
+    target = {"device": "phone-npu", "target_ms": 1.5, "table": "/home/me/phone-npu.csv", "measured_ms": None}
+    Path("result.json").write_text(json.dumps({"targets": [target]}))
+    model = with_ordinary_values(build_model(UNFLAT), seed=1)
+    save_file(model.state_dict(), "model.safetensors", note(CLASSES))
+    return tmp_path
+
+
+CLASSES = ("daisy", "rose", "tulip", "Löwenzahn", "no, none")
+
+
+def write(out: str, **given: Any) -> None:
+    export_network("searched.yaml", "model.safetensors", Path(out), **given)
+
+
+def eager(images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = with_ordinary_values(build_model(UNFLAT), seed=1).eval()(images)
+    return logits
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("arch", [MAP_HEAD, UNFLAT, VIT, SANDWICH], ids=lambda arch: arch.name)
+def test_an_open_batch_takes_any_number_of_images(arch: ArchConfig, tmp_path: Path) -> None:
+    model = with_ordinary_values(build_model(arch), seed=1).eval()
+    export_onnx(model, 32, tmp_path / "open.onnx", "dynamic")
+    session = onnxruntime.InferenceSession(tmp_path / "open.onnx", providers=["CPUExecutionProvider"])
+    program = torch_program(model, images(1), dynamic=True).module() if arch in (UNFLAT, SANDWICH) else model
+    for count in (1, 2, 5):
+        with torch.inference_mode():
+            expected = model(images(count)).numpy()
+            np.testing.assert_allclose(program(images(count)).numpy(), expected, rtol=0, atol=1e-4)
+        found = session.run(None, {"image": images(count).numpy()})[0]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_every_file_says_what_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write("m.onnx")
+    write("m.pt2", batch="dynamic")
+    session = onnxruntime.InferenceSession("m.onnx", providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["classes"]) == list(CLASSES)
+    assert json.loads(about["targets"]) == [{"device": "phone-npu", "target_ms": 1.5, "table": "phone-npu.csv"}]
+    assert (about["image_size"], about["batch"], about["form"]) == ("32", "1", "deploy")
+    assert ArchConfig.from_dict(yaml.safe_load(about["arch"]), "the file") == UNFLAT
+    # The other file is read where there is nothing but torch.
+    torch.save(images(3), "x.pt")
+    code = (
+        "import sys; sys.modules['nas'] = sys.modules['supernet'] = None\nimport json, torch\ninside = {'metadata.json': ''}\n"
+        "program = torch.export.load('m.pt2', extra_files=inside)\nx = torch.load('x.pt', weights_only=True)\n"
+        "print(json.dumps([program.module()(x).tolist(), inside['metadata.json']]))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    logits, inside = json.loads(ran.stdout)
+    assert json.loads(inside) == {**about, "batch": "dynamic"}
+    np.testing.assert_allclose(logits, eager(images(3)).numpy(), rtol=0, atol=1e-4)
+    assert "(N, 3, 32, 32) to (N, 5)" in capsys.readouterr().out
+
+
+def test_a_core_ml_package_is_whole_and_says_what_was_not_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MAP_HEAD.save("searched.yaml")
+    save_file(build_model(MAP_HEAD).state_dict(), "model.safetensors", note(CLASSES))
+    write("m.mlpackage")
+    found = coreml.coremltools().models.MLModel("m.mlpackage", skip_model_load=True)
+    assert json.loads(found.user_defined_metadata["classes"]) == list(CLASSES)
+    (entering,), (leaving,) = (found.get_spec().description.input, found.get_spec().description.output)
+    assert (entering.name, leaving.name) == ("image", "logits")
+    assert ("NOT CHECKED" in capsys.readouterr().out) == (platform.system() != "Darwin")
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_of_the_users_is_no_package(folder: Path) -> None:
+    Path("mine.mlpackage").mkdir()
+    Path("mine.mlpackage/thesis.txt").touch()
+    assert "left as it is" in refusal(lambda: write("mine.mlpackage"))
+    assert Path("mine.mlpackage/thesis.txt").exists()
+
+
+@pytest.mark.parametrize("out", ["m.onnx", "m.pt2", "m.mlpackage"])
+def test_a_full_disk_leaves_the_old_file(out: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if out == "m.mlpackage":  # converting takes seconds and is not what fails
+        monkeypatch.setattr(coreml, "convert", lambda *_: SimpleNamespace(user_defined_metadata={}, save=full))
+        Path(out).mkdir()
+    old = Path(out, "Manifest.json") if out == "m.mlpackage" else Path(out)
+    old.write_text("old")
+    monkeypatch.setattr("supernet.files.os.fsync", full)
+    assert "No space left on device" in refusal(lambda: write(out))
+    assert old.read_text() == "old"
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")], "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"out": "m.txt"}, ".onnx or .mlpackage or .pt2"),
+        ({"out": "m.onnx", "format": "coreml"}, "ends in .mlpackage"),
+        ({"out": "m.onnx", "form": "fast"}, "allowed: deploy, plain"),
+        ({"out": "m.mlpackage", "batch": "dynamic"}, "give a number"),
+        ({"out": "m.pt2", "int8": True}, "int8 is for ONNX Runtime"),
+        ({"out": "m.onnx", "data": Path("photos")}, "add --int8"),
+        ({"out": "m.onnx", "int8": True}, "knows 5 classes (daisy, rose, tulip, ...), but digits has 10"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(given: dict[str, Any], said: str, folder: Path) -> None:
+    assert said in refusal(lambda: write(**given))
+    assert not list(folder.glob("m.*x")) and not Path("m.pt2").exists()
+
+
+def test_weights_of_another_image_size_are_resized(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    UNFLAT.at(48).save("searched.yaml")
+    write("m.onnx", form="plain")
+    printed = capsys.readouterr()
+    assert "(1, 3, 48, 48) to (1, 5)" in printed.out
+    assert "2 tensors of model.safetensors are for another image size" in printed.err
+
+
+def test_the_class_count_is_that_of_the_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    UNFLAT.with_classes(1000).save("searched.yaml")
+    write("m.onnx")
+    printed = capsys.readouterr()
+    assert "to (1, 5)" in printed.out
+    assert "says 1000 classes, but model.safetensors knows 5" in printed.err
+
+
+# -- int8 ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_int8_keeps_the_function_and_leaves_the_rest_float() -> None:
+    model = with_ordinary_values(build_model(UNFLAT), seed=1).eval()
+    plain = onnx_bytes(model, images(1))
+    small = quantised(plain, list(images(16).numpy()[:, None]))
+    kinds = Counter(node.op_type for node in onnx.load_from_string(small).graph.node)
+    assert kinds["Gelu"] == 0 and kinds["Softmax"] == 2
+    nodes = onnx.load_from_string(small).graph.node
+    maker = {name: node.op_type for node in nodes for name in node.output}
+    products = [node for node in nodes if node.op_type in ("Conv", "Gemm")]
+    assert products and all(maker[node.input[0]] == maker[node.input[1]] == "DequantizeLinear" for node in products)
+    assert not [node for node in nodes if node.op_type == "QuantizeLinear" and maker.get(node.input[0]) == "Softmax"]
+    before, after = onnx_session(plain), onnx_session(small)
+    pairs = [tuple(s.run(None, {"image": x[None]})[0] for s in (before, after)) for x in images(32).numpy()]
+    expected, found = (np.concatenate(logits) for logits in zip(*pairs, strict=True))
+    assert 0 < np.abs(found - expected).mean() < 0.1 * expected.std()
+
+
+def test_onnx_runtime_makes_a_table_of_gelu(tmp_path: Path) -> None:
+    plain = onnx_bytes(with_ordinary_values(build_model(MAP_HEAD), seed=1), images(1))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "as-run.onnx")
+    options.log_severity_level = 3
+    small = quantised(plain, [images(1).numpy()])
+    onnxruntime.InferenceSession(small, options, providers=["CPUExecutionProvider"])
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "as-run.onnx").graph.node)
+    assert kinds["QLinearSigmoid"] == kinds["QLinearMul"] == 3 and not kinds["Gelu"] + kinds["Sigmoid"]
+
+
+def test_the_table_s_graph_is_the_exported_one() -> None:
+    profiler = OrtCpu(precision="int8")
+    layers = (Layer(MB4D(8), 4),)
+    kinds = Counter(node.op_type for node in onnx.load_from_string(profiler.onnx(layers)).graph.node)
+    assert kinds["Sigmoid"] == 1 and not kinds["Gelu"], "as nas.int8 makes them"
+
+
+def test_int8_prints_and_keeps_what_it_costs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digits = UNFLAT.with_classes(10)
+    digits.save("searched.yaml")
+    model = with_ordinary_values(build_model(digits), seed=1)
+    save_file(model.state_dict(), "model.safetensors")
+    write("m.onnx", int8=True, batch=8)
+    session = onnx_session(Path("m.onnx").read_bytes())
+    about = session.get_modelmeta().custom_metadata_map
+    figures = json.loads(about["int8"])
+    data = load_images(None, 32, 0, score_images=1)
+    x = normalise(data.val.batch(torch.arange(len(data.val)))[0]).numpy()
+    x = np.concatenate([x, x])[: -(-len(x) // 8) * 8]
+    logits = np.concatenate([session.run(None, {"image": part})[0] for part in x.reshape(-1, 8, 3, 32, 32)])[: len(data.val)]
+    assert figures["accuracy"] == pytest.approx((logits.argmax(1) == data.val.labels.numpy()).mean(), abs=1e-9)
+    assert (figures["validation_images"], figures["calibration_images"]) == (len(data.val), 128)
+    assert json.loads(about["classes"]) == [str(digit) for digit in range(10)], "the weights did not say: the data do"
+    assert "before quantisation" in capsys.readouterr().out
+
+
+def test_calibration_draws_training_images_by_the_seed() -> None:
+    data = load_images(None, 8, 0, score_images=1)
+    first, again, other = (CalibrationInputs(data, 3, seed, images=7) for seed in (0, 0, 1))
+    assert len(first) == 3 and first[0].shape == (3, 3, 8, 8), "a batch that is not full is filled"
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not np.array_equal(first[0], other[0])
+
+
+# -- Without this package ------------------------------------------------------------------------------------------------------
+
+
+def test_the_lines_of_the_page_run_where_nothing_of_ours_is(folder: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
+    (lines,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "onnxruntime" in code]
+    assert len([line for line in lines.splitlines() if line.strip()]) <= 10, "ten lines, as promised"
+    write("flowers.onnx")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save("rose.png")
+    blocked = "import sys\nfor name in ('nas', 'supernet', 'torch', 'onnx'):\n    sys.modules[name] = None\n"
+    ran = subprocess.run(
+        [sys.executable, "-c", blocked + lines, "flowers.onnx", "rose.png"],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        check=True,
+    )
+    logits = eager(normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
+    assert ran.stdout.strip() == CLASSES[int(logits.argmax())]

@@ -19,7 +19,7 @@ import tempfile
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -127,26 +127,53 @@ def _block(model: Any) -> Any:
     return block
 
 
-def save_package(module: nn.Module, example: Tensor, path: str | Path, key: str = "") -> str:
+def save_package(
+    module: nn.Module,
+    example: Tensor,
+    path: str | Path,
+    key: str = "",
+    *,
+    names: tuple[str, str] = ("x", "y"),
+    about: Mapping[str, str] | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> str:
     """Convert `module` and write it to `path`, a new or replaced `.mlpackage`; return its SHA-256 (`package_sha256`).
 
-    The same module gives the same bytes in any process with the same versions. The package's metadata hold `key` and
-    the SHA-256 of the weights.
+    The same module gives the same bytes in any process with the same versions. The package's metadata hold `key`, the SHA-256
+    of the weights, and `about`. A package is a folder: it is written beside `path` and given its name when it is whole and
+    `check`, if given, has looked at it.
+
+    Args:
+        names: of the input and of the output.
+        check: is called with the package before anything at `path` changes; what it raises is passed on.
+
+    Raises:
+        InputError: the module cannot be converted, `path` is something else than a package, or it cannot be written.
     """
     path = Path(path)
-    model = convert(module, example)
+    if path.exists() and not (path / "Manifest.json").is_file():
+        raise InputError(f"{path} exists and is no Core ML package: it is left as it is; give another name")
+    model = convert(module, example, *names)
     metadata = model.user_defined_metadata
     metadata.pop(_CONVERSION_DATE, None)
-    metadata["metapath.key"] = key
+    if key or not about:
+        metadata["metapath.key"] = key
     metadata["metapath.weights_sha256"] = weights_sha256(module)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
-        package = Path(folder) / path.name
-        model.save(str(package))
-        _make_reproducible(package)
-        if path.exists():
-            shutil.rmtree(path)
-        package.replace(path)
+    for name, text in (about or {}).items():
+        metadata[name] = text
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
+            package = Path(folder) / path.name
+            model.save(str(package))
+            _make_reproducible(package)
+            if check is not None:
+                check(package)
+            if path.exists():  # a folder cannot be replaced in one step: the old one steps aside first
+                path.rename(Path(folder) / "replaced")
+            package.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}): choose another place") from error
     return package_sha256(path)
 
 

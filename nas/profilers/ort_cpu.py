@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from nas.export import onnx_bytes, quantised
+from nas.export import onnx_bytes
+from nas.int8 import quantised
 from nas.measure import CACHED, STREAMING, Model, build_module
 from nas.profilers.ort_session import OrtModel, cpu_id, environment, pinned, touch, warnings_about
 from nas.profilers.timing import Stopwatch, Workload
 
 EXPORT_FORMS = {
     "fp32": "torchscript, opset 20, plain form",
-    "int8": "torchscript, opset 20, plain form, static QDQ per channel",
+    "int8": "torchscript, opset 20, plain form, static QDQ per channel of products with weights",
 }
 
 
