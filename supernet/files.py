@@ -52,14 +52,19 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         _remove(temporary)
-        if error.errno in FULL:
-            raise OSError(
-                error.errno, f"{path} cannot be written ({error.strerror}): make room; what was there before is as it was"
-            ) from error
-        raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
+        raise unwritten(path, error) from error
     except BaseException:
         _remove(temporary)
         raise
+
+
+def unwritten(path: str | Path, error: OSError) -> InputError | OSError:
+    """Return what to raise where `path` could not be written: an OSError if the disk is full or fails, else an InputError."""
+    if error.errno in FULL:
+        return OSError(
+            error.errno, f"{path} cannot be written ({error.strerror}): make room; what was there before is as it was"
+        )
+    return InputError(f"{path} cannot be written ({error.strerror or error}): choose another place")
 
 
 def _remove(temporary: str | None) -> None:

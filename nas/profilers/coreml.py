@@ -37,6 +37,7 @@ from nas.profilers.iphone import COMPUTE_UNITS, run
 from nas.profilers.ort_session import cpu_id, cpu_name, environment, touch
 from nas.profilers.timing import DISCARDED, DISCARDED_MS, MAX_CALLS, MIN_CALLS, VISIT_MS, Stopwatch, Workload
 from supernet.errors import InputError
+from supernet.files import unwritten
 
 EXPORT = "mlprogram, iOS 16, fp16 in and out"
 WARM_UP_MS = 300.0  # the Neural Engine's clock takes so long to rise,
@@ -149,6 +150,7 @@ def save_package(
 
     Raises:
         InputError: the module cannot be converted, `path` is something else than a package, or it cannot be written.
+        OSError: the disk is full or fails. What was there before is as it was.
     """
     path = Path(path)
     if path.exists() and not (path / "Manifest.json").is_file():
@@ -173,7 +175,7 @@ def save_package(
                 path.rename(Path(folder) / "replaced")
             package.replace(path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}): choose another place") from error
+        raise unwritten(path, error) from error
     return package_sha256(path)
 
 
