@@ -18,7 +18,8 @@ from torch import nn
 
 from supernet import specs
 from supernet.arch import ArchConfig
-from supernet.blocks import concatplexer, efficientvit
+from supernet.blocks.concatplexer import Multiplexed
+from supernet.blocks.efficientvit import ConvNorm
 from supernet.deploy.efficientformer import PoolBlock, PoolTokens, TokenBlock
 from supernet.deploy.efficientformer_v2 import DownsamplingAttention, Sum, TalkingAttention, unified_mlp
 from supernet.deploy.efficientvit import PatchMerging, mixing_part, sandwich
@@ -43,7 +44,7 @@ def deployed(model: nn.Module, arch: ArchConfig, forms: Mapping[Layer, Form] | N
         raise ValueError(f"not a network of {arch.name}: its children are {', '.join(children)}")
     chosen = forms or {}
     made = OrderedDict((name, deployed_layer(children[name], layer, chosen.get(layer))) for name, layer in layers.items())
-    return (concatplexer.Multiplexed(made) if arch.multiplexes else nn.Sequential(made)).eval()
+    return (Multiplexed(made) if arch.multiplexes else nn.Sequential(made)).eval()
 
 
 def deployed_layer(module: nn.Module, layer: Layer, form: Form | None = None) -> nn.Module:
@@ -69,14 +70,14 @@ def _made(module: Any, layer: Layer, form: Form) -> nn.Module:
         case specs.AttnEmbedding():
             return Sum(DownsamplingAttention(module.attn), folded(module.conv))
         case specs.Sandwich():
-            return sandwich(module, form)
+            return sandwich(module, form, layer.resolution)
         case specs.Subsample():
             return nn.Sequential(mixing_part(*module.res1), PatchMerging(module.patchmerge), mixing_part(*module.res2))
         case specs.Stem():
             first, second = folded((module.conv1, module.norm1)), folded((module.conv2, module.norm2))
             return nn.Sequential(first, copied(module.act1), second, copied(module.act2))
         case specs.ConvStem():
-            return nn.Sequential(*(folded(m) if isinstance(m, efficientvit.ConvNorm) else copied(m) for m in module))
+            return nn.Sequential(*(folded(m) if isinstance(m, ConvNorm) else copied(m) for m in module))
         case specs.Embedding():
             return folded((module.conv, module.norm))
         case specs.GroupHead():

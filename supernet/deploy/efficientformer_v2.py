@@ -65,7 +65,7 @@ class TalkingAttention(nn.Module):
         if self.upsampling is None:
             x = self.enter(x.reshape(-1, values_dim, side, side)) + self.v_local(v)
             return self.proj(self.act(self.upsample(x)))
-        x = (x.reshape(-1, values_dim, length) + self.v_local(v).flatten(2)) @ self.upsampling
+        x = (x.reshape(-1, values_dim, length) + self.v_local(v).reshape(-1, values_dim, length)) @ self.upsampling
         return self.proj(self.act(x.reshape(-1, values_dim, 2 * side, 2 * side)))
 
 

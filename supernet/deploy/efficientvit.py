@@ -9,36 +9,32 @@ from supernet.deploy.forms import Form
 from supernet.deploy.weights import Residual, convolution, copied, folded, of_one_axis
 
 
-def sandwich(module: Any, form: Form) -> nn.Sequential:
-    parts = [
-        mixing_part(module.dw0, module.ffn0, form),
-        Residual(_windows(module.mixer.m, form)),
-        mixing_part(module.dw1, module.ffn1, form),
-    ]
-    return nn.Sequential(*parts)
+def sandwich(module: Any, form: Form, side: int) -> nn.Sequential:
+    """Return the five parts of a sandwich block for maps of this side."""
+    before, after = (mixing_part(*pair, form, side) for pair in ((module.dw0, module.ffn0), (module.dw1, module.ffn1)))
+    return nn.Sequential(before, Residual(_windows(module.mixer.m, form)), after)
 
 
-def mixing_part(depthwise: Any, mlp: Any, form: Form = "conv") -> nn.Sequential:
-    """Return a depthwise convolution that adds its input, and an MLP that does."""
+def mixing_part(depthwise: Any, mlp: Any, form: Form = "conv", side: int = 0) -> nn.Sequential:
+    """Return a depthwise convolution that adds its input, and an MLP that does; of the form `matmul`, for maps of this side."""
     first, last = folded(mlp.m.pw1), folded(mlp.m.pw2)
     if form == "conv":
         inner: nn.Module = nn.Sequential(first, copied(mlp.m.act), last)
     else:
-        inner = Flattened(nn.Sequential(of_one_axis(first), copied(mlp.m.act), of_one_axis(last)))
+        inner = Flattened(nn.Sequential(of_one_axis(first), copied(mlp.m.act), of_one_axis(last)), last.out_channels, side)
     return nn.Sequential(folded(depthwise.m, shortcut=True), Residual(inner))
 
 
 class Flattened(nn.Module):
     """A part that takes (N, C, L), for maps (N, C, H, W)."""
 
-    def __init__(self, m: nn.Module) -> None:
+    def __init__(self, m: nn.Module, channels: int, side: int) -> None:
         super().__init__()
-        self.m = m
+        self.m, self.channels, self.side = m, channels, side
 
     def forward(self, x: Tensor) -> Tensor:
-        side = x.shape[2]
-        y: Tensor = self.m(x.flatten(2))
-        return y.unflatten(2, (side, side))
+        y: Tensor = self.m(x.reshape(-1, self.channels, self.side**2))
+        return y.reshape(-1, self.channels, self.side, self.side)
 
 
 class PatchMerging(nn.Module):
@@ -90,13 +86,15 @@ class CascadedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         found: list[Tensor] = []
-        for head, chunk in enumerate((x if self.form == "conv" else x.flatten(2)).split(self.value, 1)):
+        channels = len(self.dws) * self.value
+        maps = x if self.form == "conv" else x.reshape(-1, channels, self.side**2)
+        for head, chunk in enumerate(maps.split(self.value, 1)):
             q, k, v = self._qkv(head, chunk + found[-1] if found else chunk)
             weights = (q.transpose(1, 2) @ k + self.bias[head]).softmax(2)  # (N, L, L)
             y = v @ weights.transpose(1, 2)  # (N, value_dim, L)
             found.append(y.reshape(-1, self.value, self.side, self.side) if self.form == "conv" else y)
         y = self.proj(self.act(torch.cat(found, 1)))
-        return y if self.form == "conv" else y.unflatten(2, (self.side, self.side))
+        return y if self.form == "conv" else y.reshape(-1, channels, self.side, self.side)
 
     def _qkv(self, head: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, (N, D, L) each."""
