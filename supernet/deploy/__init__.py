@@ -24,7 +24,7 @@ from supernet.deploy.efficientformer import PoolBlock, PoolTokens, TokenBlock
 from supernet.deploy.efficientformer_v2 import DownsamplingAttention, Sum, TalkingAttention, unified_mlp
 from supernet.deploy.efficientvit import PatchMerging, mixing_part, sandwich
 from supernet.deploy.forms import FORMS, Form, default_form, has_forms
-from supernet.deploy.heads import GroupHead, Head
+from supernet.deploy.heads import Head
 from supernet.deploy.weights import Residual, copied, folded
 from supernet.specs import Layer
 
@@ -80,8 +80,6 @@ def _made(module: Any, layer: Layer, form: Form) -> nn.Module:
             return nn.Sequential(*(folded(m) if isinstance(m, ConvNorm) else copied(m) for m in module))
         case specs.Embedding():
             return folded((module.conv, module.norm))
-        case specs.GroupHead():
-            return GroupHead(module)
-        case specs.Head():
+        case specs.Head() if not isinstance(layer.spec, specs.GroupHead):
             return Head(module)
     return copied(module)

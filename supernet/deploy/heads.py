@@ -1,4 +1,4 @@
-"""Heads in their deploy forms: one classifier, with the norm in it where it is a batch norm."""
+"""Heads in their deploy forms."""
 
 from typing import Any
 
@@ -8,20 +8,13 @@ from torch import Tensor, nn
 from supernet.deploy.weights import affine, copied, linear
 
 
-def classifier(head: Any) -> tuple[Tensor, Tensor]:
-    """Return the weight and the bias of a head's classifier, the mean of both where it has a second one."""
-    found = [head.fc, head.fc_dist] if getattr(head, "fc_dist", None) is not None else [head.fc]
-    weights, biases = ([getattr(fc, name).double() for fc in found] for name in ("weight", "bias"))
-    return sum(weights) / len(found), sum(biases) / len(found)  # type: ignore[return-value]
-
-
 class Head(nn.Module):
     """Tokens (N, L, C) or a map (N, C, H, W) to logits; a batch norm is part of the classifier."""
 
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.form, self.tokens = module.form, module.tokens
-        weight, bias = classifier(module)
+        weight, bias = module.fc.weight.double(), module.fc.bias.double()  # two classifiers say the mean of theirs
         if isinstance(module.norm, nn.LayerNorm):
             self.norm = copied(module.norm)
         else:
@@ -37,17 +30,3 @@ class Head(nn.Module):
             # the axis more keeps ONNX Runtime from merging the sum before it with the norm, into a slower operator
             return self.fc(self.norm(x.unsqueeze(1)).mean((1, 2)))
         return self.fc(x.mean(1) if self.tokens else F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-class GroupHead(nn.Module):
-    """Sequences of groups to the logits of each image, with one classifier."""
-
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.inner = copied(module)
-        weight, bias = classifier(module)
-        self.inner.fc = linear(weight, bias, module.fc.weight)  # type: ignore[assignment]
-        self.inner.fc_dist = None  # type: ignore[assignment]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
