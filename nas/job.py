@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import platformdirs
 import torch
@@ -233,6 +234,8 @@ def without_weights(data: bytes) -> tuple[bytes, list[dict[str, Any]]]:
         if math.prod(tensor.dims) <= LARGE or tensor.data_type not in (TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8):
             continue
         array = numpy_helper.to_array(tensor)
+        if tensor.data_type == TensorProto.FLOAT and not np.isfinite(array).all():
+            continue  # the mask of an attention: noise would be no mask
         dtype = str(array.dtype)
         left_out.append({"name": tensor.name, "dtype": dtype, "shape": list(array.shape), "std": round(float(array.std()), 6)})
         tensor.ClearField("float_data")

@@ -21,6 +21,7 @@ from nas.profilers.timing import Measurement, References, Stopwatch, Visit, Work
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
+from supernet.deploy import deployed_layer
 from supernet.errors import InputError
 from supernet.specs import MB3D, MB4D, Head, Layer, is_stem
 
@@ -61,11 +62,14 @@ def input_shape(model: Model, batch: int = 1) -> tuple[int, ...]:
     return model[0].entering.shape(batch) if model else (batch, 3, 4, 4)
 
 
-def build_module(model: Model, batch: int = 1) -> tuple[nn.Module, Tensor]:
-    """Return the module of a model, with distinct ordinary weights, and an input for it."""
+def build_module(model: Model, batch: int = 1, *, deploy: bool = False) -> tuple[nn.Module, Tensor]:
+    """Return the module of a model, or its deploy form, with distinct ordinary weights, and an input for it."""
     example = torch.randn(input_shape(model, batch), generator=torch.Generator().manual_seed(0))
     module = nn.Sequential(*(build_layer(layer) for layer in model)) if model else nn.Identity()
-    return with_ordinary_values(module.eval(), seed=0), example
+    with_ordinary_values(module.eval(), seed=0)
+    if deploy and model:
+        module = nn.Sequential(*(deployed_layer(part, layer) for part, layer in zip(module.children(), model, strict=True)))
+    return module, example
 
 
 class Profiler(Protocol):

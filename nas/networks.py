@@ -12,6 +12,7 @@ import torch
 
 from nas.export import onnx_bytes, with_ordinary_values
 from supernet.arch import ArchConfig
+from supernet.deploy import deployed
 from supernet.errors import InputError, first_line
 from supernet.model import build_model
 from supernet.zoo import load_arch, zoo_names
@@ -43,14 +44,16 @@ def find_arch(network: str) -> ArchConfig | None:
     return load_arch(network)
 
 
-def load_model(network: str, arch: ArchConfig | None) -> NamedModel:
-    """Return the model of `network`, whose architecture is `arch` (None: a foreign model). Weights are ordinary values.
+def load_model(network: str, arch: ArchConfig | None, *, deploy: bool = True) -> NamedModel:
+    """Return the model of `network`, whose architecture is `arch` (None: a foreign model), in its deploy form. Weights are
+    ordinary values.
 
     Raises:
         InputError: there is no such file, or no zoo network or timm model of this name.
     """
     if arch is not None:
         model = with_ordinary_values(build_model(arch), seed=0)
+        model = deployed(model, arch) if deploy else model
         return NamedModel(onnx_bytes(model, _image((3, arch.image_size, arch.image_size))), arch)
     if network.endswith(".onnx"):
         path = Path(network)

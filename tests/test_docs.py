@@ -25,10 +25,6 @@ COMMANDS = {
     "nas-train": cli.train,
     "nas-export": cli.export,
 }
-NOT_MERGED = {  # flags that pages have and commands have not yet: to be emptied
-    "nas-export": ("--int8", "--data", "--form"),
-}
-
 FENCE = re.compile(r"^ *```.*?\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -85,18 +81,6 @@ def commands() -> list[tuple[str, list[str]]]:
     return [(page.name, words) for page in PAGES for block in FENCE.findall(page.read_text()) for words in given(block)]
 
 
-def without_unmerged(words: list[str]) -> list[str]:
-    """A command without the flags that are still being built, and their values."""
-    flags = NOT_MERGED.get(words[0], ())
-    kept: list[str] = []
-    dropping = False
-    for word in words:
-        dropping = word in flags or (dropping and not word.startswith("-"))
-        if not dropping:
-            kept.append(word)
-    return kept
-
-
 def test_the_pages_have_commands() -> None:
     assert {words[0] for _, words in commands()} == set(COMMANDS), "the commands are found at all"
 
@@ -108,9 +92,9 @@ def test_every_command_is_one_that_the_program_takes(
     page: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = []
-    monkeypatch.setattr(cli, "_run", lambda command, work: done.append(command))
+    monkeypatch.setattr(cli, "_run", lambda command, *_: done.append(command))
     try:
-        COMMANDS[words[0]](without_unmerged(words)[1:])
+        COMMANDS[words[0]](words[1:])
     except SystemExit:
         pytest.fail(f"{page}: {capsys.readouterr().err}")
     assert done == [words[0]]
@@ -121,7 +105,7 @@ def test_flags_that_the_prose_names_exist(capsys: pytest.CaptureFixture[str]) ->
     for name, command in COMMANDS.items():
         with pytest.raises(SystemExit):
             command(["--help"])
-        helps[name] = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out)) | set(NOT_MERGED.get(name, ()))
+        helps[name] = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
     for page in PAGES:
         for code in CODE.findall(prose(page)):
             words = code.split()
@@ -140,11 +124,3 @@ def test_the_settings_that_the_page_lists_are_those_that_there_are_with_their_de
     assert listed == asdict(SupernetSettings())
     (other,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/imagenet.md").read_text(), re.DOTALL)
     assert SupernetSettings(**yaml.safe_load(other)) != SupernetSettings()
-
-
-def test_what_is_still_being_built_is_not_there_yet(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, flags in NOT_MERGED.items():
-        with pytest.raises(SystemExit):
-            COMMANDS[name](["--help"])
-        there = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
-        assert not there & set(flags), f"{name} has {there & set(flags)}: take them out of NOT_MERGED"

@@ -25,7 +25,6 @@ from supernet.arch import ArchConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-NOT_MERGED = ("--int8",)  # flags of nas-export that the page has and the command has not yet: to be emptied
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -85,7 +84,7 @@ def test_the_tutorial_from_its_first_line_to_its_last(
     monkeypatch.setattr("nas.lookup.user_folder", lambda: tmp_path / "tables")
     write_archive(home / "Downloads" / "cifar-10-binary.tar.gz")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    said, left_out = "", []
+    said = ""
     for language, text in blocks():
         if language != "sh":  # a file, named by its first line
             assert not re.search(r"(import|from) (nas|supernet|torch)", text), "the page says that scripts need nothing of ours"
@@ -93,16 +92,13 @@ def test_the_tutorial_from_its_first_line_to_its_last(
             continue
         for line in text.splitlines():
             words = shlex.split(line)
-            if NOT_MERGED and any("int8" in word for word in words):
-                left_out.append(line)
-            elif words[0].startswith("nas-"):
+            if words[0].startswith("nas-"):
                 give(words)
             else:
                 env = {**os.environ, "PATH": path}
                 done = subprocess.run(["sh", "-c", line], env=env, capture_output=True, text=True)
                 assert done.returncode == 0, done.stderr
                 said = done.stdout.strip() or said
-    assert bool(left_out) == bool(NOT_MERGED), left_out
 
     assert len(list(Path("cifar10/train").glob("*/*.png"))) == 50 and len(list(Path("cifar10/val/cat").iterdir())) == 2
     (table,) = Path("latency_tables").glob("*.meta.json")

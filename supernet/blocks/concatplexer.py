@@ -133,12 +133,16 @@ class GroupedMB3DModule(MB3DModule):
             self.pair_biases = nn.Parameter(torch.zeros(spec.n, spec.n))
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return super().forward(x, self.attention_bias())
+
+    def attention_bias(self) -> Tensor:
+        """Return what is added to the logits of the attention: (heads, L, L)."""
         own = self.token_mixer.attention_biases[:, self.offsets]
         if self.mixing == "none":
-            return super().forward(x, own)
+            return own
         # no scalar: coremltools knows `where` of tensors alone
         apart = self.pair_biases.flatten()[self.pair] if self.mixing == "full" else torch.full_like(own, -torch.inf)
-        return super().forward(x, torch.where(self.same, own, apart))
+        return torch.where(self.same, own, apart)
 
 
 class GroupedViTModule(ViTModule):
