@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from nas.parallel import ALONE, Group
 from nas.progress import say
 from supernet.blocks.concatplexer import is_group_part
 from supernet.errors import InputError
@@ -119,12 +120,16 @@ def save_checkpoint(path: Path, epoch: int, **parts: Stateful) -> None:
     write_atomically(path, file.getvalue())
 
 
-def load_checkpoint(path: Path, **parts: Stateful) -> int:
-    """Load the state that `save_checkpoint` wrote into the parts, if there is one; return how many epochs are done."""
-    if not path.exists():
+def load_checkpoint(path: Path, group: Group = ALONE, **parts: Stateful) -> int:
+    """Load the state that `save_checkpoint` wrote into the parts, if there is one; return how many epochs are done.
+
+    The first process of a group reads the file, and all load it.
+    """
+    held = group.from_first(lambda: path.read_bytes() if path.exists() else None)
+    if held is None:
         return 0
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(io.BytesIO(held), weights_only=True, map_location="cpu")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         epoch = int(state["epoch"])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nas.data import ImageData, augment, normalise
+from nas.parallel import ALONE, Group
+from nas.pixels import loaded
 from supernet.blocks.efficientformer import LayerScale
 from supernet.errors import InputError
 
@@ -72,8 +74,17 @@ def cosine(step: int, steps: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def training_batch(data: ImageData, indices: Tensor, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the training images at `indices` (B,), augmented and normalised (B, 3, S, S), and labels (B,)."""
-    pixels, labels = data.train.batch(indices)
-    x = normalise(augment(pixels.to(device), generator, data.flips))
-    return x.contiguous(memory_format=torch.channels_last), labels.to(device)
+def training_batches(
+    data: ImageData, order: Iterable[Tensor], generator: torch.Generator, device: torch.device, group: Group = ALONE
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, for each batch of indices (B,) into the training images, this process's rows of it: images, augmented and normalised
+    (b, 3, S, S), and labels (b,).
+
+    The draws of a batch are those of one process that has all of it. They are made when the batch is asked for; its images are
+    read before.
+    """
+    own = (indices[group.rows(len(indices))] for indices in order)
+    for pixels, labels in loaded(data.train, own, device):
+        whole = len(labels) * group.size
+        x = normalise(augment(pixels, generator, data.flips, part=(group.rows(whole), whole)))
+        yield x.contiguous(memory_format=torch.channels_last), labels
