@@ -3,9 +3,9 @@ train the supernet with it.
 
     torchrun --no-python --nproc-per-node 4 nas-search ...
 
-The first process (rank 0) runs the whole search and is the only one that writes files or says anything. It sends
-its evaluator to the others once, and then every list of networks; each process evaluates its own share, and what is found is
-exchanged every few seconds. How the supernet is trained together is told in `nas.parallel`. A network gives the same numbers in whatever process and after whatever others it is evaluated, so
+The first process (rank 0) runs the whole search and is the only one that writes files or says anything. It sends its evaluator
+to the others once, and then every list of networks; each process evaluates its own share, and what is found is exchanged every
+few seconds. How the supernet is trained together is told in `nas.parallel`. A network gives the same numbers in whatever process and after whatever others it is evaluated, so
 the search decides as one process does, however fast each of them is.
 
 All processes end with the first one's exit code. Where one dies, the others lose their connection to it and end too.
@@ -70,8 +70,8 @@ def shared(evaluate: Evaluator | Recovered) -> Evaluator | Recovered | Shared:
 
 
 def in_all(work: Callable[..., T], *arguments: Any) -> T:
-    """Call a function of a module, in the first process and in all others that wait: each with its `group` beside the arguments,
-    which are sent to them."""
+    """Call a function of a module, in the first process and in all others that wait: each with its `group` beside the
+    arguments, which are sent to them."""
     if processes() == 1:
         return work(*arguments, group=ALONE)
     _tell("work", work, arguments)

@@ -61,8 +61,8 @@ class Group:
         own, over = divmod(batch, self.size)
         if over or own < min(LEAST_ROWS, batch):
             raise InputError(
-                f"a batch of {batch} images cannot be divided among {self.size} processes: give a batch_size that is a multiple "
-                f"of {self.size}, at least {LEAST_ROWS * self.size}, and epochs that are no smaller"
+                f"a batch of {batch} images cannot be divided among {self.size} processes: give a batch_size that is a "
+                f"multiple of {self.size}, at least {LEAST_ROWS * self.size}, and epochs that are no smaller"
             )
         return slice(own * self.rank, own * (self.rank + 1))
 

@@ -1,4 +1,5 @@
-"""The pixels of image files: packed in a file that later runs map into memory, or, where they are too many, decoded batch by batch.
+"""The pixels of image files: packed in a file that later runs map into memory, or where they are too many, decoded batch by
+batch.
 
 Shapes: n files, B images in a batch, S = size (pixels).
 """
@@ -101,9 +102,9 @@ def read_pixels(
 ) -> tuple[Tensor | Files | Packed, NDArray[np.bool_]]:
     """Return the pixels of all files, and which files (n,) can be decoded; those that cannot have no meaningful pixels.
 
-    What was decoded is kept on disk (`cache_folder`), so that the next call on the same files has it at once: pixels that fit in
-    memory, of others only which files can be decoded. `stamps` say what tells the files from others and from themselves once
-    they are changed. `progress` is called with (done, total) files.
+    What was decoded is kept on disk (`cache_folder`), so that the next call on the same files has it at once: pixels that fit
+    in memory, of others only which files can be decoded. `stamps` say what tells the files from others and from themselves
+    once they are changed. `progress` is called with (done, total) files.
     """
     fits = len(files) * 3 * size * size <= MEMORY_LIMIT_BYTES
     folder = cache_folder()
@@ -187,7 +188,7 @@ class _Batches(torch.utils.data.Dataset[tuple[Tensor, Tensor] | InputError]):
 
 
 def workers() -> int:
-    """Return how many processes decode for this one: the machine's cores, divided among the processes that torchrun has here."""
+    """Return how many processes decode for this one: the cores, divided among the processes that torchrun has here."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # Linux alone has it

@@ -74,11 +74,18 @@ def cosine(step: int, steps: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
+def training_batch(data: ImageData, indices: Tensor, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the training images at `indices` (B,), augmented and normalised (B, 3, S, S), and labels (B,)."""
+    pixels, labels = data.train.batch(indices)
+    x = normalise(augment(pixels.to(device), generator, data.flips))
+    return x.contiguous(memory_format=torch.channels_last), labels.to(device)
+
+
 def training_batches(
     data: ImageData, order: Iterable[Tensor], generator: torch.Generator, device: torch.device, group: Group = ALONE
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, for each batch of indices (B,) into the training images, this process's rows of it: images, augmented and normalised
-    (b, 3, S, S), and labels (b,).
+    """Yield, for each batch of indices (B,) into the training images, this process's rows of it: images, augmented and
+    normalised (b, 3, S, S), and labels (b,).
 
     The draws of a batch are those of one process that has all of it. They are made when the batch is asked for; its images are
     read before.

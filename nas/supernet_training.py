@@ -382,8 +382,8 @@ def train_supernet(
     `paths: elastic`, else a Supernet.
 
     A checkpoint is written to `folder/supernet.pt` after each epoch; the next call with the same arguments goes on
-    from it. On one machine with one number of threads, the same seed gives the same weights. The processes of a `group` all call
-    this, and each has its rows of every batch; they run the same networks, so they have gradients of the same parameters.
+    from it. On one machine with one number of threads, the same seed gives the same weights. The processes of a `group` all
+    call this, and each has its rows of every batch; they run the same networks, so they have gradients of the same parameters.
     """
 
     def untrained() -> AnySupernet:
