@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nas.parallel import ALONE, Group
 from nas.progress import say
 from supernet.blocks.concatplexer import is_group_part
+from supernet.distillation import one_classifier
 from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.weights import at_size
@@ -63,7 +64,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             found: Any = safetensors.torch.load_file(path)
         else:
-            found = torch.load(path, weights_only=True, map_location="cpu")["net"]
+            checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+            # What such a training is kept with: the average where there is one, and one classifier.
+            found = one_classifier(checkpoint["ema"]["network"] if "ema" in checkpoint else checkpoint["net"])
         if not all(isinstance(tensor, Tensor) for tensor in found.values()):
             raise TypeError("no state dict")
     except Exception as error:  # neither library has one base for what damaged files raise

@@ -66,12 +66,32 @@ def parameter_groups(named: Iterator[tuple[str, nn.Parameter]], weight_decay: fl
     return [{"params": decays, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def cosine(step: int, steps: int) -> float:
-    """Return the factor on the learning rate: linear warm-up over a twentieth of the steps, cosine to a hundredth."""
-    warm_up = max(1, steps // 20)
+def cosine(step: int, steps: int, warm_up: int | None = None, start: float = 0.0, lowest: float = 0.01) -> float:
+    """Return the factor on the learning rate: it rises linearly from `start` to 1 in the first `warm_up` steps (None: a
+    twentieth of them), falls as a cosine to `lowest` at `steps`, and stays there."""
+    if warm_up is None:
+        warm_up = max(1, steps // 20)
     if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+        return start + (1 - start) * (step + 1) / warm_up
+    share = min(1.0, (step - warm_up) / max(1, steps - warm_up))
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def clip_by_weights(parameters: Iterable[nn.Parameter], factor: float, least: float = 1e-3) -> None:
+    """Shorten the gradient of every unit to at most `factor` times the norm of its weights, or of `least` where that is more.
+
+    A unit is the first axis of a tensor of two axes or more; a vector is one unit. Source: adaptive gradient clipping (Brock et
+    al., ICML 2021), with the units of timm.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        axes = tuple(range(1, parameter.ndim)) or None
+        weights, gradient = (
+            torch.linalg.vector_norm(tensor, dim=axes, keepdim=True) for tensor in (parameter.detach(), parameter.grad)
+        )
+        most = weights.clamp_min(least) * factor
+        parameter.grad.mul_(torch.where(gradient > most, most / gradient.clamp_min(1e-6), 1.0))
 
 
 def training_batch(data: ImageData, indices: Tensor, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,31 +6,38 @@ import csv
 import io
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.checkpoints import digest, load_checkpoint, load_weights, save_checkpoint
-from nas.curves import curves
-from nas.data import ImageData, epoch_batches
+from nas.augmentation import augmented, draw, step_generator, steps_of, training_indices
+from nas.checkpoints import digest, load_checkpoint, load_state, load_weights, save_checkpoint
+from nas.curves import Points, curves
+from nas.data import ImageData, Images
+from nas.ema import MovingAverage
 from nas.evaluation import accuracy_of
-from nas.progress import LINE_EVERY_S, duration, progress, say
+from nas.progress import LINE_EVERY_S, Tick, duration, progress, say
 from nas.recipe import Recipe
 from nas.request import claim
-from nas.steps import accelerator, cosine, mixed_precision, parameter_groups, set_layer_scale, training_batch
+from nas.steps import accelerator, clip_by_weights, cosine, mixed_precision, parameter_groups, set_layer_scale
 from nas.teacher import Teacher
 from supernet.arch import ArchConfig
+from supernet.distillation import add_second_classifier, one_classifier
 from supernet.errors import InputError
 from supernet.files import write_atomically
-from supernet.model import build_model
+from supernet.model import build_model, set_drop_path
+
+if TYPE_CHECKING:  # which trains networks itself
+    from nas.pretrained import Pretrained
 
 MEASURED_STEPS = 10  # the first step is left out: it also allocates
+CHECKPOINT_EVERY_S = 600.0  # within an epoch; there is one after each epoch too
 
 
 @dataclass(frozen=True)
@@ -54,23 +61,25 @@ def train_network(
     folder: Path,
     seed: int,
     *,
-    weights: Path | None = None,
+    weights: Path | Pretrained | None = None,
     teacher: Teacher | None = None,
 ) -> TrainingResult:
     """Train a network at its own image size, which is also the data's, and return how it does on `data.val`.
 
-    The network gets the data's number of classes and loses its empty slots. It starts from random weights, or from
-    the file `weights` (see `load_weights`), whose layer scales stay as they are. With a `teacher`, which sees the same
-    augmented images, it learns from that too, as the recipe says. `folder` then holds `arch.yaml`, `model.safetensors`,
-    `metrics.csv` (a row for each epoch; the learning rate is that of its last step, the training loss is smoothed) and
-    `checkpoint.pt`, written after each epoch; and the curves of `nas.curves`. The next call with the same arguments goes on
-    from there, to the same weights as if it had never stopped; if the training is finished, it returns its result. On one
-    machine with one number of threads, the same seed gives the same weights.
+    The network gets the data's number of classes and loses its empty slots. It starts from random weights, or from given ones:
+    those of a file (see `load_weights`), or of `nas.pretrained.load_pretrained`; their layer scales stay as they are. With a
+    `teacher`, which sees the same augmented images, it learns from that too, as the recipe says. `folder` then holds
+    `arch.yaml`, `model.safetensors` (with the recipe's `ema`, the average of the weights; of two classifiers, the one that does
+    what they do together), `metrics.csv` (a row for each epoch; the learning rate is that of its last step, the training loss
+    is smoothed) and `checkpoint.pt`, written after each epoch, and every ten minutes in a long one; and the curves of
+    `nas.curves`. The next call with the same arguments goes on from there, to the same weights as if it had never stopped; if
+    the training is finished, it returns its result. On one machine with one number of threads, the same seed gives the same
+    weights.
 
     Raises:
         InputError: the image sizes differ, the folder holds another training, the weights do not fit, or there is no
             such accelerator.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss, or its gradient, is no longer finite. The last checkpoint is of before.
     """
     if data.image_size != arch.image_size:
         raise InputError(
@@ -87,102 +96,226 @@ def train_network(
     set_layer_scale(model, recipe.layer_scale)
     # After the layer scales, which are part of the weights.
     if weights is not None and not checkpoint.exists():
-        load_weights(model, weights, adapt=True)
+        if isinstance(weights, Path):
+            load_weights(model, weights, adapt=True)
+        else:
+            load_state(model, weights.state, weights.source, adapt=True)
+    if teacher is not None and recipe.distillation_head:
+        add_second_classifier(model)
+    set_drop_path(model, recipe.drop_path)
     # Claimed only now: what was refused so far leaves the folder free for the corrected request.
     defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
     claim(folder, _request(arch, data, recipe, seed, weights, teacher), since={**defaults, "teacher": None})
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), recipe.weight_decay), lr=recipe.learning_rate)
-    history = History()
-    first = load_checkpoint(checkpoint, net=model, optimizer=optimizer, history=history)
-    if first < recipe.epochs:
-        _run_epochs(model, optimizer, history, first, arch, data, recipe, checkpoint, seed, teacher)
+    run = _Run(
+        model=model,
+        optimizer=torch.optim.AdamW(parameter_groups(model.named_parameters(), recipe.weight_decay), lr=recipe.learning_rate),
+        average=MovingAverage(model, recipe.ema) if recipe.ema else None,
+        history=History(),
+        arch=arch,
+        data=data,
+        recipe=recipe,
+        seed=seed,
+        teacher=teacher,
+        checkpoint=checkpoint,
+    )
+    first = load_checkpoint(checkpoint, **run.parts)
+    if first < recipe.all_epochs:
+        _run_epochs(run, first)
     else:
         say(f"the training in {folder} has finished before: its result is returned")
 
     # Written anew even if finished before: a kill may have come between the last checkpoint and these files.
-    history.write(folder / "metrics.csv")
+    run.history.write(folder / "metrics.csv")
     arch.save(folder / "arch.yaml")
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = one_classifier((run.average.network if run.average is not None else run.model).state_dict())
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
-    last = history.rows[-1]
-    return TrainingResult(arch, last["val_loss"], last["val_accuracy"], recipe.epochs, folder)
+    last, of = run.history.rows[-1], "val" if run.average is None else "ema"
+    return TrainingResult(arch, last[f"{of}_loss"], last[f"{of}_accuracy"], recipe.all_epochs, folder)
 
 
-def _run_epochs(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    history: History,
-    first: int,
-    arch: ArchConfig,
-    data: ImageData,
-    recipe: Recipe,
-    checkpoint: Path,
-    seed: int,
-    teacher: Teacher | None = None,
-) -> None:
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A training under way."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: MovingAverage | None
+    history: History
+    arch: ArchConfig
+    data: ImageData
+    recipe: Recipe
+    seed: int
+    teacher: Teacher | None
+    checkpoint: Path
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        average = {} if self.average is None else {"ema": self.average}
+        return {"net": self.model, "optimizer": self.optimizer, "history": self.history, **average}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def batch(self) -> int:
+        """Images a step."""
+        return steps_of(len(self.data.train), self.recipe)[0]
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps an epoch."""
+        return steps_of(len(self.data.train), self.recipe)[1]
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        recipe, highest = self.recipe, self.recipe.highest_rate(self.batch)
+        warm_up = max(1, round(recipe.warm_up_epochs * self.per_epoch)) if recipe.warm_up_epochs else None
+        lowest = min(1.0, recipe.minimum_rate / highest) if recipe.minimum_rate else 0.01
+        start = min(1.0, recipe.warm_up_rate / highest)
+        return highest * cosine(step, self.per_epoch * recipe.epochs, warm_up, start, lowest)
+
+    def save(self, epoch: int) -> None:
+        """Write a checkpoint: `epoch` epochs are done, and of the next the steps that the history has losses of."""
+        save_checkpoint(self.checkpoint, epoch, **self.parts)
+
+
+def _run_epochs(run: _Run, first: int) -> None:
     """Train from epoch `first` (counted from 0) to the recipe's last, each followed by a checkpoint and a row."""
-    device = next(model.parameters()).device
-    size = recipe.images_per_epoch or len(data.train)
-    per_epoch = max(1, size // recipe.batch_size)
-    steps, step = per_epoch * recipe.epochs, per_epoch * first
-    start = step
-    if teacher is not None:
-        teacher.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    say(
-        f"training {arch.name} at {arch.image_size} px for {len(data.classes)} classes on {len(data.train):,} images: "
-        f"epochs {first + 1} to {recipe.epochs}, {per_epoch} steps of {min(size, recipe.batch_size)}, on {device.type}"
-    )
+    recipe, history = run.recipe, run.history
+    steps = run.per_epoch * recipe.all_epochs
+    if run.teacher is not None:
+        run.teacher.network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _introduce(run, first)
     # Groups of one class would be told apart too easily.
-    val = data.val.shuffled(seed) if arch.multiplexes else data.val
-    began = said = time.monotonic()
-    with progress(arch.name, steps, step) as tick, curves(checkpoint.parent, step) as draw:
-        for epoch in range(first, recipe.epochs):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            epoch_began, losses = time.monotonic(), []
-            model.train()
-            for indices in epoch_batches(len(data.train), recipe.batch_size, seed, epoch, size):
-                rate = recipe.learning_rate * cosine(step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                x, y = training_batch(data, indices, generator, device)
-                losses.append(train_step(model, optimizer, x, y, recipe, teacher))
-                if not math.isfinite(losses[-1]):
-                    raise FloatingPointError(
-                        f"the loss of {arch.name} is not finite in epoch {epoch + 1}: lower the recipe's learning_rate"
-                    )
-                step += 1
-                tick(1)
-                if step == start + 1:
-                    began = time.monotonic()
-                if step == start + 1 + MEASURED_STEPS:
-                    left = (time.monotonic() - began) / MEASURED_STEPS * (steps - step)
-                    say(f"about {duration(left)} for the {steps - step:,} steps left, going by {MEASURED_STEPS} steps")
-            loss, accuracy = accuracy_of(model, val)
+    val = run.data.val.shuffled(run.seed) if run.arch.multiplexes else run.data.val
+    said = time.monotonic()
+    done = run.per_epoch * first
+    devices = [run.device] if run.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        progress(run.arch.name, steps, done + len(history.losses)) as tick,
+        curves(run.checkpoint.parent, done) as draw_curves,
+    ):
+        step_taken = _estimating(tick, steps - done - len(history.losses))
+        for epoch in range(first, recipe.all_epochs):
+            _run_epoch(run, epoch, step_taken)
+            _finish_epoch(run, epoch, val, draw_curves)
             now = time.monotonic()
-            history.rows.append(
-                {
-                    "epoch": epoch + 1,
-                    "learning_rate": rate,
-                    "train_loss": math.fsum(losses) / len(losses),
-                    "val_loss": loss,
-                    "val_accuracy": accuracy,
-                    "seconds": round(now - epoch_began, 2),
-                }
-            )
-            draw(
-                {
-                    "train/loss": enumerate(losses, step - len(losses) + 1),
-                    "train/learning_rate": [(step, rate)],
-                    "val/loss": [(step, loss)],
-                    "val/accuracy": [(step, accuracy)],
-                }
-            )
-            save_checkpoint(checkpoint, epoch + 1, net=model, optimizer=optimizer, history=history)
-            history.write(checkpoint.with_name("metrics.csv"))
-            if now - said >= LINE_EVERY_S or epoch + 1 == recipe.epochs:  # short epochs would flood the log
+            if now - said >= LINE_EVERY_S or epoch + 1 == recipe.all_epochs:  # short epochs would flood the log
                 said = now
-                say(f"epoch {epoch + 1} of {recipe.epochs}: validation loss {loss:.4f}, top-1 {100 * accuracy:.2f} %")
+                row = history.rows[-1]
+                averaged = f"; of the average {100 * row['ema_accuracy']:.2f} %" if "ema_accuracy" in row else ""
+                say(
+                    f"epoch {epoch + 1} of {recipe.all_epochs}: validation loss {row['val_loss']:.4f}, top-1 "
+                    f"{100 * row['val_accuracy']:.2f} %{averaged}"
+                )
+
+
+def _introduce(run: _Run, first: int) -> None:
+    recipe = run.recipe
+    say(
+        f"training {run.arch.name} at {run.arch.image_size} px for {len(run.data.classes)} classes on {len(run.data.train):,} "
+        f"images: epochs {first + 1} to {recipe.all_epochs}, {run.per_epoch} steps of {run.batch}, on {run.device.type}"
+    )
+    if recipe.learning_rate_batch:
+        say(
+            f"the recipe's learning rate, {recipe.learning_rate:g} for {recipe.learning_rate_batch} images a step, comes to "
+            f"{recipe.highest_rate(run.batch):g} for {run.batch}"
+        )
+    if recipe.distillation_head and run.teacher is None:
+        say("the recipe is for a student of a teacher, but none is given (--teacher): it learns from the labels alone")
+
+
+def _estimating(tick: Tick, steps: int) -> Callable[[], None]:
+    """Return what is to be called after each of `steps` steps; after the first ones it says how long the rest will take."""
+    taken, began = 0, 0.0
+
+    def step_taken() -> None:
+        nonlocal taken, began
+        tick(1)
+        taken += 1
+        if taken == 1:
+            began = time.monotonic()
+        if taken == 1 + MEASURED_STEPS:
+            left = steps - taken
+            rest = duration((time.monotonic() - began) / MEASURED_STEPS * left)
+            say(
+                f"about {rest} for the {left:,} steps left, going by {MEASURED_STEPS} steps; what changes that: the recipe's "
+                "epochs, images_per_epoch, batch_size and precision, the image size, and the teacher"
+            )
+
+    return step_taken
+
+
+def _run_epoch(run: _Run, epoch: int, step_taken: Callable[[], None]) -> None:
+    """Take the steps of an epoch (counted from 0) that the history has no losses of yet."""
+    history, began, before = run.history, time.monotonic(), run.history.seconds
+    saved = began
+    run.model.train()
+    for at, indices in enumerate(training_indices(len(run.data.train), run.recipe, run.seed, epoch)):
+        if at < len(history.losses):
+            continue
+        step = run.per_epoch * epoch + at
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.rate(step)
+        x, y = _batch(run, epoch, at, indices)
+        loss = train_step(run.model, run.optimizer, x, y, run.recipe, run.teacher)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of {run.arch.name} is not finite in epoch {epoch + 1}, at step {step + 1}: lower the recipe's "
+                f"learning_rate; {run.checkpoint} is of before"
+            )
+        if run.average is not None:
+            run.average.update(run.model)
+        history.losses.append(loss)
+        step_taken()
+        now = time.monotonic()
+        history.seconds = before + now - began
+        if now - saved >= CHECKPOINT_EVERY_S and at + 1 < run.per_epoch:
+            run.save(epoch)
+            saved = now
+
+
+def _batch(run: _Run, epoch: int, at: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the images and targets of a step, on the device. All that is random in the step follows from the seed, the epoch
+    and the step's place in it."""
+    generator = step_generator(run.seed, epoch, at)
+    pixels, labels = run.data.train.batch(indices)
+    draws = draw(len(indices), pixels.shape[2], run.recipe, run.data.flips, generator)
+    torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))  # for what the network itself draws: drop path
+    x, y = augmented(pixels.to(run.device), labels.to(run.device), draws, run.recipe, len(run.data.classes))
+    return x.contiguous(memory_format=torch.channels_last), y
+
+
+def _finish_epoch(run: _Run, epoch: int, val: Images, draw_curves: Callable[[Points], None]) -> None:
+    """Validate; add a row to the history and points to the curves, and write a checkpoint."""
+    history, began = run.history, time.monotonic()
+    loss, accuracy = accuracy_of(run.model, val)
+    scores = {"val_loss": loss, "val_accuracy": accuracy}
+    if run.average is not None:
+        loss, accuracy = accuracy_of(run.average.network, val)
+        scores |= {"ema_loss": loss, "ema_accuracy": accuracy}
+    step, losses = run.per_epoch * (epoch + 1), history.losses
+    rate = run.rate(step - 1)
+    seconds = round(history.seconds + time.monotonic() - began, 2)
+    history.rows.append(
+        {
+            "epoch": epoch + 1,
+            "learning_rate": rate,
+            "train_loss": math.fsum(losses) / len(losses),
+            **scores,
+            "seconds": seconds,
+        }
+    )
+    curve = {name.replace("_", "/", 1): [(step, value)] for name, value in scores.items()}
+    draw_curves({"train/loss": enumerate(losses, step - len(losses) + 1), "train/learning_rate": [(step, rate)], **curve})
+    history.losses, history.seconds = [], 0.0
+    run.save(epoch + 1)
+    history.write(run.checkpoint.with_name("metrics.csv"))
 
 
 def train_step(
@@ -193,7 +326,8 @@ def train_step(
     recipe: Recipe,
     teacher: Teacher | None = None,
 ) -> float:
-    """Take one step on the normalised images `x` (B, 3, S, S) with labels `y` (B,); return the loss before it."""
+    """Take one step on the normalised images `x` (B, 3, S, S) with targets `y`, labels (B,) or shares of the classes
+    (B, classes); return the loss before it. Where the loss or its gradient is not finite, no step is taken and nan returned."""
     with mixed_precision(x.device, recipe.precision):
         taught = None
         if teacher is not None:
@@ -202,25 +336,36 @@ def train_step(
         loss = training_loss(model(x), y, recipe, taught)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+    parameters = dict(model.named_parameters())
+    # Of infinity, nothing is shortened.
+    norm = nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm or math.inf)
+    if not norm.isfinite():
+        return math.nan
+    if recipe.clip_agc:
+        # All but the classifier, as in the source.
+        clip_by_weights((p for name, p in parameters.items() if not name.startswith("head.fc.")), recipe.clip_agc)
     optimizer.step()
     return loss.item()
 
 
-def training_loss(logits: Tensor, labels: Tensor, recipe: Recipe, taught: Tensor | None = None) -> Tensor:
-    """Return the loss of logits (B, classes) against labels (B,), and against a teacher's logits `taught` (B, classes).
+def training_loss(
+    outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor, recipe: Recipe, taught: Tensor | None = None
+) -> Tensor:
+    """Return the loss of logits (B, classes) against labels (B,) or shares of the classes (B, classes), and against a teacher's
+    logits `taught` (B, classes). Of a pair of logits, the first is the labels', the second the teacher's.
 
     Source of the teacher's part: soft, Hinton et al. 2015, the divergence from its probabilities at a temperature T, times T^2;
     hard, DeiT (Touvron et al., ICML 2021), cross-entropy to the class that it decides for.
     """
-    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+    logits, student = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+    loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
     if taught is None:
         return loss
     if recipe.distillation == "hard":
-        other = F.cross_entropy(logits, taught.argmax(1))
+        other = F.cross_entropy(student, taught.argmax(1))
     else:
         t = recipe.teacher_temperature
-        own, theirs = (logits.float() / t).log_softmax(1), (taught.float() / t).log_softmax(1)
+        own, theirs = (student.float() / t).log_softmax(1), (taught.float() / t).log_softmax(1)
         other = t * t * F.kl_div(own, theirs, reduction="batchmean", log_target=True)
     return (1 - recipe.teacher_weight) * loss + recipe.teacher_weight * other
 
@@ -230,12 +375,18 @@ class History:
     """The rows of `metrics.csv`, one an epoch; a part of the checkpoint, so that the file never has one too many."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Of the steps of the epoch under way."""
+    seconds: float = 0.0
+    """That the epoch under way has taken."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
+        return {"rows": self.rows, "losses": self.losses, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
+        self.losses = list(state_dict.get("losses", []))  # an earlier version had none within an epoch
+        self.seconds = float(state_dict.get("seconds", 0.0))
 
     def write(self, path: Path) -> None:
         """Write the rows as CSV, whole or not at all."""
@@ -247,7 +398,7 @@ class History:
 
 
 def _request(
-    arch: ArchConfig, data: ImageData, recipe: Recipe, seed: int, weights: Path | None, teacher: Teacher | None
+    arch: ArchConfig, data: ImageData, recipe: Recipe, seed: int, weights: Path | Pretrained | None, teacher: Teacher | None
 ) -> dict[str, Any]:
     """Return what decides the outcome of a training, as `nas.request.claim` takes it."""
     return {
@@ -257,7 +408,7 @@ def _request(
         "data": data.source,
         "data_fingerprint": data.fingerprint,
         "training_images": len(data.train),
-        "weights": None if weights is None else digest(weights),
+        "weights": None if weights is None else digest(weights) if isinstance(weights, Path) else weights.digest,
         "teacher": None if teacher is None else teacher.digest,
         "arch": arch.to_yaml(),
     }

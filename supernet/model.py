@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
 from supernet.blocks.concatplexer import Multiplexed
+from supernet.blocks.layers import DropPath
 from supernet.specs import Layer
 
 
@@ -30,6 +31,16 @@ def build_model(arch: ArchConfig) -> nn.Sequential:
     """
     layers = OrderedDict((name, build_layer(layer)) for name, layer in arch.named_layers())
     return Multiplexed(layers) if arch.multiplexes else nn.Sequential(layers)
+
+
+def set_drop_path(model: nn.Module, rate: float) -> None:
+    """Let a network of `build_model` be trained with stochastic depth: the chance that a block's residual branch is left out
+    for an image grows linearly from 0 in the first block to `rate` in the last. It plays no part in eval mode."""
+    blocks = [module for name, module in model.named_children() if "_block" in name]
+    for number, block in enumerate(blocks):
+        for module in block.modules():
+            if isinstance(module, DropPath):
+                module.rate = rate * number / max(1, len(blocks) - 1)
 
 
 def count(arch: ArchConfig) -> Complexity:

@@ -192,7 +192,10 @@ def test_non_finite_loss_names_the_epoch(digits: ImageData, tmp_path: Path, monk
         return original(model, optimizer, x * math.nan if steps == 7 else x, *rest)
 
     monkeypatch.setattr(training, "train_step", step)
-    with pytest.raises(FloatingPointError, match="not finite in epoch 2: lower the recipe's learning_rate"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"not finite in epoch 2, at step 7: lower the recipe's learning_rate; \S+checkpoint.pt is of before",
+    ):
         training.train_network(ARCH, digits, RECIPE, tmp_path, seed=0)
     assert steps == 7, "no step is taken after it"
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 1, "the last good epoch is kept"
@@ -444,7 +447,7 @@ def test_recipes_by_name_and_from_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"unknown recipe 'quik': did you mean quick\?"):
         load_recipe("quik")
     path.write_text("{epochs: 2, batch_sise: 16}")
-    with pytest.raises(InputError, match=r"mine\.yaml: unknown field 'batch_sise': did you mean batch_size\?"):
+    with pytest.raises(InputError, match=r"mine\.yaml: unknown field 'batch_sise': did you mean batch_size "):
         load_recipe(path)
     path.write_text("{epochs: 0, batch_size: 16, learning_rate: 0.001, layer_scale: 1, clip_norm: 1.0}")
     with pytest.raises(InputError, match=r"mine\.yaml: epochs must be at least 1, but is 0"):

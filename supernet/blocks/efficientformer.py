@@ -7,7 +7,7 @@ key_dim ** -0.5.
 import torch
 from torch import Tensor, nn
 
-from supernet.blocks.layers import Layout, Run, activation, offset_index, query
+from supernet.blocks.layers import DropPath, Layout, Run, activation, offset_index, query
 from supernet.specs import MB3D, MB4D
 
 LAYER_SCALE = 1e-5  # the published initial value; a recipe may set another
@@ -62,10 +62,11 @@ class MB4DModule(nn.Module):
         self.ls1 = LayerScale(spec.dim, tokens=False)
         self.mlp = ConvMlp(spec.dim, spec.mlp_ratio * spec.dim, spec.act)
         self.ls2 = LayerScale(spec.dim, tokens=False)
+        self.drop_path = DropPath()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.token_mixer(x))
-        return x + self.ls2(self.mlp(x))
+        x = x + self.drop_path(self.ls1(self.token_mixer(x)))
+        return x + self.drop_path(self.ls2(self.mlp(x)))
 
 
 class Attention(nn.Module):
@@ -124,10 +125,11 @@ class MB3DModule(nn.Module):
         self.norm2 = nn.LayerNorm(spec.dim)
         self.mlp = Mlp(spec.dim, spec.mlp_ratio * spec.dim, spec.act)
         self.ls2 = LayerScale(spec.dim, tokens=True)
+        self.drop_path = DropPath()
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        x = x + self.ls1(self.token_mixer(self.norm1(x), bias))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.ls1(self.token_mixer(self.norm1(x), bias)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
     @staticmethod
     def unit_layout(spec: MB3D) -> Layout:

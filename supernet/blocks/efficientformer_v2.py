@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from supernet.blocks.efficientformer import LayerScale
-from supernet.blocks.layers import Layout, Run, activation, offset_index, query
+from supernet.blocks.layers import DropPath, Layout, Run, activation, offset_index, query
 from supernet.errors import InputError
 from supernet.specs import FFN, AttnEmbedding, AttnFFN
 
@@ -49,9 +49,10 @@ class FFNModule(nn.Module):
         super().__init__()
         self.mlp = UnifiedMlp(spec.dim, spec.mlp_ratio * spec.dim, spec.act)
         self.ls2 = LayerScale(spec.dim, tokens=False)
+        self.drop_path = DropPath()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.ls2(self.mlp(x))
+        return x + self.drop_path(self.ls2(self.mlp(x)))
 
 
 class MapAttention(nn.Module):
@@ -108,10 +109,11 @@ class AttnFFNModule(nn.Module):
         self.ls1 = LayerScale(spec.dim, tokens=False)
         self.mlp = UnifiedMlp(spec.dim, spec.mlp_ratio * spec.dim, spec.act)
         self.ls2 = LayerScale(spec.dim, tokens=False)
+        self.drop_path = DropPath()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.token_mixer(x))
-        return x + self.ls2(self.mlp(x))
+        x = x + self.drop_path(self.ls1(self.token_mixer(x)))
+        return x + self.drop_path(self.ls2(self.mlp(x)))
 
     @staticmethod
     def unit_layout(spec: AttnFFN) -> Layout:

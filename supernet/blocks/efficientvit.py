@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supernet.blocks.layers import Layout, Run, activation, offset_index, query
+from supernet.blocks.layers import DropPath, Layout, Run, activation, offset_index, query
 from supernet.specs import ConvStem, Sandwich, Subsample
 
 
@@ -42,9 +42,10 @@ class Residual(nn.Module):
     def __init__(self, m: nn.Module) -> None:
         super().__init__()
         self.m = m
+        self.drop_path = DropPath()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.m(x)
+        return x + self.drop_path(self.m(x))
 
 
 class CascadedGroupAttention(nn.Module):

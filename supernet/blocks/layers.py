@@ -46,6 +46,19 @@ def activation(name: str) -> nn.Module:
     return _ACTIVATIONS[name]()
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., ECCV 2016): while it trains, what a residual branch adds is left out for each sample with
+    the chance `rate`, and otherwise divided by the chance of staying: (N, ...) to the same."""
+
+    rate = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * (kept / (1 - self.rate))
+
+
 class StemModule(nn.Sequential):
     """Two 3x3 convolutions, each with batch norm and activation: (N, 3, S, S) to (N, dim, S/stride, S/stride)."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from supernet.blocks.efficientformer import Mlp
-from supernet.blocks.layers import Layout, Run, query
+from supernet.blocks.layers import DropPath, Layout, Run, query
 from supernet.errors import InputError
 from supernet.specs import PatchStem, ViT
 
@@ -75,10 +75,11 @@ class ViTModule(nn.Module):
         self.attn = SelfAttention(spec)
         self.norm2 = nn.LayerNorm(spec.dim, eps=EPS)
         self.mlp = Mlp(spec.dim, spec.mlp_ratio * spec.dim, spec.act)
+        self.drop_path = DropPath()
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), bias)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x), bias))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
     @staticmethod
     def unit_layout(spec: ViT) -> Layout:
