@@ -131,12 +131,16 @@ def load_checkpoint(path: Path, group: Group = ALONE, **parts: Stateful) -> int:
     held = group.from_first(lambda: path.read_bytes() if path.exists() else None)
     if held is None:
         return 0
-    try:
-        state = torch.load(io.BytesIO(held), weights_only=True, map_location="cpu")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        epoch = int(state["epoch"])
-    except Exception as error:  # torch.load has no common base for what damaged files raise
-        raise InputError(f"the checkpoint {path} does not belong to this run or is damaged: remove it") from error
+
+    def loaded() -> int:
+        try:
+            state = torch.load(io.BytesIO(held), weights_only=True, map_location="cpu")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            return int(state["epoch"])
+        except Exception as error:  # torch.load has no common base for what damaged files raise
+            raise InputError(f"the checkpoint {path} does not belong to this run or is damaged: remove it") from error
+
+    epoch = group.agreed(loaded)
     say(f"going on from {path} after epoch {epoch}")
     return epoch

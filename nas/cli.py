@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nas.profilers.bench import Failed
+from nas.progress import say
 from supernet.errors import InputError, unknown
 
 ARCH_HELP = "a network: a YAML file, or the name of a published one (efficientformer_l1, efficientvit_m4, deit_tiny, ...)"
@@ -44,10 +45,10 @@ def _run(command: str, work: Callable[[], None]) -> None:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except (FloatingPointError, Failed) as error:  # training diverged; the device could not be measured
-        print(f"{command}: {error}", file=sys.stderr)
+        say(f"{command}: {error}")  # which of several processes one does
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(f"{command}: stopped; the same command goes on from here", file=sys.stderr)
+        say(f"{command}: stopped; the same command goes on from here")
         raise SystemExit(1) from None
     except BrokenPipeError:
         raise SystemExit(1) from None
@@ -418,18 +419,29 @@ def train(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     def work() -> None:
-        from nas.data import load_data
-        from nas.recipe import load_recipe
-        from nas.teacher import load_teacher
+        from nas.data import ImageData, load_data
+        from nas.parallel import joined
+        from nas.recipe import Recipe, load_recipe
+        from nas.teacher import Teacher, load_teacher
         from nas.training import train_network
+        from supernet.arch import ArchConfig
         from supernet.zoo import load_arch
 
-        arch = load_arch(given.arch)
-        recipe = load_recipe(given.recipe)
-        data = load_data(given.data, arch.image_size, given.seed, score_images=1)  # nothing is scored: train on all
-        teacher = load_teacher(given.teacher, arch.image_size, len(data.classes)) if given.teacher is not None else None
-        result = train_network(arch, data, recipe, given.out, given.seed, weights=given.weights, teacher=teacher)
-        print(f"top-1 {100 * result.accuracy:.2f} %, loss {result.loss:.4f} after {result.epochs} epochs: {result.folder}")
+        def read() -> tuple[ArchConfig, Recipe, ImageData, Teacher | None]:
+            arch = load_arch(given.arch)
+            recipe = load_recipe(given.recipe)
+            # Nothing is scored: train on all.
+            cropped = recipe.cropped_size(arch.image_size)
+            data = load_data(given.data, arch.image_size, given.seed, score_images=1, train_size=cropped)
+            teacher = load_teacher(given.teacher, arch.image_size, len(data.classes)) if given.teacher is not None else None
+            return arch, recipe, data, teacher
+
+        group = joined()  # under torchrun all processes train together
+        arch, recipe, data, teacher = group.agreed(read)
+        result = train_network(arch, data, recipe, given.out, given.seed, weights=given.weights, teacher=teacher, group=group)
+        if group.first:
+            print(f"top-1 {100 * result.accuracy:.2f} %, loss {result.loss:.4f} after {result.epochs} epochs: {result.folder}")
+        group.leave()
 
     _run(parser.prog, work)
 

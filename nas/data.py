@@ -67,6 +67,12 @@ class ImageData:
     source: str  # the resolved folder, or "digits"
     fingerprint: str  # changes with the names and the sizes of the files
 
+    @property
+    def train_size(self) -> int:
+        """Side of the training images in pixels: more than `image_size` where crops are to be taken from them."""
+        pixels = self.train.pixels
+        return pixels.shape[-1] if isinstance(pixels, Tensor) else pixels.image_size
+
 
 def load_images(
     path: str | Path | None,
@@ -74,6 +80,7 @@ def load_images(
     seed: int,
     *,
     score_images: int = 512,
+    train_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageData:
     """Load an image folder, or scikit-learn's handwritten digits where `path` is None.
@@ -81,7 +88,8 @@ def load_images(
     A folder is `path/train/<class>/*` with an optional `path/val/<class>/*`, or `path/<class>/*`. Without `val/`, a
     tenth of each class (at least one image) is set apart by `seed`. The scoring images are `score_images`, but at most
     a third, of the remaining ones: drawn by `seed`, in proportion to the classes. Images are scaled so that their short
-    side is `image_size` pixels (None: `natural_size(path)`) and cropped at the centre. `progress` is called with
+    side is `image_size` pixels (None: `natural_size(path)`) and cropped at the centre; training images to `train_size` where
+    that is more, as crops are to be taken from them, but not to more than `natural_size(path)`. `progress` is called with
     (done, total) images. InputError where the folder cannot be used.
     """
     if image_size is not None and image_size < 1:
@@ -92,11 +100,14 @@ def load_images(
         return _load_digits(image_size or 8, seed, score_images)
     folder = _list_folder(Path(path))
     size = image_size or _median_short_side(folder)
-    pixels, readable = read_pixels(folder.files, size, folder.stamps, progress)
+    large = max(size, min(train_size, _median_short_side(folder))) if train_size is not None and train_size > size else size
+    pixels, readable = read_pixels(folder.files, large, folder.stamps, progress)
     skipped = tuple(Path(file) for file, fine in zip(folder.files, readable, strict=True) if not fine)
     _check_classes(folder, readable)
 
     train, score, val = _divide(pixels, folder.labels, readable, folder.in_val, score_images, seed)
+    if large != size:
+        score, val = (_at(size, part, folder) for part in (score, val))
     return ImageData(
         train=train,
         score=score,
@@ -111,7 +122,9 @@ def load_images(
     )
 
 
-def load_data(path: Path | None, image_size: int, seed: int, score_images: int = 512) -> ImageData:
+def load_data(
+    path: Path | None, image_size: int, seed: int, score_images: int = 512, train_size: int | None = None
+) -> ImageData:
     """Load the images of a command; say what they are and which were skipped."""
     if path is None:
         say("no --data: the embedded handwritten digits stand in. This is a demonstration, not a network to ship")
@@ -124,7 +137,7 @@ def load_data(path: Path | None, image_size: int, seed: int, score_images: int =
             tick(now / total - done)
             done = now / total
 
-        data = load_images(path, image_size, seed, score_images=score_images, progress=advance)
+        data = load_images(path, image_size, seed, score_images=score_images, train_size=train_size, progress=advance)
     for file in data.skipped:
         say(f"skipped a broken image: {file}")
     if data.skipped:
@@ -343,6 +356,13 @@ def _divide(
     train, score = _split_scoring(train, labels, score_images, seed)
     parts = [Images(pixels, torch.from_numpy(rows), torch.from_numpy(labels[rows])) for rows in (train, score, val)]
     return parts[0], parts[1], parts[2]
+
+
+def _at(size: int, part: Images, folder: _Folder) -> Images:
+    """Return the same images at another size."""
+    rows = part.rows.tolist()
+    pixels, _ = read_pixels(tuple(folder.files[row] for row in rows), size, [folder.stamps[row] for row in rows])
+    return Images(pixels, torch.arange(len(part)), part.labels)
 
 
 def _split_validation(

@@ -5,8 +5,8 @@ train the supernet with it.
 
 The first process (rank 0) runs the whole search and is the only one that writes files or says anything. It sends its evaluator
 to the others once, and then every list of networks; each process evaluates its own share, and what is found is exchanged every
-few seconds. How the supernet is trained together is told in `nas.parallel`. A network gives the same numbers in whatever process and after whatever others it is evaluated, so
-the search decides as one process does, however fast each of them is.
+few seconds. A network gives the same numbers in whatever process and after whatever others it is evaluated, so the search
+decides as one process does, however fast each of them is. How the supernet is trained together is told in `nas.parallel`.
 
 All processes end with the first one's exit code. Where one dies, the others lose their connection to it and end too.
 """

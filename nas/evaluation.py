@@ -192,7 +192,7 @@ def _batch_norms(module: nn.Module) -> Iterator[_BatchNorm]:
 
 
 @torch.no_grad()
-def accuracy_of(model: nn.Module, images: Images, batch_size: int = 256, group: Group = ALONE) -> tuple[float, float]:
+def accuracy_of(model: nn.Module, images: Images, group: Group = ALONE, batch_size: int = 256) -> tuple[float, float]:
     """Return the mean cross-entropy and the accuracy (0 to 1) of a network on labelled images, whose batches are divided among
     the processes of a group."""
     model.eval()

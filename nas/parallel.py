@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=60)  # some wait while others read images or train; one that dies is noticed at once all the same
-LEAST_ROWS = 2  # batch norm cannot train on one value, which is what one image is at the end of a small network
 BUCKET_BYTES = 64 * 2**20  # gradients are exchanged in pieces of this size: fewer messages, and no second copy of all
 
 
@@ -56,13 +55,14 @@ class Group:
         """Return which rows of a batch of this many images are this process's: equally many in all.
 
         Raises:
-            InputError: the batch cannot be divided so, or a process would have fewer than two.
+            InputError: the batch cannot be divided so that each process has whole pairs: neighbours may be mixed with each
+                other, and batch norm cannot train on one image.
         """
         own, over = divmod(batch, self.size)
-        if over or own < min(LEAST_ROWS, batch):
+        if self.size > 1 and (over or own % 2 or not own):
             raise InputError(
-                f"a batch of {batch} images cannot be divided among {self.size} processes: give a batch_size that is a "
-                f"multiple of {self.size}, at least {LEAST_ROWS * self.size}, and epochs that are no smaller"
+                f"a batch of {batch} images cannot be divided among {self.size} processes in pairs: give a batch_size that is "
+                f"a multiple of {2 * self.size}, and epochs that are no smaller"
             )
         return slice(own * self.rank, own * (self.rank + 1))
 
@@ -141,8 +141,10 @@ class Group:
         self._average([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     def average_statistics(self, model: nn.Module) -> None:
-        """Make running statistics of batch norm their mean over the processes, in place. Those of a network that is
-        `synchronised` are the same in all of them already."""
+        """Make running statistics of batch norm their mean over the processes, in place; on GPUs they are the same in all of
+        them already (`synchronised`)."""
+        if next(model.parameters()).device.type == "cuda":
+            return
         self._average([buffer for buffer in model.buffers() if buffer.is_floating_point()])
 
     def _average(self, tensors: list[Tensor]) -> None:
@@ -154,6 +156,25 @@ class Group:
             flat = self.mean(torch.cat([tensor.reshape(-1) for tensor in bucket]))
             for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
+
+    def divided(self, model: nn.Module) -> nn.Module:
+        """Return the network so that its backward pass averages the gradients over the processes (DistributedDataParallel),
+        each layer's while those before it are still computed. All of its parameters must have a part in every pass."""
+        if self.size == 1:
+            return model
+        from torch.nn.parallel import DistributedDataParallel
+
+        device = next(model.parameters()).device
+        return DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+
+    def leave(self) -> None:
+        """Part from the others, when all is done."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
 
     def synchronised(self, model: nn.Module) -> nn.Module:
         """Return the network with batch norm over the whole batch of all processes (SyncBatchNorm), which only GPUs have; on

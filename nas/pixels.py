@@ -83,6 +83,10 @@ class Packed:
     path: Path
     files: Files
 
+    @property
+    def image_size(self) -> int:
+        return self.files.image_size
+
     @cached_property
     def _mapped(self) -> NDArray[np.uint8] | None:
         return _mapped(self.path, (len(self.files.paths), 3, self.files.image_size, self.files.image_size))
