@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=60)  # some wait while others read images or train; one that dies is noticed at once all the same
+TO_MEET = timedelta(minutes=10)  # for all processes to find each other
 BUCKET_BYTES = 64 * 2**20  # gradients are exchanged in pieces of this size: fewer messages, and no second copy of all
 
 
@@ -165,9 +166,8 @@ class Group:
         from torch.nn.parallel import DistributedDataParallel
 
         device = next(model.parameters()).device
-        return DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+        # It also sends the first process's batch-norm statistics to the others, which have the same ones already.
+        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
     def leave(self) -> None:
         """Part from the others, when all is done."""
@@ -195,11 +195,20 @@ def joined() -> Group:
         return ALONE
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     if not dist.is_initialized():
         # Messages go over the CPU, tensors between GPUs over NCCL.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        with connected():
+            store, rank, size = next(rendezvous("env://"))
+            store.set_timeout(TO_MEET)
+            if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+                # torchrun's store outlives a restart, with the addresses of processes that are gone (PyTorch issue 135712). On
+                # several machines the count of restarts is not the same in all.
+                store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     return Group(dist.get_rank(), dist.get_world_size())
 
 

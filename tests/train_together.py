@@ -37,6 +37,7 @@ ARCH = ArchConfig("tiny", 16, 3, (Stage(8, 2, (MB4D(8),)), Stage(8, 2, (MB4D(8),
 RECIPE = Recipe(
     epochs=3, batch_size=8, learning_rate=4e-3, layer_scale=0.5, clip_norm=5.0, images_per_epoch=32, accelerator="cpu"
 )
+SHORT = replace(RECIPE, epochs=1, images_per_epoch=16)
 SPACE = SearchSpace(
     "small",
     8,
@@ -44,7 +45,7 @@ SPACE = SearchSpace(
     (stage_space((8, 16), 1, 1, "mb4d", "identity"), stage_space((8, 16), 2, 2, "mb4d", "mb3d", "identity")),
 )
 SETTINGS = SupernetSettings(
-    weight_epochs=1, mixture_epochs=1, batch_size=8, images_per_epoch=24, accelerator="cpu", precision="fp32"
+    weight_epochs=1, mixture_epochs=1, batch_size=8, images_per_epoch=16, accelerator="cpu", precision="fp32"
 )
 
 
@@ -146,7 +147,7 @@ def a_supernet(folder: Path, group: Group) -> State:
     return {"outputs": outputs(net, data, [1, 0, 1]), "weights": dict(net.named_parameters())}
 
 
-def a_network(folder: Path, group: Group, recipe: Recipe = RECIPE) -> State:
+def a_network(folder: Path, group: Group, recipe: Recipe = SHORT) -> State:
     data, trained = pictures(16), []
 
     def noted(model: nn.Module, *rest: Any) -> float:
@@ -160,7 +161,7 @@ def a_network(folder: Path, group: Group, recipe: Recipe = RECIPE) -> State:
 
 def accumulated(folder: Path, group: Group) -> State:
     """Train a network on four parts of each batch, batch norm seeing each part by itself."""
-    recipe = replace(RECIPE, accumulate=4 // group.size, mixup=0.8, cutmix=1.0)
+    recipe = replace(SHORT, accumulate=4 // group.size, mixup=0.8, cutmix=1.0)
     with patch.object(Group, "synchronised", lambda group, model: model):
         return {"weights": a_network(folder, group, recipe)["weights"]}
 
