@@ -123,6 +123,20 @@ def test_broken_images_are_named_and_skipped(tmp_path: Path, monkeypatch: pytest
     assert seen[-1] == (24, 24), "progress counts broken files as done"
 
 
+def test_training_images_may_be_larger_than_those_that_are_judged(tmp_path: Path) -> None:
+    for value in range(20):
+        paint(tmp_path / "ab"[value % 2] / f"{value:03}.png", value, (40, 24))
+    plain, larger = load_images(tmp_path, 16, seed=0), load_images(tmp_path, 16, seed=0, train_size=20)
+    assert (larger.image_size, larger.train_size) == (16, 20) and (plain.image_size, plain.train_size) == (16, 16)
+    assert larger.train.batch(torch.arange(2))[0].shape == (2, 3, 20, 20)
+    for part in ("score", "val"):
+        one, other = (getattr(data, part) for data in (plain, larger))
+        for a, b in zip(one.batch(torch.arange(len(one))), other.batch(torch.arange(len(other))), strict=True):
+            assert torch.equal(a, b), "what judges is the same"
+    assert load_images(tmp_path, 16, seed=0, train_size=90).train_size == 24, "no more than the images have"
+    assert load_images(tmp_path, 30, seed=0, train_size=40).train_size == 30
+
+
 def test_images_in_files_equal_images_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, {"a": 12, "b": 12})
     held = load_images(tmp_path, 6, seed=0)

@@ -8,16 +8,18 @@ import socket
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_together import exactly, killed, main, searched
+from train_together import ARCH, RECIPE, exactly, killed, main, pictures, searched
 
 from nas.data import augment
 from nas.parallel import ALONE, Group
+from nas.training import train_network
 from supernet.errors import InputError
 
 TESTS = Path(__file__).parent
@@ -127,6 +129,29 @@ def test_a_part_of_a_batch_is_augmented_as_in_the_whole() -> None:
     for part in (slice(0, 4), slice(4, 8)):
         found = augment(x[part], torch.Generator().manual_seed(0), part=(part, 8))
         assert torch.equal(found, whole[part])
+
+
+@pytest.mark.parametrize("accumulate", [4, 6])
+def test_parts_of_a_batch_are_equal_and_more_than_one_image(tmp_path: Path, accumulate: int) -> None:
+    with pytest.raises(InputError, match=rf"accumulate {accumulate} does not divide the 6 images"):
+        train_network(ARCH, pictures(16), replace(RECIPE, batch_size=6, accumulate=accumulate), tmp_path, 0)
+    assert not (tmp_path / "request.json").exists()
+
+
+def test_where_nothing_can_be_compiled_the_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: object) -> None:
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(InputError, match=r"^torch.compile does not work here \(no C\+\+ compiler\): set compile to false$"):
+        train_network(ARCH, pictures(16), replace(RECIPE, compile=True), tmp_path, 0)
+
+
+def test_the_network_is_compiled_where_the_recipe_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda it: seen.append(it) or it)
+    train_network(ARCH, pictures(16), replace(RECIPE, epochs=1, images_per_epoch=8, compile=True), tmp_path, 0)
+    assert isinstance(seen[-1], torch.nn.Module)
 
 
 # -- Kills ---------------------------------------------------------------------------------------------------------------
