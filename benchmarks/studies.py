@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nas.augmentation import augmented, draw, step_generator, steps_of, training_indices
 from nas.checkpoints import load_checkpoint, save_checkpoint
-from nas.data import SUFFIXES, ImageData, Images, epoch_batches
+from nas.data import SUFFIXES, ImageData, Images
 from nas.evaluation import accuracy_of
 from nas.progress import progress, say
 from nas.recipe import Recipe
-from nas.steps import accelerator, cosine, parameter_groups, set_layer_scale, training_batch
+from nas.steps import accelerator, parameter_groups, set_layer_scale
 from nas.teacher import Teacher
 from nas.training import History, train_network, train_step
 from supernet.arch import ArchConfig
@@ -109,19 +110,20 @@ def train_model(
     history, first = History(), 0
     if folder is not None:
         first = load_checkpoint(folder / "checkpoint.pt", net=model, optimizer=optimizer, history=history)
-    size = recipe.images_per_epoch or len(data.train)
-    per_epoch = max(1, size // recipe.batch_size)
+    batch, per_epoch = steps_of(len(data.train), recipe)
     steps, step = per_epoch * recipe.epochs, per_epoch * first
     with progress(name, steps, step) as tick:
         for epoch in range(first, recipe.epochs):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             losses = []
             model.train()
-            for indices in epoch_batches(len(data.train), recipe.batch_size, seed, epoch, size):
-                rate = recipe.learning_rate * cosine(step, steps)
+            for at, indices in enumerate(training_indices(len(data.train), recipe, seed, epoch)):
+                rate = recipe.rate(step, batch, per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                x, y = training_batch(data, indices, generator, device)
+                pixels, labels = data.train.batch(indices)
+                draws = draw(len(indices), pixels.shape[2], recipe, data.flips, step_generator(seed, epoch, at))
+                x, y = augmented(pixels.to(device), labels.to(device), draws, recipe, len(data.classes))
+                x = x.contiguous(memory_format=torch.channels_last)
                 losses.append(train_step(model, optimizer, x, y, recipe, teacher))
                 step += 1
                 tick(1)

@@ -197,13 +197,17 @@ def resized_crops(x: Tensor, crop: Tensor, size: int) -> Tensor:
     """Return the crops (B, 4) of images (B, 3, R, R), values from 0 to 1, resized to (B, 3, S, S): bicubic with antialiasing,
     Pillow's.
 
-    Rows and columns are resampled one after the other, each by a matrix product, which every device has.
+    Columns and rows are resampled one after the other, each by a matrix product, which every device has.
     """
     top, left, height, width = crop.float().unbind(1)
     rows, columns = (
         _resampling(first, length, size, x.shape[2]).to(x.device) for first, length in ((top, height), (left, width))
     )
-    x = rows[:, None] @ x @ columns[:, None].transpose(2, 3)
+    return _in_levels(rows[:, None] @ _in_levels(x @ columns[:, None].transpose(2, 3)))
+
+
+def _in_levels(x: Tensor) -> Tensor:
+    """Return the values in the 256 levels of a picture."""
     return (x * 255).round().clamp(0, 255) / 255
 
 

@@ -64,9 +64,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             found: Any = safetensors.torch.load_file(path)
         else:
-            checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-            # What such a training is kept with: the average where there is one, and one classifier.
-            found = one_classifier(checkpoint["ema"]["network"] if "ema" in checkpoint else checkpoint["net"])
+            found = kept_state(torch.load(path, weights_only=True, map_location="cpu"))
         if not all(isinstance(tensor, Tensor) for tensor in found.values()):
             raise TypeError("no state dict")
     except Exception as error:  # neither library has one base for what damaged files raise
@@ -74,6 +72,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"the weights file {path} cannot be read: give a model.safetensors or a checkpoint.pt of nas-train"
         ) from error
     return dict(found)
+
+
+def kept_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights that the training of a `checkpoint.pt` would end with, as it stands: the average where there is one,
+    with one classifier."""
+    return one_classifier(checkpoint["ema"]["network"] if "ema" in checkpoint else checkpoint["net"])
 
 
 def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:

@@ -389,11 +389,14 @@ def train(arguments: Sequence[str] | None = None) -> None:
     """Run `nas-train`."""
     parser = _parser(
         "nas-train",
-        "Train a network on your images, from nothing or from given weights. Training that is killed goes on after its\n"
-        "last epoch when the same command is given again.",
+        "Train a network on your images, from nothing or from given weights. Training that is killed goes on from its last\n"
+        "checkpoint, of an epoch's end or at most ten minutes ago, when the same command is given again.",
         "  nas-train runs/efficientformer-tiny-1.6ms-seed0/searched.yaml --data ~/flowers --out trained\n"
         "  nas-train run/searched.yaml --weights run/weights.safetensors --teacher run/teacher.yaml --recipe finetune "
-        "--data ~/flowers --out tuned",
+        "--data ~/flowers --out tuned\n"
+        "  nas-train efficientformer_l1 --recipe efficientformer --teacher timm:regnety_160 --data ~/imagenet --out l1\n"
+        "  nas-train efficientformer_l1 --weights timm:efficientformer_l1 --recipe finetune --image-size 320 "
+        "--data ~/flowers --out l1-320",
     )
     parser.add_argument("arch", metavar="ARCH", help=ARCH_HELP)
     parser.add_argument(
@@ -404,41 +407,58 @@ def train(arguments: Sequence[str] | None = None) -> None:
         "--recipe",
         default="quick",
         metavar="R",
-        help="quick (default), finetune (for given weights), or a YAML file of settings",
+        help="quick (default), finetune (for given weights), efficientformer or efficientvit (as published, for ImageNet), or "
+        "a YAML file of settings (docs/training.md lists them)",
     )
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="start from these weights (such as a search's weights.safetensors)"
+        "--weights",
+        metavar="FILE",
+        help="start from these weights: such as a search's weights.safetensors, timm's state dict (.pth, .pt, .safetensors), "
+        "or timm:NAME where timm is installed",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=_count,
+        metavar="S",
+        help="train the network at this size in pixels (default: its own); what of given weights depends on it is resized",
     )
     parser.add_argument(
         "--teacher",
         metavar="NET",
         help="learn from this network too: a YAML file with its weights beside it (the teacher.yaml of nas-search --init, the "
-        "arch.yaml of nas-train)",
+        "arch.yaml of nas-train), timm:NAME where timm is installed, or a .pt2 file of torch.export (which can run code when "
+        "it is loaded: only one that you trust)",
     )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of everything random (default: 0)")
     given = parser.parse_args(arguments)
 
     def work() -> None:
-        from nas.data import ImageData, load_data
+        from nas.data import load_data
         from nas.parallel import joined
-        from nas.recipe import Recipe, load_recipe
-        from nas.teacher import Teacher, load_teacher
+        from nas.pretrained import starting_weights
+        from nas.recipe import load_recipe
+        from nas.steps import accelerator
+        from nas.teacher import load_teacher
         from nas.training import train_network
-        from supernet.arch import ArchConfig
         from supernet.zoo import load_arch
 
-        def read() -> tuple[ArchConfig, Recipe, ImageData, Teacher | None]:
-            arch = load_arch(given.arch)
-            recipe = load_recipe(given.recipe)
-            # Nothing is scored: train on all.
-            cropped = recipe.cropped_size(arch.image_size)
-            data = load_data(given.data, arch.image_size, given.seed, score_images=1, train_size=cropped)
-            teacher = load_teacher(given.teacher, arch.image_size, len(data.classes)) if given.teacher is not None else None
-            return arch, recipe, data, teacher
-
         group = joined()  # under torchrun all processes train together
-        arch, recipe, data, teacher = group.agreed(read)
-        result = train_network(arch, data, recipe, given.out, given.seed, weights=given.weights, teacher=teacher, group=group)
+
+        def read() -> dict[str, Any]:
+            arch = load_arch(given.arch)
+            if given.image_size is not None:
+                arch = arch.at(given.image_size)
+            recipe = load_recipe(given.recipe)
+            device = group.device(accelerator(recipe.accelerator))
+            weights = starting_weights(given.arch, given.weights, arch) if given.weights is not None else None
+            # Nothing is scored: train on all.
+            train_size = recipe.cropped_size(arch.image_size)
+            data = load_data(given.data, arch.image_size, given.seed, score_images=1, train_size=train_size)
+            classes = len(data.classes)
+            teacher = load_teacher(given.teacher, arch.image_size, classes, device) if given.teacher is not None else None
+            return {"arch": arch, "data": data, "recipe": recipe, "weights": weights, "teacher": teacher}
+
+        result = train_network(**group.agreed(read), folder=given.out, seed=given.seed, group=group)
         if group.first:
             print(f"top-1 {100 * result.accuracy:.2f} %, loss {result.loss:.4f} after {result.epochs} epochs: {result.folder}")
         group.leave()

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from nas.checkpoints import CLASSIFIER, load_checkpoint, load_state, load_weights, save_checkpoint
+from nas.checkpoints import CLASSIFIER, kept_state, load_checkpoint, load_state, load_weights, save_checkpoint
 from nas.data import ImageData, epoch_batches
 from nas.evaluation import accuracy_of
 from nas.networks import import_timm
@@ -101,6 +101,19 @@ def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:
     return Pretrained(arch, model.state_dict(), source)
 
 
+def starting_weights(network: str, weights: str, arch: ArchConfig) -> Path | Pretrained:
+    """Return the weights that a training of `arch` starts from as `train_network` takes them: a file of this package's as its
+    path, timm's read.
+
+    Raises:
+        InputError: as `load_pretrained`; a file of this package's is looked into by the training itself.
+    """
+    path = Path(weights)
+    if weights.startswith(TIMM) or any(_THEIRS.match(name) for name in _read_state(path)):
+        return load_pretrained(network, weights, arch)
+    return path
+
+
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Return the state dict of a file, also where it is a part of a checkpoint."""
     if not path.is_file():
@@ -109,11 +122,13 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
         found: Any = torch.load(path, weights_only=True, map_location="cpu")
+        if isinstance(found, dict) and isinstance(found.get("net"), dict):
+            found = kept_state(found)
     except Exception as error:  # neither library has one base for what damaged files raise
         raise InputError(
             f"the weights file {path} cannot be read: give a state dict as .safetensors, or as .pt of tensors alone"
         ) from error
-    for part in ("net", "state_dict", "model"):
+    for part in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(part), dict):
             found = found[part]
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):

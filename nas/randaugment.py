@@ -20,16 +20,17 @@ GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 def operated(x: Tensor, operations: Tensor, levels: Tensor) -> Tensor:
     """Return images (B, 3, S, S), values from 0 to 1, after their operations (B, n), indices into OPERATIONS or -1, in turn, at
     their levels (B, n): from 0 to 10, and the sign says which way."""
+    x = x.clone()
     for operation, level in zip(operations.unbind(1), levels.unbind(1), strict=True):
         at = ((operation >= 0) & (operation < len(GEOMETRIC))).nonzero()[:, 0]
         if len(at):
             there = at.to(x.device)
-            x = x.index_copy(0, there, transformed(x[there], operation[at], level[at]))
+            x[there] = transformed(x[there], operation[at], level[at])
         for number, change in enumerate(INTENSITIES.values(), len(GEOMETRIC)):
             at = (operation == number).nonzero()[:, 0]
             if len(at):
                 there = at.to(x.device)
-                x = x.index_copy(0, there, change(x[there], level[at]).clamp(0, 1))
+                x[there] = change(x[there], level[at]).clamp(0, 1)
     return x
 
 
@@ -81,8 +82,8 @@ def invert(x: Tensor, level: Tensor) -> Tensor:
 
 
 def posterize(x: Tensor, level: Tensor) -> Tensor:
-    """The highest 4 bits of a value kept at level 0, none at 10."""
-    bits = 4 - (level.abs() / 10 * 4).long()
+    """The highest 4 bits of a value kept at level 0, one from 7.5 on."""
+    bits = (4 - (level.abs() / 10 * 4).long()).clamp_min(1)  # timm keeps none at 10, which leaves nothing of the image
     step = (2.0 ** (8 - bits)).view(-1, 1, 1, 1).to(x.device)
     return torch.div((x * 255).round(), step, rounding_mode="floor") * step / 255
 

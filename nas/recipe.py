@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nas.steps import PRECISIONS
+from nas.steps import PRECISIONS, cosine
 from supernet.errors import InputError, unknown
 from supernet.files import checked_fields, read_yaml
 
@@ -148,6 +148,13 @@ class Recipe:
     def highest_rate(self, batch: int) -> float:
         """Return the learning rate after the warm-up, at this many images a step."""
         return self.learning_rate * (batch / self.learning_rate_batch if self.learning_rate_batch else 1)
+
+    def rate(self, step: int, batch: int, per_epoch: int) -> float:
+        """Return the learning rate of a step, counted from 0, where an epoch has `per_epoch` steps of `batch` images."""
+        highest = self.highest_rate(batch)
+        warm_up = max(1, round(self.warm_up_epochs * per_epoch)) if self.warm_up_epochs else None
+        lowest = min(1.0, self.minimum_rate / highest) if self.minimum_rate else 0.01
+        return highest * cosine(step, per_epoch * self.epochs, warm_up, min(1.0, self.warm_up_rate / highest), lowest)
 
 
 def _at_least(recipe: Recipe, **least: float) -> None:

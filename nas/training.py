@@ -29,7 +29,7 @@ from nas.pixels import loaded
 from nas.progress import LINE_EVERY_S, Tick, duration, progress, say
 from nas.recipe import Recipe
 from nas.request import claim
-from nas.steps import accelerator, clip_by_weights, cosine, mixed_precision, parameter_groups, set_layer_scale
+from nas.steps import accelerator, clip_by_weights, mixed_precision, parameter_groups, set_layer_scale
 from nas.teacher import Teacher
 from supernet.arch import ArchConfig
 from supernet.distillation import add_second_classifier, one_classifier
@@ -208,11 +208,7 @@ class _Run:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        recipe, highest = self.recipe, self.recipe.highest_rate(self.batch)
-        warm_up = max(1, round(recipe.warm_up_epochs * self.per_epoch)) if recipe.warm_up_epochs else None
-        lowest = min(1.0, recipe.minimum_rate / highest) if recipe.minimum_rate else 0.01
-        start = min(1.0, recipe.warm_up_rate / highest)
-        return highest * cosine(step, self.per_epoch * recipe.epochs, warm_up, start, lowest)
+        return self.recipe.rate(step, self.batch, self.per_epoch)
 
     def save(self, epoch: int) -> None:
         """Write a checkpoint: `epoch` epochs are done, and of the next the steps that the history has losses of."""

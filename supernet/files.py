@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writing, and YAML read with every field's type checked."""
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
@@ -10,6 +11,8 @@ from typing import Any, Literal, get_origin, get_type_hints
 import yaml
 
 from supernet.errors import InputError, unknown
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # numbers such as 1e-3, which YAML 1.1 takes for text
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -88,6 +91,8 @@ def _required(field: Field[Any]) -> bool:
 
 def _checked(value: object, kind: Any, where: str) -> object:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
         return float(value)
     if get_origin(kind) is Literal:
         kind = str  # which texts are allowed is the dataclass's to say
