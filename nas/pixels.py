@@ -37,7 +37,7 @@ MEMORY_LIMIT_BYTES = 4 * 2**30  # larger data sets are decoded batch by batch
 CACHE_LIMIT_BYTES = 16 * 2**30  # of all packed data sets together; those that were not used for longest give way
 CACHE = "METAPATH_NAS_CACHE"  # environment variable: the folder of packed images; empty: none
 MOST_WORKERS = 16  # processes that decode: as many cores feed a GPU with JPEGs
-AHEAD = 4  # batches that each of them has ready
+AHEAD = 2  # batches that each of them has ready
 SPOT_CHECKS = 8  # images of a packed file that are decoded again before it is trusted
 LEFT_OVER_S = 24 * 3600.0  # a temporary file that is older belongs to nobody
 
