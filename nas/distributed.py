@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nas.parallel import ALONE, connected, joined, own_device, processes
+from nas.parallel import connected, joined, own_device, processes
 from nas.profilers.bench import Failed
 from nas.slimming import Evaluation, evaluations
 from supernet.arch import ArchConfig
@@ -73,7 +73,7 @@ def in_all(work: Callable[..., T], *arguments: Any) -> T:
     """Call a function of a module, in the first process and in all others that wait: each with its `group` beside the
     arguments, which are sent to them."""
     if processes() == 1:
-        return work(*arguments, group=ALONE)
+        return work(*arguments)
     _tell("work", work, arguments)
     Shared.busy = True
     done = work(*arguments, group=joined())
