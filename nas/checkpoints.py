@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from nas.parallel import ALONE, Group
 from nas.progress import say
 from supernet.blocks.concatplexer import is_group_part
 from supernet.distillation import one_classifier
@@ -141,22 +142,36 @@ def save_checkpoint(path: Path, epoch: int, **parts: Stateful) -> None:
     write_atomically(path, file.getvalue())
 
 
-def load_checkpoint(path: Path, **parts: Stateful) -> int:
-    """Load the state that `save_checkpoint` wrote into the parts, if there is one; return how many epochs are done."""
-    if not path.exists():
+def load_checkpoint(path: Path, group: Group = ALONE, **parts: Stateful) -> int:
+    """Load the state that `save_checkpoint` wrote into the parts, if there is one; return how many epochs are done.
+
+    The first process of a group reads the file, and all load it.
+    """
+
+    def read() -> bytes | None:
+        try:
+            return path.read_bytes() if path.exists() else None
+        except OSError as error:  # of the disk, not of what is in the file, which is not to be removed for that
+            raise InputError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
+
+    held = group.from_first(read)
+    if held is None:
         return 0
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        epoch = int(state["epoch"])
-        if epoch < 0:
-            raise ValueError("no number of epochs")
-    except OSError as error:  # of the disk, not of what is in the file, which is not to be removed for that
-        raise InputError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # torch.load has no common base for what damaged files raise
-        raise InputError(f"the checkpoint {path} does not belong to this run or is damaged: remove it") from error
+
+    def loaded() -> int:
+        try:
+            state = torch.load(io.BytesIO(held), weights_only=True, map_location="cpu")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            epoch = int(state["epoch"])
+            if epoch < 0:
+                raise ValueError("no number of epochs")
+            return epoch
+        except MemoryError:
+            raise
+        except Exception as error:  # torch.load has no common base for what damaged files raise
+            raise InputError(f"the checkpoint {path} does not belong to this run or is damaged: remove it") from error
+
+    epoch = group.agreed(loaded)
     say(f"going on from {path} after epoch {epoch}")
     return epoch

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from nas.alone import alone
 from nas.profilers.bench import Failed
+from nas.progress import say
 from supernet.errors import FULL, InputError, one_line
 
 ARCH_HELP = "a network: a YAML file, or the name of a published one (efficientformer_l1, efficientvit_m4, deit_tiny, ...)"
@@ -60,10 +61,10 @@ def _run(command: str, work: Callable[[], None], folder: Path | None = None) -> 
         print(f"{command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (FloatingPointError, Failed) as error:  # training diverged; the device could not be measured
-        print(f"{command}: {error}", file=sys.stderr)
+        say(f"{command}: {error}")  # which of several processes one does
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(f"{command}: stopped; the same command goes on from here", file=sys.stderr)
+        say(f"{command}: stopped; the same command goes on from here")
         raise SystemExit(1) from None
     except BrokenPipeError:
         _leave_stdout()
@@ -472,6 +473,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
     def work() -> None:
         from nas.about import targets_beside
         from nas.data import load_data
+        from nas.parallel import joined
         from nas.pretrained import starting_weights
         from nas.recipe import load_recipe
         from nas.steps import accelerator
@@ -479,26 +481,28 @@ def train(arguments: Sequence[str] | None = None) -> None:
         from nas.training import train_network
         from supernet.zoo import load_arch
 
-        arch = load_arch(given.arch)
-        if given.image_size is not None:
-            arch = arch.at(given.image_size)
-        recipe = load_recipe(given.recipe)
-        device = accelerator(recipe.accelerator)
-        weights = starting_weights(given.arch, given.weights, arch) if given.weights is not None else None
-        data = load_data(given.data, arch.image_size, given.seed, score_images=1)  # nothing is scored: train on all
-        classes = len(data.classes)
-        teacher = load_teacher(given.teacher, arch.image_size, classes, device) if given.teacher is not None else None
+        group = joined()  # under torchrun all processes train together
+
+        def read() -> dict[str, Any]:
+            arch = load_arch(given.arch)
+            if given.image_size is not None:
+                arch = arch.at(given.image_size)
+            recipe = load_recipe(given.recipe)
+            device = group.device(accelerator(recipe.accelerator))
+            weights = starting_weights(given.arch, given.weights, arch) if given.weights is not None else None
+            # Nothing is scored: train on all.
+            train_size = recipe.cropped_size(arch.image_size)
+            data = load_data(given.data, arch.image_size, given.seed, score_images=1, train_size=train_size)
+            classes = len(data.classes)
+            teacher = load_teacher(given.teacher, arch.image_size, classes, device) if given.teacher is not None else None
+            return {"arch": arch, "data": data, "recipe": recipe, "weights": weights, "teacher": teacher}
+
         result = train_network(
-            arch,
-            data,
-            recipe,
-            given.out,
-            given.seed,
-            weights=weights,
-            teacher=teacher,
-            targets=targets_beside(given.arch),
+            **group.agreed(read), folder=given.out, seed=given.seed, targets=targets_beside(given.arch), group=group
         )
-        print(f"top-1 {100 * result.accuracy:.2f} %, loss {result.loss:.4f} after {result.epochs} epochs: {result.folder}")
+        if group.first:
+            print(f"top-1 {100 * result.accuracy:.2f} %, loss {result.loss:.4f} after {result.epochs} epochs: {result.folder}")
+        group.leave()
 
     _run(parser.prog, work, given.out)
 

@@ -6,17 +6,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from nas.parallel import is_first
+
 Points = Mapping[str, Iterable[tuple[int, float]]]
 """By a curve's name: after how many steps of training, and the value."""
 
 
 @contextmanager
 def curves(folder: Path, steps_done: int) -> Iterator[Callable[[Points], None]]:
-    """Yield a function that adds points to the curves of the training in `folder`; without tensorboard, it does nothing.
+    """Yield a function that adds points to the curves of the training in `folder`; without tensorboard, it does nothing, and
+    of several processes the first one alone does.
 
     The points are in the file when it returns: call it before the checkpoint that holds the same steps. `steps_done` is where
     this training goes on; what a killed one wrote of later steps no longer counts then, so that no step is there twice.
     """
+    if not is_first():
+        yield lambda points: None
+        return
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

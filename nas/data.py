@@ -8,55 +8,33 @@ import os
 import random
 import statistics
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from nas.pixels import Files, Packed, quiet, read_pixels, square
 from nas.progress import progress as progress_of
 from nas.progress import say
 from supernet.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MEMORY_LIMIT_BYTES = 4 * 2**30  # larger data sets are decoded batch by batch
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 MIN_IMAGES_PER_CLASS = 3  # one each to train, to score and to validate
 
 _LAYOUT = "expected PATH/train/<class>/* with an optional PATH/val/<class>/*, or PATH/<class>/*"
-_CHUNK = 64  # images a task of the thread pool: fewer would be all overhead where images are tiny
-
-
-@dataclass(frozen=True, eq=False)
-class Files:
-    """Pixels that stay in their files and are decoded when asked for: indexed like an (n, 3, S, S) uint8 tensor."""
-
-    paths: tuple[str, ...]
-    image_size: int
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        """Return the images at `rows` (B,) as uint8 (B, 3, S, S); InputError for a file that can no longer be read."""
-        with ThreadPoolExecutor() as pool:
-            images = list(pool.map(self._decode, (self.paths[row] for row in rows.tolist())))
-        return torch.from_numpy(np.stack(images))
-
-    def _decode(self, path: str) -> NDArray[np.uint8]:
-        try:
-            return _decode(path, self.image_size)
-        except OSError as error:
-            raise InputError(f"image {path} can no longer be read ({error}): put it back or start anew") from error
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
     """One part of a data set; image i is `pixels[rows[i]]`, so that parts share their pixels."""
 
-    pixels: Tensor | Files  # uint8
+    pixels: Tensor | Files | Packed  # uint8
     rows: Tensor  # (n,) int64
     labels: Tensor  # (n,) int64: indices into ImageData.classes
 
@@ -89,6 +67,12 @@ class ImageData:
     source: str  # the resolved folder, or "digits"
     fingerprint: str  # changes with the names and the sizes of the files
 
+    @property
+    def train_size(self) -> int:
+        """Side of the training images in pixels: more than `image_size` where crops are to be taken from them."""
+        pixels = self.train.pixels
+        return pixels.shape[-1] if isinstance(pixels, Tensor) else pixels.image_size
+
 
 def load_images(
     path: str | Path | None,
@@ -96,6 +80,7 @@ def load_images(
     seed: int,
     *,
     score_images: int = 512,
+    train_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageData:
     """Load an image folder, or scikit-learn's handwritten digits where `path` is None.
@@ -103,7 +88,8 @@ def load_images(
     A folder is `path/train/<class>/*` with an optional `path/val/<class>/*`, or `path/<class>/*`. Without `val/`, a
     tenth of each class (at least one image) is set apart by `seed`. The scoring images are `score_images`, but at most
     a third, of the remaining ones: drawn by `seed`, in proportion to the classes. Images are scaled so that their short
-    side is `image_size` pixels (None: `natural_size(path)`) and cropped at the centre. `progress` is called with
+    side is `image_size` pixels (None: `natural_size(path)`) and cropped at the centre; training images to `train_size` where
+    that is more, as crops are to be taken from them, but not to more than `natural_size(path)`. `progress` is called with
     (done, total) images. InputError where the folder cannot be used.
     """
     if image_size is not None and image_size < 1:
@@ -114,11 +100,14 @@ def load_images(
         return _load_digits(image_size or 8, seed, score_images)
     folder = _list_folder(Path(path))
     size = image_size or _median_short_side(folder)
-    pixels, readable = _decode_all(folder.files, size, progress)
+    large = max(size, min(train_size, _median_short_side(folder))) if train_size is not None and train_size > size else size
+    pixels, readable = read_pixels(folder.files, large, folder.stamps, progress)
     skipped = tuple(Path(file) for file, fine in zip(folder.files, readable, strict=True) if not fine)
     _check_classes(folder, readable)
 
     train, score, val = _divide(pixels, folder.labels, readable, folder.in_val, score_images, seed)
+    if large != size:
+        score, val = (_at(size, part, folder) for part in (score, val))
     return ImageData(
         train=train,
         score=score,
@@ -133,7 +122,9 @@ def load_images(
     )
 
 
-def load_data(path: Path | None, image_size: int, seed: int, score_images: int = 512) -> ImageData:
+def load_data(
+    path: Path | None, image_size: int, seed: int, score_images: int = 512, train_size: int | None = None
+) -> ImageData:
     """Load the images of a command; say what they are and which were skipped."""
     if path is None:
         say("no --data: the embedded handwritten digits stand in. This is a demonstration, not a network to ship")
@@ -146,7 +137,7 @@ def load_data(path: Path | None, image_size: int, seed: int, score_images: int =
             tick(now / total - done)
             done = now / total
 
-        data = load_images(path, image_size, seed, score_images=score_images, progress=advance)
+        data = load_images(path, image_size, seed, score_images=score_images, train_size=train_size, progress=advance)
     for file in data.skipped:
         say(f"skipped a broken image: {file}")
     if data.skipped:
@@ -175,17 +166,22 @@ def normalise(batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return batch.float().div_(255).sub_(mean).div_(std).to(dtype)
 
 
-def augment(x: Tensor, generator: torch.Generator, flip: bool = True, pad: float = 1 / 8) -> Tensor:
+def augment(
+    x: Tensor, generator: torch.Generator, flip: bool = True, pad: float = 1 / 8, part: tuple[slice, int] | None = None
+) -> Tensor:
     """Return each image of (B, C, S, S) shifted by up to `pad` of its side and, if `flip`, mirrored half of the time.
 
-    The border is filled by reflection. The draws come from `generator` alone, so they are the same on every device.
+    The border is filled by reflection. The draws come from `generator` alone, so they are the same on every device. `part`:
+    which rows of a batch the images are, and how many images it has; each gets what it would get in the whole batch.
     """
-    n, _, height, width = x.shape
+    _, _, height, width = x.shape
+    own, n = part or (slice(None), len(x))
     rows = _shifted(n, height, pad, generator)
     columns = _shifted(n, width, pad, generator)
     if flip:
         mirrored = torch.rand(n, 1, generator=generator, device=generator.device) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
+    rows, columns = rows[own], columns[own]
     # Two gathers instead of padding: reflection_pad2d knows no uint8, and the padded copy is never made.
     x = x.gather(2, rows.to(x.device)[:, None, :, None].expand_as(x))
     return x.gather(3, columns.to(x.device)[:, None, None, :].expand_as(x))
@@ -220,6 +216,7 @@ class _Folder:
     labels: NDArray[np.int64]  # (n,)
     in_val: NDArray[np.bool_]  # (n,)
     fingerprint: str
+    stamps: tuple[str, ...]  # (n,): name, size and time of each file
 
 
 def _list_folder(root: Path) -> _Folder:
@@ -240,7 +237,7 @@ def _list_folder(root: Path) -> _Folder:
         if name not in train:
             raise InputError(f"{root / 'val'} has the class {name!r}, which train/ lacks: rename, add or remove it")
 
-    entries, labels, in_val, lines = [], [], [], []
+    entries, labels, in_val, lines, stamps = [], [], [], [], []
     for part, held in ((train, False), (val or {}, True)):
         for name in sorted(part):
             for entry in part[name]:
@@ -248,8 +245,9 @@ def _list_folder(root: Path) -> _Folder:
                 labels.append(classes.index(name))
                 in_val.append(held)
                 # A dangling link is an image that is broken, to be named with the others.
-                size = entry.stat().st_size if entry.is_file() else -1
-                lines.append(f"{Path(entry.path).relative_to(root).as_posix()}\0{size}\n")
+                there = entry.stat() if entry.is_file() else None
+                lines.append(f"{Path(entry.path).relative_to(root).as_posix()}\0{there.st_size if there else -1}\n")
+                stamps.append(f"{lines[-1]}{there.st_mtime_ns if there else -1}")
     folder = _Folder(
         root=root,
         classes=classes,
@@ -257,6 +255,7 @@ def _list_folder(root: Path) -> _Folder:
         labels=np.array(labels, np.int64),
         in_val=np.array(in_val, np.bool_),
         fingerprint=hashlib.sha256(os.fsencode("".join(sorted(lines)))).hexdigest(),
+        stamps=tuple(stamps),
     )
     _check_classes(folder, np.ones(len(entries), np.bool_))
     return folder
@@ -308,68 +307,15 @@ def _median_short_side(folder: _Folder) -> int:
     sides = []
     for file in random.Random(0).sample(files, min(200, len(files))):
         try:
-            with Image.open(file) as image:
+            with quiet(), Image.open(file) as image:
                 sides.append(min(image.size))
         except MemoryError:
             raise
-        except Exception:  # noqa: S112 - see _decode_all; load_images names it
+        except Exception:  # noqa: S112 - see nas.pixels.decode; load_images names it
             continue
     if not sides:
         raise InputError(f"none of the images sampled from {folder.root} can be decoded: repair the files")
     return statistics.median_low(sides)
-
-
-def _decode_all(
-    files: tuple[str, ...], size: int, progress: Callable[[int, int], None] | None
-) -> tuple[Tensor | Files, NDArray[np.bool_]]:
-    """Decode every file once; return the pixels, in memory if they fit, and which files (n,) can be decoded."""
-    n = len(files)
-    readable = np.zeros(n, np.bool_)
-    fits = n * 3 * size * size <= MEMORY_LIMIT_BYTES
-    pixels = np.empty((n if fits else 0, 3, size, size), np.uint8)
-
-    def decode(rows: range) -> int:
-        for row in rows:
-            try:
-                image = _decode(files[row], size)
-            except MemoryError:  # says nothing about the file
-                raise
-            except Exception:  # noqa: S112 - Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error ...
-                continue
-            readable[row] = True
-            if fits:
-                pixels[row] = image
-        return len(rows)
-
-    done = 0
-    with ThreadPoolExecutor() as pool:
-        try:
-            for count in pool.map(decode, (range(n)[start : start + _CHUNK] for start in range(0, n, _CHUNK))):
-                done += count
-                if progress is not None:
-                    progress(done, n)
-        finally:
-            pool.shutdown(cancel_futures=True)  # else Ctrl-C waits until all the rest is decoded
-    return (torch.from_numpy(pixels) if fits else Files(files, size)), readable
-
-
-def _decode(path: str, size: int) -> NDArray[np.uint8]:
-    """Return the file's (first) image as uint8 RGB (3, S, S)."""
-    with Image.open(path) as image:
-        image.draft("RGB", (2 * size, 2 * size))  # a JPEG much larger than that is decoded at 1/2, 1/4 or 1/8
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
-            grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-            return _square(Image.fromarray(grey), size)
-        if "transparency" in image.info:
-            return _square(image.convert("RGBA"), size)
-        return _square(image, size)
-
-
-def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Return the image's central square, scaled to uint8 RGB (3, S, S)."""
-    rgb = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(rgb).transpose(2, 0, 1)
 
 
 def _load_digits(size: int, seed: int, score_images: int) -> ImageData:
@@ -377,7 +323,7 @@ def _load_digits(size: int, seed: int, score_images: int) -> ImageData:
 
     digits = load_digits()
     grey = (digits.images * 255 / 16).round().astype(np.uint8)  # (1797, 8, 8), from 0..16
-    pixels = torch.from_numpy(np.stack([_square(Image.fromarray(image), size) for image in grey]))
+    pixels = torch.from_numpy(np.stack([square(Image.fromarray(image), size) for image in grey]))
     labels = digits.target.astype(np.int64)
     usable, in_val = np.ones(len(labels), np.bool_), np.zeros(len(labels), np.bool_)
     train, score, val = _divide(pixels, labels, usable, in_val, score_images, seed)
@@ -396,7 +342,7 @@ def _load_digits(size: int, seed: int, score_images: int) -> ImageData:
 
 
 def _divide(
-    pixels: Tensor | Files,
+    pixels: Tensor | Files | Packed,
     labels: NDArray[np.int64],
     usable: NDArray[np.bool_],
     in_val: NDArray[np.bool_],
@@ -410,6 +356,13 @@ def _divide(
     train, score = _split_scoring(train, labels, score_images, seed)
     parts = [Images(pixels, torch.from_numpy(rows), torch.from_numpy(labels[rows])) for rows in (train, score, val)]
     return parts[0], parts[1], parts[2]
+
+
+def _at(size: int, part: Images, folder: _Folder) -> Images:
+    """Return the same images at another size."""
+    rows = part.rows.tolist()
+    pixels, _ = read_pixels(tuple(folder.files[row] for row in rows), size, [folder.stamps[row] for row in rows])
+    return Images(pixels, torch.arange(len(part)), part.labels)
 
 
 def _split_validation(

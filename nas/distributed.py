@@ -1,41 +1,37 @@
-"""Evaluations shared among the processes that torchrun started: the first one searches, the others evaluate what it asks for.
+"""A search shared among the processes that torchrun started: the first one searches, the others evaluate what it asks for, and
+train the supernet with it.
 
     torchrun --no-python --nproc-per-node 4 nas-search ...
 
-The first process (rank 0) runs the whole search and is the only one that reads images, writes files or says anything. It sends
-its evaluator to the others once, and then every list of networks; each process evaluates its own share, and what is found is
-exchanged every few seconds. A network gives the same numbers in whatever process and after whatever others it is evaluated, so
-the search decides as one process does, however fast each of them is.
+The first process (rank 0) runs the whole search and is the only one that writes files or says anything. It sends its evaluator
+to the others once, and then every list of networks; each process evaluates its own share, and what is found is exchanged every
+few seconds. A network gives the same numbers in whatever process and after whatever others it is evaluated, so the search
+decides as one process does, however fast each of them is. How the supernet is trained together is told in `nas.parallel`.
 
 All processes end with the first one's exit code. Where one dies, the others lose their connection to it and end too.
 """
 
 from __future__ import annotations
 
-import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from nas.parallel import connected, joined, own_device, processes
 from nas.profilers.bench import Failed
 from nas.trajectory import Evaluation, evaluations
 from supernet.arch import ArchConfig
+from supernet.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
     from nas.evaluation import Evaluator
     from nas.recovery import Recovered
 
+T = TypeVar("T")
+
 SLICE_S = 5.0  # of evaluating between two exchanges of what was found: a kill loses no more than that, and one evaluation
-PATIENCE = timedelta(days=60)  # the others wait while the first one trains; one that dies is noticed at once all the same
-
-
-def processes() -> int:
-    """Return how many processes torchrun has started for this command."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def together(work: Callable[[], None]) -> None:
@@ -46,8 +42,7 @@ def together(work: Callable[[], None]) -> None:
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=PATIENCE)
-    if dist.get_rank():
+    if not joined().first:
         raise SystemExit(_served())
     code: Any = 1
     try:
@@ -57,8 +52,8 @@ def together(work: Callable[[], None]) -> None:
         code = end.code
         raise
     finally:
-        # In the middle of an exchange the others do not listen: they end as the connection does, with this process.
-        if not Shared.exchanging:
+        # In the middle of common work the others do not listen: they end as the connection does, with this process.
+        if not Shared.busy:
             with suppress(Failed):  # one of them is gone; why this process ends is said already
                 _tell("end", code)
                 dist.destroy_process_group()
@@ -74,10 +69,22 @@ def shared(evaluate: Evaluator | Recovered) -> Evaluator | Recovered | Shared:
     return Shared(evaluate)
 
 
+def in_all(work: Callable[..., T], *arguments: Any) -> T:
+    """Call a function of a module, in the first process and in all others that wait: each with its `group` beside the
+    arguments, which are sent to them."""
+    if processes() == 1:
+        return work(*arguments)
+    _tell("work", work, arguments)
+    Shared.busy = True
+    done = work(*arguments, group=joined())
+    Shared.busy = False
+    return done
+
+
 class Shared:
     """An evaluator whose lists of networks are divided among all processes. A single network is evaluated here."""
 
-    exchanging = False  # whether a list is being worked off
+    busy = False  # whether all processes are at common work
 
     def __init__(self, evaluate: Evaluator | Recovered) -> None:
         self.evaluate = evaluate
@@ -92,10 +99,10 @@ class Shared:
             return
         shares = self.evaluate.shares(archs, processes())
         _tell("networks", archs, shares)
-        Shared.exchanging = True
+        Shared.busy = True
         for found in _exchanged(self.evaluate, archs, shares[0]):
             yield from found
-        Shared.exchanging = False
+        Shared.busy = False
 
 
 def _served() -> int:
@@ -110,20 +117,26 @@ def _served() -> int:
                 dist.destroy_process_group()
                 return int(rest[0] or 0)
             if what == "evaluator":
-                evaluate = rest[0].on(_own_device(rest[1]))
+                evaluate = rest[0].on(own_device(rest[1]))
+            elif what == "work":
+                work, arguments = rest
+                work(*arguments, group=joined())
             else:
                 archs, shares = rest
                 for _ in _exchanged(evaluate, archs, shares[dist.get_rank()]):
                     pass
-    except (Failed, KeyboardInterrupt):  # the first process says why it ends
+    except (Failed, FloatingPointError, KeyboardInterrupt):  # the first process says why it ends
         return 1
+    except InputError as error:  # what happens in all of them alike, the first one says; this has happened here alone
+        print(f"process {dist.get_rank()}: {error}", file=sys.stderr)
+        return 2
 
 
 def _tell(*message: Any) -> None:
     """Send a message from the first process to the others."""
     import torch.distributed as dist
 
-    with _connected():
+    with connected():
         dist.broadcast_object_list([message], 0)
 
 
@@ -132,17 +145,9 @@ def _told() -> tuple[Any, ...]:
     import torch.distributed as dist
 
     message: list[Any] = [None]
-    with _connected():
+    with connected():
         dist.broadcast_object_list(message, 0)
     return tuple(message[0])
-
-
-@contextmanager
-def _connected() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # gloo knows no other
-        raise Failed("another process of this command has ended: the same command goes on from here") from error
 
 
 def _exchanged(
@@ -160,17 +165,8 @@ def _exchanged(
             if time.monotonic() > until:
                 break
         of_all: list[Any] = [None] * processes()
-        with _connected():
+        with connected():
             dist.all_gather_object(of_all, mine)
         found = [pair for of_one in of_all for pair in of_one]
         known += len(found)
         yield found
-
-
-def _own_device(kind: str) -> torch.device:
-    """Return the accelerator of this process: of a machine's GPUs, each has another one."""
-    import torch
-
-    if kind == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device(kind)

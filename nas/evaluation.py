@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas.data import ImageData, Images, normalise
+from nas.parallel import ALONE, Group
+from nas.pixels import loaded
 from nas.prefixes import PrefixCache, Tree, cheapest_order, shares
 from nas.trajectory import Evaluation
 from supernet.arch import ArchConfig
@@ -190,15 +192,17 @@ def _batch_norms(module: nn.Module) -> Iterator[_BatchNorm]:
 
 
 @torch.no_grad()
-def accuracy_of(model: nn.Module, images: Images, batch_size: int = 256) -> tuple[float, float]:
-    """Return the mean cross-entropy and the accuracy (0 to 1) of a network on labelled images."""
+def accuracy_of(model: nn.Module, images: Images, group: Group = ALONE, batch_size: int = 256) -> tuple[float, float]:
+    """Return the mean cross-entropy and the accuracy (0 to 1) of a network on labelled images, whose batches are divided among
+    the processes of a group."""
     model.eval()
     device = next(model.parameters()).device
-    loss, right = 0.0, 0
-    for indices in torch.arange(len(images)).split(batch_size):
-        pixels, labels = images.batch(indices)
-        x = normalise(pixels.to(device)).contiguous(memory_format=torch.channels_last)
-        logits = model(x).cpu().double()
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        right += int((logits.argmax(1) == labels).sum())
+    found = torch.zeros(2, dtype=torch.double)  # summed loss, images that are right
+    batches = torch.arange(len(images)).split(batch_size)[group.rank :: group.size]
+    for pixels, labels in loaded(images, batches, device):
+        x = normalise(pixels).contiguous(memory_format=torch.channels_last)
+        logits, labels = model(x).cpu().double(), labels.cpu()
+        found[0] += F.cross_entropy(logits, labels, reduction="sum")
+        found[1] += (logits.argmax(1) == labels).sum()
+    loss, right = group.sum(found).tolist()
     return loss / len(images), right / len(images)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from nas.parallel import is_first
+
 FIRST_LINE_S = 4.0
 LINE_EVERY_S = 15.0
 
@@ -14,8 +16,9 @@ Tick = Callable[[float], None]
 
 
 def say(message: str) -> None:
-    """Print one line for people on stderr; stdout is for results."""
-    print(message, file=sys.stderr, flush=True)
+    """Print one line for people on stderr; stdout is for results. Of several processes, the first one speaks."""
+    if is_first():
+        print(message, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -34,6 +37,9 @@ def progress(what: str, total: float, done: float = 0.0) -> Iterator[Tick]:
 
     `done` is what an earlier run had done already; it does not count for the time left.
     """
+    if not is_first():
+        yield lambda amount: None
+        return
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import (

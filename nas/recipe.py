@@ -37,6 +37,11 @@ class Recipe:
     """0: all training images."""
     accelerator: str = "auto"
     """auto, cpu, cuda or mps."""
+    accumulate: int = 1
+    """Parts in which a process's images of a step go through the network, one after the other, where memory is short. Batch
+    norm sees each part by itself."""
+    compile: bool = False
+    """Whether the network is compiled for training (torch.compile): minutes before the first step, then less time a step."""
     precision: str = "auto"
     """fp32, bf16 (matrix products in bfloat16, weights in fp32), or auto: bf16 where the hardware multiplies it itself."""
     distillation: Literal["soft", "hard"] = "soft"
@@ -69,6 +74,9 @@ class Recipe:
     """Images are shifted by up to this share of their side, the border reflected; without effect where they are cropped."""
     crop_scale: float = 1.0
     """The smallest share of its area to which an image is cropped, and then resized; 1: it is not."""
+    crop_source: float = 8 / 7
+    """Where they are cropped: the side of the square that crops are taken from, as a multiple of the network's, but no more
+    than the images have."""
     crop_ratio: float = 4 / 3
     """Of the crop's sides, at most; and at least one over it."""
     rand_augment: float = 0.0
@@ -93,6 +101,7 @@ class Recipe:
     def __post_init__(self) -> None:
         # Batch norm cannot train on one value, which is what one image is at the end of a small network.
         _at_least(self, epochs=1, batch_size=2, images_per_epoch=0, cooldown_epochs=0, repeats=1, rand_augment_ops=1)
+        _at_least(self, accumulate=1, crop_source=1)
         _at_least(self, learning_rate_batch=0, clip_norm=0, weight_decay=0, warm_up_epochs=0, warm_up_rate=0, minimum_rate=0)
         _at_least(self, clip_agc=0, rand_augment_std=0, mixup=0, cutmix=0, crop_ratio=1)
         for name in ("learning_rate", "layer_scale", "teacher_temperature"):
@@ -131,6 +140,10 @@ class Recipe:
     def mixes(self) -> bool:
         """Whether images are mixed, so that a target is a share of two classes."""
         return self.mixup > 0 or self.cutmix > 0
+
+    def cropped_size(self, image_size: int) -> int:
+        """Return the side in pixels at which training images are to be at hand for a network of this image size."""
+        return round(image_size * self.crop_source) if self.crop_scale < 1 else image_size
 
     def highest_rate(self, batch: int) -> float:
         """Return the learning rate after the warm-up, at this many images a step."""

@@ -16,7 +16,7 @@ from safetensors.torch import save as save_safetensors
 from nas.about import note
 from nas.alone import alone
 from nas.data import ImageData, load_data, natural_size
-from nas.distributed import shared
+from nas.distributed import in_all, shared
 from nas.evaluation import Evaluator, accuracy_of
 from nas.guarantee import Goal, Outcome, meet
 from nas.judging import (
@@ -457,7 +457,7 @@ def _supernet(work: Work) -> tuple[AnySupernet, ArchConfig | None, torch.nn.Sequ
     """Return the trained supernet; with --init also the network that the search begins with, and the trained original."""
     if work.given is None:
         space = work.space.at(work.train_size)
-        return train_supernet(space, work.data, work.settings, work.seed, work.folder), None, None
+        return in_all(train_supernet, space, work.data, work.settings, work.seed, work.folder), None, None
     begin = work.space.fit(work.given.arch.with_classes(len(work.data.classes)))
     original = on_data(work.given, work.data, work.settings, work.seed, work.folder)
     at = work.train_size

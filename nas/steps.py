@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nas.data import ImageData, augment, normalise
+from nas.parallel import ALONE, Group
+from nas.pixels import loaded
 from supernet.blocks.efficientformer import LayerScale
 from supernet.errors import InputError
 
@@ -97,3 +99,19 @@ def training_batch(data: ImageData, indices: Tensor, generator: torch.Generator,
     pixels, labels = data.train.batch(indices)
     x = normalise(augment(pixels.to(device), generator, data.flips))
     return x.contiguous(memory_format=torch.channels_last), labels.to(device)
+
+
+def training_batches(
+    data: ImageData, order: Iterable[Tensor], generator: torch.Generator, device: torch.device, group: Group = ALONE
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, for each batch of indices (B,) into the training images, this process's rows of it: images, augmented and
+    normalised (b, 3, S, S), and labels (b,).
+
+    The draws of a batch are those of one process that has all of it. They are made when the batch is asked for; its images are
+    read before.
+    """
+    own = (indices[group.rows(len(indices))] for indices in order)
+    for pixels, labels in loaded(data.train, own, device):
+        whole = len(labels) * group.size
+        x = normalise(augment(pixels, generator, data.flips, part=(group.rows(whole), whole)))
+        yield x.contiguous(memory_format=torch.channels_last), labels

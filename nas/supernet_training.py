@@ -7,6 +7,7 @@ distillation. What one step does is a function for each way; each adds gradients
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from nas.checkpoints import load_checkpoint, save_checkpoint
 from nas.curves import curves
 from nas.data import ImageData, epoch_batches
+from nas.parallel import ALONE, Group, connected
 from nas.progress import progress, say
 from nas.steps import (
     PRECISIONS,
@@ -29,7 +31,7 @@ from nas.steps import (
     mixed_precision,
     parameter_groups,
     set_layer_scale,
-    training_batch,
+    training_batches,
 )
 from nas.taylor import Method
 from nas.trajectory import Score
@@ -379,19 +381,29 @@ def _backward(net: Supernet, x: Tensor, y: Tensor, path: Sequence[Choice], setti
     return loss.detach()
 
 
-def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettings, seed: int, folder: Path) -> AnySupernet:
+def train_supernet(
+    space: SearchSpace, data: ImageData, settings: SupernetSettings, seed: int, folder: Path, group: Group = ALONE
+) -> AnySupernet:
     """Train the supernet of `space` (at the size of `data`) and return it, in eval mode: an ElasticSupernet for
     `paths: elastic`, else a Supernet.
 
     A checkpoint is written to `folder/supernet.pt` after each epoch; the next call with the same arguments goes on
-    from it. On one machine with one number of threads, the same seed gives the same weights.
+    from it. On one machine with one number of threads, the same seed gives the same weights. The processes of a `group` all
+    call this, and each has its rows of every batch; they run the same networks, so they have gradients of the same parameters.
     """
-    device = accelerator(settings.accelerator)
-    torch.manual_seed(seed)
-    net = ElasticSupernet(space) if settings.paths == "elastic" else Supernet(space)
-    net.checkpoint_activations = settings.checkpoint_activations
-    set_layer_scale(net, settings.layer_scale)
-    net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def untrained() -> AnySupernet:
+        device = group.device(accelerator(settings.accelerator))
+        group.rows(min(settings.batch_size, epoch_size(settings, data)))  # refused before anything is computed
+        torch.manual_seed(seed)
+        net = ElasticSupernet(space) if settings.paths == "elastic" else Supernet(space)
+        net.checkpoint_activations = settings.checkpoint_activations
+        set_layer_scale(net, settings.layer_scale)
+        return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    net = group.agreed(untrained)
+    device = next(net.parameters()).device
+    group.synchronised(net)
     named = [(n, p) for n, p in net.named_parameters() if not n.startswith("logits.")]
     weights = torch.optim.AdamW(parameter_groups(iter(named), settings.weight_decay), lr=settings.learning_rate)
     optimizers: dict[str, torch.optim.Optimizer] = {"weights": weights}
@@ -408,25 +420,31 @@ def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettin
     costs = [passes(space, settings)] * settings.weight_epochs + [MIXTURE_COST] * settings.mixture_epochs
     steps, mixture_steps = sum(steps_of), sum(steps_of[settings.weight_epochs :])
     checkpoint = folder / "supernet.pt"
-    first = load_checkpoint(checkpoint, net=net, **optimizers)
+    first = load_checkpoint(checkpoint, group, net=net, **optimizers)
     step = sum(steps_of[:first])
     networks = f" through {passes(space, settings)} networks each" if passes(space, settings) > 1 else ""
     if first < epochs:
         say(
             f"training the supernet of {space.name} at {space.image_size} px on {len(data.train):,} images: "
             f"{steps - mixture_steps} steps of {settings.batch_size}{networks}, then {mixture_steps} of mixtures, on "
-            f"{device.type}"
+            f"{device.type}{f', in {group.size} processes' if group.size > 1 else ''}"
         )
+    order = (
+        indices
+        for epoch in range(first, epochs)
+        for indices in epoch_batches(len(data.train), settings.batch_size, seed, epoch, images_of(epoch))
+    )
+    generator = torch.Generator()
+    batches = training_batches(data, order, generator, device, group)
     work = [steps_in * cost for steps_in, cost in zip(steps_of, costs, strict=True)]
-    with progress("supernet", sum(work), sum(work[:first])) as tick, curves(folder, step) as draw:
+    with progress("supernet", sum(work), sum(work[:first])) as tick, curves(folder, step) as draw, connected():
         for epoch in range(first, epochs):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            generator.manual_seed(seed * 1_000_003 + epoch)
             losses = []
             net.train()
-            for indices in epoch_batches(len(data.train), settings.batch_size, seed, epoch, images_of(epoch)):
-                x, y = training_batch(data, indices, generator, device)
-                for group in weights.param_groups:
-                    group["lr"] = settings.learning_rate * cosine(step, steps)
+            for x, y in itertools.islice(batches, steps_of[epoch]):
+                for parameters in weights.param_groups:
+                    parameters["lr"] = settings.learning_rate * cosine(step, steps)
                 for optimizer in optimizers.values():
                     optimizer.zero_grad(set_to_none=True)
                 if epoch < settings.weight_epochs:
@@ -435,13 +453,16 @@ def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettin
                     done = (step - (steps - mixture_steps)) / max(1, mixture_steps - 1)
                     tau = temperature(min(1.0, done), settings.tau_start, settings.tau_end)
                     loss = mixture_step(net, x, y, settings, generator, tau)
+                group.average_gradients(net.parameters())
+                group.average_statistics(net)
                 nn.utils.clip_grad_norm_((parameter for _, parameter in named), settings.clip_norm)
                 for optimizer in optimizers.values():
                     optimizer.step()  # what has no gradient stays as it is: the logits but in mixtures
                 losses.append(loss)
                 step += 1
                 tick(costs[epoch])
-            finite = torch.stack(losses).isfinite()
+            of_batches = group.mean(torch.stack(losses))
+            finite = of_batches.isfinite()
             if not finite.all() or not all(parameter.isfinite().all() for parameter in net.parameters()):
                 at = step - len(losses) + 1 + int(finite.long().argmin()) if not finite.all() else step
                 raise FloatingPointError(
@@ -449,6 +470,10 @@ def train_supernet(space: SearchSpace, data: ImageData, settings: SupernetSettin
                     f"--config; {f'{checkpoint} holds the weights after epoch {epoch}' if epoch else 'no epoch was whole'}"
                 )
             curve = "supernet/loss" if epoch < settings.weight_epochs else "supernet/mixture_loss"
-            draw({curve: enumerate(torch.stack(losses).tolist(), step - len(losses) + 1)})
-            save_checkpoint(checkpoint, epoch + 1, net=net, **optimizers)
+            draw({curve: enumerate(of_batches.tolist(), step - len(losses) + 1)})
+            if group.first:
+                save_checkpoint(checkpoint, epoch + 1, net=net, **optimizers)
+    if group.size > 1:
+        trained, net = net.state_dict(), untrained()  # without SyncBatchNorm, which would wait for the others in a search
+        net.load_state_dict(trained)
     return net.eval()

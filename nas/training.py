@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,8 @@ from nas.curves import Points, curves
 from nas.data import ImageData, Images
 from nas.ema import MovingAverage
 from nas.evaluation import accuracy_of
+from nas.parallel import ALONE, Group, connected
+from nas.pixels import loaded
 from nas.progress import LINE_EVERY_S, Tick, duration, progress, say
 from nas.recipe import Recipe
 from nas.request import claim
@@ -30,7 +34,7 @@ from nas.steps import accelerator, clip_by_weights, mixed_precision, parameter_g
 from nas.teacher import Teacher
 from supernet.arch import ArchConfig
 from supernet.distillation import add_second_classifier, one_classifier
-from supernet.errors import InputError
+from supernet.errors import InputError, first_line
 from supernet.files import write_atomically
 from supernet.model import build_model, set_drop_path
 
@@ -65,6 +69,7 @@ def train_network(
     weights: Path | Pretrained | None = None,
     teacher: Teacher | None = None,
     targets: Sequence[Mapping[str, Any]] = (),
+    group: Group = ALONE,
 ) -> TrainingResult:
     """Train a network at its own image size, which is also the data's, and return how it does on `data.val`.
 
@@ -77,6 +82,7 @@ def train_network(
     `nas.curves`. The next call with the same arguments goes on from there, to the same weights as if it had never stopped; if
     the training is finished, it returns its result. The weights name their classes, and the `targets` of the network's search
     (see `nas.about`), for nas-export. On one machine with one number of threads, the same seed gives the same weights.
+    The processes of a `group` all call this; each has its rows of every batch, and the first one alone writes.
 
     Raises:
         InputError: the image sizes differ, the folder holds another training, the weights do not fit, or there is no
@@ -91,26 +97,35 @@ def train_network(
     folder = Path(folder)
     checkpoint = folder / "checkpoint.pt"
     arch = arch.without_identity().with_classes(len(data.classes))
-    device = accelerator(recipe.accelerator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_model(arch)
-    set_layer_scale(model, recipe.layer_scale)
-    # After the layer scales, which are part of the weights.
-    if weights is not None and not checkpoint.exists():
-        if isinstance(weights, Path):
-            load_weights(model, weights, adapt=True)
-        else:
-            load_state(model, weights.state, weights.source, adapt=True)
-    if teacher is not None and recipe.distillation_head:
-        add_second_classifier(model)
-    set_drop_path(model, recipe.drop_path)
-    # Claimed only now: what was refused so far leaves the folder free for the corrected request.
-    defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
-    claim(folder, _request(arch, data, recipe, seed, weights, teacher), since={**defaults, "teacher": None})
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def untrained() -> nn.Module:
+        device = group.device(accelerator(recipe.accelerator))
+        _check_division(steps_of(len(data.train), recipe)[0], recipe, group, device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build_model(arch)
+        set_layer_scale(model, recipe.layer_scale)
+        # After the layer scales, which are part of the weights.
+        if weights is not None and not checkpoint.exists():
+            if isinstance(weights, Path):
+                load_weights(model, weights, adapt=True)
+            else:
+                load_state(model, weights.state, weights.source, adapt=True)
+        if teacher is not None and recipe.distillation_head:
+            add_second_classifier(model)
+        set_drop_path(model, recipe.drop_path)
+        # Claimed only now: what was refused so far leaves the folder free for the corrected request.
+        defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
+        defaults = {**defaults, "teacher": None, "train_image_size": arch.image_size}
+        if group.first:
+            claim(folder, _request(arch, data, recipe, seed, weights, teacher), since=defaults)
+        return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    model = group.synchronised(group.agreed(untrained))
+    network = group.divided(model)
     run = _Run(
         model=model,
+        network=torch.compile(network) if recipe.compile else network,  # type: ignore[arg-type]
         optimizer=torch.optim.AdamW(parameter_groups(model.named_parameters(), recipe.weight_decay), lr=recipe.learning_rate),
         average=MovingAverage(model, recipe.ema) if recipe.ema else None,
         history=History(),
@@ -120,21 +135,40 @@ def train_network(
         seed=seed,
         teacher=teacher,
         checkpoint=checkpoint,
+        group=group,
     )
-    first = load_checkpoint(checkpoint, **run.parts)
+    first = load_checkpoint(checkpoint, group, **run.parts)
     if first < recipe.all_epochs:
-        _run_epochs(run, first)
+        with connected():
+            _run_epochs(run, first)
     else:
         say(f"the training in {folder} has finished before: its result is returned")
 
-    # Written anew even if finished before: a kill may have come between the last checkpoint and these files.
-    run.history.write(folder / "metrics.csv")
-    arch.save(folder / "arch.yaml")
-    state = one_classifier((run.average.network if run.average is not None else run.model).state_dict())
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, note(run.data.classes, targets)))
+    if group.first:
+        # Written anew even if finished before: a kill may have come between the last checkpoint and these files.
+        run.history.write(folder / "metrics.csv")
+        arch.save(folder / "arch.yaml")
+        state = one_classifier((run.average.network if run.average is not None else run.model).state_dict())
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, note(run.data.classes, targets)))
     last, of = run.history.rows[-1], "val" if run.average is None else "ema"
     return TrainingResult(arch, last[f"{of}_loss"], last[f"{of}_accuracy"], recipe.all_epochs, folder)
+
+
+def _check_division(batch: int, recipe: Recipe, group: Group, device: torch.device) -> None:
+    """Refuse a batch that cannot be divided as it is to be, and compilation where nothing can be compiled."""
+    rows = group.rows(batch)
+    own = rows.stop - rows.start
+    if recipe.accumulate > 1 and (own % recipe.accumulate or own < 2 * recipe.accumulate):
+        raise InputError(
+            f"accumulate {recipe.accumulate} does not divide the {own} images that a process has of a step into equal parts of "
+            "at least 2: give another accumulate or batch_size"
+        )
+    if recipe.compile:
+        try:
+            torch.compile(torch.neg)(torch.zeros(2, device=device))
+        except Exception as error:  # compilers have no common one
+            raise InputError(f"torch.compile does not work here ({first_line(error)}): set compile to false") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +176,8 @@ class _Run:
     """A training under way."""
 
     model: nn.Module
+    network: nn.Module
+    """The model as it is trained: divided among processes, compiled."""
     optimizer: torch.optim.Optimizer
     average: MovingAverage | None
     history: History
@@ -151,6 +187,7 @@ class _Run:
     seed: int
     teacher: Teacher | None
     checkpoint: Path
+    group: Group
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -178,7 +215,8 @@ class _Run:
 
     def save(self, epoch: int) -> None:
         """Write a checkpoint: `epoch` epochs are done, and of the next the steps that the history has losses of."""
-        save_checkpoint(self.checkpoint, epoch, **self.parts)
+        if self.group.first:
+            save_checkpoint(self.checkpoint, epoch, **self.parts)
 
 
 def _run_epochs(run: _Run, first: int) -> None:
@@ -254,14 +292,14 @@ def _run_epoch(run: _Run, epoch: int, step_taken: Callable[[], None]) -> None:
     history, began, before = run.history, time.monotonic(), run.history.seconds
     saved = began
     run.model.train()
-    for at, indices in enumerate(training_indices(len(run.data.train), run.recipe, run.seed, epoch)):
-        if at < len(history.losses):
-            continue
+    order = itertools.islice(training_indices(len(run.data.train), run.recipe, run.seed, epoch), len(history.losses), None)
+    own = (indices[run.group.rows(len(indices))] for indices in order)
+    for at, (pixels, labels) in enumerate(loaded(run.data.train, own, run.device), len(history.losses)):
         step = run.per_epoch * epoch + at
-        for group in run.optimizer.param_groups:
-            group["lr"] = run.rate(step)
-        x, y = _batch(run, epoch, at, indices)
-        loss = train_step(run.model, run.optimizer, x, y, run.recipe, run.teacher)
+        for parameters in run.optimizer.param_groups:
+            parameters["lr"] = run.rate(step)
+        x, y = _batch(run, epoch, at, pixels, labels)
+        loss = train_step(run.model, run.optimizer, x, y, run.recipe, run.teacher, run.network, run.group)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of {run.arch.name} is not finite in epoch {epoch + 1}, at step {step + 1}: lower the recipe's "
@@ -278,24 +316,25 @@ def _run_epoch(run: _Run, epoch: int, step_taken: Callable[[], None]) -> None:
             saved = now
 
 
-def _batch(run: _Run, epoch: int, at: int, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the images and targets of a step, on the device. All that is random in the step follows from the seed, the epoch
-    and the step's place in it."""
-    generator = step_generator(run.seed, epoch, at)
-    pixels, labels = run.data.train.batch(indices)
-    draws = draw(len(indices), pixels.shape[2], run.recipe, run.data.flips, generator)
-    torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))  # for what the network itself draws: drop path
-    x, y = augmented(pixels.to(run.device), labels.to(run.device), draws, run.recipe, len(run.data.classes))
+def _batch(run: _Run, epoch: int, at: int, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the images and targets of this process's rows of a step. All that is random in the step follows from the seed, the
+    epoch and the step's place in it; what is drawn for an image does not depend on the number of processes."""
+    generator, size = step_generator(run.seed, epoch, at), run.arch.image_size
+    rows = run.group.rows(len(labels) * run.group.size)
+    draws = draw(len(labels) * run.group.size, pixels.shape[2], run.recipe, run.data.flips, generator, size)
+    # For what the network itself draws, drop path: each process for its own images.
+    torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)) + run.group.rank)
+    x, y = augmented(pixels, labels, draws.of(rows.start, rows.stop), run.recipe, len(run.data.classes), size)
     return x.contiguous(memory_format=torch.channels_last), y
 
 
 def _finish_epoch(run: _Run, epoch: int, val: Images, draw_curves: Callable[[Points], None]) -> None:
     """Validate; add a row to the history and points to the curves, and write a checkpoint."""
     history, began = run.history, time.monotonic()
-    loss, accuracy = accuracy_of(run.model, val)
+    loss, accuracy = accuracy_of(run.model, val, run.group)
     scores = {"val_loss": loss, "val_accuracy": accuracy}
     if run.average is not None:
-        loss, accuracy = accuracy_of(run.average.network, val)
+        loss, accuracy = accuracy_of(run.average.network, val, run.group)
         scores |= {"ema_loss": loss, "ema_accuracy": accuracy}
     step, losses = run.per_epoch * (epoch + 1), history.losses
     rate = run.rate(step - 1)
@@ -313,7 +352,8 @@ def _finish_epoch(run: _Run, epoch: int, val: Images, draw_curves: Callable[[Poi
     draw_curves({"train/loss": enumerate(losses, step - len(losses) + 1), "train/learning_rate": [(step, rate)], **curve})
     history.losses, history.seconds = [], 0.0
     run.save(epoch + 1)
-    history.write(run.checkpoint.with_name("metrics.csv"))
+    if run.group.first:
+        history.write(run.checkpoint.with_name("metrics.csv"))
 
 
 def train_step(
@@ -323,17 +363,33 @@ def train_step(
     y: Tensor,
     recipe: Recipe,
     teacher: Teacher | None = None,
+    network: nn.Module | None = None,
+    group: Group = ALONE,
 ) -> float:
     """Take one step on the normalised images `x` (B, 3, S, S) with targets `y`, labels (B,) or shares of the classes
-    (B, classes); return the loss before it. Where the loss or its gradient is not finite, no step is taken and nan returned."""
-    with mixed_precision(x.device, recipe.precision):
-        taught = None
-        if teacher is not None:
-            with torch.no_grad():
-                taught = teacher.network(x)
-        loss = training_loss(model(x), y, recipe, taught)
+    (B, classes); return the loss before it. Where the loss or its gradient is not finite, no step is taken and nan returned.
+
+    `network`: the model as `group.divided` returns it, where the images are this process's of a larger batch.
+    """
+    network = network if network is not None else model
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss = torch.zeros((), device=x.device)
+    parts = -(-len(x) // recipe.accumulate)
+    for done in range(0, len(x), parts):
+        part, targets = x[done : done + parts], y[done : done + parts]
+        # Gradients are exchanged once, in the last part's backward pass.
+        alone = group.size > 1 and done + parts < len(x)
+        with network.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
+            with mixed_precision(x.device, recipe.precision):
+                taught = None
+                if teacher is not None:
+                    with torch.no_grad():
+                        taught = teacher.network(part)
+                of_part = training_loss(network(part), targets, recipe, taught) * (len(part) / len(x))
+            of_part.backward()
+        loss = loss + of_part.detach()
+    loss = group.mean(loss)
+    group.average_statistics(model)
     parameters = dict(model.named_parameters())
     # Of infinity, nothing is shortened.
     norm = nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm or math.inf)
@@ -363,9 +419,13 @@ def training_loss(
         other = F.cross_entropy(student, taught.argmax(1))
     else:
         t = recipe.teacher_temperature
-        own, theirs = (student.float() / t).log_softmax(1), (taught.float() / t).log_softmax(1)
+        own, theirs = ((_wide(logits) / t).log_softmax(1) for logits in (student, taught))
         other = t * t * F.kl_div(own, theirs, reduction="batchmean", log_target=True)
     return (1 - recipe.teacher_weight) * loss + recipe.teacher_weight * other
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @dataclass
@@ -406,6 +466,7 @@ def _request(
         "data": data.source,
         "data_fingerprint": data.fingerprint,
         "training_images": len(data.train),
+        "train_image_size": data.train_size,
         "weights": None if weights is None else digest(weights) if isinstance(weights, Path) else weights.digest,
         "teacher": None if teacher is None else teacher.digest,
         "arch": arch.to_yaml(),

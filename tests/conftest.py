@@ -9,6 +9,7 @@ import os
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"  # before torch is imported
+os.environ["METAPATH_NAS_CACHE"] = ""  # nothing of the tests' images is kept on disk
 
 import torch  # noqa: E402
 

@@ -1,16 +1,23 @@
 """Image folders and digits: what is accepted, how it is divided, and what becomes of a pixel."""
 
+import os
+import pickle
 import re
+import shutil
+import struct
+import zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
-from nas import data
-from nas.data import Images, augment, epoch_batches, load_images, natural_size, normalise
+from nas import pixels
+from nas.data import ImageData, Images, augment, epoch_batches, load_images, natural_size, normalise
 from supernet.errors import InputError
 
 
@@ -57,9 +64,9 @@ def test_parts_are_disjoint_stratified_and_fixed_by_the_seed(tmp_path: Path) -> 
 def test_labels_follow_their_images(tmp_path: Path) -> None:
     fill(tmp_path, {"low": 20, "high": 20}, first=100)
     found = load_images(tmp_path, 8, seed=0)
-    pixels, labels = found.train.batch(torch.tensor([3, 0, len(found.train) - 1]))
-    assert pixels.shape == (3, 3, 8, 8) and pixels.dtype == torch.uint8 and labels.dtype == torch.int64
-    for value, label in zip(pixels[:, 0, 0, 0].tolist(), labels.tolist(), strict=True):
+    images, labels = found.train.batch(torch.tensor([3, 0, len(found.train) - 1]))
+    assert images.shape == (3, 3, 8, 8) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    for value, label in zip(images[:, 0, 0, 0].tolist(), labels.tolist(), strict=True):
         assert found.classes[label] == ("low" if value < 120 else "high")
 
 
@@ -90,13 +97,13 @@ def test_digits_are_a_demonstration_in_three_channels() -> None:
     assert found.classes == tuple("0123456789")
     assert len(found.train) + len(found.score) + len(found.val) == 1797
     assert len(found.score) == 512
-    pixels, _ = found.train.batch(torch.arange(len(found.train)))
-    assert torch.equal(pixels[:, 0], pixels[:, 1]) and torch.equal(pixels[:, 0], pixels[:, 2])
-    assert (pixels.min(), pixels.max()) == (0, 255), "sixteen levels are spread over the range"
+    images, _ = found.train.batch(torch.arange(len(found.train)))
+    assert torch.equal(images[:, 0], images[:, 1]) and torch.equal(images[:, 0], images[:, 2])
+    assert (images.min(), images.max()) == (0, 255), "sixteen levels are spread over the range"
     assert load_images(None, 16, seed=0).train.batch(torch.arange(2))[0].shape == (2, 3, 16, 16)
 
 
-@pytest.mark.parametrize("limit", [data.MEMORY_LIMIT_BYTES, 0], ids=["in memory", "in files"])
+@pytest.mark.parametrize("limit", [pixels.MEMORY_LIMIT_BYTES, 0], ids=["in memory", "in files"])
 def test_broken_images_are_named_and_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     fill(tmp_path, {"a": 10, "b": 10})
     for name in ("cut.jpg", "cut.png"):
@@ -108,7 +115,7 @@ def test_broken_images_are_named_and_skipped(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "b" / "text.webp").write_text("no image")
     (tmp_path / "b" / "notes.txt").write_text("not an image file, so no broken one")
     (tmp_path / "b" / "._001.png").write_text("macOS's hidden companion")
-    monkeypatch.setattr(data, "MEMORY_LIMIT_BYTES", limit)
+    monkeypatch.setattr(pixels, "MEMORY_LIMIT_BYTES", limit)
     seen: list[tuple[int, int]] = []
     found = load_images(tmp_path, None, seed=0, progress=lambda done, total: seen.append((done, total)))
     assert found.skipped == tuple(tmp_path / name for name in ("a/cut.jpg", "a/cut.png", "b/empty.jpg", "b/text.webp"))
@@ -116,12 +123,26 @@ def test_broken_images_are_named_and_skipped(tmp_path: Path, monkeypatch: pytest
     assert seen[-1] == (24, 24), "progress counts broken files as done"
 
 
+def test_training_images_may_be_larger_than_those_that_are_judged(tmp_path: Path) -> None:
+    for value in range(20):
+        paint(tmp_path / "ab"[value % 2] / f"{value:03}.png", value, (40, 24))
+    plain, larger = load_images(tmp_path, 16, seed=0), load_images(tmp_path, 16, seed=0, train_size=20)
+    assert (larger.image_size, larger.train_size) == (16, 20) and (plain.image_size, plain.train_size) == (16, 16)
+    assert larger.train.batch(torch.arange(2))[0].shape == (2, 3, 20, 20)
+    for part in ("score", "val"):
+        one, other = (getattr(data, part) for data in (plain, larger))
+        for a, b in zip(one.batch(torch.arange(len(one))), other.batch(torch.arange(len(other))), strict=True):
+            assert torch.equal(a, b), "what judges is the same"
+    assert load_images(tmp_path, 16, seed=0, train_size=90).train_size == 24, "no more than the images have"
+    assert load_images(tmp_path, 30, seed=0, train_size=40).train_size == 30
+
+
 def test_images_in_files_equal_images_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, {"a": 12, "b": 12})
     held = load_images(tmp_path, 6, seed=0)
-    monkeypatch.setattr(data, "MEMORY_LIMIT_BYTES", 24 * 3 * 6 * 6 - 1)
+    monkeypatch.setattr(pixels, "MEMORY_LIMIT_BYTES", 24 * 3 * 6 * 6 - 1)
     lazy = load_images(tmp_path, 6, seed=0)
-    assert isinstance(lazy.train.pixels, data.Files) and isinstance(held.train.pixels, torch.Tensor)
+    assert isinstance(lazy.train.pixels, pixels.Files) and isinstance(held.train.pixels, torch.Tensor)
     indices = torch.tensor([5, 2, 2, 0])
     for got, expected in zip(lazy.train.batch(indices), held.train.batch(indices), strict=True):
         assert torch.equal(got, expected)
@@ -138,22 +159,252 @@ def test_image_is_scaled_by_its_short_side_and_cropped_at_the_centre(tmp_path: P
         for name in ("a", "b"):
             (tmp_path / name).mkdir(exist_ok=True)
             wide.save(tmp_path / name / f"{index}.png")
-    pixels, _ = load_images(tmp_path, 4, seed=0).train.batch(torch.tensor([0]))
-    assert (pixels == 200).all(), "the middle 4 of 12 columns"
+    images, _ = load_images(tmp_path, 4, seed=0).train.batch(torch.tensor([0]))
+    assert (images == 200).all(), "the middle 4 of 12 columns"
     assert load_images(tmp_path, 2, seed=0).train.batch(torch.tensor([0]))[0].shape == (1, 3, 2, 2)
 
 
-def test_unusual_pictures_keep_their_brightness_and_orientation(tmp_path: Path) -> None:
-    fill(tmp_path, {"a": 3, "b": 3})
-    Image.fromarray(np.full((8, 8), 128 * 256, np.uint16)).save(tmp_path / "deep.png")
-    assert (data._decode(str(tmp_path / "deep.png"), 8) == 128).all(), "16 bits are scaled, not clipped"
+def png(path: Path, size: tuple[int, int], depth: int, rows: bytes) -> None:
+    """Write an RGB picture of `depth` bits, which Pillow itself writes at 8 alone."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def of_mode(mode: str, colour: object) -> Image.Image:
+    return Image.new(mode, (8, 8), colour)  # type: ignore[arg-type]
+
+
+RED, GREEN = (255, 0, 0), (0, 255, 0)
+
+
+def palette(transparent: bool) -> tuple[Image.Image, dict[str, object]]:
+    """A picture that is red, with green named in its palette; green or nothing is transparent."""
+    image = of_mode("P", 1)
+    image.putpalette([*GREEN, *RED])
+    return image, {"transparency": 0} if transparent else {}
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "expected"),
+    [
+        ("grey16.png", lambda: (Image.fromarray(np.full((8, 8), 128 * 256, np.uint16)), {}), (128, 128, 128)),
+        ("grey.jpg", lambda: (of_mode("L", 77), {}), (77, 77, 77)),
+        ("bits.png", lambda: (of_mode("1", 1), {}), (255, 255, 255)),
+        ("grey-alpha.png", lambda: (of_mode("LA", (90, 10)), {}), (90, 90, 90)),
+        ("rgba.webp", lambda: (of_mode("RGBA", (*RED, 255)), {"lossless": True}), RED),
+        ("palette.png", lambda: palette(False), RED),
+        ("palette.gif", lambda: palette(True), RED),
+        ("transparent.png", lambda: palette(True), RED),
+        ("transparent-rgb.png", lambda: (of_mode("RGB", RED), {"transparency": GREEN}), RED),
+        ("cmyk.jpg", lambda: (of_mode("CMYK", (0, 255, 255, 0)), {"quality": 95}), RED),
+        ("moving.gif", lambda: (of_mode("RGB", RED), {"save_all": True, "append_images": [of_mode("RGB", GREEN)]}), RED),
+        ("pixel.bmp", lambda: (Image.new("RGB", (1, 1), RED), {}), RED),
+        ("line.png", lambda: (Image.new("RGB", (1, 500), RED), {}), RED),
+    ],
+)
+def test_unusual_pictures_keep_their_colours(tmp_path: Path, name: str, make, expected: tuple[int, int, int]) -> None:
+    image, how = make()
+    image.save(tmp_path / name, **how)
+    found = pixels.decode(str(tmp_path / name), 6)
+    assert found.shape == (3, 6, 6) and found.dtype == np.uint8
+    assert np.abs(found - np.array(expected)[:, None, None]).max() <= 2, "what JPEG rounds"
+
+
+def test_16_bits_a_channel_are_scaled_not_cut_off(tmp_path: Path) -> None:
+    row = b"\0" + struct.pack(">HHH", 200 << 8, 100 << 8 | 255, 3) * 4
+    png(tmp_path / "deep.png", (4, 4), 16, row * 4)
+    assert pixels.decode(str(tmp_path / "deep.png"), 4)[:, 0, 0].tolist() == [200, 100, 0]
+
+
+def test_a_picture_is_turned_as_its_camera_was(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # taken upside down
     picture = np.zeros((8, 8, 3), np.uint8)
     picture[:4] = 255
     Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
-    turned = data._decode(str(tmp_path / "turned.png"), 8)
+    turned = pixels.decode(str(tmp_path / "turned.png"), 8)
     assert (turned[:, :4] == 0).all() and (turned[:, 4:] == 255).all()
+    Image.fromarray(picture).save(tmp_path / "garbled.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff", quality=95)
+    with pixels.quiet():
+        lies = pixels.decode(str(tmp_path / "garbled.jpg"), 8)
+    assert (lies[:, 0] > 250).all() and (lies[:, -1] < 5).all(), "where the camera says nothing legible, as it lies"
+
+
+def test_large_pictures_are_read_and_those_that_could_be_attacks_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, {"a": 4, "b": 4})
+    paint(tmp_path / "a" / "large.png", 100, (8, 8))
+    paint(tmp_path / "a" / "bomb.png", 101, (12, 12))
+    for path in tmp_path.glob("*/0*.png"):
+        paint(path, int(path.stem), (4, 4))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # beyond it Pillow warns, beyond twice as many it refuses
+    found = load_images(tmp_path, None, seed=0)
+    assert found.skipped == (tmp_path / "a" / "bomb.png",)
+    assert values(found.train) | values(found.score) | values(found.val) == {*range(8), 100}
+
+
+# -- What is kept on disk ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(pixels.CACHE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    fill(tmp_path / "images", {"a": 10, "b": 10})
+    (tmp_path / "images" / "a" / "cut.png").write_text("broken")
+    return tmp_path / "images"
+
+
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the list to which the name of every file is added that is decoded from now on."""
+    seen: list[str] = []
+    original = pixels.decode
+
+    def noted(path: str, size: int) -> NDArray[np.uint8]:
+        seen.append(Path(path).name)
+        return original(path, size)
+
+    monkeypatch.setattr(pixels, "decode", noted)
+    return seen
+
+
+def same(one: ImageData, other: ImageData) -> bool:
+    parts = [(a, b) for a, b in ((one.train, other.train), (one.score, other.score), (one.val, other.val))]
+    every = [(a.batch(torch.arange(len(a))), b.batch(torch.arange(len(b)))) for a, b in parts]
+    return one.skipped == other.skipped and all(torch.equal(x, y) for a, b in every for x, y in zip(a, b, strict=True))
+
+
+def test_a_second_run_decodes_nothing_but_a_few_images_to_be_sure(
+    cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_images(folder, 6, seed=0)
+    assert isinstance(first.train.pixels, pixels.Packed)
+    seen = decoded(monkeypatch)
+    again = load_images(folder, 6, seed=0)
+    assert len(seen) == pixels.SPOT_CHECKS and "cut.png" not in seen
+    assert same(first, again) and first.skipped == (folder / "a" / "cut.png",)
+    monkeypatch.setenv(pixels.CACHE, "")
+    assert same(first, load_images(folder, 6, seed=0)), "and they are what the files give"
+    monkeypatch.setenv(pixels.CACHE, str(cache))
+    load_images(folder, 5, seed=0)
+    assert len(list(cache.iterdir())) == 4, "another size is kept beside it, and no temporary file"
+
+
+def spoil_length(cache: Path, folder: Path) -> None:
+    packed = next(path for path in cache.glob("*px.npy"))
+    packed.write_bytes(packed.read_bytes()[:-10])
+
+
+def spoil_pixels(cache: Path, folder: Path) -> None:
+    packed = next(path for path in cache.glob("*px.npy"))
+    content = bytearray(packed.read_bytes())
+    content[-20 * 108 :] = bytes(20 * 108)
+    packed.write_bytes(content)
+
+
+def spoil_mask(cache: Path, folder: Path) -> None:
+    next(cache.glob("*.readable.npy")).write_text("no array")
+
+
+def change_a_file(cache: Path, folder: Path) -> None:
+    path = folder / "a" / "003.png"
+    size = path.stat().st_size
+    paint(path, 4)
+    assert path.stat().st_size == size
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("spoil", [spoil_length, spoil_pixels, spoil_mask, change_a_file])
+def test_what_is_damaged_or_of_other_files_is_decoded_anew(
+    cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, spoil
+) -> None:
+    load_images(folder, 6, seed=0)
+    spoil(cache, folder)
+    seen = decoded(monkeypatch)
+    found = load_images(folder, 6, seed=0)
+    assert set(seen) >= {f"{number:03}.png" for number in range(20)}
+    seen.clear()
+    assert same(found, load_images(folder, 6, seed=0)) and len(seen) <= pixels.SPOT_CHECKS, "and mended"
+    monkeypatch.setenv(pixels.CACHE, "")
+    assert same(found, load_images(folder, 6, seed=0))
+
+
+def test_of_images_that_stay_in_files_it_is_known_which_are_broken(
+    cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixels, "MEMORY_LIMIT_BYTES", 0)
+    first = load_images(folder, 6, seed=0)
+    assert isinstance(first.train.pixels, pixels.Files)
+    seen = decoded(monkeypatch)
+    again = load_images(folder, 6, seed=0)
+    assert seen == [] and again.skipped == first.skipped == (folder / "a" / "cut.png",)
+
+
+def test_the_cache_has_a_limit_and_lets_go_of_what_was_not_used_for_longest(
+    cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size in (4, 5, 6):
+        load_images(folder, size, seed=0)
+        for path in cache.glob(f"*-{size}px*"):
+            os.utime(path, (size, size))
+    load_images(folder, 4, seed=0)  # used now
+    held = sum(path.stat().st_size for path in cache.iterdir())
+    monkeypatch.setattr(pixels, "CACHE_LIMIT_BYTES", held + 100)
+    (cache / ".killed.npy").touch()
+    os.utime(cache / ".killed.npy", (1, 1))
+    load_images(folder, 3, seed=0)
+    sizes = {re.sub(r".*-(\d+)px.*", r"\1", path.name) for path in cache.glob("*px.npy")}
+    assert {"3", "4"} <= sizes and "5" not in sizes
+    assert not (cache / ".killed.npy").exists()
+
+
+def test_without_a_place_for_it_the_images_are_in_memory(
+    cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.write_text("a file, not a folder")
+    found = load_images(folder, 6, seed=0)
+    assert isinstance(found.train.pixels, torch.Tensor)
+    assert "cannot be kept" in capsys.readouterr().err
+    cache.unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    assert same(found, load_images(folder, 6, seed=0))
+    assert "the disk is nearly full" in capsys.readouterr().err
+
+
+def test_another_process_maps_the_packed_file_and_another_machine_reads_the_images(cache: Path, folder: Path) -> None:
+    here = load_images(folder, 6, seed=0)
+    sent = pickle.dumps(here)
+    assert len(sent) < 10_000
+    there = pickle.loads(sent)
+    assert isinstance(there.train.pixels, pixels.Packed) and same(here, there)
+    shutil.rmtree(cache)
+    assert same(here, pickle.loads(sent))
+
+
+def test_batches_are_decoded_ahead_in_other_processes_in_their_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "MEMORY_LIMIT_BYTES", 0)
+    monkeypatch.setattr(pixels, "workers", lambda: 2)
+    part = load_images(folder, 6, seed=0).train
+    seen = decoded(monkeypatch)
+    order = list(epoch_batches(len(part), 3, 0, 0)) * 3
+    found = list(pixels.loaded(part, order, torch.device("cpu")))
+    assert len(found) == len(order) and seen == [], "none of them in this process"
+    for indices, (images, labels) in zip(order, found, strict=True):
+        expected = part.batch(indices)
+        assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
+    for path in folder.glob("*/*.png"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"^image .* can no longer be read \(.*\): put it back or start anew$"):
+        list(pixels.loaded(part, order, torch.device("cpu")))
 
 
 def test_natural_size_is_the_median_short_side(tmp_path: Path) -> None:

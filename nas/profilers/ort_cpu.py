@@ -18,7 +18,7 @@ from nas.profilers.timing import Stopwatch, Workload
 
 EXPORT_FORMS = {
     "fp32": "torchscript, opset 20, deploy form",
-    "int8": "torchscript, opset 20, plain form, static QDQ per channel of products with weights",
+    "int8": "torchscript, opset 20, deploy form, static QDQ per channel of products with weights",
 }
 PLAIN_FP32 = "torchscript, opset 20, plain form"  # of tables that were measured before there was a deploy form
 
