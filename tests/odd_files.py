@@ -1,5 +1,7 @@
 """Files as they come: right, slightly wrong, or no such file at all; and what a reader may do with them."""
 
+# ruff: noqa: E501
+
 import json
 import math
 from collections.abc import Callable
