@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nas.progress import say
 from supernet.blocks.concatplexer import is_group_part
-from supernet.errors import InputError
+from supernet.errors import InputError, placed
 from supernet.files import write_atomically
 from supernet.weights import at_size
 
@@ -41,7 +41,8 @@ def load_state(model: nn.Module, given: Mapping[str, Tensor], path: str | Path, 
         if name in own and tensor.is_floating_point() != own[name].is_floating_point():
             raise InputError(f"the weights file {path} has {name} as {tensor.dtype}, not {own[name].dtype}: give another file")
     if adapt:
-        given = _adapted(given, own, path)
+        with placed(f"the weights file {path}"):
+            given = _adapted(given, own, path)
     faults = [f"lacks {name}" for name in own if name not in given]
     faults += [f"has an unexpected {name}" for name in given if name not in own]
     faults += [

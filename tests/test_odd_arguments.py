@@ -1,7 +1,5 @@
 """Whatever is typed after a command: it is done, or refused in one line with exit code 2. The work itself is left out."""
 
-# ruff: noqa: E501
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +154,7 @@ def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.data.load_data", lambda *_, **__: data)
     monkeypatch.setattr("nas.search.run_search", lambda *_, **__: {"met": True})
     monkeypatch.setattr("nas.export.export_onnx", lambda *_, **__: 0.0)
+    monkeypatch.setattr("nas.networks.onnx_bytes", lambda *_: b"")  # deit_tiny, say, takes seconds
     monkeypatch.setattr("nas.lut.build_table", lambda *_, **__: None)
     monkeypatch.setattr("nas.remote.export", lambda *_, **__: None)
     monkeypatch.setattr("nas.remote.build_over_ssh", lambda *_, **__: None)
