@@ -33,6 +33,7 @@ from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.files import read_csv, reading, write_atomically
 
+LARGEST_LOG_ODDS = 700  # exp takes no larger ones
 STRATEGIES = ("exact", "greedy")  # those that need no more than drops
 
 
@@ -168,11 +169,11 @@ def _importance(held: Finished) -> Importance:
         for line in read_csv(path, ("stage", "slot", "kind", "log_odds"), "the file of importance", do):
             by_slot[int(line["stage"]) - 1, int(line["slot"]) - 1][line["kind"]] = float(line["log_odds"])
     for (stage, slot), odds in by_slot.items():
-        if odds.keys() != set(held.space.stages[stage].kinds) - {"identity"} or not all(
-            abs(value) < 700 for value in odds.values()
-        ):
+        kinds = set(held.space.stages[stage].kinds) - {"identity"}
+        if odds.keys() != kinds or not all(abs(value) < LARGEST_LOG_ODDS for value in odds.values()):
             raise InputError(
-                f"{path} has not a number that exp takes for each kind of slot {slot + 1} of stage {stage + 1} of {held.space.name}: {do}"
+                f"{path} needs for slot {slot + 1} of stage {stage + 1} a number below {LARGEST_LOG_ODDS} for each of "
+                f"{', '.join(sorted(kinds))}: {do}"
             )
     return [by_slot[at] for at in held.space.slots]
 

@@ -16,7 +16,7 @@ from nas.parallel import ALONE, Group
 from nas.progress import say
 from supernet.blocks.concatplexer import is_group_part
 from supernet.distillation import one_classifier
-from supernet.errors import InputError
+from supernet.errors import InputError, placed
 from supernet.files import write_atomically
 from supernet.weights import at_size
 
@@ -39,8 +39,12 @@ def load_weights(model: nn.Module, path: str | Path, *, adapt: bool = False) -> 
 def load_state(model: nn.Module, given: Mapping[str, Tensor], path: str | Path, *, adapt: bool = False) -> None:
     """Load weights that were read from `path` (which messages name), as `load_weights` does."""
     own = model.state_dict()
+    for name, tensor in given.items():
+        if name in own and tensor.is_floating_point() != own[name].is_floating_point():
+            raise InputError(f"the weights file {path} has {name} as {tensor.dtype}, not {own[name].dtype}: give another file")
     if adapt:
-        given = _adapted(given, own, path)
+        with placed(f"the weights file {path}"):
+            given = _adapted(given, own, path)
     faults = [f"lacks {name}" for name in own if name not in given]
     faults += [f"has an unexpected {name}" for name in given if name not in own]
     faults += [
@@ -102,7 +106,7 @@ def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str |
     if parts := [name for name in own if name not in given and is_group_part(name)]:
         say(f"{path} knows no groups of images: the {len(parts)} tensors that groups need are learned anew")
         adapted.update({name: own[name] for name in parts})
-    if all(n in given and n in own and given[n].shape[1:] == own[n].shape[1:] for n in CLASSIFIER):
+    if all(n in given and n in own and given[n].ndim and given[n].shape[1:] == own[n].shape[1:] for n in CLASSIFIER):
         were, are = (len(tensors[CLASSIFIER[1]]) for tensors in (given, own))
         if were != are:
             say(f"the classifier of {path} is for {were} classes, not {are}: it is left out and learned anew")

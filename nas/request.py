@@ -96,8 +96,11 @@ def finished(run: Path) -> Finished:
         limits = [request["seed"], settings.get("max_params", 0), settings.get("max_macs", 0)]
         if not all(type(number) is int and number >= 0 for number in limits) or settings["score"] not in ("loss", "accuracy"):
             raise ValueError("its seed or a limit is no whole number, or its score is none")
-        for target in (*held.targets, *result.get("targets", [result])):
+        for target in held.targets:
             Target(target["target_ms"])
+        for found in result.get("targets", [result]):
+            for ms in (found["target_ms"], found["predicted_ms"], found["measured_ms"] or 1.0):
+                Target(ms)
     return held
 
 

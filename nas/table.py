@@ -13,11 +13,10 @@ from typing import Any, get_origin, get_type_hints
 
 import pandas as pd
 import platformdirs
-import yaml
 
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
-from supernet.files import read_json, write_atomically
+from supernet.files import checked_fields, parse_yaml, read_json, write_atomically
 from supernet.space import SearchSpace
 from supernet.specs import SPECS, Head, Layer, Spec, is_embedding, is_stem, knobs_of, spec_type_of
 from supernet.user_block import is_foreign, loaded
@@ -70,7 +69,8 @@ class CheckedNetwork:
     fitted: bool
 
     def layers(self) -> list[Layer]:
-        return ArchConfig.from_dict(yaml.safe_load(self.arch), "a network of the calibration").layers()
+        where = "a network of the calibration"
+        return ArchConfig.from_dict(parse_yaml(self.arch, where), where).layers()
 
 
 @dataclass(frozen=True)
@@ -373,7 +373,10 @@ def _load(path: Path) -> LatencyTable:
         device = sidecar.pop("device")
         calibrations = tuple(_parse_calibration(c) for c in sidecar.pop("calibrations"))
         provenance = sidecar.pop("provenance")
-    except (KeyError, TypeError, ValueError) as error:
+        _check_meta(sidecar)
+        if not isinstance(device, str) or not isinstance(provenance, str):
+            raise ValueError("its device or its provenance is no text")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} cannot be read as a latency table ({error}): build it anew with nas-build-lut") from error
     if device != path.stem:
         raise InputError(f"{path} is a table of {device}: give the file its own name back, {device}.csv")
@@ -419,6 +422,28 @@ def _parse_row(line: Mapping[str, str]) -> Row:
 
 
 def _parse_calibration(entry: Mapping[str, Any]) -> Calibration:
-    networks = tuple(CheckedNetwork(**network) for network in entry["networks"])
-    tuples = {name: tuple(entry[name]) for name in ("strides", "error_by_stage_percent")}
-    return Calibration(**{**entry, **tuples, "networks": networks})
+    where = "a calibration"
+    given = checked_fields(Calibration, entry, where)
+    networks = (checked_fields(CheckedNetwork, network, f"{where}: a network") for network in entry["networks"])
+    given["networks"] = tuple(CheckedNetwork(**network) for network in networks)
+    given["strides"] = tuple(map(int, entry["strides"]))
+    given["error_by_stage_percent"] = tuple(map(float, entry["error_by_stage_percent"]))
+    given["error_by_kind_percent"] = {str(kind): float(error) for kind, error in entry["error_by_kind_percent"].items()}
+    found = Calibration(**given)
+    decides = (found.offset_ms, found.scale, found.scale_between, found.sum_low_ms, found.sum_high_ms, found.mean_error_percent)
+    if not all(map(math.isfinite, (*decides, *(value for n in found.networks for value in (n.ms, n.predicted_ms))))):
+        raise ValueError(f"the calibration for {found.space} has a number that is not finite")
+    return found
+
+
+def _check_meta(meta: Mapping[str, Any]) -> None:
+    """Refuse a sidecar whose fields, where it has them, are not what is computed with."""
+    for name in ("batch", "threads"):
+        if meta.get(name) is not None and not (type(meta[name]) is int and meta[name] > 0):
+            raise ValueError(f"{name} must be a whole number of at least 1, but is {meta[name]!r}")
+    for name in ("builds", "warnings"):
+        if not isinstance(meta.get(name, []), list):
+            raise ValueError(f"{name} must be a list, but is {meta[name]!r}")
+    references = meta.get("reference_ms", {})
+    if not isinstance(references, Mapping) or not all(0 < float(ms) < math.inf for ms in references.values()):
+        raise ValueError(f"reference_ms must hold positive milliseconds, but is {references!r}")

@@ -178,7 +178,7 @@ def reading(where: str, do: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
         raise InputError(f"{where} cannot be used ({type(error).__name__}: {first_line(error)}): {do}") from error
 
 

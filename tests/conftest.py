@@ -1,11 +1,12 @@
 """One thread for torch, in the tests and in what they start: its operations here are so small that two threads wait for each
 other at every one of them, and the tests already run on several cores (pytest-xdist).
 
-Hypothesis draws the same examples each time; `HYPOTHESIS_PROFILE=thorough pytest tests/test_user_files.py` draws 500 new ones for
-each kind of file.
+Hypothesis draws the same examples each time; `HYPOTHESIS_PROFILE=thorough pytest tests/test_user_files.py` draws 500 new
+ones for each kind of file.
 """
 
 import os
+from typing import Any
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"  # before torch is imported
@@ -18,8 +19,7 @@ torch.set_num_threads(1)
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture]
-settings.register_profile("usual", max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=SLOW)
-settings.register_profile(
-    "thorough", max_examples=500, deadline=None, database=None, suppress_health_check=SLOW, print_blob=True
-)
+ALWAYS: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": SLOW}
+settings.register_profile("usual", max_examples=12, derandomize=True, **ALWAYS)
+settings.register_profile("thorough", max_examples=500, print_blob=True, **ALWAYS)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))

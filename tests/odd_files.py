@@ -127,7 +127,9 @@ def changed(draw: st.DrawFn, document: Any) -> Any:
             case "repeat" if isinstance(inside, list):
                 inside.insert(0, deepcopy(inside[last]))
             case "add" if isinstance(inside, dict):
-                inside[draw(st.sampled_from(["extra", "Name", "", 3, "__class__", "dim", "stride", "kind"]))] = draw(ODD_VALUES)
+                inside[draw(st.sampled_from(["extra", "Name", "", 3, "__class__", "dim", "stride", "kind"]))] = deepcopy(
+                    draw(ODD_VALUES)
+                )
             case "rename" if isinstance(inside, dict):
                 inside[f"{last}_"] = inside.pop(last)
             case "wrap":
@@ -135,7 +137,7 @@ def changed(draw: st.DrawFn, document: Any) -> Any:
             case "text":
                 inside[last] = str(inside[last])
             case _:
-                inside[last] = draw(ODD_VALUES)
+                inside[last] = deepcopy(draw(ODD_VALUES))  # it may be changed in its turn
     return found
 
 

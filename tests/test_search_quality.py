@@ -331,8 +331,17 @@ def test_a_search_is_charged_for_the_networks_that_it_chose_by_whatever_else_was
     run.mkdir()
     evaluate = Remembered(lambda arch: Evaluation(sum(arch.widths) / 7, 0.5), run / "evaluations.csv")
     measure_drops(space, space.largest, evaluate).save(run / "drops.csv")  # the base, a width, two slots: 4 networks
-    (run / "request.json").write_text(json.dumps({"space": space.to_yaml()}))
-    (run / "result.json").write_text("{}")
+    target = {"device": "board-cpu", "target_ms": 1.0, "table": "board-cpu.csv"}
+    request = {
+        "strategy": "greedy",
+        "data": "digits",
+        "seed": 0,
+        "settings": {"score": "loss"},
+        "space": space.to_yaml(),
+        **target,
+    }
+    (run / "request.json").write_text(json.dumps(request))
+    (run / "result.json").write_text(json.dumps({**target, "predicted_ms": 0.9, "measured_ms": None}))
     assert networks_evaluated(run) == 4
     beyond = [arch for arch in archs if described(arch) not in read_evaluations(run / "evaluations.csv")]
     assert len(beyond) == 4
