@@ -70,7 +70,7 @@ class TokenBlock(nn.Module):
         mlp = module.mlp
         fc1, fc2 = (pointwise(fc, scale, form) for fc, scale in ((mlp.fc1, 1.0), (mlp.fc2, second)))
         self.mlp = nn.Sequential(fc1, copied(mlp.act), fc2)
-        self.as_map = form == "conv"
+        self.as_map, self.dim = form == "conv", layer.spec.dim
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._of_norm(self.norm1(x), self.attn)
@@ -80,7 +80,7 @@ class TokenBlock(nn.Module):
         if self.as_map:  # of one row: (N, L, C) to (N, C, 1, L) and back
             x = x.unsqueeze(1).permute(0, 3, 1, 2)
         x = inner(x)
-        return x.permute(0, 2, 3, 1).squeeze(1) if self.as_map else x
+        return x.permute(0, 2, 3, 1).reshape(-1, self.attn.length, self.dim) if self.as_map else x
 
 
 def pointwise(layer: nn.Linear, scale: Tensor | float, form: Form) -> nn.Module:

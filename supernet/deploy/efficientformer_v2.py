@@ -56,7 +56,8 @@ class TalkingAttention(nn.Module):
         x = self.stride_conv(x)
         heads, side, length = self.heads, self.side, self.side**2
         v, values_dim = self.v(x), self.v.out_channels  # (N, heads * value_dim, side, side)
-        q, k, values = (_by_head(map_, heads, length) for map_ in (self.q(x), self.k(x), v))
+        q, k = (_by_head(conv(x), conv, heads, length) for conv in (self.q, self.k))
+        values = _by_head(v, self.v, heads, length)
         scores = (
             self.talk1((q.transpose(2, 3) @ k).reshape(-1, heads, length**2)).reshape(-1, heads, length, length) + self.bias
         )
@@ -69,9 +70,9 @@ class TalkingAttention(nn.Module):
         return self.proj(self.act(x.reshape(-1, values_dim, 2 * side, 2 * side)))
 
 
-def _by_head(x: Tensor, heads: int, length: int) -> Tensor:
-    """(N, heads * D, H, W) to (N, heads, D, L)."""
-    return x.reshape(-1, heads, x.shape[1] // heads, length)
+def _by_head(x: Tensor, conv: nn.Conv2d, heads: int, length: int) -> Tensor:
+    """What a convolution gives, (N, heads * D, H, W), to (N, heads, D, L)."""
+    return x.reshape(-1, heads, conv.out_channels // heads, length)
 
 
 class DownsamplingAttention(nn.Module):
@@ -83,17 +84,17 @@ class DownsamplingAttention(nn.Module):
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.heads, self.side = module.num_heads, module.side
-        self.q = nn.Sequential(folded([module.q.local], shortcut=True), folded(module.q.proj, module.scale))
+        self.local, self.q = folded([module.q.local], shortcut=True), folded(module.q.proj, module.scale)
         self.k, self.v = folded(module.k), folded(module.v)
         self.v_local, self.act, self.proj = folded(module.v_local), copied(module.act), folded(module.proj)
         self.enter = identity(self.v.out_channels, module.attention_biases)
-        self.register_buffer("bias", module.attention_biases[:, module.offsets])
+        self.register_buffer("bias", module.attention_biases[:, module.offsets])  # (heads, L/4, L)
+        self.length = module.offsets.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         v = self.v(x)
-        length = x.shape[2] * x.shape[3]
-        q = _by_head(self.q(x), self.heads, self.side**2)
-        k, values = (_by_head(map_, self.heads, length) for map_ in (self.k(x), v))
+        q = _by_head(self.q(self.local(x)), self.q, self.heads, self.side**2)
+        k, values = (_by_head(map_, conv, self.heads, self.length) for map_, conv in ((self.k(x), self.k), (v, self.v)))
         weights = (q.transpose(2, 3) @ k + self.bias).softmax(3)  # (N, heads, L/4, L)
         x = (values @ weights.transpose(2, 3)).reshape(-1, self.v.out_channels, self.side, self.side)
         return self.proj(self.act(self.enter(x) + self.v_local(v)))

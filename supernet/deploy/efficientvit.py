@@ -3,16 +3,17 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supernet.deploy.forms import Form
-from supernet.deploy.weights import Residual, convolution, copied, folded, of_one_axis
+from supernet.deploy.weights import Residual, copied, folded, of_one_axis
 
 
 def sandwich(module: Any, form: Form, side: int) -> nn.Sequential:
     """Return the five parts of a sandwich block for maps of this side."""
     before, after = (mixing_part(*pair, form, side) for pair in ((module.dw0, module.ffn0), (module.dw1, module.ffn1)))
-    return nn.Sequential(before, Residual(_windows(module.mixer.m, form)), after)
+    return nn.Sequential(before, Residual(Windows(module.mixer.m, form)), after)
 
 
 def mixing_part(depthwise: Any, mlp: Any, form: Form = "conv", side: int = 0) -> nn.Sequential:
@@ -53,61 +54,58 @@ class PatchMerging(nn.Module):
         return self.narrow(x * self.excite(x))
 
 
-def _windows(module: Any, form: Form) -> nn.Module:
-    """Return attention in each window of a map: the windows as they are, around another attention."""
-    made = copied(module)
-    made.attn = CascadedAttention(module.attn, form)
-    return made
+class Windows(nn.Module):
+    """Cascaded group attention in each window of a map: (N, C, H, W) to the same. Windows are cut out and put together, which
+    moves whole rows of them, where a transposition moves a few floats at a time."""
+
+    def __init__(self, module: Any, form: Form) -> None:
+        super().__init__()
+        self.dim, self.side, self.window, self.windows = module.dim, module.side, module.window, module.windows
+        self.attn = CascadedAttention(module.attn, form)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, size = self.windows, self.window
+        if n == 1:
+            return self.attn(x)
+        padding = n * size - self.side
+        if padding:
+            x = F.pad(x, (0, padding, 0, padding))
+        x = self.attn(torch.cat([window for band in x.split(size, 2) for window in band.split(size, 3)]))  # (n * n * N, ...)
+        found = x.reshape(n * n, -1, self.dim, size, size).unbind(0)
+        x = torch.cat([torch.cat(found[row : row + n], 3) for row in range(0, n * n, n)], 2)
+        return x[:, :, : self.side, : self.side] if padding else x
 
 
 class CascadedAttention(nn.Module):
     """Cascaded group attention of one window: (N, C, side, side) to the same.
 
-    `conv`: chunks stay maps; queries are one convolution, keys and values another. `matmul`: chunks are (N, C, L) and pass
-    convolutions of one axis, which are products, and only queries become a map, for their depthwise convolution.
+    Queries, keys and values are one convolution of a chunk: of maps, or, of the form `matmul`, of one axis, (N, C, L), which is
+    a product. They are parted as (N, C, L), and only queries become a map again, for their depthwise convolution.
     """
 
     bias: Tensor
 
     def __init__(self, module: Any, form: Form) -> None:
         super().__init__()
-        self.side, self.form = module.side, form
-        self.key, self.value = module.key_dim, module.value_dim
+        self.side, self.key, self.value = module.side, module.key_dim, module.value_dim
         self.register_buffer("bias", module.attention_biases[:, module.offsets])
-        convs = [folded(qkv) for qkv in module.qkvs]
+        convs, proj = [folded(qkv) for qkv in module.qkvs], folded(module.proj[1])
+        self.flat = form == "matmul"
+        self.qkvs = nn.ModuleList(of_one_axis(conv) if self.flat else conv for conv in convs)
         self.dws = nn.ModuleList(folded(dw, module.scale) for dw in module.dws)
-        if form == "conv":
-            self.q = nn.ModuleList(_slice(conv, 0, self.key) for conv in convs)
-            self.kv = nn.ModuleList(_slice(conv, self.key, conv.out_channels) for conv in convs)
-        else:
-            self.qkv = nn.ModuleList(of_one_axis(conv) for conv in convs)
-        self.act, proj = copied(module.proj[0]), folded(module.proj[1])
-        self.proj = proj if form == "conv" else of_one_axis(proj)
+        self.act = copied(module.proj[0])
+        self.proj: nn.Module = of_one_axis(proj) if self.flat else proj
 
     def forward(self, x: Tensor) -> Tensor:
+        key, value, side, length = self.key, self.value, self.side, self.side**2
+        channels = len(self.qkvs) * value
         found: list[Tensor] = []
-        channels = len(self.dws) * self.value
-        maps = x if self.form == "conv" else x.reshape(-1, channels, self.side**2)
-        for head, chunk in enumerate(maps.split(self.value, 1)):
-            q, k, v = self._qkv(head, chunk + found[-1] if found else chunk)
+        for head, chunk in enumerate((x.reshape(-1, channels, length) if self.flat else x).split(value, 1)):
+            qkv = self.qkvs[head](chunk + found[-1] if found else chunk)
+            q, k, v = qkv.reshape(-1, 2 * key + value, length).split((key, key, value), 1)
+            q = self.dws[head](q.reshape(-1, key, side, side)).reshape(-1, key, length)
             weights = (q.transpose(1, 2) @ k + self.bias[head]).softmax(2)  # (N, L, L)
             y = v @ weights.transpose(1, 2)  # (N, value_dim, L)
-            found.append(y.reshape(-1, self.value, self.side, self.side) if self.form == "conv" else y)
+            found.append(y if self.flat else y.reshape(-1, value, side, side))
         y = self.proj(self.act(torch.cat(found, 1)))
-        return y if self.form == "conv" else y.reshape(-1, channels, self.side, self.side)
-
-    def _qkv(self, head: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, (N, D, L) each."""
-        length = self.side**2
-        if self.form == "conv":
-            q = self.q[head](x)
-            k, v = self.kv[head](x).reshape(-1, self.key + self.value, length).split((self.key, self.value), 1)
-        else:
-            q, k, v = self.qkv[head](x).split((self.key, self.key, self.value), 1)
-            q = q.reshape(-1, self.key, self.side, self.side)
-        return self.dws[head](q).reshape(-1, self.key, length), k, v
-
-
-def _slice(conv: nn.Conv2d, start: int, end: int) -> nn.Conv2d:
-    assert conv.bias is not None
-    return convolution(conv.weight[start:end], conv.bias[start:end], conv.weight)
+        return y.reshape(-1, channels, side, side) if self.flat else y
