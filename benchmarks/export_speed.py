@@ -5,9 +5,9 @@
 
 timm's network is exported in both of PyTorch's ways, the newer (dynamo) and the older; ours, with the same weights, in its
 deploy form. The weights are random, and batch norm's statistics are those of random images, so that activations have ordinary
-sizes. In each round all sessions are opened anew, because where their memory happens to lie moves their times by some percent,
-and then called in turn; the figure is the median over rounds of ours divided by the faster of timm's, with the lowest and the
-highest round. A whole run takes a few minutes. int8 is the same network with activations and weights quantised.
+sizes. In each round all sessions are opened anew, in another order, because where their memory happens to lie moves their times
+by some percent, and then called in turn; the figure is the median over rounds of ours divided by the faster of timm's, with the
+lowest and the highest round. A whole run takes a few minutes. int8 is the same network with activations and weights quantised.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import copy
 import math
 import platform
+import random
 import time
 import warnings
 from collections.abc import Callable
@@ -87,10 +88,10 @@ def difference(exports: dict[str, bytes], model: nn.Module, image: Tensor) -> fl
 def raced(
     make: dict[str, Callable[[], OrtModel]], rounds: int, seconds: float, clock: Callable[[], float]
 ) -> list[dict[str, float]]:
-    """Return every round's seconds of a call of each."""
-    found = []
+    """Return every round's seconds of a call of each. What is opened, and called, after what is drawn anew each round."""
+    found, rng = [], random.Random(0)
     for _ in range(rounds):
-        runs = {name: open_session() for name, open_session in make.items()}
+        runs = {name: make[name]() for name in rng.sample(list(make), len(make))}
         for run in runs.values():
             run()
         found.append(one_round(runs, seconds, clock))
