@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -360,7 +361,7 @@ def test_nas_train_validates_on_mixed_groups(tmp_path: Path, monkeypatch: pytest
     assert (data.val.labels.diff() >= 0).all()
     seen = []
 
-    def accuracy_of(model: torch.nn.Module, images: Images) -> tuple[float, float]:
+    def accuracy_of(model: torch.nn.Module, images: Images, *_: Any) -> tuple[float, float]:
         seen.append(images)
         return 1.0, 0.1
 

@@ -390,6 +390,7 @@ def test_another_process_maps_the_packed_file_and_another_machine_reads_the_imag
     assert same(here, pickle.loads(sent))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than a small machine has cores
 def test_batches_are_decoded_ahead_in_other_processes_in_their_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixels, "MEMORY_LIMIT_BYTES", 0)
     monkeypatch.setattr(pixels, "workers", lambda: 2)

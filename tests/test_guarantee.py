@@ -16,8 +16,9 @@ NOTHING = Evaluation(1.0)
 
 
 def network(ms: float) -> ArchConfig:
-    """A network that is told by its width, and by whose name its milliseconds are known."""
-    return ArchConfig(f"{ms:.6f}", 32, 10, (Stage(round(1e6 * ms) * 8, 1, ()),))
+    """A network that is told by its width and classes, and by whose name its milliseconds are known."""
+    thousands, ones = divmod(round(1e6 * ms), 1000)
+    return ArchConfig(f"{ms:.6f}", 32, 1 + ones, (Stage(8 * (1 + thousands), 1, ()),))
 
 
 @dataclass
@@ -184,7 +185,7 @@ class OfTwo:
         if not fitting:
             raise InputError("nothing fits")
         a, b = max(fitting, key=sum)
-        arch = ArchConfig(f"{a} {b}", 32, 10, (Stage(round(1e4 * a) * 8, 1, ()), Stage(round(1e4 * b) * 8, 1, ())))
+        arch = ArchConfig(f"{a} {b}", 32, 10, (Stage(round(1e3 * a) * 8, 1, ()), Stage(round(1e3 * b) * 8, 1, ())))
         option = Option("shrink", 0, arch, a, 1.0, NOTHING, 0.0)
         return Trajectory(arch, (Step(9.0, NOTHING, (option,)),), arch, a, Evaluation(-a - b))
 

@@ -419,7 +419,7 @@ def test_what_a_run_has_kept(name: str, run: Path, monkeypatch: pytest.MonkeyPat
     def each(content: bytes) -> None:
         put(run / name, content)
         for read in readers_of(name, run):
-            used_or_refused(read, name, str(run), "board-cpu", "the target")
+            used_or_refused(read, name, str(run), "board-cpu", "the target", "smallest network")
 
     try:
         each()
