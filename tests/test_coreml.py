@@ -65,7 +65,7 @@ POOL_BLOCK = ["avg_pool", "sub", "mul", "add", "conv", "gelu", "conv", "add"]
     ids=lambda value: name_of(value)[:40] if isinstance(value, tuple) else "",
 )
 def test_blocks_convert_to_fp16_without_casts_or_norms(model: Model, expected: list[str] | None) -> None:
-    module, example = build_module(model)
+    module, example = build_module(model, deploy=False)
     converted = convert(module, example)
     ports = [*converted.get_spec().description.input, *converted.get_spec().description.output]
     half = coreml.coremltools().proto.FeatureTypes_pb2.ArrayFeatureType.FLOAT16
@@ -111,7 +111,7 @@ def test_a_chain_keeps_every_blocks_weights(tmp_path: Path) -> None:
         save_package(module, example, tmp_path / f"{name}.mlpackage")
         return next((tmp_path / f"{name}.mlpackage").rglob("weight.bin")).stat().st_size
 
-    chain, example = build_module((Layer(MB4D(32), 4),) * 3)
+    chain, example = build_module((Layer(MB4D(32), 4),) * 3, deploy=True)
     assert isinstance(chain, nn.Sequential)
     alone = 2 * sum(weight.numel() for weight in chain[0].parameters() if weight.ndim == 4)
     assert weight_bytes(chain, "three") > 3 * alone
@@ -119,7 +119,7 @@ def test_a_chain_keeps_every_blocks_weights(tmp_path: Path) -> None:
 
 
 def test_a_package_is_reproducible_and_says_what_it_is(tmp_path: Path) -> None:
-    module, example = build_module(CACHED)
+    module, example = build_module(CACHED, deploy=True)
     paths = [tmp_path / "a.mlpackage", tmp_path / "b" / "b.mlpackage"]
     hashes = [save_package(module, example, path, name_of(CACHED)) for path in paths]
     assert hashes[0] == hashes[1] == coreml.package_sha256(paths[1])

@@ -22,19 +22,25 @@ import yaml
 from PIL import Image
 from refusals import refusal
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nas.about import note
 from nas.data import load_images, normalise
 from nas.export import export_network, export_onnx, onnx_bytes, onnx_session, torch_program, with_ordinary_values
 from nas.int8 import CalibrationInputs, quantised
+from nas.job import export_job
+from nas.measure import name_of
+from nas.plan import Work
 from nas.profilers import coreml
+from nas.profilers.bench import Plan
 from nas.profilers.ort_cpu import OrtCpu
 from supernet.arch import ArchConfig, Stage
 from supernet.blocks.efficientformer import LAYER_SCALE, LayerScale
 from supernet.errors import InputError
+from supernet.deploy import deployed
 from supernet.model import build_model
-from supernet.specs import MB3D, MB4D, Layer, PatchStem, Sandwich, ViT
+from supernet.space import SearchSpace
+from supernet.specs import FFN, MB3D, MB4D, AttnFFN, PatchStem, Sandwich, ViT
 
 MB3D_16 = MB3D(16, num_heads=2, key_dim=8, attn_ratio=2)
 MAP_HEAD = ArchConfig("map-head", 32, 5, (Stage(8, 4, (MB4D(8),)), Stage(16, 2, (MB4D(16), MB4D(16)))))
@@ -47,6 +53,15 @@ UNFLAT = ArchConfig(
 )
 VIT = ArchConfig("vit", 32, 5, (Stage(16, 8, (ViT(16, num_heads=2),), PatchStem(16, 8)),), "class_token")
 SANDWICH = ArchConfig("sandwich", 32, 5, (Stage(16, 4, (Sandwich(16, num_heads=2, key_dim=8, window=3),)),), "batch_norm")
+ATTN_FFN = ArchConfig(
+    "attn-ffn",
+    32,
+    5,
+    (
+        Stage(8, 4, (FFN(8),)),
+        Stage(16, 2, (FFN(16), AttnFFN(16, num_heads=2, key_dim=8, stride=2), AttnFFN(16, num_heads=2, key_dim=8))),
+    ),
+)
 ODD = UNFLAT.at(45)  # maps of 23, 23, 12 and 6
 
 
@@ -152,12 +167,17 @@ def images(count: int) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
 
 
-@pytest.mark.parametrize("arch", [MAP_HEAD, UNFLAT, VIT, SANDWICH], ids=lambda arch: arch.name)
-def test_an_open_batch_takes_any_number_of_images(arch: ArchConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arch", "form"),
+    [*((arch, "deploy") for arch in (MAP_HEAD, UNFLAT, VIT, ATTN_FFN, SANDWICH)), (UNFLAT, "plain"), (SANDWICH, "plain")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_an_open_batch_takes_any_number_of_images(arch: ArchConfig, form: str, tmp_path: Path) -> None:
     model = with_ordinary_values(build_model(arch), seed=1).eval()
-    export_onnx(model, 32, tmp_path / "open.onnx", "dynamic")
+    written = deployed(model, arch) if form == "deploy" else model
+    export_onnx(written, 32, tmp_path / "open.onnx", "dynamic")
     session = onnxruntime.InferenceSession(tmp_path / "open.onnx", providers=["CPUExecutionProvider"])
-    program = torch_program(model, images(1), dynamic=True).module() if arch in (UNFLAT, SANDWICH) else model
+    program = torch_program(written, images(1), dynamic=True).module()
     for count in (1, 2, 5):
         with torch.inference_mode():
             expected = model(images(count)).numpy()
@@ -261,17 +281,35 @@ def test_the_class_count_is_that_of_the_weights(folder: Path, capsys: pytest.Cap
 # -- int8 ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_int8_keeps_the_function_and_leaves_the_rest_float() -> None:
-    model = with_ordinary_values(build_model(UNFLAT), seed=1).eval()
-    plain = onnx_bytes(model, images(1))
+@pytest.mark.parametrize("form", ["deploy", "plain"])
+@pytest.mark.parametrize("arch", [UNFLAT, VIT, ATTN_FFN, SANDWICH], ids=lambda arch: arch.name)
+def test_int8_keeps_the_function_and_leaves_the_rest_float(arch: ArchConfig, form: str) -> None:
+    model = with_ordinary_values(build_model(arch), seed=1).eval()
+    plain = onnx_bytes(deployed(model, arch) if form == "deploy" else model, images(1))
     small = quantised(plain, list(images(16).numpy()[:, None]))
-    kinds = Counter(node.op_type for node in onnx.load_from_string(small).graph.node)
-    assert kinds["Gelu"] == 0 and kinds["Softmax"] == 2
-    nodes = onnx.load_from_string(small).graph.node
-    maker = {name: node.op_type for node in nodes for name in node.output}
-    products = [node for node in nodes if node.op_type in ("Conv", "Gemm")]
-    assert products and all(maker[node.input[0]] == maker[node.input[1]] == "DequantizeLinear" for node in products)
-    assert not [node for node in nodes if node.op_type == "QuantizeLinear" and maker.get(node.input[0]) == "Softmax"]
+    graph = onnx.load_from_string(small).graph
+    kinds = Counter(node.op_type for node in graph.node)
+    attentions = sum(isinstance(layer.spec, (MB3D, ViT, AttnFFN)) for layer in arch.layers())
+    assert kinds["Softmax"] == attentions or arch is SANDWICH
+    assert arch is not UNFLAT or not kinds["Gelu"]
+    maker = {name: node.op_type for node in graph.node for name in node.output}
+    maker |= dict.fromkeys((tensor.name for tensor in graph.initializer), "constant")
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    inside = ["DequantizeLinear"] * 2
+    for node in graph.node:
+        of = [maker.get(name, "") for name in node.input]
+        if node.op_type == "Conv":
+            is_float = "/talk" in node.name or shapes.get(node.input[1], ())[1:] == (1, 1, 1)
+            assert (of[:2] == inside) is not is_float, f"{node.name}: {of}"
+            assert not is_float or not {"DequantizeLinear"} & set(of), f"{node.name}: {of}"
+        elif node.op_type in ("Gemm", "AveragePool"):
+            assert (of[:2] == inside) is (node.op_type == "Gemm"), f"{node.name}: {of}"
+        elif node.op_type == "QuantizeLinear":
+            assert of[0] not in ("Softmax", "AveragePool"), node.name
+    floats = [node for node in graph.node if node.op_type == "Conv" and maker[node.input[0]] != "DequantizeLinear"]
+    if form == "deploy":  # kept and pooled of MB4D; two talks of AttnFFN, and what enters the layout
+        expected = {"unflat": 2 * 2, "vit": 0, "attn-ffn": 2 * 2 + 2, "sandwich": 0}[arch.name]
+        assert len(floats) == expected, [node.name for node in floats]
     before, after = onnx_session(plain), onnx_session(small)
     pairs = [tuple(s.run(None, {"image": x[None]})[0] for s in (before, after)) for x in images(32).numpy()]
     expected, found = (np.concatenate(logits) for logits in zip(*pairs, strict=True))
@@ -289,11 +327,52 @@ def test_onnx_runtime_makes_a_table_of_gelu(tmp_path: Path) -> None:
     assert kinds["QLinearSigmoid"] == kinds["QLinearMul"] == 3 and not kinds["Gelu"] + kinds["Sigmoid"]
 
 
-def test_the_table_s_graph_is_the_exported_one() -> None:
-    profiler = OrtCpu(precision="int8")
-    layers = (Layer(MB4D(8), 4),)
-    kinds = Counter(node.op_type for node in onnx.load_from_string(profiler.onnx(layers)).graph.node)
-    assert kinds["Sigmoid"] == 1 and not kinds["Gelu"], "as nas.int8 makes them"
+def kinds_of(model: bytes) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load_from_string(model).graph.node)
+
+
+FAMILIES = [UNFLAT, VIT, ATTN_FFN, SANDWICH]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("arch", FAMILIES, ids=lambda arch: arch.name)
+def test_the_table_s_graph_is_the_exported_one(arch: ArchConfig, precision: str, folder: Path) -> None:
+    """Whole networks of a table (its calibration's), and what nas-export writes by default: the same operators."""
+    arch = arch.with_classes(10)
+    arch.save("searched.yaml")
+    export_network("searched.yaml", None, Path("m.onnx"), int8=precision == "int8")
+    timed = kinds_of(OrtCpu(precision=precision).onnx(tuple(arch.layers())))
+    assert timed == kinds_of(Path("m.onnx").read_bytes())
+    if arch.name == "unflat":
+        assert timed["Sub"] == 0 and timed["AveragePool"] == 2, "the deploy form"
+        assert timed["Gelu"] == (0 if precision == "int8" else 4)
+
+
+@pytest.mark.parametrize("arch", FAMILIES, ids=lambda arch: arch.name)
+def test_the_core_ml_table_s_package_is_the_exported_one(
+    arch: ArchConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is given to coremltools; that it converts is test_coreml's."""
+    given = []
+
+    def convert(module: nn.Module, example: Tensor, *_: str) -> None:
+        given.append(kinds_of(onnx_bytes(module, example)))
+        raise InputError("enough")
+
+    monkeypatch.setattr(coreml, "convert", convert)
+    monkeypatch.setattr(coreml, "coremltools", lambda: None)
+    arch.save("searched.yaml")
+    layers = tuple(arch.layers())
+    plan = Plan(pieces=(), networks=(name_of(layers),), rows=(), smallest=name_of(layers), between_bytes=0, passes=(1,))
+    for way in (
+        lambda: export_network("searched.yaml", None, Path("m.mlpackage")),
+        lambda: coreml.CoreMlMac("npu").open(layers),
+        lambda: export_job(
+            Path("job"), SearchSpace.around(arch), Work({}, [arch], arch, plan), device="phone-npu", form="coreml"
+        ),
+    ):
+        assert "enough" in refusal(way)
+    assert given[0] == given[1] == given[2]
 
 
 def test_int8_prints_and_keeps_what_it_costs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

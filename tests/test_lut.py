@@ -130,7 +130,7 @@ def test_a_slope_is_the_least_squares_slope_over_chains_of_1_2_and_4() -> None:
 def test_chains_have_distinct_weights() -> None:
     from nas.measure import build_module
 
-    module, _ = build_module((Layer(MB4D(16), 8),) * 4)
+    module, _ = build_module((Layer(MB4D(16), 8),) * 4, deploy=False)
     weights = [block.mlp.fc1.weight for block in module.children()]
     assert all(not weights[0].equal(other) for other in weights[1:])
 
