@@ -24,20 +24,21 @@ from refusals import refusal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nas.about import note
+from nas.about import note, targets_of_file
 from nas.data import load_images, normalise
 from nas.export import export_network, export_onnx, onnx_bytes, onnx_session, torch_program, with_ordinary_values
 from nas.int8 import CalibrationInputs, quantised
 from nas.job import export_job
 from nas.measure import name_of
+from nas.pixels import decode
 from nas.plan import Work
 from nas.profilers import coreml
 from nas.profilers.bench import Plan
 from nas.profilers.ort_cpu import OrtCpu
 from supernet.arch import ArchConfig, Stage
 from supernet.blocks.efficientformer import LAYER_SCALE, LayerScale
-from supernet.errors import InputError
 from supernet.deploy import deployed
+from supernet.errors import InputError
 from supernet.model import build_model
 from supernet.space import SearchSpace
 from supernet.specs import FFN, MB3D, MB4D, AttnFFN, PatchStem, Sandwich, ViT
@@ -192,7 +193,8 @@ def test_every_file_says_what_it_is(folder: Path, capsys: pytest.CaptureFixture[
     session = onnxruntime.InferenceSession("m.onnx", providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["classes"]) == list(CLASSES)
-    assert json.loads(about["targets"]) == [{"device": "phone-npu", "target_ms": 1.5, "table": "phone-npu.csv"}]
+    expected = {"device": "phone-npu", "target_ms": 1.5, "table": "phone-npu.csv", "image_size": 32}
+    assert json.loads(about["targets"]) == [expected]
     assert (about["image_size"], about["batch"], about["form"]) == ("32", "1", "deploy")
     assert ArchConfig.from_dict(yaml.safe_load(about["arch"]), "the file") == UNFLAT
     # The other file is read where there is nothing but torch.
@@ -207,6 +209,40 @@ def test_every_file_says_what_it_is(folder: Path, capsys: pytest.CaptureFixture[
     assert json.loads(inside) == {**about, "batch": "dynamic"}
     np.testing.assert_allclose(logits, eager(images(3)).numpy(), rtol=0, atol=1e-4)
     assert "(N, 3, 32, 32) to (N, 5)" in capsys.readouterr().out
+
+
+def test_milliseconds_stand_only_in_a_file_of_what_was_timed() -> None:
+    devices = ("xeon-cpu", "xeon-cpu-int8", "xeon-cpu-b8", "iphone15pro-npu", "iphone15pro-cpu", "apple-m2-coreml-cpu", "a100")
+    targets = [{"device": d, "target_ms": 9, "predicted_ms": 8, "measured_ms": 7, "image_size": 224} for d in devices]
+
+    def timed(**given: Any) -> list[str]:
+        kept = targets_of_file(targets, **{"image_size": 224, "format": "onnx", "form": "deploy", "int8": False} | given)
+        assert [t["device"] for t in kept] == list(devices) and all(t["target_ms"] == 9 for t in kept)
+        assert all(("predicted_ms" in t) == ("measured_ms" in t) for t in kept)
+        return [t["device"] for t in kept if "measured_ms" in t]
+
+    assert timed() == ["xeon-cpu", "xeon-cpu-b8"]
+    assert timed(int8=True) == ["xeon-cpu-int8"]
+    assert timed(format="coreml") == ["iphone15pro-npu", "iphone15pro-cpu", "apple-m2-coreml-cpu"]
+    for other in ({"format": "torch"}, {"form": "plain"}, {"form": "fastest"}, {"image_size": 192}):
+        assert timed(**other) == []
+
+
+def test_the_fastest_form_is_what_was_measured_to_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def one_round(runs: Any, seconds: float) -> dict[str, float]:
+        asked.append(runs)
+        return {"conv": 2.0, "matmul": 1.0}
+
+    monkeypatch.setattr("nas.forms.one_round", one_round)
+    write("fastest.onnx", form="fastest", batch="dynamic")
+    assert asked
+    write("deploy.onnx")
+    fastest, deploy = (kinds_of(Path(f"{form}.onnx").read_bytes()) for form in ("fastest", "deploy"))
+    assert deploy["AveragePool"] == 2 and fastest["AveragePool"] == 0, "the pool mixer became products"
+    about = onnx_session(Path("fastest.onnx").read_bytes()).get_modelmeta().custom_metadata_map
+    assert about["form"] == "fastest"
 
 
 def test_a_core_ml_package_is_whole_and_says_what_was_not_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,8 +286,9 @@ def test_a_full_disk_leaves_the_old_file(out: str, folder: Path, monkeypatch: py
     [
         ({"out": "m.txt"}, ".onnx or .mlpackage or .pt2"),
         ({"out": "m.onnx", "format": "coreml"}, "ends in .mlpackage"),
-        ({"out": "m.onnx", "form": "fast"}, "allowed: deploy, plain"),
+        ({"out": "m.onnx", "form": "fast"}, "allowed: deploy, fastest, plain"),
         ({"out": "m.mlpackage", "batch": "dynamic"}, "give a number"),
+        ({"out": "m.pt2", "form": "fastest"}, "choose onnx, or --form deploy"),
         ({"out": "m.pt2", "int8": True}, "int8 is for ONNX Runtime"),
         ({"out": "m.onnx", "data": Path("photos")}, "add --int8"),
         ({"out": "m.onnx", "int8": True}, "knows 5 classes (daisy, rose, tulip, ...), but digits has 10"),
@@ -328,7 +365,8 @@ def test_onnx_runtime_makes_a_table_of_gelu(tmp_path: Path) -> None:
 
 
 def kinds_of(model: bytes) -> Counter[str]:
-    return Counter(node.op_type for node in onnx.load_from_string(model).graph.node)
+    """Count the operators, except those that stand for constants that are equal, as initial values are."""
+    return Counter(node.op_type for node in onnx.load_from_string(model).graph.node if node.op_type != "Identity")
 
 
 FAMILIES = [UNFLAT, VIT, ATTN_FFN, SANDWICH]
@@ -410,15 +448,26 @@ def test_the_lines_of_the_page_run_where_nothing_of_ours_is(folder: Path) -> Non
     (lines,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "onnxruntime" in code]
     assert len([line for line in lines.splitlines() if line.strip()]) <= 10, "ten lines, as promised"
     write("flowers.onnx")
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    Image.fromarray(pixels).save("rose.png")
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: what is stored lies on its side
+    for _ in range(100):
+        lying = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((32, 32))
+        lying.save("rose.jpg", exif=exif)
+        upright, as_stored = (
+            int(eager(normalise(torch.from_numpy(pixels.copy())[None])).argmax())
+            for pixels in (decode("rose.jpg", 32), np.asarray(Image.open("rose.jpg")).transpose(2, 0, 1))
+        )
+        if upright != as_stored:
+            break
+    else:
+        pytest.fail("no image tells whether it was turned")
     blocked = "import sys\nfor name in ('nas', 'supernet', 'torch', 'onnx'):\n    sys.modules[name] = None\n"
     ran = subprocess.run(
-        [sys.executable, "-c", blocked + lines, "flowers.onnx", "rose.png"],
+        [sys.executable, "-c", blocked + lines, "flowers.onnx", "rose.jpg"],
         capture_output=True,
         encoding="utf-8",
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         check=True,
     )
-    logits = eager(normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
-    assert ran.stdout.strip() == CLASSES[int(logits.argmax())]
+    assert ran.stdout.strip() == CLASSES[upright], "the class of what training saw"
