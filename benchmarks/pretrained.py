@@ -256,10 +256,10 @@ class Comparison:
 def widths_of(model: nn.Module, arch: ArchConfig) -> list[int]:
     """Return the widths that the stages of a pruned network have left; all of a network's blocks have layer scales."""
     scales = {name: len(module.gamma) for name, module in model.named_modules() if isinstance(module, LayerScale)}
-    found = [
-        next((n for name, n in scales.items() if name.startswith(f"stage{at}_")), None) for at in range(1, len(arch.stages) + 1)
+    return [
+        next((n for name, n in scales.items() if name.startswith(f"stage{at}_")), stage.width)
+        for at, stage in enumerate(arch.stages, 1)
     ]
-    return [width or stage.width for width, stage in zip(found, arch.stages, strict=True)]
 
 
 def parameters(model: nn.Module) -> int:

@@ -20,7 +20,10 @@ NOTE = "metapath"
 """The one key of ours in a safetensors header, a JSON object: several would come in a random order, and equal weights would
 be unequal files."""
 INPUT, OUTPUT = "image", "logits"
-PREPARATION = "turned upright as EXIF says; RGB; the short side scaled to image_size (bicubic), the central square; value / 255, minus mean, by std"
+PREPARATION = (
+    "turned upright as EXIF says; RGB; the short side scaled to image_size (bicubic), the central square; value / 255, minus "
+    "mean, by std"
+)
 _OF_A_TARGET = ("device", "target_ms", "predicted_ms", "measured_ms", "table", "provenance", "batch")
 
 

@@ -27,8 +27,9 @@ CLEARLY = 0.97  # of the default's time: what is not faster by more may be so by
 
 
 def measured_forms(arch: ArchConfig, batch: int | None = None, rounds: int = 7, seconds: float = 0.2) -> dict[Layer, Form]:
-    """Return the form of every layer of a network that has a choice, `forms` of `supernet.deploy.deployed`, for calls of `batch`
-    images (None: one, or one group). It takes `rounds` * `seconds` for each such layer, and what making its models does."""
+    """Return the form of every layer of a network that has a choice, `forms` of `supernet.deploy.deployed`, for calls of
+    `batch` images (None: one, or one group). It takes `rounds` * `seconds` for each such layer,
+    and what making its models does."""
     layers = [layer for layer in dict.fromkeys(arch.layers()) if has_forms(layer)]
     found = {}
     with pinned(), progress("forms", len(layers)) as tick:

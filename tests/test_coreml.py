@@ -106,6 +106,27 @@ def test_forms_that_no_network_has_are_refused(module: nn.Module, said: str) -> 
     gc.collect()
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer(Stem(16, 4), 32),
+        Layer(MB4D(16), 4),
+        Layer(MB3D(16, num_heads=2, key_dim=8), 4),
+        Layer(MB3D(20, num_heads=2, key_dim=8), 4),  # no multiple of 16: products in place of convolutions
+        Layer(FFN(16), 4),
+        Layer(AttnFFN(16, num_heads=2, key_dim=8), 4),
+        Layer(AttnFFN(16, num_heads=2, key_dim=8, stride=2), 8),
+        Layer(Embedding(32, 16), 8),
+        Layer(AttnEmbedding(32, 16), 8),
+        Layer(Head(16, 10, tokens=True), 4),
+    ],
+    ids=str,
+)
+def test_deploy_forms_convert_to_fp16_without_casts_or_norms(layer: Layer) -> None:
+    """What nas-export and the tables' packages hold; ViT's and EfficientViT's layers are in their own tests."""
+    assert not {"cast", "batch_norm"} & set(operations(convert(*build_module((layer,), deploy=True))))
+
+
 def test_a_chain_keeps_every_blocks_weights(tmp_path: Path) -> None:
     def weight_bytes(module: nn.Module, name: str) -> int:
         save_package(module, example, tmp_path / f"{name}.mlpackage")
