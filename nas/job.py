@@ -236,7 +236,7 @@ def without_weights(data: bytes) -> tuple[bytes, list[dict[str, Any]]]:
     model = onnx.load_from_string(data)
     left_out = []
     for tensor in model.graph.initializer:
-        if math.prod(tensor.dims) <= max(LARGE, *tensor.dims):
+        if math.prod(tensor.dims) <= max([LARGE, *tensor.dims]):
             continue
         if tensor.data_type not in (TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8):
             continue

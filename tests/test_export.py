@@ -351,7 +351,7 @@ def test_int8_keeps_the_function_and_leaves_the_rest_float(arch: ArchConfig, for
         if maker.get(made[node.input[0]].input[0]) == "Add"
         for name in node.output
     }
-    assert rounded, "sums are rounded where a product in int8 reads them"
+    assert bool(rounded) is (arch is not VIT), "sums are rounded where a product in int8 reads them; ViT's are read by norms"
     for node in graph.node:
         assert not rounded.intersection(node.input) or maker.get(node.input[1]) == "DequantizeLinear", (
             f"{node.name}: a float sum"

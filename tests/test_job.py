@@ -1,5 +1,6 @@
 """A table by way of a job folder is the table that is built directly; what is not the job's own result is refused."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -114,6 +115,15 @@ def no_mapping(results: dict[str, Any]) -> None:
     results["visits"] = [1, 2]
 
 
+def other_form(results: dict[str, Any]) -> None:
+    """A job that was exported before there was a deploy form."""
+    path = Path("job/manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["export"] = "torchscript, opset 20, plain form"
+    path.write_text(json.dumps(manifest))
+    results["job_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def somewhere_else(results: dict[str, Any]) -> None:
     """A manifest that somebody sends along, to be written outside the folder of tables."""
     import hashlib
@@ -159,7 +169,8 @@ def no_unit(results: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (no_mapping, "must hold a mapping"),
+        (other_form, r"another export form \(.*plain form; now .*deploy form\): export the job anew and run it"),
+        (no_mapping, "no whole results file"),
         (somewhere_else, "cannot be a device id"),
         (other_job, "belongs to a job whose manifest"),
         (lacks_a_model, r"lacks 1 of \d+ models, '4 x mb4d\(dim=16\) at 8 px' first"),
