@@ -29,6 +29,7 @@ from nas.recipe import RECIPES
 from nas.throughput import GROUPINGS, Accuracy, grouped_accuracy, wait_ms
 from nas.training import train_network
 from supernet.arch import ArchConfig, MultiplexSpec, Stage
+from supernet.deploy import deployed
 from supernet.errors import InputError
 from supernet.model import build_model, count
 from supernet.specs import PatchStem, ViT
@@ -115,7 +116,8 @@ def compare(data: ImageData, val: Images, given: argparse.Namespace, folder: Pat
         scores[name] = grouped_accuracy(models[name], val, arch.group_size, given.groupings)
     say("timing all of them side by side")
     groups = {name: arch.group_size for name, arch in archs.items()}
-    times = latencies(models, groups, given.in_flight, given.visits)
+    deploy = {name: deployed(model, archs[name]) for name, model in models.items()}
+    times = latencies(deploy, groups, given.in_flight, given.visits)
 
     source = "scikit-learn's digits" if data.demonstration else Path(data.source).name
     print(f"{source}, {SIZE} px: {given.epochs} epochs of {given.images or len(data.train):,} images, {len(val):,} to validate")

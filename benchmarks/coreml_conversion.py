@@ -43,7 +43,7 @@ def main() -> None:
     with progress("converting", len(models)) as tick:
         for model, what in models.items():
             try:
-                stray = {"cast", "batch_norm"} & set(operations(convert(*build_module(model))))
+                stray = {"cast", "batch_norm"} & set(operations(convert(*build_module(model, deploy=True))))
                 if stray:
                     raise InputError(f"it has a {' and a '.join(sorted(stray))}")
                 done[what] += 1

@@ -41,7 +41,7 @@ CLAIMS = (  # faster, slower, how many times by the paper, in what
 
 def workload(name: str, batch: int) -> OrtModel:
     if name in OURS:
-        module, example = build_module(tuple(zoo(name).layers()), batch)
+        module, example = build_module(tuple(zoo(name).layers()), batch, deploy=True)
     else:
         module = with_ordinary_values(timm.create_model(name).eval(), seed=0)
         example = torch.randn(batch, *module.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))

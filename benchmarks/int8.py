@@ -23,7 +23,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from nas.checkpoints import load_weights
 from nas.data import load_data
-from nas.export import FORMS, checked_onnx, expectations
+from nas.export import checked_onnx, expectations
 from nas.int8 import CalibrationInputs, onnx_accuracy, quantised, quantised_products
 from nas.profilers.ort_session import OrtModel, cpu_name
 from supernet.arch import ArchConfig
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trained", type=Path)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--form", choices=FORMS, default="deploy")
+    parser.add_argument("--form", choices=("deploy", "plain"), default="deploy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=40)
     given = parser.parse_args()

@@ -48,6 +48,7 @@ from nas.teacher import load_teacher
 from nas.training import train_network
 from supernet.arch import ArchConfig
 from supernet.blocks.efficientformer import LayerScale
+from supernet.deploy import deployed
 from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.model import build_model
@@ -127,10 +128,10 @@ class Comparison:
         load_weights(model, weights)
         return model.eval()
 
-    def ms(self, model: nn.Module) -> float:
-        """Return the time of a call, at the pace that the machine had when the table was built."""
-        side = self.arch.image_size
-        workload = OrtModel(onnx_bytes(model.eval().cpu(), torch.randn(1, 3, side, side)))
+    def ms(self, model: nn.Module, arch: ArchConfig) -> float:
+        """Return the time of a call of the deploy form, at the pace that the machine had when the table was built."""
+        side = arch.image_size
+        workload = OrtModel(onnx_bytes(deployed(model.eval().cpu(), arch), torch.randn(1, 3, side, side)))
         return measure_alone(self.profiler, workload, table_reference(self.table)).ms
 
     def kept(self, name: str, make: Callable[[], Outcome]) -> Outcome:
@@ -142,7 +143,7 @@ class Comparison:
 
     def whole(self) -> Outcome:
         accuracy = accuracy_of(self.original, self.data.val)[1]
-        return Outcome("as it is", self.ms(self.original), parameters(self.original), accuracy, accuracy)
+        return Outcome("as it is", self.ms(self.original, self.arch), parameters(self.original), accuracy, accuracy)
 
     def slimmed(self, target_ms: float, name: str) -> Outcome:
         """Search from the original's weights, tune what is found; `seconds.json` says how long both took."""
@@ -161,7 +162,13 @@ class Comparison:
         arch = ArchConfig.load(folder / "run" / "searched.yaml")
         weights = folder / "run" / "weights.safetensors"
         tuned = took.of("tuning", lambda: self.tuned(arch, weights, folder / "tuned"))
-        return Outcome("slimmed", self.ms(tuned), parameters(tuned), result["accuracy"], accuracy_of(tuned, self.data.val)[1])
+        return Outcome(
+            "slimmed",
+            self.ms(tuned, arch.without_identity()),
+            parameters(tuned),
+            result["accuracy"],
+            accuracy_of(tuned, self.data.val)[1],
+        )
 
     def tuned(self, arch: ArchConfig, weights: Path, folder: Path) -> nn.Sequential:
         train_network(arch, self.data, self.tuning, folder, self.seed, weights=weights, teacher=self.teacher)
@@ -188,7 +195,9 @@ class Comparison:
         train_network(arch, self.data, recipe, self.folder / name / "trained", self.seed)
         model = self.loaded(arch.without_identity(), self.folder / name / "trained" / "model.safetensors")
         what = f"from nothing ({recipe.epochs} epochs)"
-        return Outcome(what, self.ms(model), parameters(model), None, accuracy_of(model, self.data.val)[1])
+        return Outcome(
+            what, self.ms(model, arch.without_identity()), parameters(model), None, accuracy_of(model, self.data.val)[1]
+        )
 
     def uniform(self, target_ms: float, name: str) -> Outcome:
         """Narrow all stages by one share, to the widest network whose latency is at or under the target."""
@@ -198,7 +207,7 @@ class Comparison:
             model = build_model(target)
             model.load_state_dict(narrowed(self.original.state_dict(), self.arch, target, self.scores))
             recalibrate(model, self.images)
-            if self.ms(model) <= target_ms:
+            if self.ms(model, target) <= target_ms:
                 break
         else:
             raise InputError(f"no uniform width is as fast as {target_ms:g} ms: give larger --shares")
@@ -208,7 +217,7 @@ class Comparison:
         write_atomically(start, save_safetensors({n: t.contiguous() for n, t in model.state_dict().items()}))
         tuned = self.tuned(replace(target, name=name), start, self.folder / name / "tuned")
         what = f"uniform, magnitude ({share:g} of the width)"
-        return Outcome(what, self.ms(tuned), parameters(tuned), before, accuracy_of(tuned, self.data.val)[1])
+        return Outcome(what, self.ms(tuned, target), parameters(tuned), before, accuracy_of(tuned, self.data.val)[1])
 
     def torch_pruned(self, target_ms: float) -> Outcome:
         """Prune by Torch-Pruning's magnitude at one ratio, to the slowest network at or under the target, and tune it."""
@@ -233,14 +242,24 @@ class Comparison:
             for scale in (module for module in model.modules() if isinstance(module, LayerScale)):
                 scale.shape = (len(scale.gamma), *scale.shape[1:])
             recalibrate(model, self.images)
-            if self.ms(model) <= target_ms:
+            arch = at_widths(self.arch, widths_of(model, self.arch))
+            if self.ms(model, arch) <= target_ms:
                 break
         else:
             raise InputError(f"Torch-Pruning finds no network as fast as {target_ms:g} ms: give larger --shares")
         before = accuracy_of(model, self.data.val)[1]
         train_model(model, "Torch-Pruning", self.data, self.tuning, self.seed, None, self.teacher)
         what = f"Torch-Pruning (ratio {ratio:g})"
-        return Outcome(what, self.ms(model), parameters(model), before, accuracy_of(model, self.data.val)[1])
+        return Outcome(what, self.ms(model, arch), parameters(model), before, accuracy_of(model, self.data.val)[1])
+
+
+def widths_of(model: nn.Module, arch: ArchConfig) -> list[int]:
+    """Return the widths that the stages of a pruned network have left; all of a network's blocks have layer scales."""
+    scales = {name: len(module.gamma) for name, module in model.named_modules() if isinstance(module, LayerScale)}
+    return [
+        next((n for name, n in scales.items() if name.startswith(f"stage{at}_")), stage.width)
+        for at, stage in enumerate(arch.stages, 1)
+    ]
 
 
 def parameters(model: nn.Module) -> int:

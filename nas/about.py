@@ -14,12 +14,16 @@ from typing import Any
 
 from nas.data import IMAGENET_MEAN, IMAGENET_STD
 from supernet.arch import ArchConfig
+from supernet.errors import InputError
 
 NOTE = "metapath"
 """The one key of ours in a safetensors header, a JSON object: several would come in a random order, and equal weights would
 be unequal files."""
 INPUT, OUTPUT = "image", "logits"
-PREPARATION = "RGB; the short side scaled to image_size (bicubic), the central square; value / 255, minus mean, by std"
+PREPARATION = (
+    "turned upright as EXIF says; RGB; the short side scaled to image_size (bicubic), the central square; value / 255, minus "
+    "mean, by std"
+)
 _OF_A_TARGET = ("device", "target_ms", "predicted_ms", "measured_ms", "table", "provenance", "batch")
 
 
@@ -50,16 +54,32 @@ def read_note(weights: str | Path) -> dict[str, Any]:
 def targets_beside(network: str | Path) -> list[dict[str, Any]]:
     """Return what the search of `searched.yaml` was for, from the `result.json` beside it; nothing where there is none."""
     path = Path(network)
-    with suppress(OSError, ValueError, TypeError, AttributeError):
+    with suppress(OSError, ValueError, TypeError, AttributeError, InputError):
         result = json.loads(path.with_name("result.json").read_text(encoding="utf-8"))
         if path.name == "searched.yaml":
+            size = {"image_size": ArchConfig.load(path).image_size}
             found = [
-                {name: target[name] for name in _OF_A_TARGET if target.get(name) is not None}
+                {name: target[name] for name in _OF_A_TARGET if target.get(name) is not None} | size
                 for target in result.get("targets", [result])
             ]
             # Of the table, the name alone: where it lay is nobody's business who gets the file.
             return [{**target, **({"table": Path(target["table"]).name} if "table" in target else {})} for target in found]
     return []
+
+
+def targets_of_file(
+    targets: Sequence[Mapping[str, Any]], *, image_size: int, format: str, form: str, int8: bool
+) -> list[dict[str, Any]]:
+    """Return the targets of a network's search as they stand in an exported file: with the predicted and measured milliseconds
+    only where the file has the size, the format, the form and the precision that were timed."""
+    kept = []
+    for target in targets:
+        device = str(target.get("device", ""))
+        core_ml = "-npu" in device or "-coreml-" in device or device.startswith(("iphone", "ipad"))
+        timed = "coreml" if core_ml else "onnx" if "-cpu" in device else "another"
+        same = (timed, "deploy", "-int8" in device, target.get("image_size")) == (format, form, int8, image_size)
+        kept.append({name: value for name, value in target.items() if same or name not in ("predicted_ms", "measured_ms")})
+    return kept
 
 
 def metadata(
@@ -74,7 +94,7 @@ def metadata(
 
     Args:
         arch: the network, at the size at which it is exported.
-        form: deploy or plain.
+        form: deploy, fastest or plain.
         batch: images of a call, or dynamic.
         classes: in the order of the logits; left out where they are not known.
         targets: of its search; left out where there was none.

@@ -535,7 +535,8 @@ def export(arguments: Sequence[str] | None = None) -> None:
         "--form",
         default="deploy",
         metavar="F",
-        help="deploy: rewritten to run fast, the function unchanged (default); plain: the operators as they were trained",
+        help="deploy: rewritten to run fast, the function unchanged (default); fastest: the same, with each layer's forms "
+        "timed on this CPU (onnx); plain: the operators as they were trained",
     )
     parser.add_argument(
         "--batch",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 from nas.measure import Profiler
@@ -50,13 +49,8 @@ def open_profiler(
 
 def profiler_of(table: LatencyTable) -> Profiler | None:
     """Return the profiler that times a table's device with the table's settings, None if that is not this machine's."""
-    from nas.profilers.ort_cpu import PLAIN_FP32, OrtCpu
-
     settings = {name: table.meta.get(name) for name in ("threads", "precision", "batch")}
-    found = _matching(table.device, settings)
-    if isinstance(found, OrtCpu) and table.meta.get("export") == PLAIN_FP32:
-        return replace(found, export=PLAIN_FP32)  # a table's predictions are of the form that it was measured in
-    return found
+    return _matching(table.device, settings)
 
 
 def _of_id(device: str) -> Profiler | None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from nas.about import INPUT, OUTPUT, metadata, read_note, targets_beside
+from nas.about import INPUT, OUTPUT, metadata, read_note, targets_beside, targets_of_file
 from nas.progress import say
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, first_line, unknown
@@ -30,7 +30,7 @@ TOLERANCE = 1e-4  # of the largest logit, or absolute where logits are below 1
 HALF_TOLERANCE = 5e-2  # the same of a network that computes in fp16 throughout
 DYNAMIC = "dynamic"
 FORMATS = {"onnx": ".onnx", "coreml": ".mlpackage", "torch": ".pt2"}
-FORMS = ("deploy", "plain")
+FORMS = ("deploy", "fastest", "plain")
 
 
 def onnx_bytes(model: nn.Module, example: Tensor, *, dynamic: bool = False) -> bytes:
@@ -211,7 +211,8 @@ def export_network(
         network: a YAML file or a zoo name.
         weights: as `nas.pretrained.load_pretrained` takes them.
         format: onnx, coreml or torch; None: as the name of `out` says.
-        form: deploy (rewritten to be fast, the function unchanged) or plain.
+        form: deploy (rewritten to be fast, the function unchanged), fastest (deploy, with the form of every layer that was
+            measured to be the fastest on this machine), or plain.
         batch: images of a call, or dynamic; None: one, or one full group where the network multiplexes.
         int8: quantise, with ranges from training images of `data`, and print the accuracy on its validation images.
         data: an image folder; None: the embedded digits.
@@ -222,6 +223,10 @@ def export_network(
     format = _format(format, out)
     if form not in FORMS:
         raise unknown("form", form, FORMS)
+    if form == "fastest" and format != "onnx":
+        raise InputError(
+            f"the fastest form is measured in ONNX Runtime, not for --format {format}: choose onnx, or --form deploy"
+        )
     if int8 and format != "onnx":
         raise InputError(f"int8 is for ONNX Runtime, not for --format {format}: choose onnx, or leave --int8 out")
     if data is not None and not int8:
@@ -241,8 +246,14 @@ def export_network(
     elif weights is not None and "classes" not in said:
         say(f"{weights} does not name its classes: the file will not either (nas-train writes them into model.safetensors)")
     expected = expectations(model, arch.image_size, batch)
-    if form == "deploy":
+    if form == "fastest":
+        from nas.forms import measured_forms
+
+        model = deployed(model, arch, measured_forms(arch, 1 if batch == DYNAMIC else int(batch)))
+    elif form == "deploy":
         model = deployed(model, arch)
+    if "targets" in said:
+        said["targets"] = targets_of_file(said["targets"], image_size=arch.image_size, format=format, form=form, int8=int8)
     about = metadata(arch, form, batch, **said)
     dynamic = batch == DYNAMIC
     lines = []

@@ -14,6 +14,7 @@ from torch import nn
 from nas.export import onnx_bytes, with_ordinary_values
 from nas.measure import input_shape
 from nas.profilers.ort_session import OrtModel, pinned
+from nas.progress import progress
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
 from supernet.deploy import FORMS, Form, default_form, deployed_layer, has_forms
@@ -25,13 +26,17 @@ CHAIN = 4  # blocks: what neighbours share is shared here, too
 CLEARLY = 0.97  # of the default's time: what is not faster by more may be so by how a session's memory happens to lie
 
 
-def measured_forms(arch: ArchConfig, rounds: int = 7, seconds: float = 0.2) -> dict[Layer, Form]:
-    """Return the form of every layer of a network that has a choice, `forms` of `supernet.deploy.deployed`. It takes
-    `rounds` * `seconds` for each such layer, and what making its models does."""
-    with pinned():
-        return {
-            layer: measured_form(layer, arch.group_size, rounds, seconds) for layer in set(arch.layers()) if has_forms(layer)
-        }
+def measured_forms(arch: ArchConfig, batch: int | None = None, rounds: int = 7, seconds: float = 0.2) -> dict[Layer, Form]:
+    """Return the form of every layer of a network that has a choice, `forms` of `supernet.deploy.deployed`, for calls of
+    `batch` images (None: one, or one group). It takes `rounds` * `seconds` for each such layer,
+    and what making its models does."""
+    layers = [layer for layer in dict.fromkeys(arch.layers()) if has_forms(layer)]
+    found = {}
+    with pinned(), progress("forms", len(layers)) as tick:
+        for layer in layers:
+            found[layer] = measured_form(layer, batch or arch.group_size, rounds, seconds)
+            tick(1)
+    return found
 
 
 def measured_form(layer: Layer, batch: int = 1, rounds: int = 7, seconds: float = 0.2) -> Form:

@@ -1,10 +1,12 @@
 """Static quantisation to int8 for ONNX Runtime: the graph, the images that give its ranges, and what it costs in accuracy.
 
-What is computed in int8, and how, was chosen by what it costs on trained networks (benchmarks/int8.py):
+What is computed in int8, and how (benchmarks/int8.py prints what it costs):
 
-- Convolutions, linear layers and products with weights. Residual sums, pooling and layer scale stay float: each is one pass
-  over memory there, but a dequantisation and a quantisation more in int8. In attention, softmax and the products of
-  activations with activations stay float too: most values are near zero, where 8 bits have few steps.
+- Convolutions, linear layers and products with weights. Residual sums, pooling and layer scale stay float, and so do the
+  depthwise 1x1 convolutions that a deploy form has in their place: what passes them is the sum that goes through the whole
+  network. In attention, softmax, the heads' talk and the products of activations with activations stay float too: most values
+  are near zero, where 8 bits have few steps. A shortcut that a deploy form folds into a depthwise 3x3 convolution
+  (EfficientViT's blocks) is part of that convolution, and so in int8.
 - GELU between two of them is x * sigmoid(1.702 x) (Hendrycks and Gimpel, arXiv 1606.08415), off by at most 0.02, about one
   step of 8 bits: of 256 inputs the sigmoid is a table, and the product an int8 one.
 - Weights have a scale for each output channel, activations one for each tensor; their ranges leave a ten-thousandth of the
@@ -18,7 +20,7 @@ import io
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,26 +92,63 @@ def quantised_products(model: bytes, inputs: Sequence[Array]) -> bytes:
             plain.write_bytes(model)
             quant_pre_process(plain, prepared, skip_symbolic_shape=True)  # batch norms into convolutions
             graph = onnx.load(prepared).graph
-            constants = {tensor.name for tensor in graph.initializer}
+            shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
             quantize_static(
                 prepared,
                 result,
                 Reader(graph.input[0].name),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=IN_INT8,
-                nodes_to_quantize=[n.name for n in graph.node if n.op_type in IN_INT8 and n.input[1] in constants],
+                nodes_to_quantize=[n.name for n in graph.node if _in_int8(n, shapes)],
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.Percentile,
                 extra_options={"CalibPercentile": WITHIN, "CalibStridedMinMax": 1},
             )
-            return result.read_bytes()
+            return with_float_sums(result.read_bytes())
     except OSError as error:
         raise InputError(
             f"quantisation cannot write its temporary files in {tempfile.gettempdir()} ({error.strerror or error}): make room "
             "there, or set TMPDIR to another folder"
         ) from error
+
+
+def _in_int8(node: Any, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Say whether a node is a product with weights whose result is to be one of int8; `shapes` are the constants'."""
+    if node.op_type not in IN_INT8 or node.input[1] not in shapes:
+        return False
+    if node.op_type != "Conv":
+        return True
+    depthwise_1x1 = shapes[node.input[1]][1:] == (1, 1, 1)
+    return not depthwise_1x1 and "/talk" not in node.name  # talking_head1 and 2, in the deploy form talk1 and 2
+
+
+def with_float_sums(model: bytes) -> bytes:
+    """Return a quantised ONNX model in which what reads a sum in float reads the sum itself.
+
+    Where one reader of a tensor is a product in int8, ONNX Runtime's quantiser gives all its readers the values rounded to 8
+    bits. What a product in int8 gives stays as it is: it leaves that product in 8 bits.
+    """
+    import onnx
+
+    proto = onnx.load_from_string(model)
+    maker = {name: node for node in proto.graph.node for name in node.output}
+
+    def made_by(name: str, kind: str) -> Any:
+        node = maker.get(name)
+        return node if node is not None and node.op_type == kind else None
+
+    for node in proto.graph.node:
+        in_float = node.op_type == "Conv" and made_by(node.input[1], "DequantizeLinear") is None
+        if not in_float and node.op_type not in ("Add", "Sub", "AveragePool", "LayerNormalization"):
+            continue
+        for at, name in enumerate(node.input):
+            rounded = made_by(name, "DequantizeLinear")
+            quantisation = rounded and made_by(rounded.input[0], "QuantizeLinear")
+            if quantisation and made_by(quantisation.input[0], "Add"):
+                node.input[at] = quantisation.input[0]
+    return bytes(proto.SerializeToString())
 
 
 def gelu_by_table(model: bytes) -> bytes:

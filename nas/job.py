@@ -27,10 +27,11 @@ import platformdirs
 import torch
 from onnx import TensorProto, external_data_helper, numpy_helper
 
+from nas.export_forms import COREML, ONNX, require_current_form
 from nas.measure import CACHED, STREAMING, Model, build_module, input_shape, name_of
 from nas.plan import Work
 from nas.profilers.bench import MIN_MS_OF_A_CALL, Failed
-from nas.profilers.ort_cpu import EXPORT_FORMS, OrtCpu, suffix
+from nas.profilers.ort_cpu import OrtCpu, suffix
 from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import DISCARDED, MAX_CALLS, MIN_CALLS, VISIT_MS, References, Visit
 from nas.progress import Tick, progress, say
@@ -179,9 +180,9 @@ def check_device_id(device: str) -> None:
 def _settings(form: str, device: str | None, threads: int, precision: str | None, batch: int) -> dict[str, Any]:
     if form == "onnx":
         precision = precision or "fp32"
-        if precision not in EXPORT_FORMS:
-            raise InputError(f"an ONNX job cannot have the precision {precision!r}: allowed are {', '.join(EXPORT_FORMS)}")
-        common = {"runtime": "onnxruntime", "export": EXPORT_FORMS[precision]}
+        if precision not in ONNX:
+            raise InputError(f"an ONNX job cannot have the precision {precision!r}: allowed are {', '.join(ONNX)}")
+        common = {"runtime": "onnxruntime", "export": ONNX[precision]}
     else:
         if precision not in (None, "fp16") or threads != 1:
             raise InputError("a Core ML job has the precision fp16 and one thread: leave --precision and --threads out")
@@ -189,7 +190,7 @@ def _settings(form: str, device: str | None, threads: int, precision: str | None
             raise InputError("a Core ML job must say whose it is: --device iphone15pro-npu, say")
         unit = "CPU_ONLY" if device.endswith("-cpu") else "CPU_AND_NE"
         precision = "fp16"
-        common = {"runtime": "coreml", "export": "mlprogram, iOS 16, fp16 in and out", "compute_units": unit}
+        common = {"runtime": "coreml", "export": COREML, "compute_units": unit}
     return {**common, "precision": precision, "batch": batch, "threads": threads}
 
 
@@ -218,7 +219,7 @@ def _write_models(
 
             path = folder / entry["file"]
             if not path.exists():
-                module, example = build_module(model, profiler.batch)
+                module, example = build_module(model, profiler.batch, deploy=True)
                 save_package(module, example, path, key=name)
             shape = list(input_shape(model, profiler.batch))
             entry |= {"sha256": package_sha256(path), "input": {"name": "x", "shape": shape, "dtype": "float16"}}
@@ -227,15 +228,21 @@ def _write_models(
 
 
 def without_weights(data: bytes) -> tuple[bytes, list[dict[str, Any]]]:
-    """Return an ONNX model whose large weights are left out, and what they are: name, dtype, shape, standard deviation."""
+    """Return an ONNX model whose large weights are left out, and what they are: name, dtype, shape, standard deviation.
+
+    What has one value a channel stays, whatever its size: norms, biases, and the depthwise 1x1 convolutions of deploy forms.
+    Their values (ones, or one less layer scale) are no noise around zero.
+    """
     model = onnx.load_from_string(data)
     left_out = []
     for tensor in model.graph.initializer:
-        if math.prod(tensor.dims) <= LARGE or tensor.data_type not in (TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8):
+        if math.prod(tensor.dims) <= max([LARGE, *tensor.dims]):
             continue
-        array = numpy_helper.to_array(tensor)
-        if tensor.data_type == TensorProto.FLOAT and not np.isfinite(array).all():
+        if tensor.data_type not in (TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8):
+            continue
+        if tensor.data_type == TensorProto.FLOAT and not np.isfinite(numpy_helper.to_array(tensor)).all():
             continue  # the mask of an attention: noise would be no mask
+        array = numpy_helper.to_array(tensor)
         dtype = str(array.dtype)
         left_out.append({"name": tensor.name, "dtype": dtype, "shape": list(array.shape), "std": round(float(array.std()), 6)})
         tensor.ClearField("float_data")
@@ -278,6 +285,7 @@ def read_results(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if unit != "ms":
         raise InputError(f"the times in {path} are in {unit!r}; only milliseconds ('ms') are taken: run the job's own program")
     manifest = _manifest_of(path, str(job))
+    require_current_form(str(path), manifest["settings"], "export the job anew and run it")
     plan = manifest["plan"]
     needed = {*plan["pieces"], *plan["networks"]} - failed
     missing = [name for name in sorted(needed) if len(visits.get(name, ())) < plan["min_visits"]]

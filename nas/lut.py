@@ -259,7 +259,7 @@ def table_to_extend(
     if not path.exists():
         return None
     try:
-        old = LatencyTable.load(path)
+        old = LatencyTable.load(path, any_form=True)
     except InputError as error:
         if only_missing and not path.with_suffix(".building.json").exists():  # with it, a kill came while both were written
             raise

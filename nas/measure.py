@@ -62,8 +62,9 @@ def input_shape(model: Model, batch: int = 1) -> tuple[int, ...]:
     return model[0].entering.shape(batch) if model else (batch, 3, 4, 4)
 
 
-def build_module(model: Model, batch: int = 1, *, deploy: bool = False) -> tuple[nn.Module, Tensor]:
-    """Return the module of a model, or its deploy form, with distinct ordinary weights, and an input for it."""
+def build_module(model: Model, batch: int = 1, *, deploy: bool) -> tuple[nn.Module, Tensor]:
+    """Return the module of a model, with `deploy` in its deploy form, which every device times, and an input for it. Its
+    weights are distinct ordinary values."""
     example = torch.randn(input_shape(model, batch), generator=torch.Generator().manual_seed(0))
     module = nn.Sequential(*(build_layer(layer) for layer in model)) if model else nn.Identity()
     with_ordinary_values(module.eval(), seed=0)

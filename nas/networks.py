@@ -44,7 +44,7 @@ def find_arch(network: str) -> ArchConfig | None:
     return load_arch(network)
 
 
-def load_model(network: str, arch: ArchConfig | None, *, deploy: bool = True) -> NamedModel:
+def load_model(network: str, arch: ArchConfig | None) -> NamedModel:
     """Return the model of `network`, whose architecture is `arch` (None: a foreign model), in its deploy form. Weights are
     ordinary values.
 
@@ -52,8 +52,7 @@ def load_model(network: str, arch: ArchConfig | None, *, deploy: bool = True) ->
         InputError: there is no such file, or no zoo network or timm model of this name.
     """
     if arch is not None:
-        model = with_ordinary_values(build_model(arch), seed=0)
-        model = deployed(model, arch) if deploy else model
+        model = deployed(with_ordinary_values(build_model(arch), seed=0), arch)
         return NamedModel(onnx_bytes(model, _image((3, arch.image_size, arch.image_size))), arch)
     if network.endswith(".onnx"):
         path = Path(network)

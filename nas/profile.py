@@ -70,7 +70,7 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
         if plain:
             from nas.operators import bound_model, profile_operators
 
-            model = load_model(network, arch, deploy=getattr(profiler, "deploys", True))
+            model = load_model(network, arch)
             measured = measure_alone(profiler, bound_model(model.onnx, network), reference)
             if layers:
                 breakdown = profile_operators(model.onnx, network, measured.ms, model.layers)

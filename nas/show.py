@@ -22,7 +22,7 @@ def print_tables() -> None:
         return
     for device, path in found.items():
         try:
-            table = LatencyTable.load(path)
+            table = LatencyTable.load(path, any_form=True)
         except InputError as error:
             print(f"{device}: unusable: {error}")
             continue
@@ -39,7 +39,7 @@ def show_table(device: str, folder: Path) -> None:
     from nas.lut import rows_off_their_visits
 
     path = Path(device) if device.endswith(".csv") else find_table(device)
-    table = LatencyTable.load(path)
+    table = LatencyTable.load(path, any_form=True)
     samples = path.with_suffix(".samples.csv")
     wrong = rows_off_their_visits(table, samples) if samples.is_file() else []
     meta = table.meta

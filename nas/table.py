@@ -14,6 +14,7 @@ from typing import Any, get_origin, get_type_hints
 import pandas as pd
 import platformdirs
 
+from nas.export_forms import require_current_form
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
 from supernet.files import checked_fields, parse_yaml, read_json, write_atomically
@@ -244,15 +245,22 @@ class LatencyTable:
         return path
 
     @classmethod
-    def load(cls, id_or_path: str | Path) -> LatencyTable:
+    def load(cls, id_or_path: str | Path, *, any_form: bool = False) -> LatencyTable:
         """Read a table by its device's id (see `find_table`) or from a CSV file with its sidecar beside it.
 
+        With `any_form`, one that was measured on an earlier export form too: to be shown or replaced, not to predict.
+
         Raises:
-            InputError: there is none, or the file is truncated, of another schema, or holds something not allowed.
+            InputError: there is none, it is of another form, or the file is truncated, of another schema, or holds something
+                not allowed.
         """
         text = str(id_or_path)
         path = Path(text) if text.endswith(".csv") or "/" in text else find_table(text)
-        return _load(path)
+        table = _load(path)
+        if not any_form:
+            remedy = f"build it anew: nas-build-lut --device {table.device}"
+            require_current_form(f"the table {path}", table.meta, remedy)
+        return table
 
 
 def space_sha256(space: SearchSpace) -> str:

@@ -298,7 +298,7 @@ def test_every_layer_has_a_row_of_its_own(arch: ArchConfig, tmp_path: Path) -> N
     n = group_of(arch).n
     for layer in layers:
         for model in terms_of(layer):
-            module, x = build_module(model, 2 * n)
+            module, x = build_module(model, 2 * n, deploy=True)
             assert not model or logits(module, x).shape == model[-1].leaving.shape(2 * n)
 
 
@@ -419,7 +419,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a table without its rows": (lambda: LatencyTable("d", {}).predict_ms(MUX), "has no row for"),
     "a model for no whole group": (
-        lambda: build_module(tuple(MUX.layers()), batch=3),
+        lambda: build_module(tuple(MUX.layers()), batch=3, deploy=True),
         "a call of 3 is no whole number of groups of 2 images",
     ),
 }

@@ -65,7 +65,7 @@ POOL_BLOCK = ["avg_pool", "sub", "mul", "add", "conv", "gelu", "conv", "add"]
     ids=lambda value: name_of(value)[:40] if isinstance(value, tuple) else "",
 )
 def test_blocks_convert_to_fp16_without_casts_or_norms(model: Model, expected: list[str] | None) -> None:
-    module, example = build_module(model)
+    module, example = build_module(model, deploy=False)
     converted = convert(module, example)
     ports = [*converted.get_spec().description.input, *converted.get_spec().description.output]
     half = coreml.coremltools().proto.FeatureTypes_pb2.ArrayFeatureType.FLOAT16
@@ -106,12 +106,33 @@ def test_forms_that_no_network_has_are_refused(module: nn.Module, said: str) -> 
     gc.collect()
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer(Stem(16, 4), 32),
+        Layer(MB4D(16), 4),
+        Layer(MB3D(16, num_heads=2, key_dim=8), 4),
+        Layer(MB3D(20, num_heads=2, key_dim=8), 4),  # no multiple of 16: products in place of convolutions
+        Layer(FFN(16), 4),
+        Layer(AttnFFN(16, num_heads=2, key_dim=8), 4),
+        Layer(AttnFFN(16, num_heads=2, key_dim=8, stride=2), 8),
+        Layer(Embedding(32, 16), 8),
+        Layer(AttnEmbedding(32, 16), 8),
+        Layer(Head(16, 10, tokens=True), 4),
+    ],
+    ids=str,
+)
+def test_deploy_forms_convert_to_fp16_without_casts_or_norms(layer: Layer) -> None:
+    """What nas-export and the tables' packages hold; ViT's and EfficientViT's layers are in their own tests."""
+    assert not {"cast", "batch_norm"} & set(operations(convert(*build_module((layer,), deploy=True))))
+
+
 def test_a_chain_keeps_every_blocks_weights(tmp_path: Path) -> None:
     def weight_bytes(module: nn.Module, name: str) -> int:
         save_package(module, example, tmp_path / f"{name}.mlpackage")
         return next((tmp_path / f"{name}.mlpackage").rglob("weight.bin")).stat().st_size
 
-    chain, example = build_module((Layer(MB4D(32), 4),) * 3)
+    chain, example = build_module((Layer(MB4D(32), 4),) * 3, deploy=True)
     assert isinstance(chain, nn.Sequential)
     alone = 2 * sum(weight.numel() for weight in chain[0].parameters() if weight.ndim == 4)
     assert weight_bytes(chain, "three") > 3 * alone
@@ -119,7 +140,7 @@ def test_a_chain_keeps_every_blocks_weights(tmp_path: Path) -> None:
 
 
 def test_a_package_is_reproducible_and_says_what_it_is(tmp_path: Path) -> None:
-    module, example = build_module(CACHED)
+    module, example = build_module(CACHED, deploy=True)
     paths = [tmp_path / "a.mlpackage", tmp_path / "b" / "b.mlpackage"]
     hashes = [save_package(module, example, path, name_of(CACHED)) for path in paths]
     assert hashes[0] == hashes[1] == coreml.package_sha256(paths[1])

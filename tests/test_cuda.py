@@ -601,7 +601,7 @@ def test_a_table_is_named_after_the_gpu_and_its_sidecar_describes_it(tmp_path: P
     table = build_table(opened, space, tmp_path)
     assert table.device == "a100-sxm4-80gb" and (tmp_path / "a100-sxm4-80gb.csv").exists()
     block = Layer(MB4D(16), 8)
-    params = sum(p.numel() for p in build_module((block,))[0].parameters())
+    params = sum(p.numel() for p in build_module((block,), deploy=True)[0].parameters())
     assert table.layer_ms(block) == pytest.approx(params / 1e4, rel=1e-3)
     assert (table.meta["batch"], table.meta["precision"]) == (64, "fp16")
     for key in ("name", "max_sm_mhz", "temperature_c", "power_limit_w", "throttle_reasons", "mig_mode", "other_processes"):
@@ -623,7 +623,7 @@ def test_every_kind_of_layer_compiles_into_one_graph_for_model_after_model() -> 
     """`fullgraph` raises at the first break; after eight models torch would refuse the ninth, were they not forgotten."""
     with torch.inference_mode():
         for model in (NETWORK, *((Layer(MB4D(width), 4),) for width in range(16, 160, 16))):
-            module, example = build_module(model, 2)
+            module, example = build_module(model, 2, deploy=True)
             expected = module(example)
             module, example = placed(module, example, torch.float32, torch.device("cpu"))
             assert torch.allclose(compiled(module, backend="eager")(example), expected, atol=1e-4)

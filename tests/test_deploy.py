@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from nas.export import onnx_bytes, with_ordinary_values
 from nas.measure import build_module, input_shape
-from nas.profilers.ort_cpu import PLAIN_FP32, OrtCpu
 from supernet.arch import ArchConfig, MultiplexSpec, Stage
 from supernet.blocks import build_layer
 from supernet.deploy import FORMS, Form, default_form, deployed, deployed_layer, has_forms
@@ -271,24 +270,6 @@ def test_maps_enter_the_runtime_s_blocked_layout_once_and_leave_it_once(tmp_path
     assert (deploy["ReorderInput"], deploy["ReorderOutput"]) == (1, 1)
     assert plain["ReorderOutput"] > 3
     assert deploy.total() < plain.total()
-
-
-def test_tables_are_of_the_deploy_form_and_older_ones_stay_of_theirs() -> None:
-    from nas.devices import profiler_of
-    from nas.table import LatencyTable
-
-    layer = Layer(MB4D(16), 8)
-    now = OrtCpu()
-    assert now.environment()["export"] != PLAIN_FP32
-    table = LatencyTable(now.id, {}, meta={**now.environment(), "export": PLAIN_FP32})
-    older = profiler_of(table)
-    assert isinstance(older, OrtCpu)
-    assert older.environment()["export"] == PLAIN_FP32
-    subtractions = [
-        sum(node.op_type == "Sub" for node in onnx.load_from_string(profiler.onnx((layer,))).graph.node)
-        for profiler in (now, older)
-    ]
-    assert subtractions == [0, 1]
 
 
 def test_a_form_is_chosen_by_measuring_only_where_it_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:

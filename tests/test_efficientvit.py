@@ -265,7 +265,7 @@ def test_onnx_equals_eager(arch: ArchConfig) -> None:
     ids=lambda model: str(model[-1])[:40],
 )
 def test_blocks_convert_to_core_ml_without_casts_or_norms(model: Model) -> None:
-    found = operations(convert(*build_module(model)))
+    found = operations(convert(*build_module(model, deploy=True)))
     assert not {"cast", "batch_norm"} & set(found)
 
 
@@ -368,7 +368,7 @@ def test_every_layer_of_a_space_can_be_measured(name: str) -> None:
     assert set(work.rows) == set(measured_layers(space.layers()))
     pieces = {model for layer, terms in work.rows.items() if not is_block(layer.spec) for model in terms if model}
     for model in pieces:
-        module, example = build_module(model)
+        module, example = build_module(model, deploy=True)
         with torch.no_grad():
             assert module(example).isfinite().all()
 

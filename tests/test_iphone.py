@@ -18,6 +18,7 @@ from test_lut import cost, device_ms, small_space
 from torch import Tensor, nn
 
 from nas import cli
+from nas.export_forms import COREML
 from nas.measure import CACHED, STREAMING
 from nas.plan import work_for
 from nas.profilers import coreml, iphone
@@ -245,7 +246,7 @@ def write_job(tmp_path: Path, device: str = "iphone15pro-npu", units: str = "CPU
             "precision": "fp16",
             "batch": 1,
             "threads": 1,
-            "export": coreml.EXPORT,
+            "export": COREML,
             "compute_units": units,
         },
         "timing": {

@@ -1,5 +1,6 @@
 """A table by way of a job folder is the table that is built directly; what is not the job's own result is refused."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -114,6 +115,15 @@ def no_mapping(results: dict[str, Any]) -> None:
     results["visits"] = [1, 2]
 
 
+def other_form(results: dict[str, Any]) -> None:
+    """A job that was exported before there was a deploy form."""
+    path = Path("job/manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["export"] = "torchscript, opset 20, plain form"
+    path.write_text(json.dumps(manifest))
+    results["job_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def somewhere_else(results: dict[str, Any]) -> None:
     """A manifest that somebody sends along, to be written outside the folder of tables."""
     import hashlib
@@ -159,7 +169,8 @@ def no_unit(results: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (no_mapping, "must hold a mapping"),
+        (other_form, r"another export form \(.*plain form; now .*deploy form\): export the job anew and run it"),
+        (no_mapping, "no whole results file"),
         (somewhere_else, "cannot be a device id"),
         (other_job, "belongs to a job whose manifest"),
         (lacks_a_model, r"lacks 1 of \d+ models, '4 x mb4d\(dim=16\) at 8 px' first"),
@@ -237,15 +248,17 @@ def test_results_cannot_say_of_themselves_that_they_were_measured_here(folder: P
 def test_models_travel_without_their_weights_and_compute_the_same_with_them() -> None:
     import onnxruntime
 
-    data = OrtCpu().onnx((Layer(MB4D(32), 8),))
+    data = OrtCpu().onnx((Layer(MB4D(320), 8),))
     light, weights = without_weights(data)
     assert len(light) < len(data) / 4
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer}
-    assert {w["name"]: tuple(w["shape"]) for w in weights} == {k: a.shape for k, a in arrays.items() if a.size > 256}
+    assert {w["name"]: tuple(w["shape"]) for w in weights} == {k: a.shape for k, a in arrays.items() if a.size > 320 * 4}
+    factors = [array for array in arrays.values() if array.shape == (320, 1, 1, 1)]
+    assert len(factors) == 2 and min(array.min() for array in factors) > 0, "kept and pooled: noise would not be like them"
     options = onnxruntime.SessionOptions()
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(arrays[w["name"]]) for w in weights]
     options.add_external_initializers([w["name"] for w in weights], values)
-    feed = {"image": np.random.default_rng(0).standard_normal((1, 32, 8, 8), dtype=np.float32)}
+    feed = {"image": np.random.default_rng(0).standard_normal((1, 320, 8, 8), dtype=np.float32)}
     whole, filled = (
         onnxruntime.InferenceSession(model, given, providers=["CPUExecutionProvider"]).run(None, feed)[0]
         for model, given in ((data, None), (light, options))

@@ -16,7 +16,8 @@ from supernet.arch import ArchConfig
 
 timm, why_not = import_timm()
 if timm is None:
-    pytest.skip(f"timm is not usable here: {why_not}", allow_module_level=True)
+    wanted = "pip install 'metapath-nas[timm]', with a torchvision that fits this torch"
+    pytest.skip(f"timm is not usable here ({why_not}): {wanted}", allow_module_level=True)
 
 import nas.timm_models  # noqa: E402 - it needs timm
 

@@ -15,10 +15,12 @@ from nas.measure import Model
 from nas.profilers.timing import Workload
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
+from supernet.deploy import deployed, deployed_layer, has_forms
 from supernet.errors import InputError
 from supernet.metapath import Supernet
+from supernet.model import build_model
 from supernet.space import SearchSpace
-from supernet.specs import Layer
+from supernet.specs import MB4D, Layer
 from supernet.units import UnitScores, axes, cut, sections
 from supernet.weights import subnetwork
 
@@ -47,6 +49,29 @@ class GatedModule(nn.Module):
 
     def forward(self, x):
         return x + x * torch.sigmoid(self.norm(self.conv(x)))
+"""
+
+SUBCLASS = """
+from dataclasses import dataclass
+
+from torch import nn
+
+from supernet.specs import MB4D
+
+
+@dataclass(frozen=True)
+class Doubled(MB4D):
+    def module(self, resolution):
+        return Twice(nn.Conv2d(self.dim, self.dim, 1))
+
+
+class Twice(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
 """
 
 SPACE = """
@@ -233,3 +258,23 @@ def test_what_is_no_block_is_refused(kind: str, words: str) -> None:
     with pytest.raises(InputError) as refused:
         ArchConfig.from_dict(document, "the network file x.yaml")
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_subclass_of_a_built_in_block_is_deployed_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("doubled.py").write_text(SUBCLASS)
+    found = {
+        "name": "own",
+        "image_size": 16,
+        "num_classes": 3,
+        "stages": [{"width": 8, "stride": 4, "blocks": ["doubled.py:Doubled"]}],
+    }
+    arch = ArchConfig.from_dict(found, "the test")
+    (block,) = (layer for layer in arch.layers() if layer.spec.kind == "doubled.py:Doubled")
+    assert not has_forms(block) and has_forms(Layer(MB4D(8), 4))
+    model = build_model(arch).eval()
+    image = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(model, arch)(image), model(image))
+    copied, own = deployed_layer(model.stage1_0, block), model.stage1_0
+    assert type(copied) is type(own) and copied is not own

@@ -277,7 +277,7 @@ def test_the_exported_network_is_the_eager_one() -> None:
 
 @pytest.mark.parametrize("layer", dict.fromkeys(small().layers()), ids=str)
 def test_every_layer_converts_to_core_ml(layer: Layer) -> None:
-    coreml.convert(*build_module((layer,)))
+    coreml.convert(*build_module((layer,), deploy=True))
 
 
 # -- Spaces and tables ---------------------------------------------------------------------------------------------------
@@ -309,6 +309,6 @@ def test_every_layer_is_measured_among_tokens_with_a_class_token() -> None:
     assert input_shape((stem,)) == (1, 3, 16, 16)
     for layer in (stem, block, head):
         for model in terms_of(layer):
-            module, example = build_module(model)
+            module, example = build_module(model, deploy=True)
             assert torch.isfinite(module(example)).all()
     assert any(len(model) == 2 and model[0] == stem and isinstance(model[1].spec, ViT) for model in terms_of(stem))

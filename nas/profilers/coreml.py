@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nas.export_forms import COREML
 from nas.measure import CACHED, STREAMING, Model, build_module, name_of
 from nas.profilers.bench import now
 from nas.profilers.iphone import COMPUTE_UNITS, run
@@ -39,7 +40,6 @@ from nas.profilers.timing import DISCARDED, DISCARDED_MS, MAX_CALLS, MIN_CALLS, 
 from supernet.errors import InputError
 from supernet.files import unwritten
 
-EXPORT = "mlprogram, iOS 16, fp16 in and out"
 WARM_UP_MS = 300.0  # the Neural Engine's clock takes so long to rise,
 WARM_UP_CALLS = 50  # and a fast model so many calls
 LOAD_TIMEOUT_S = 60.0  # compiling for the Neural Engine takes seconds, or never ends
@@ -423,7 +423,7 @@ class CoreMlMac:
             "precision": self.precision,
             "batch": self.batch,
             "threads": self.threads,
-            "export": EXPORT,
+            "export": COREML,
             "compute_units": self.compute_units,
             "warm_up_ms": WARM_UP_MS,
             "warm_up_calls": WARM_UP_CALLS,
@@ -433,7 +433,7 @@ class CoreMlMac:
 
     def open(self, model: Model) -> tuple[Workload, int]:
         ct = coremltools()
-        module, example = build_module(model, self.batch)
+        module, example = build_module(model, self.batch, deploy=True)
         name = name_of(model)
         folder = tempfile.mkdtemp()
         package = Path(folder) / "model.mlpackage"

@@ -129,7 +129,7 @@ def _check_neural_engine(possible: bool, phone: Phone | None, team_id: str) -> L
     try:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "model.mlpackage"
-            coreml.save_package(*build_module(CACHED), package)
+            coreml.save_package(*build_module(CACHED, deploy=True), package)
             off = coreml.off_npu(package, None if phone is None else coreml.phone_with_runner(phone.udid, team_id))
     except Exception as error:  # coremltools' remote interface is experimental and raises what it likes
         return what, False, f"the compute plan cannot be read ({' '.join(str(error).split())[:200]})"

@@ -7,9 +7,9 @@ A model is compiled as one graph, whole (`fullgraph=True, dynamic=False`, induct
   compiles quickly anyway: equal kernels have equal source and are built once;
 - in the default mode: `max-autotune` tries dozens of kernels for every matrix product, minutes a network. cuDNN and cuBLAS
   compute convolutions and products here, and cuDNN's choice of algorithm is measured (`benchmark`);
-- with batch norms as they are: what follows a convolution (bias, batch norm, activation, residual sum) is one kernel,
-  whether the norm was folded or not, and unfolded weights are inputs of the compiled graph, so that inductor's cache on
-  disk holds for any weights. The cache is kept between runs (TORCHINDUCTOR_CACHE_DIR).
+- in the deploy form, as nas-export writes it: batch norms are folded before the compilation, and the folded weights are
+  inputs of the compiled graph, so that inductor's cache on disk holds for any weights. The cache is kept between runs
+  (TORCHINDUCTOR_CACHE_DIR).
 
 Python and the launches then have no part in the time: a captured graph is replayed. All graphs share one memory pool, for they
 never run at once, and nobody reads what they computed.
@@ -35,6 +35,7 @@ import platformdirs
 import torch
 from torch import Tensor, nn
 
+from nas.export_forms import CUDA, CUDA_RUNTIME
 from nas.measure import CACHED, STREAMING, Model, build_module
 from nas.profilers.bench import Disturbed, now
 from nas.profilers.nvidia import Driver, Gpu, Watch, find_gpu, state, warnings_about
@@ -43,8 +44,6 @@ from supernet.errors import InputError, unknown
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISION, BATCH = "fp16", 64  # the usual settings, which an id does not name
-RUNTIME = "torch inductor, CUDA graphs"
-FORM = "eager module, torch.compile (default mode, one graph), channels-last, TF32 off"
 
 WARM_UP_MS = 200.0  # clocks rise for so long
 EAGER_CALLS = 3  # before a capture: cuDNN chooses its algorithms and the allocator gets its memory
@@ -283,14 +282,14 @@ class NvidiaGpu:
             "driver": driver,
             "os": platform.platform(),
             "python_version": platform.python_version(),
-            "runtime": RUNTIME,
+            "runtime": CUDA_RUNTIME,
             "runtime_version": f"{torch.__version__}, CUDA {torch.version.cuda}",
             "torch_version": torch.__version__,
             "cudnn_version": torch.backends.cudnn.version(),
             "precision": self.precision,
             "batch": self.batch,
             "threads": 1,
-            "export": FORM,
+            "export": CUDA,
             "warnings": warnings_about(found),
             "measured_at": now(),
         }
@@ -301,7 +300,7 @@ class NvidiaGpu:
         A build opens every model twice; what was captured is kept for that as long as it fits into a quarter of the memory.
         """
         if model not in self._kept:
-            module, example = build_module(model, self.batch)
+            module, example = build_module(model, self.batch, deploy=True)
             # A graph must have a kernel; the smallest stands for the price of a call.
             run = self._capture(module if model else nn.ReLU(), example)
             if sum(kept.bytes for kept in self._kept.values()) + run.bytes > KEPT_SHARE * self.cuda.device().memory_bytes:

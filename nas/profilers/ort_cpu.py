@@ -11,28 +11,21 @@ from typing import Any
 import torch
 
 from nas.export import onnx_bytes
+from nas.export_forms import ONNX
 from nas.int8 import quantised
 from nas.measure import CACHED, STREAMING, Model, build_module
 from nas.profilers.ort_session import OrtModel, cpu_id, environment, pinned, touch, warnings_about
 from nas.profilers.timing import Stopwatch, Workload
 
-EXPORT_FORMS = {
-    "fp32": "torchscript, opset 20, deploy form",
-    "int8": "torchscript, opset 20, deploy form, static QDQ per channel of products with weights",
-}
-PLAIN_FP32 = "torchscript, opset 20, plain form"  # of tables that were measured before there was a deploy form
-
 
 @dataclass(frozen=True)
 class OrtCpu:
-    """ONNX Runtime on this machine's CPU. `precision`: fp32, or int8 (quantised statically). `export`: the form of what is
-    timed, where it is not that of `EXPORT_FORMS`: that of an older table."""
+    """ONNX Runtime on this machine's CPU. `precision`: fp32, or int8 (quantised statically)."""
 
     threads: int = 1
     precision: str = "fp32"
     batch: int = 1
     flags: Mapping[str, str] = field(default_factory=dict, compare=False)
-    export: str = field(default="", compare=False)
 
     @cached_property
     def id(self) -> str:
@@ -41,17 +34,11 @@ class OrtCpu:
 
     def environment(self) -> dict[str, Any]:
         place = environment(self.threads, self.precision, self.batch)
-        export = self.export or EXPORT_FORMS[self.precision]
-        return {**place, "torch_version": torch.__version__, "export": export, "warnings": warnings_about(place)}
-
-    @property
-    def deploys(self) -> bool:
-        """Whether it times the deploy form of layers and networks."""
-        return "deploy form" in (self.export or EXPORT_FORMS[self.precision])
+        return {**place, "torch_version": torch.__version__, "export": ONNX[self.precision], "warnings": warnings_about(place)}
 
     def onnx(self, model: Model) -> bytes:
         """Return the ONNX form that is timed."""
-        module, example = build_module(model, self.batch, deploy=self.deploys)
+        module, example = build_module(model, self.batch, deploy=True)
         data = onnx_bytes(module, example)
         return quantised(data, [example.numpy()]) if self.precision == "int8" and model else data
 

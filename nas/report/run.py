@@ -162,7 +162,7 @@ def read_run(folder: Path) -> Run:
         space = SearchSpace.from_dict(parse_yaml(request["space"], "its space"), f"the space of {folder}")
     path = Path(request.get("table") or result["table"])
     try:
-        table = LatencyTable.load(path)
+        table = LatencyTable.load(path, any_form=True)
     except InputError as error:
         why = str(error)
     return Run(folder, request, result, ArchConfig.load(folder / "searched.yaml"), space, table, why)

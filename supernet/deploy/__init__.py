@@ -23,7 +23,7 @@ from supernet.blocks.efficientvit import ConvNorm
 from supernet.deploy.efficientformer import PoolBlock, PoolTokens, TokenBlock
 from supernet.deploy.efficientformer_v2 import DownsamplingAttention, Sum, TalkingAttention, unified_mlp
 from supernet.deploy.efficientvit import PatchMerging, mixing_part, sandwich
-from supernet.deploy.forms import FORMS, Form, default_form, has_forms
+from supernet.deploy.forms import FORMS, Form, default_form, has_forms, is_built_in
 from supernet.deploy.heads import Head
 from supernet.deploy.weights import Residual, copied, folded
 from supernet.specs import Layer
@@ -57,6 +57,8 @@ def deployed_layer(module: nn.Module, layer: Layer, form: Form | None = None) ->
 
 
 def _made(module: Any, layer: Layer, form: Form) -> nn.Module:
+    if not is_built_in(layer.spec):
+        return copied(module)
     match layer.spec:
         case specs.MB4D():
             return PoolBlock(module) if form == "conv" else PoolTokens(module, layer)

@@ -18,8 +18,15 @@ FORMS: tuple[Form, ...] = ("conv", "matmul")
 BLOCK = 16  # floats of a vector: ONNX Runtime keeps maps in blocks of so many channels on AVX-512
 
 
+def is_built_in(spec: specs.Spec) -> bool:
+    """Whether a layer is one of the package's. A user's block may be a subclass of one, and compute something else."""
+    return type(spec) in specs.SPECS.values()
+
+
 def has_forms(layer: Layer) -> bool:
     """Whether the form of a layer is a choice."""
+    if not is_built_in(layer.spec):
+        return False
     match layer.spec:
         case specs.AttnFFN(stride=stride):
             return stride == 2
@@ -30,6 +37,8 @@ def has_forms(layer: Layer) -> bool:
 
 def default_form(layer: Layer) -> Form:
     """Return the form of a layer, by its shape: what ONNX Runtime was found to be faster with on a CPU with AVX-512."""
+    if not is_built_in(layer.spec):
+        return "conv"
     match layer.spec:
         case specs.MB3D() | specs.ViT():
             # other widths do not enter the blocked layout, and would only pay for the way there
