@@ -11,7 +11,7 @@ them, does not depend on how many processes there are.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -99,6 +99,26 @@ class Group:
             if refusals:
                 raise SystemExit(2)
         return found[0]
+
+    def alike(self, given: Mapping[str, Any]) -> None:
+        """Refuse, in all processes, what was not given to all of them alike: they would wait for each other without end.
+
+        Raises:
+            InputError: in the first process; the others end without a word.
+        """
+        if self.size == 1:
+            return
+        of_all = self._gathered(dict(given))
+        other = next((rank for rank, held in enumerate(of_all) if held != of_all[0]), None)
+        if other is None:
+            return
+        if not self.first:
+            raise SystemExit(2)
+        names = [name for name, value in of_all[0].items() if of_all[other].get(name) != value]
+        raise InputError(
+            f"process {other} of {self.size} has another {', '.join(names)} than the first one: give all machines the same "
+            "command, files and images"
+        )
 
     def _gathered(self, mine: Any) -> list[Any]:
         import torch.distributed as dist

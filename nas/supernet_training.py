@@ -182,6 +182,8 @@ class SupernetSettings:
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if self.images_per_epoch == 1:
+            raise InputError("images_per_epoch must be 0, for all, or at least 2, but is 1")
         if self.paths == "elastic" and self.mixture_epochs:
             raise InputError(
                 f"paths: elastic has no logits for mixtures to train, but mixture_epochs is {self.mixture_epochs}: give "
@@ -392,9 +394,24 @@ def train_supernet(
     call this, and each has its rows of every batch; they run the same networks, so they have gradients of the same parameters.
     """
 
+    group.alike(
+        {
+            "space": space.to_yaml(),
+            "settings": settings.deciding(),
+            "seed": seed,
+            "data_fingerprint": data.fingerprint,
+            "training_images": len(data.train),
+        }
+    )
+
+    per_epoch = epoch_size(settings, data)
+    in_mixture = min(per_epoch, max(MIXTURE_IMAGES, per_epoch // 4))
+    sizes = [per_epoch] * settings.weight_epochs + [in_mixture] * settings.mixture_epochs  # images of each epoch
+
     def untrained() -> AnySupernet:
         device = group.device(accelerator(settings.accelerator))
-        group.rows(min(settings.batch_size, epoch_size(settings, data)))  # refused before anything is computed
+        for size in set(sizes):  # refused before anything is computed
+            group.rows(min(settings.batch_size, size))
         torch.manual_seed(seed)
         net = ElasticSupernet(space) if settings.paths == "elastic" else Supernet(space)
         net.checkpoint_activations = settings.checkpoint_activations
@@ -409,14 +426,8 @@ def train_supernet(
     optimizers: dict[str, torch.optim.Optimizer] = {"weights": weights}
     if isinstance(net, Supernet):
         optimizers["logits"] = torch.optim.Adam(net.logits, lr=settings.logit_learning_rate, betas=(0.5, 0.999))
-    per_epoch = epoch_size(settings, data)
-    in_mixture = min(per_epoch, max(MIXTURE_IMAGES, per_epoch // 4))
-
-    def images_of(epoch: int) -> int:
-        return per_epoch if epoch < settings.weight_epochs else in_mixture
-
-    epochs = settings.weight_epochs + settings.mixture_epochs
-    steps_of = [max(1, images_of(epoch) // settings.batch_size) for epoch in range(epochs)]
+    epochs = len(sizes)
+    steps_of = [max(1, size // settings.batch_size) for size in sizes]
     costs = [passes(space, settings)] * settings.weight_epochs + [MIXTURE_COST] * settings.mixture_epochs
     steps, mixture_steps = sum(steps_of), sum(steps_of[settings.weight_epochs :])
     checkpoint = folder / "supernet.pt"
@@ -432,7 +443,7 @@ def train_supernet(
     order = (
         indices
         for epoch in range(first, epochs)
-        for indices in epoch_batches(len(data.train), settings.batch_size, seed, epoch, images_of(epoch))
+        for indices in epoch_batches(len(data.train), settings.batch_size, seed, epoch, sizes[epoch])
     )
     generator = torch.Generator()
     batches = training_batches(data, order, generator, device, group)

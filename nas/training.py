@@ -98,6 +98,9 @@ def train_network(
     checkpoint = folder / "checkpoint.pt"
     arch = arch.without_identity().with_classes(len(data.classes))
 
+    request = group.agreed(lambda: _request(arch, data, recipe, seed, weights, teacher))
+    group.alike({name: value for name, value in request.items() if name != "data"})  # copies may lie elsewhere
+
     def untrained() -> nn.Module:
         device = group.device(accelerator(recipe.accelerator))
         _check_division(steps_of(len(data.train), recipe)[0], recipe, group, device)
@@ -114,14 +117,14 @@ def train_network(
         if teacher is not None and recipe.distillation_head:
             add_second_classifier(model)
         set_drop_path(model, recipe.drop_path)
-        # Claimed only now: what was refused so far leaves the folder free for the corrected request.
-        defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
-        defaults = {**defaults, "teacher": None, "train_image_size": arch.image_size}
-        if group.first:
-            claim(folder, _request(arch, data, recipe, seed, weights, teacher), since=defaults)
         return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
-    model = group.synchronised(group.agreed(untrained))
+    model = group.agreed(untrained)
+    # Claimed only now: what was refused so far leaves the folder free for the corrected request.
+    defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
+    defaults = {**defaults, "teacher": None, "train_image_size": arch.image_size}
+    group.agreed(lambda: claim(folder, request, since=defaults) if group.first else None)
+    model = group.synchronised(model)
     network = group.divided(model)
     run = _Run(
         model=model,
@@ -301,9 +304,10 @@ def _run_epoch(run: _Run, epoch: int, step_taken: Callable[[], None]) -> None:
         x, y = _batch(run, epoch, at, pixels, labels)
         loss = train_step(run.model, run.optimizer, x, y, run.recipe, run.teacher, run.network, run.group)
         if not math.isfinite(loss):
+            kept = f" and --weights {run.checkpoint}, which is of before" if run.checkpoint.exists() else ""
             raise FloatingPointError(
-                f"the loss of {run.arch.name} is not finite in epoch {epoch + 1}, at step {step + 1}: lower the recipe's "
-                f"learning_rate; {run.checkpoint} is of before"
+                f"the loss of {run.arch.name} is not finite in epoch {epoch + 1}, at step {step + 1}: train with a recipe of a "
+                f"lower learning_rate, into another --out{kept}"
             )
         if run.average is not None:
             run.average.update(run.model)
@@ -393,7 +397,7 @@ def train_step(
     parameters = dict(model.named_parameters())
     # Of infinity, nothing is shortened.
     norm = nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm or math.inf)
-    if not norm.isfinite():
+    if not (norm + loss).isfinite():  # a loss can be infinite where its gradient is not
         return math.nan
     if recipe.clip_agc:
         # All but the classifier, as in the source.

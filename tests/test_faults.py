@@ -46,7 +46,7 @@ TRAIN = ["tiny.yaml", "--recipe", "recipe.yaml", "--seed", "3"]
 
 
 @cache
-def digits(path: None, image_size: int, seed: int, score_images: int = 512) -> ImageData:
+def digits(path: None, image_size: int, seed: int, score_images: int = 512, train_size: int | None = None) -> ImageData:
     """Loaded once for all the commands that are killed and begin again."""
     return load_images(path, image_size, seed, score_images=score_images)
 
@@ -273,6 +273,23 @@ def test_a_file_system_without_locks_is_worked_on_all_the_same(
         assert Path("run").is_dir()
     assert "run cannot be locked (No locks available): let no second command work there" in capsys.readouterr().err
     assert not Path("run").exists(), "nothing was done there"
+
+
+@posix
+def test_what_another_process_is_writing_in_a_folder_below_stays() -> None:
+    first = subprocess.Popen([sys.executable, "-c", HOLD.format(shared=False)], stdout=subprocess.PIPE, env=OWN)
+    parts = [Path(f".here.x{PART}"), Path(f"run/.a.x{PART}"), Path(f"run/init/.b.x{PART}"), Path(f"free/.c.x{PART}")]
+    try:
+        assert first.stdout is not None and first.stdout.readline()
+        for path in parts:
+            write_atomically(path, "x")
+        with alone("."):
+            assert [path.exists() for path in parts] == [False, True, True, False]
+    finally:
+        first.kill()
+        first.communicate()
+    with alone("."):
+        assert not any(path.exists() for path in parts), "its lock is gone with it"
 
 
 def test_what_a_killed_process_left_half_written_is_removed() -> None:

@@ -238,6 +238,11 @@ def test_torchrun_starts_them_again_and_they_go_on(tmp_path: Path) -> None:
         ("refused", "train: a batch of 6 images cannot be divided among 2 processes in pairs: give a batch_size that is a "
          "multiple of 4, and epochs that are no smaller"),
         ("one is refused", "train: only here: give something else"),
+        ("other images", "train: process 1 of 2 has another training_images than the first one: give all machines the same "
+         "command, files and images"),
+        ("other seed", "train: process 1 of 2 has another seed than the first one: give all machines the same command, files "
+         "and images"),
+        ("in use", "nas-train: free is in use by another process"),
     ],
 )  # fmt: skip
 def test_what_is_refused_ends_all_with_code_2_and_one_line(tmp_path: Path, what: str, line: str) -> None:

@@ -18,6 +18,7 @@ from nas import checkpoints, training
 from nas.checkpoints import load_weights
 from nas.data import ImageData, load_images, normalise
 from nas.evaluation import accuracy_of
+from nas.pretrained import starting_weights
 from nas.recipe import RECIPES, Recipe
 from nas.request import claim
 from nas.steps import cosine, mixed_precision, parameter_groups
@@ -290,10 +291,17 @@ def test_files_that_hold_no_weights_are_refused(name: str, tmp_path: Path) -> No
         load_weights(network(), path)
 
 
-def test_a_bare_state_dict_is_refused(tmp_path: Path) -> None:
-    torch.save(network().state_dict(), tmp_path / "bare.pt")
-    with pytest.raises(InputError, match="cannot be read: give a"):
-        load_weights(network(), tmp_path / "bare.pt")
+@pytest.mark.parametrize("part", [None, "state_dict", "model"])
+def test_a_state_dict_is_read_as_it_is_or_in_a_checkpoint(part: str | None, tmp_path: Path) -> None:
+    state, path = {name: torch.full_like(t, 3) for name, t in network().state_dict().items()}, tmp_path / "bare.pt"
+    torch.save(state if part is None else {part: state, "epoch": 1}, path)
+    load_weights(model := network(), path)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert starting_weights("tiny", str(path), ARCH) == path
+    torch.save({"epoch": 1}, path)
+    for read in (lambda: load_weights(network(), path), lambda: starting_weights("tiny", str(path), ARCH)):
+        with pytest.raises(InputError, match="holds no state dict, but epoch"):
+            read()
 
 
 def test_weights_for_other_classes_and_sizes_are_adapted(whole: TrainingResult, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,9 @@ from small_spaces import stage_space
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+import nas.cli
 from nas import augmentation, evaluation, steps, training
-from nas.cli import _run
+from nas.cli import _run, train
 from nas.data import ImageData, Images, normalise
 from nas.distributed import in_all, together
 from nas.parallel import ALONE, Group, joined
@@ -197,6 +198,28 @@ def refused(folder: Path, group: Group) -> None:
     train_network(ARCH, pictures(16), replace(RECIPE, batch_size=6), folder, 0, group=group)
 
 
+def other_images(folder: Path, group: Group) -> None:
+    train_network(ARCH, pictures(16, 40 - group.rank), replace(RECIPE, learning_rate=1e-3), folder, 0, group=group)
+
+
+def other_seed(folder: Path, group: Group) -> None:
+    train_supernet(SPACE, pictures(8), SETTINGS, group.rank, folder, group)
+
+
+def in_use(folder: Path, group: Group) -> None:
+    (folder / "arch.yaml").write_text(ARCH.to_yaml())
+    (folder / "free").mkdir(exist_ok=True)
+    with patch.object(nas.cli, "alone", refusing):
+        train([str(folder / "arch.yaml"), "--out", str(folder / "free")])
+
+
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    if os.environ["RANK"] == "0":
+        raise InputError(f"{folder.name} is in use by another process")
+    yield
+
+
 def one_is_refused(folder: Path, group: Group) -> None:
     def work() -> None:
         if group.rank:
@@ -216,6 +239,9 @@ WORKS: dict[str, Callable[[Path, Group], None]] = {
     "killed": killed,
     "refused": refused,
     "one is refused": one_is_refused,
+    "other images": other_images,
+    "other seed": other_seed,
+    "in use": in_use,
 }
 
 
