@@ -20,6 +20,8 @@ from supernet.errors import InputError, placed
 from supernet.files import write_atomically
 from supernet.weights import at_size
 
+CHECKPOINT_EVERY_S = 600.0  # within an epoch; there is one after each epoch too
+
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
@@ -182,7 +184,7 @@ def load_checkpoint(path: Path, group: Group = ALONE, **parts: Stateful) -> int:
         try:
             state = torch.load(io.BytesIO(held), weights_only=True, map_location="cpu")
             for name, part in parts.items():
-                part.load_state_dict(state[name])
+                part.load_state_dict(state.get(name, {}))  # an earlier version had no state within an epoch
             epoch = int(state["epoch"])
             if epoch < 0:
                 raise ValueError("no number of epochs")

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=60)  # some wait while others read images or train; one that dies is noticed at once all the same
+PATIENCE = timedelta(days=60)  # of gloo: some wait while others read images or search; one that dies is noticed all the same
+GPU_PATIENCE = timedelta(minutes=30)  # of NCCL, which may not notice; nobody waits there but for others' part of the same step
 TO_MEET = timedelta(minutes=10)  # for all processes to find each other
 BUCKET_BYTES = 64 * 2**20  # gradients are exchanged in pieces of this size: fewer messages, and no second copy of all
 
@@ -228,16 +229,26 @@ def joined() -> Group:
                 # torchrun's store outlives a restart, with the addresses of processes that are gone (PyTorch issue 135712). On
                 # several machines the count of restarts is not the same in all.
                 store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=GPU_PATIENCE)
+            # What is given above is for all backends; PyTorch has no public way to give each its own.
+            dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(PATIENCE)  # type: ignore[union-attr]
     return Group(dist.get_rank(), dist.get_world_size())
 
 
 def own_device(kind: str) -> torch.device:
-    """Return the accelerator of this process: of a machine's GPUs, each has another one."""
+    """Return the accelerator of this process: of a machine's GPUs, each has another one.
+
+    Raises:
+        InputError: there are more processes on this machine than GPUs.
+    """
     import torch
 
     if kind == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        own = int(os.environ.get("LOCAL_RANK", "0"))
+        here, gpus = max(own + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), torch.cuda.device_count()
+        if here > gpus:
+            raise InputError(f"{here} processes on this machine, but {gpus} GPUs: give torchrun --nproc-per-node {gpus}")
+        return torch.device("cuda", own)
     return torch.device(kind)
 
 

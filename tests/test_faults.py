@@ -373,7 +373,7 @@ def test_a_supernets_loss_that_is_no_number_names_its_step_and_keeps_the_epoch_b
         patch.setattr(supernet_training, "weight_step", diverging)
         trained(noise, tmp_path / "run")
     assert "not finite at step 4, in epoch 2 of 5: lower learning_rate" in str(diverged.value)
-    assert "supernet.pt holds the weights after epoch 1" in str(diverged.value)
+    assert "supernet.pt holds weights of before" in str(diverged.value)
     assert not differing(whole, trained(noise, tmp_path / "run")), "the weights of epoch 1 are those to go on from"
 
 

@@ -202,7 +202,8 @@ def test_a_loss_that_is_not_finite_ends_the_command_with_one_line(
         cli.train([str(tmp_path / "arch.yaml"), "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")])
     assert ended.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("nas-train: the loss of tiny is not finite in epoch 1, at step 3: lower")
+    assert last.startswith("nas-train: the loss of tiny is not finite in epoch 1, at step 3: train")
+    assert last.endswith("of a lower learning_rate, into another --out"), "no checkpoint is named where there is none"
 
 
 # -- The command -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -134,7 +135,14 @@ def outputs(net: nn.Module, data: ImageData, *path: Any) -> Tensor:
 def exactly(folder: Path, group: Group = ALONE) -> None:
     """Train a supernet, on single paths and on mixtures, and networks, in float64; the first process writes what came out."""
     found: dict[str, Any] = {}
-    for name, work in (("supernet", a_supernet), ("network", a_network), ("accumulated", accumulated)):
+    works = {
+        "supernet": a_supernet,
+        "fair": partial(a_supernet, settings=replace(SETTINGS, paths="fair", mixture_epochs=0)),
+        "elastic": partial(a_supernet, settings=replace(SETTINGS, paths="elastic", mixture_epochs=0)),
+        "network": a_network,
+        "accumulated": accumulated,
+    }
+    for name, work in works.items():
         gradients: list[dict[str, Tensor]] = []
         with in_double(gradients):
             found[name] = {"gradients": gradients, **work(folder / name, group)}
@@ -142,10 +150,11 @@ def exactly(folder: Path, group: Group = ALONE) -> None:
         torch.save(found, folder / "found.pt")
 
 
-def a_supernet(folder: Path, group: Group) -> State:
+def a_supernet(folder: Path, group: Group, settings: SupernetSettings = SETTINGS) -> State:
     data = pictures(8)
-    net = train_supernet(SPACE, data, SETTINGS, 0, folder, group)
-    return {"outputs": outputs(net, data, [1, 0, 1]), "weights": dict(net.named_parameters())}
+    net = train_supernet(SPACE, data, settings, 0, folder, group)
+    path = SPACE.largest if settings.paths == "elastic" else [1, 0, 1]
+    return {"outputs": outputs(net, data, path), "weights": dict(net.named_parameters())}
 
 
 def a_network(folder: Path, group: Group, recipe: Recipe = SHORT) -> State:
@@ -248,7 +257,8 @@ WORKS: dict[str, Callable[[Path, Group], None]] = {
 def main(folder: Path, what: str) -> None:
     torch.set_num_threads(1)
     if what == "searched":
-        together(lambda: _run("train", lambda: searched(folder)))
+        with in_double([]):
+            together(lambda: _run("train", lambda: searched(folder)))
         return
 
     def work() -> None:
