@@ -202,7 +202,8 @@ class Group:
         others, as it is. The parameters are the same objects."""
         import torch
 
-        if self.size == 1 or next(model.parameters()).device.type != "cuda":
+        first = next(model.parameters(), None)
+        if self.size == 1 or first is None or first.device.type != "cuda":
             return model
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 

@@ -27,7 +27,7 @@ from nas.evaluation import accuracy_of
 from nas.networks import import_timm
 from nas.progress import progress, say
 from nas.recipe import Recipe
-from nas.steps import accelerator, cosine, mixed_precision, parameter_groups, training_batch
+from nas.steps import accelerator, cosine, mixed_precision, parameter_groups, training_batches
 from nas.supernet_training import SupernetSettings, epoch_size
 from nas.taylor import calibration_batches, unit_scores
 from nas.training import train_network
@@ -342,10 +342,10 @@ def _distil(
         for number in range(first, rounds):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             here = min(ROUND, steps - ROUND * number)
-            for at, indices in enumerate(epoch_batches(len(data.train), batch, seed, number, batch * here)):
+            order = epoch_batches(len(data.train), batch, seed, number, batch * here)
+            for at, (x, _) in enumerate(training_batches(data, order, generator, device)):
                 for group in optimizer.param_groups:
                     group["lr"] = DISTILLATION_RATE * cosine(ROUND * number + at, steps)
-                x, _ = training_batch(data, indices, generator, device)
                 optimizer.zero_grad(set_to_none=True)
                 errors = _errors(net, slots, path, by_slot, x, settings.precision)
                 optimizer.step()

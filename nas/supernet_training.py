@@ -420,9 +420,10 @@ def train_supernet(
     """Train the supernet of `space` (at the size of `data`) and return it, in eval mode: an ElasticSupernet for
     `paths: elastic`, else a Supernet.
 
-    A checkpoint is written to `folder/supernet.pt` after each epoch, and every ten minutes in a long one; the next call with the
-    same arguments goes on from it, to the same weights as if it had never stopped. On one machine with one number of threads, the same seed gives the same weights. The processes of a `group` all
-    call this, and each has its rows of every batch; they run the same networks, so they have gradients of the same parameters.
+    A checkpoint is written to `folder/supernet.pt` after each epoch, and every ten minutes in a long one; the next call with
+    the same arguments goes on from it, to the same weights as if it had never stopped. On one machine with one number of
+    threads, the same seed gives the same weights. The processes of a `group` all call this, and each has its rows of every
+    batch; they run the same networks, so they have gradients of the same parameters.
     """
 
     group.alike(
@@ -452,6 +453,8 @@ def train_supernet(
     net = group.agreed(untrained)
     device = next(net.parameters()).device
     group.synchronised(net)
+    if isinstance(net, ElasticSupernet) and group.size > 1:
+        net.convert_layers(group.synchronised)  # its layers run in modules that are built as they are needed
     named = [(n, p) for n, p in net.named_parameters() if not n.startswith("logits.")]
     weights = torch.optim.AdamW(parameter_groups(iter(named), settings.weight_decay), lr=settings.learning_rate)
     optimizers: dict[str, torch.optim.Optimizer] = {"weights": weights}
@@ -474,12 +477,12 @@ def train_supernet(
             f"{steps - mixture_steps} steps of {settings.batch_size}{networks}, then {mixture_steps} of mixtures, on "
             f"{device.type}{f', in {group.size} processes' if group.size > 1 else ''}"
         )
-    order = (
+    indices_of_all = (
         indices
         for epoch in range(first, epochs)
         for indices in epoch_batches(len(data.train), settings.batch_size, seed, epoch, sizes[epoch])
     )
-    order = itertools.islice(order, len(within.losses), None)
+    order = itertools.islice(indices_of_all, len(within.losses), None)
     generator = torch.Generator()
     batches = training_batches(data, order, generator, device, group)
     work = [steps_in * cost for steps_in, cost in zip(steps_of, costs, strict=True)]

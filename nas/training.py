@@ -77,16 +77,16 @@ def train_network(
     `teacher`, which sees the same augmented images, it learns from that too, as the recipe says. `folder` then holds
     `arch.yaml`, `model.safetensors` (with the recipe's `ema`, the average of the weights; of two classifiers, the one that does
     what they do together), `metrics.csv` (a row for each epoch; the learning rate is that of its last step, the training loss
-    is smoothed) and `checkpoint.pt`, written before and after each validation, and every ten minutes in a long epoch; and the curves of
-    `nas.curves`. The next call with the same arguments goes on from there, to the same weights as if it had never stopped; if
-    the training is finished, it returns its result. The weights name their classes, and the `targets` of the network's search
+    is smoothed) and `checkpoint.pt`, written before and after each validation, and every ten minutes in a long
+    epoch; and the curves of `nas.curves`. The next call with the same arguments goes on from there, to the same weights as if it
+    had never stopped; if the training is finished, it returns its result. The weights name their classes, and the `targets` of the network's search
     (see `nas.about`), for nas-export. On one machine with one number of threads, the same seed gives the same weights.
     The processes of a `group` all call this; each has its rows of every batch, and the first one alone writes.
 
     Raises:
         InputError: the image sizes differ, the folder holds another training, the weights do not fit, or there is no
             such accelerator.
-        FloatingPointError: the loss, or its gradient, is no longer finite. The last checkpoint is of before.
+        FloatingPointError: the loss, or its gradient, is no longer finite. A checkpoint, if there is one yet, is of before.
     """
     if data.image_size != arch.image_size:
         raise InputError(
@@ -170,8 +170,8 @@ def _check_division(batch: int, arch: ArchConfig, recipe: Recipe, group: Group, 
     if part != batch and part % arch.group_size:
         least = math.lcm(2, arch.group_size) * group.size * recipe.accumulate
         raise InputError(
-            f"{arch.name} takes {arch.group_size} images at once, but a step's {batch} would be divided into parts of {part}: give "
-            f"a batch_size that is a multiple of {least}"
+            f"{arch.name} takes {arch.group_size} images at once, but a step's {batch} would be divided into parts of {part}: "
+            f"give a batch_size that is a multiple of {least}"
         )
     if recipe.compile:
         try:
@@ -282,8 +282,8 @@ def _introduce(run: _Run, first: int) -> None:
 def _measured(images: Images) -> tuple[int, int]:
     """Return how many steps to leave out before the time of a step is measured, and by how many it is.
 
-    The first step also allocates. Where images are decoded ahead, the first batches of each worker process are ready before they
-    are needed; only then do steps take as long as decoding, where that is what takes long.
+    The first step also allocates. Where images are decoded ahead, the first batches of each worker process are ready before
+    they are needed; only then do steps take as long as decoding, where that is what takes long.
     """
     if not isinstance(images.pixels, Files):
         return 1, MEASURED_STEPS

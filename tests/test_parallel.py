@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_together import ARCH, RECIPE, exactly, in_double, killed, main, pictures, searched
+from train_together import ARCH, RECIPE, SETTINGS, SPACE, exactly, in_double, killed, main, pictures, searched
 
+from nas import supernet_training
 from nas.data import augment
 from nas.parallel import ALONE, Group, own_device
+from nas.supernet_training import train_supernet
 from nas.training import train_network
 from supernet.arch import MultiplexSpec
 from supernet.errors import InputError
@@ -141,7 +143,7 @@ def test_parts_of_a_batch_are_equal_and_more_than_one_image(tmp_path: Path, accu
 
 def test_images_of_a_group_stay_together(tmp_path: Path) -> None:
     arch = replace(ARCH, head="layer_norm", mux=MultiplexSpec(4))
-    with pytest.raises(InputError, match="takes 4 images at once, .* 8 .* parts of 2: give a batch_size that is a multiple of 16"):
+    with pytest.raises(InputError, match=r"takes 4 images at once, .* 8 .* parts of 2: .* a multiple of 16$"):
         train_network(arch, pictures(16), replace(RECIPE, accumulate=4), tmp_path, 0)
 
 
@@ -153,8 +155,26 @@ def test_every_process_of_a_machine_has_a_gpu_of_its_own(here: str, refused: boo
     if not refused:
         assert own_device("cuda") == torch.device("cuda", 1)
         return
-    with pytest.raises(InputError, match="^3 processes on this machine, but 2 GPUs: give torchrun --nproc-per-node 2$"):
+    with pytest.raises(InputError, match=r"^3 processes on this machine, but 2 GPUs: give torchrun --nproc-per-node 2$"):
         own_device("cuda")
+
+
+def test_a_mixture_that_cannot_be_divided_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def rows(group: Group, batch: int) -> slice:
+        asked.append(batch)
+        if batch == 9:
+            raise InputError("9 cannot be divided")
+        return slice(0, batch)
+
+    monkeypatch.setattr(Group, "rows", rows)
+    monkeypatch.setattr(supernet_training, "MIXTURE_IMAGES", 9)
+    with pytest.raises(InputError, match=r"^9 cannot"):
+        train_supernet(SPACE, pictures(8), replace(SETTINGS, batch_size=12, images_per_epoch=32), 0, tmp_path)
+    assert set(asked) <= {9, 12} and not (tmp_path / "supernet.pt").exists()
 
 
 def test_where_nothing_can_be_compiled_the_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

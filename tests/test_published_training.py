@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from nas import cli, training
 from nas.checkpoints import load_weights
-from nas.data import ImageData, load_images
+from nas.data import ImageData, Images, load_images
 from nas.ema import MovingAverage
 from nas.evaluation import accuracy_of
+from nas.pixels import Files
 from nas.pretrained import load_pretrained
+from nas.progress import duration
 from nas.recipe import RECIPES, Recipe
 from nas.steps import clip_by_weights
 from nas.teacher import Teacher, load_teacher
@@ -161,6 +163,28 @@ def test_how_long_it_takes_is_said_after_the_first_steps(
     said = capsys.readouterr().err
     assert "for the 4 steps left, going by 10 steps" in said
     assert "images_per_epoch" in said and "teacher" in said, "and what changes it"
+    assert "for the 2 epochs left, going by this one as a whole, validation included" in said
+
+
+@pytest.mark.parametrize(("steps", "measured"), [(1000, 36), (100, 10)])
+def test_batches_that_were_decoded_ahead_tell_nothing_of_the_time(
+    steps: int, measured: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """18 processes, two batches each: 36 batches are there at once, and the others come as fast as they are decoded."""
+    monkeypatch.setattr(training, "workers", lambda: 18)
+    now = 0.0
+    monkeypatch.setattr(training.time, "monotonic", lambda: now)
+    pixels = Files((), 8)
+    taken = training._estimating(
+        lambda amount: None, steps, *training._measured(Images(pixels, torch.arange(0), torch.arange(0)))
+    )
+    for step in range(steps):
+        now += 1.0 if step <= 36 else 3.0
+        taken()
+    said = capsys.readouterr().err
+    left = steps - 1 - (36 if measured == 36 else 0) - measured
+    time = duration((3.0 if measured == 36 else 1.0) * left)
+    assert said.startswith(f"about {time} for the {left:,} steps left, going by {measured} steps") and said.count("\n") == 1
 
 
 def test_an_earlier_versions_checkpoint_goes_on(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def network() -> nn.Sequential:
 KILLS = [
     (training, "train_step", 8, 1),
     (training, "accuracy_of", 2, 1),
-    (checkpoints, "write_atomically", 2, 1),
+    (checkpoints, "write_atomically", 4, 1),  # each epoch has one before its validation and one after
     (training, "write_atomically", 2, 2),
 ]
 
@@ -109,6 +109,20 @@ def test_resumed_training_equals_uninterrupted(
         assert torch.equal(tensor, found[name]), f"{name} differs after a resume"
     assert replace(resumed, folder=whole.folder) == whole, "and so does the result"
     assert without_seconds(tmp_path) == without_seconds(whole.folder), "no row is lost, doubled or changed"
+
+
+def test_a_kill_in_a_validation_loses_no_step(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "accuracy_of", killed)
+        training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
+    taken: list[float] = []
+    original = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *args: taken.append(original(*args)) or taken[-1])
+    training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
+    assert len(taken) == 10, "those of the second and third epoch"
 
 
 def test_seed_decides_start_and_order(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +209,7 @@ def test_non_finite_loss_names_the_epoch(digits: ImageData, tmp_path: Path, monk
     monkeypatch.setattr(training, "train_step", step)
     with pytest.raises(
         FloatingPointError,
-        match=r"not finite in epoch 2, at step 7: lower the recipe's learning_rate; \S+checkpoint.pt is of before",
+        match=r"not finite in epoch 2, at step 7: .* lower learning_rate, into another --out and --weights \S+checkpoint.pt, which",
     ):
         training.train_network(ARCH, digits, RECIPE, tmp_path, seed=0)
     assert steps == 7, "no step is taken after it"
