@@ -77,10 +77,11 @@ def train_network(
     `teacher`, which sees the same augmented images, it learns from that too, as the recipe says. `folder` then holds
     `arch.yaml`, `model.safetensors` (with the recipe's `ema`, the average of the weights; of two classifiers, the one that does
     what they do together), `metrics.csv` (a row for each epoch; the learning rate is that of its last step, the training loss
-    is smoothed) and `checkpoint.pt`, written before and after each validation, and every ten minutes in a long
-    epoch; and the curves of `nas.curves`. The next call with the same arguments goes on from there, to the same weights as if it
-    had never stopped; if the training is finished, it returns its result. The weights name their classes, and the `targets` of the network's search
-    (see `nas.about`), for nas-export. On one machine with one number of threads, the same seed gives the same weights.
+    is smoothed) and `checkpoint.pt`, written before and after each validation, and every ten minutes in a long epoch; and the
+    curves of `nas.curves`. The next call with the same arguments goes on from there, to the same weights as if it had never
+    stopped; if the training is finished, it returns its result. The weights name their classes, and the `targets` of the
+    network's search (see `nas.about`), for nas-export. On one machine with one number of threads, the same seed gives the same
+    weights.
     The processes of a `group` all call this; each has its rows of every batch, and the first one alone writes.
 
     Raises:

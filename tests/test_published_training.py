@@ -209,6 +209,49 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_an_infinite_loss_takes_no_step_where_its_gradient_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(ARCH).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    monkeypatch.setattr(training, "training_loss", lambda outputs, *rest: outputs.sum() + math.inf)
+    before = [p.detach().clone() for p in model.parameters()]
+    assert math.isnan(train_step(model, optimizer, *batch(), PLAIN))
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(*args: object) -> float:
+        raise error
+
+    ARCH.at(8).save(tmp_path / "arch.yaml")
+    monkeypatch.setattr(training, "train_step", step)
+    with pytest.raises(SystemExit) as ended:
+        cli.train([str(tmp_path / "arch.yaml"), "--out", str(tmp_path / "out")])
+    assert ended.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("nas-train: out of memory: give a smaller batch_size, ") and "accumulate" in last
+
+
+def test_other_errors_of_pytorch_are_not_taken_for_a_lack_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*args: object) -> float:
+        raise RuntimeError("shapes do not fit")
+
+    ARCH.at(8).save(tmp_path / "arch.yaml")
+    monkeypatch.setattr(training, "train_step", step)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        cli.train([str(tmp_path / "arch.yaml"), "--out", str(tmp_path / "out")])
+
+
 def test_a_loss_that_is_not_finite_ends_the_command_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
