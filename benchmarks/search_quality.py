@@ -66,7 +66,7 @@ from nas.request import claim, finished
 from nas.scores import Drops, completed
 from nas.search import Request, borrow, run_search, search_from
 from nas.slimming import start_network
-from nas.steps import accelerator, training_batch
+from nas.steps import accelerator, training_batches
 from nas.strategies import STRATEGIES
 from nas.supernet_training import (
     SupernetSettings,
@@ -404,7 +404,7 @@ def probe(study: Study) -> Pace:
     device = accelerator(recipe.accelerator)
 
     def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return training_batch(data, torch.arange(min(size, len(data.train))), generator, device)
+        return next(training_batches(data, [torch.arange(min(size, len(data.train)))], generator, device))
 
     x, y = batch(recipe.batch_size)
     training = []

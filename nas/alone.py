@@ -26,7 +26,8 @@ _held: set[Path] = set()
 def alone(folder: str | Path, name: str = "", *, shared: bool = False) -> Iterator[None]:
     """Hold `folder` for this process, or the files in it that begin with `name`, while the block runs.
 
-    What an earlier process had half written when it was killed is removed. Within the block, the same process may ask again.
+    What an earlier process had half written when it was killed is removed, but for what belongs to others: files of a name, and
+    of folders in this one, that another process may hold. Within the block, the same process may ask again.
     Of the processes of torchrun the first one holds the folder for all. Where the file system knows no locks, a line says so,
     and nothing is held.
 
@@ -47,10 +48,7 @@ def alone(folder: str | Path, name: str = "", *, shared: bool = False) -> Iterat
     _held.add(path)
     try:
         if not shared:
-            cut = f".{name}.*{PART}" if name else f".*{PART}"
-            for left_over in [path for below in ("", "*/", "*/*/") for path in folder.glob(below + cut)]:
-                with suppress(OSError):
-                    left_over.unlink()
+            _sweep(folder, name)
         yield
     finally:
         _held.discard(path)
@@ -65,6 +63,20 @@ def alone(folder: str | Path, name: str = "", *, shared: bool = False) -> Iterat
         for made in new:
             with suppress(OSError):  # what was refused leaves no folder; what was done has files in it
                 made.rmdir()
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Remove what killed processes left half written in a folder that is held, and in folders below that nobody holds."""
+    held = () if name else tuple(lock.name.removesuffix("lock") for lock in folder.glob(".?*.lock"))
+    for left_over in list(folder.glob(f".{name}.*{PART}" if name else f".*{PART}")):
+        if not left_over.name.startswith(held):
+            with suppress(OSError):
+                left_over.unlink()
+    if not name:
+        below = [*folder.glob(f"*/.*{PART}"), *folder.glob(f"*/*/.*{PART}")]
+        for inner in {path.relative_to(folder).parts[0] for path in below}:
+            with suppress(InputError, OSError), alone(folder / inner):
+                pass
 
 
 def _opened(path: Path, folder: Path, shared: bool) -> int:

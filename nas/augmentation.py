@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nas.data import IMAGENET_MEAN, IMAGENET_STD, epoch_batches
+from nas.data import IMAGENET_MEAN, IMAGENET_STD, epoch_batches, shifted
 from nas.randaugment import OPERATIONS, operated
 from nas.recipe import Recipe
 
@@ -168,7 +168,7 @@ def augmented(
         x = resized_crops(pixels.float() / 255, draws.crop, size)
         x = torch.where(draws.mirrored.to(x.device)[:, None, None, None], x.flip(3), x)
     else:
-        x = _shifted(pixels, draws.shift, draws.mirrored).float() / 255
+        x = shifted(pixels, draws.shift, draws.mirrored).float() / 255
     if recipe.rand_augment:
         x = operated(x, draws.operations, draws.levels)
     if recipe.color_jitter:
@@ -180,17 +180,6 @@ def augmented(
     if not recipe.mixes:
         return x, labels
     return mixed(x, F.one_hot(labels, classes).float(), draws.share, draws.box)
-
-
-def _shifted(pixels: Tensor, shift: Tensor, mirrored: Tensor) -> Tensor:
-    """Return the images (B, C, S, S) shifted, with the border reflected, and mirrored where they are to be."""
-    side = pixels.shape[2]
-    rows, columns = ((torch.arange(side) + shift[:, i, None]).abs() for i in (0, 1))
-    rows, columns = ((side - 1) - ((side - 1) - position).abs() for position in (rows, columns))
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    # Two gathers instead of padding: reflection_pad2d knows no uint8, and the padded copy is never made.
-    pixels = pixels.gather(2, rows.to(pixels.device)[:, None, :, None].expand_as(pixels))
-    return pixels.gather(3, columns.to(pixels.device)[:, None, None, :].expand_as(pixels))
 
 
 def resized_crops(x: Tensor, crop: Tensor, size: int) -> Tensor:

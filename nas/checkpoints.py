@@ -20,11 +20,13 @@ from supernet.errors import InputError, placed
 from supernet.files import write_atomically
 from supernet.weights import at_size
 
+CHECKPOINT_EVERY_S = 600.0  # within an epoch; there is one after each epoch too
+
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
 def load_weights(model: nn.Module, path: str | Path, *, adapt: bool = False) -> None:
-    """Load a `model.safetensors`, or the network of a `checkpoint.pt`, into a network of `build_model`.
+    """Load the weights of a file (see `read_weights`) into a network of `build_model`.
 
     Names and shapes must be the network's own. With `adapt`, as a start for training, a classifier for another number
     of classes is left out (the network keeps its own), attention biases for a map of another size are resized, and a network
@@ -33,7 +35,7 @@ def load_weights(model: nn.Module, path: str | Path, *, adapt: bool = False) -> 
     Raises:
         InputError: the file cannot be read or does not fit. The network is then as it was.
     """
-    load_state(model, _read_weights(Path(path)), Path(path), adapt=adapt)
+    load_state(model, read_weights(Path(path)), Path(path), adapt=adapt)
 
 
 def load_state(model: nn.Module, given: Mapping[str, Tensor], path: str | Path, *, adapt: bool = False) -> None:
@@ -61,22 +63,38 @@ def load_state(model: nn.Module, given: Mapping[str, Tensor], path: str | Path, 
     model.load_state_dict(given)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a file: `.safetensors`; or of torch.save: as it is, the network of a `checkpoint.pt`
+    of nas-train, or what another training's checkpoint has under `state_dict` or `model`.
+
+    Raises:
+        InputError: it cannot be read, or holds none.
+    """
     if not path.is_file():
         raise InputError(f"the weights file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            found: Any = safetensors.torch.load_file(path)
-        else:
-            found = kept_state(torch.load(path, weights_only=True, map_location="cpu"))
-        found = plain(found)
+            return plain(safetensors.torch.load_file(path))
+        found: Any = torch.load(path, weights_only=True, map_location="cpu")
+        if isinstance(found, dict) and isinstance(found.get("net"), dict):
+            found = kept_state(found)
     except MemoryError:
         raise
     except Exception as error:  # neither library has one base for what damaged files raise
         raise InputError(
-            f"the weights file {path} cannot be read: give a model.safetensors or a checkpoint.pt of nas-train"
+            f"the weights file {path} cannot be read: give a model.safetensors or a checkpoint.pt of nas-train, or a state "
+            "dict as .safetensors, or as .pt of tensors alone"
         ) from error
-    return dict(found)
+    for part in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(part), dict):
+            found = found[part]
+    try:
+        return plain(found)
+    except (TypeError, AttributeError) as error:
+        held = ", ".join(map(str, list(found)[:3])) if isinstance(found, dict) else type(found).__name__
+        raise InputError(
+            f"the weights file {path} holds no state dict, but {held}: give one of timm or of nas-train"
+        ) from error
 
 
 def kept_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -166,7 +184,7 @@ def load_checkpoint(path: Path, group: Group = ALONE, **parts: Stateful) -> int:
         try:
             state = torch.load(io.BytesIO(held), weights_only=True, map_location="cpu")
             for name, part in parts.items():
-                part.load_state_dict(state[name])
+                part.load_state_dict(state.get(name, {}))  # an earlier version had no state within an epoch
             epoch = int(state["epoch"])
             if epoch < 0:
                 raise ValueError("no number of epochs")

@@ -12,14 +12,17 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nas.alone import alone
 from nas.profilers.bench import Failed
 from nas.progress import say
 from supernet.errors import FULL, InputError, one_line
+
+if TYPE_CHECKING:
+    from nas.parallel import Group
 
 ARCH_HELP = "a network: a YAML file, or the name of a published one (efficientformer_l1, efficientvit_m4, deit_tiny, ...)"
 
@@ -49,13 +52,12 @@ def _parser(command: str, does: str, example: str) -> _Parser:
     )
 
 
-def _run(command: str, work: Callable[[], None], folder: Path | None = None) -> None:
-    """Do the work of a command, alone in `folder` if there is one; turn what went wrong into its exit code."""
+def _run(command: str, work: Callable[[], None]) -> None:
+    """Do the work of a command; turn what went wrong into its exit code."""
     with suppress(AttributeError):  # a name of a file that is no text is printed with its bytes' codes
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        with alone(folder) if folder is not None else nullcontext():
-            work()
+        work()
         sys.stdout.flush()  # a full disk is told here, not by the interpreter's end
     except InputError as error:
         print(f"{command}: {error}", file=sys.stderr)
@@ -75,9 +77,22 @@ def _run(command: str, work: Callable[[], None], folder: Path | None = None) -> 
         print(one_line(f"{command}: {what}"), file=sys.stderr)
         # A place that was named and is no place for this, or a machine that has run out of something.
         raise SystemExit(1 if error.filename is None or error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else 2) from None
-    except MemoryError:
-        print(f"{command}: out of memory: give a smaller network, image size or batch", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(
+            f"{command}: out of memory: give a smaller batch_size, in a recipe of nas-train a larger accumulate, or a smaller "
+            "image size or network",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Return whether this is Python's or PyTorch's lack of memory: accelerators' has a class, a CPU's and Apple's but words."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory"))
 
 
 def _leave_stdout() -> None:
@@ -432,7 +447,8 @@ def train(arguments: Sequence[str] | None = None) -> None:
         "  nas-train runs/efficientformer-tiny-1.6ms-seed0/searched.yaml --data ~/flowers --out trained\n"
         "  nas-train run/searched.yaml --weights run/weights.safetensors --teacher run/teacher.yaml --recipe finetune "
         "--data ~/flowers --out tuned\n"
-        "  nas-train efficientformer_l1 --recipe efficientformer --teacher timm:regnety_160 --data ~/imagenet --out l1\n"
+        "  nas-train efficientformer_l1 --recipe efficientformer --teacher timm:regnety_160.deit_in1k "
+        "--data ~/imagenet --out l1\n"
         "  nas-train efficientformer_l1 --weights timm:efficientformer_l1 --recipe finetune --image-size 320 "
         "--data ~/flowers --out l1-320",
     )
@@ -471,17 +487,22 @@ def train(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     def work() -> None:
+        from nas.parallel import joined
+
+        group = joined()  # under torchrun all processes train together
+        with ExitStack() as held:
+            group.agreed(lambda: held.enter_context(alone(given.out)))
+            work_alone(group)
+
+    def work_alone(group: Group) -> None:
         from nas.about import targets_beside
         from nas.data import load_data
-        from nas.parallel import joined
         from nas.pretrained import starting_weights
         from nas.recipe import load_recipe
         from nas.steps import accelerator
         from nas.teacher import load_teacher
         from nas.training import train_network
         from supernet.zoo import load_arch
-
-        group = joined()  # under torchrun all processes train together
 
         def read() -> dict[str, Any]:
             arch = load_arch(given.arch)
@@ -504,7 +525,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
             print(f"top-1 {100 * result.accuracy:.2f} %, loss {result.loss:.4f} after {result.epochs} epochs: {result.folder}")
         group.leave()
 
-    _run(parser.prog, work, given.out)
+    _run(parser.prog, work)
 
 
 def export(arguments: Sequence[str] | None = None) -> None:

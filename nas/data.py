@@ -176,12 +176,23 @@ def augment(
     """
     _, _, height, width = x.shape
     own, n = part or (slice(None), len(x))
-    rows = _shifted(n, height, pad, generator)
-    columns = _shifted(n, width, pad, generator)
-    if flip:
-        mirrored = torch.rand(n, 1, generator=generator, device=generator.device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    rows, columns = rows[own], columns[own]
+    shifts = []
+    for side in (height, width):
+        reach = min(round(side * pad), side - 1)
+        shifts.append(torch.randint(-reach, reach + 1, (n,), generator=generator))
+    mirrored = torch.rand(n, generator=generator) < 0.5 if flip else torch.zeros(n, dtype=torch.bool)
+    return shifted(x, torch.stack(shifts, 1)[own], mirrored[own])
+
+
+def shifted(x: Tensor, shift: Tensor, mirrored: Tensor) -> Tensor:
+    """Return images (B, C, H, W) shifted by so many rows and columns (B, 2), with the border reflected, and mirrored where
+    `mirrored` (B,) says so."""
+    positions = []
+    for axis, side in enumerate(x.shape[2:]):
+        position = (torch.arange(side) + shift[:, axis, None]).abs()
+        positions.append((side - 1) - ((side - 1) - position).abs())
+    rows, columns = positions
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     # Two gathers instead of padding: reflection_pad2d knows no uint8, and the padded copy is never made.
     x = x.gather(2, rows.to(x.device)[:, None, :, None].expand_as(x))
     return x.gather(3, columns.to(x.device)[:, None, None, :].expand_as(x))
@@ -402,11 +413,3 @@ def _ranks(labels: NDArray[np.int64], rng: np.random.Generator) -> tuple[NDArray
 def _rng(seed: int, purpose: str, turn: int = 0) -> np.random.Generator:
     """Return a generator of its own for each purpose, so that one draw more in one place moves nothing elsewhere."""
     return np.random.default_rng([seed % 2**64, *purpose.encode(), turn])
-
-
-def _shifted(n: int, side: int, pad: float, generator: torch.Generator) -> Tensor:
-    """Return (n, side): the source pixel of each target pixel on one axis, for a random shift with reflection."""
-    reach = min(round(side * pad), side - 1)
-    shift = torch.randint(-reach, reach + 1, (n, 1), generator=generator, device=generator.device)
-    position = (torch.arange(side, device=generator.device) + shift).abs()
-    return (side - 1) - ((side - 1) - position).abs()

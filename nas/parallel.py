@@ -11,7 +11,7 @@ them, does not depend on how many processes there are.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=60)  # some wait while others read images or train; one that dies is noticed at once all the same
+PATIENCE = timedelta(days=60)  # of gloo: some wait while others read images or search; one that dies is noticed all the same
+GPU_PATIENCE = timedelta(minutes=30)  # of NCCL, which may not notice; nobody waits there but for others' part of the same step
 TO_MEET = timedelta(minutes=10)  # for all processes to find each other
 BUCKET_BYTES = 64 * 2**20  # gradients are exchanged in pieces of this size: fewer messages, and no second copy of all
 
@@ -99,6 +100,26 @@ class Group:
             if refusals:
                 raise SystemExit(2)
         return found[0]
+
+    def alike(self, given: Mapping[str, Any]) -> None:
+        """Refuse, in all processes, what was not given to all of them alike: they would wait for each other without end.
+
+        Raises:
+            InputError: in the first process; the others end without a word.
+        """
+        if self.size == 1:
+            return
+        of_all = self._gathered(dict(given))
+        other = next((rank for rank, held in enumerate(of_all) if held != of_all[0]), None)
+        if other is None:
+            return
+        if not self.first:
+            raise SystemExit(2)
+        names = [name for name, value in of_all[0].items() if of_all[other].get(name) != value]
+        raise InputError(
+            f"process {other} of {self.size} has another {', '.join(names)} than the first one: give all machines the same "
+            "command, files and images"
+        )
 
     def _gathered(self, mine: Any) -> list[Any]:
         import torch.distributed as dist
@@ -181,7 +202,8 @@ class Group:
         others, as it is. The parameters are the same objects."""
         import torch
 
-        if self.size == 1 or next(model.parameters()).device.type != "cuda":
+        first = next(model.parameters(), None)
+        if self.size == 1 or first is None or first.device.type != "cuda":
             return model
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
@@ -208,16 +230,26 @@ def joined() -> Group:
                 # torchrun's store outlives a restart, with the addresses of processes that are gone (PyTorch issue 135712). On
                 # several machines the count of restarts is not the same in all.
                 store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=GPU_PATIENCE)
+            # What is given above is for all backends; PyTorch has no public way to give each its own.
+            dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(PATIENCE)  # type: ignore[union-attr]
     return Group(dist.get_rank(), dist.get_world_size())
 
 
 def own_device(kind: str) -> torch.device:
-    """Return the accelerator of this process: of a machine's GPUs, each has another one."""
+    """Return the accelerator of this process: of a machine's GPUs, each has another one.
+
+    Raises:
+        InputError: there are more processes on this machine than GPUs.
+    """
     import torch
 
     if kind == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        own = int(os.environ.get("LOCAL_RANK", "0"))
+        here, gpus = max(own + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), torch.cuda.device_count()
+        if here > gpus:
+            raise InputError(f"{here} processes on this machine, but {gpus} GPUs: give torchrun --nproc-per-node {gpus}")
+        return torch.device("cuda", own)
     return torch.device(kind)
 
 

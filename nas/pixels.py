@@ -320,9 +320,16 @@ def _write(path: Path, array: NDArray[Any]) -> None:
 
 def _make_room(folder: Path, needed: int) -> None:
     """Remove what killed runs left over, and of the packed files those not used for longest, until `needed` bytes have room."""
+    found = []
+    for path in folder.glob("*.npy"):
+        with suppress(OSError):  # another process has removed it meanwhile
+            there = path.stat()
+            found.append((there.st_mtime, there.st_size, path))
     total = needed
-    for path in sorted(folder.glob("*.npy"), key=lambda path: path.stat().st_mtime, reverse=True):
-        total += path.stat().st_size
-        if total > CACHE_LIMIT_BYTES or (path.name.startswith(".") and time.time() - path.stat().st_mtime > LEFT_OVER_S):
+    for used, size, path in sorted(found, reverse=True):
+        being_written = path.name.startswith(".")
+        if not being_written:
+            total += size
+        if time.time() - used > LEFT_OVER_S if being_written else total > CACHE_LIMIT_BYTES:
             with suppress(OSError):  # Windows keeps what another process has mapped
                 path.unlink()

@@ -15,19 +15,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from nas.checkpoints import CLASSIFIER, kept_state, load_checkpoint, load_state, load_weights, plain, save_checkpoint
+from nas.checkpoints import CLASSIFIER, load_checkpoint, load_state, load_weights, read_weights, save_checkpoint
 from nas.data import ImageData, epoch_batches
 from nas.evaluation import accuracy_of
 from nas.networks import import_timm
 from nas.progress import progress, say
 from nas.recipe import Recipe
-from nas.steps import accelerator, cosine, mixed_precision, parameter_groups, training_batch
+from nas.steps import accelerator, cosine, mixed_precision, parameter_groups, training_batches
 from nas.supernet_training import SupernetSettings, epoch_size
 from nas.taylor import calibration_batches, unit_scores
 from nas.training import train_network
@@ -79,7 +79,7 @@ def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:
         InputError: the file cannot be read, is neither's, or does not fit the network; or timm cannot give the weights.
     """
     arch = arch.without_identity()
-    given = _timm_state(weights) if weights.startswith(TIMM) else _read_state(Path(weights))
+    given = _timm_state(weights) if weights.startswith(TIMM) else read_weights(Path(weights))
     source = weights if weights.startswith(TIMM) else str(Path(weights).resolve())
     with placed(weights):
         if any(_OURS.match(name) for name in given):
@@ -109,37 +109,9 @@ def starting_weights(network: str, weights: str, arch: ArchConfig) -> Path | Pre
         InputError: as `load_pretrained`; a file of this package's is looked into by the training itself.
     """
     path = Path(weights)
-    if weights.startswith(TIMM) or any(_THEIRS.match(name) for name in _read_state(path)):
+    if weights.startswith(TIMM) or any(_THEIRS.match(name) for name in read_weights(path)):
         return load_pretrained(network, weights, arch)
     return path
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """Return the state dict of a file, also where it is a part of a checkpoint."""
-    if not path.is_file():
-        raise InputError(f"the weights file {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            return plain(safetensors.torch.load_file(path))
-        found: Any = torch.load(path, weights_only=True, map_location="cpu")
-        if isinstance(found, dict) and isinstance(found.get("net"), dict):
-            found = kept_state(found)
-    except MemoryError:
-        raise
-    except Exception as error:  # neither library has one base for what damaged files raise
-        raise InputError(
-            f"the weights file {path} cannot be read: give a state dict as .safetensors, or as .pt of tensors alone"
-        ) from error
-    for part in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(part), dict):
-            found = found[part]
-    try:
-        return plain(found)
-    except (TypeError, AttributeError) as error:
-        held = ", ".join(map(str, list(found)[:3])) if isinstance(found, dict) else type(found).__name__
-        raise InputError(
-            f"the weights file {path} holds no state dict, but {held}: give one of timm or of nas-train"
-        ) from error
 
 
 def _timm_state(weights: str) -> dict[str, Tensor]:
@@ -370,10 +342,10 @@ def _distil(
         for number in range(first, rounds):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             here = min(ROUND, steps - ROUND * number)
-            for at, indices in enumerate(epoch_batches(len(data.train), batch, seed, number, batch * here)):
+            order = epoch_batches(len(data.train), batch, seed, number, batch * here)
+            for at, (x, _) in enumerate(training_batches(data, order, generator, device)):
                 for group in optimizer.param_groups:
                     group["lr"] = DISTILLATION_RATE * cosine(ROUND * number + at, steps)
-                x, _ = training_batch(data, indices, generator, device)
                 optimizer.zero_grad(set_to_none=True)
                 errors = _errors(net, slots, path, by_slot, x, settings.precision)
                 optimizer.step()

@@ -20,7 +20,8 @@ class Recipe:
     """
 
     epochs: int
-    """How often the training images are seen (or `images_per_epoch` of them); validation follows each time."""
+    """Epochs, of as many steps as the training images (or `images_per_epoch`) are batches; validation follows each. With
+    `repeats` each of them sees as many fewer different images."""
     batch_size: int
     """Images a step, of all processes together; what is left over begins the next epoch."""
     learning_rate: float
@@ -104,6 +105,8 @@ class Recipe:
         _at_least(self, accumulate=1, crop_source=1)
         _at_least(self, learning_rate_batch=0, clip_norm=0, weight_decay=0, warm_up_epochs=0, warm_up_rate=0, minimum_rate=0)
         _at_least(self, clip_agc=0, rand_augment_std=0, mixup=0, cutmix=0, crop_ratio=1)
+        if self.images_per_epoch == 1:
+            raise InputError("images_per_epoch must be 0, for all, or at least 2, but is 1")
         for name in ("learning_rate", "layer_scale", "teacher_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a positive number, but is {getattr(self, name)}")

@@ -11,7 +11,7 @@ from torch import nn
 
 from nas.data import ImageData, epoch_batches
 from nas.evaluation import Evaluator
-from nas.steps import cosine, mixed_precision, parameter_groups, training_batch
+from nas.steps import cosine, mixed_precision, parameter_groups, training_batches
 from nas.supernet_training import SupernetSettings
 from nas.trajectory import Evaluation
 from supernet.arch import ArchConfig
@@ -58,10 +58,9 @@ class Recovered:
         generator = torch.Generator().manual_seed(self.seed)
         batches = epoch_batches(len(self.data.train), settings.batch_size, self.seed, 0, steps * settings.batch_size)
         model.train()
-        for step, indices in enumerate(batches):
+        for step, (x, y) in enumerate(training_batches(self.data, batches, generator, self.evaluator.device)):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate / 2 * cosine(step, steps)
-            x, y = training_batch(self.data, indices, generator, self.evaluator.device)
             with mixed_precision(x.device, settings.precision):
                 loss = F.cross_entropy(model(x), y, label_smoothing=settings.label_smoothing)
             optimizer.zero_grad(set_to_none=True)

@@ -94,13 +94,6 @@ def clip_by_weights(parameters: Iterable[nn.Parameter], factor: float, least: fl
         parameter.grad.mul_(torch.where(gradient > most, most / gradient.clamp_min(1e-6), 1.0))
 
 
-def training_batch(data: ImageData, indices: Tensor, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the training images at `indices` (B,), augmented and normalised (B, 3, S, S), and labels (B,)."""
-    pixels, labels = data.train.batch(indices)
-    x = normalise(augment(pixels.to(device), generator, data.flips))
-    return x.contiguous(memory_format=torch.channels_last), labels.to(device)
-
-
 def training_batches(
     data: ImageData, order: Iterable[Tensor], generator: torch.Generator, device: torch.device, group: Group = ALONE
 ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Training the supernet: weights and importance by two optimizers, checkpointed each epoch.
+"""Training the supernet: weights and importance by two optimizers, checkpointed each epoch and within long ones.
 
 Sources: EfficientFormer (Li et al., NeurIPS 2022), section 4.2, for mixtures; FairNAS (Chu et al., ICCV 2021), section 3.3, for
 fair paths; Universally Slimmable Networks (Yu & Huang, ICCV 2019), sections 3 and 4, for the sandwich rule and in-place
@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.checkpoints import load_checkpoint, save_checkpoint
+from nas.checkpoints import CHECKPOINT_EVERY_S, load_checkpoint, save_checkpoint
 from nas.curves import curves
 from nas.data import ImageData, epoch_batches
 from nas.parallel import ALONE, Group, connected
@@ -182,6 +183,8 @@ class SupernetSettings:
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if self.images_per_epoch == 1:
+            raise InputError("images_per_epoch must be 0, for all, or at least 2, but is 1")
         if self.paths == "elastic" and self.mixture_epochs:
             raise InputError(
                 f"paths: elastic has no logits for mixtures to train, but mixture_epochs is {self.mixture_epochs}: give "
@@ -381,20 +384,66 @@ def _backward(net: Supernet, x: Tensor, y: Tensor, path: Sequence[Choice], setti
     return loss.detach()
 
 
+@dataclass
+class _Within:
+    """The part of a checkpoint that tells where within an epoch it is of."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    """Of the steps of the epoch under way, the mean over the processes."""
+    generator: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.uint8))
+    """The state of the generator that the next step draws with."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": [loss.item() for loss in self.losses], "generator": self.generator} if self.losses else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.losses = [torch.tensor(loss) for loss in state_dict.get("losses", [])]
+        self.generator = state_dict.get("generator", self.generator)
+
+
+def _check_finite(net: nn.Module, within: _Within, step: int, where: str, checkpoint: Path) -> list[float]:
+    """Return the losses of the epoch under way; raise FloatingPointError where one of them, or a weight, is not finite."""
+    losses = [loss.item() for loss in within.losses]
+    wrong = next((at for at, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if wrong is None and all(parameter.isfinite().all() for parameter in net.parameters()):
+        return losses
+    at = step - len(losses) + 1 + wrong if wrong is not None else step
+    raise FloatingPointError(
+        f"the supernet's loss is not finite at step {at}, {where}: lower learning_rate in --config, with another --out"
+        + (f"; {checkpoint} holds weights of before" if checkpoint.exists() else "")
+    )
+
+
 def train_supernet(
     space: SearchSpace, data: ImageData, settings: SupernetSettings, seed: int, folder: Path, group: Group = ALONE
 ) -> AnySupernet:
     """Train the supernet of `space` (at the size of `data`) and return it, in eval mode: an ElasticSupernet for
     `paths: elastic`, else a Supernet.
 
-    A checkpoint is written to `folder/supernet.pt` after each epoch; the next call with the same arguments goes on
-    from it. On one machine with one number of threads, the same seed gives the same weights. The processes of a `group` all
-    call this, and each has its rows of every batch; they run the same networks, so they have gradients of the same parameters.
+    A checkpoint is written to `folder/supernet.pt` after each epoch, and every ten minutes in a long one; the next call with
+    the same arguments goes on from it, to the same weights as if it had never stopped. On one machine with one number of
+    threads, the same seed gives the same weights. The processes of a `group` all call this, and each has its rows of every
+    batch; they run the same networks, so they have gradients of the same parameters.
     """
+
+    group.alike(
+        {
+            "space": space.to_yaml(),
+            "settings": settings.deciding(),
+            "seed": seed,
+            "data_fingerprint": data.fingerprint,
+            "training_images": len(data.train),
+        }
+    )
+
+    per_epoch = epoch_size(settings, data)
+    in_mixture = min(per_epoch, max(MIXTURE_IMAGES, per_epoch // 4))
+    sizes = [per_epoch] * settings.weight_epochs + [in_mixture] * settings.mixture_epochs  # images of each epoch
 
     def untrained() -> AnySupernet:
         device = group.device(accelerator(settings.accelerator))
-        group.rows(min(settings.batch_size, epoch_size(settings, data)))  # refused before anything is computed
+        for size in set(sizes):  # refused before anything is computed
+            group.rows(min(settings.batch_size, size))
         torch.manual_seed(seed)
         net = ElasticSupernet(space) if settings.paths == "elastic" else Supernet(space)
         net.checkpoint_activations = settings.checkpoint_activations
@@ -404,24 +453,23 @@ def train_supernet(
     net = group.agreed(untrained)
     device = next(net.parameters()).device
     group.synchronised(net)
+    if isinstance(net, ElasticSupernet) and group.size > 1:
+        net.convert_layers(group.synchronised)  # its layers run in modules that are built as they are needed
     named = [(n, p) for n, p in net.named_parameters() if not n.startswith("logits.")]
     weights = torch.optim.AdamW(parameter_groups(iter(named), settings.weight_decay), lr=settings.learning_rate)
     optimizers: dict[str, torch.optim.Optimizer] = {"weights": weights}
     if isinstance(net, Supernet):
         optimizers["logits"] = torch.optim.Adam(net.logits, lr=settings.logit_learning_rate, betas=(0.5, 0.999))
-    per_epoch = epoch_size(settings, data)
-    in_mixture = min(per_epoch, max(MIXTURE_IMAGES, per_epoch // 4))
-
-    def images_of(epoch: int) -> int:
-        return per_epoch if epoch < settings.weight_epochs else in_mixture
-
-    epochs = settings.weight_epochs + settings.mixture_epochs
-    steps_of = [max(1, images_of(epoch) // settings.batch_size) for epoch in range(epochs)]
+    epochs = len(sizes)
+    steps_of = [max(1, size // settings.batch_size) for size in sizes]
     costs = [passes(space, settings)] * settings.weight_epochs + [MIXTURE_COST] * settings.mixture_epochs
     steps, mixture_steps = sum(steps_of), sum(steps_of[settings.weight_epochs :])
     checkpoint = folder / "supernet.pt"
-    first = load_checkpoint(checkpoint, group, net=net, **optimizers)
-    step = sum(steps_of[:first])
+    within = _Within()
+    parts = {"net": net, **optimizers, "within": within}
+    first = load_checkpoint(checkpoint, group, **parts)
+    begun = sum(steps_of[:first])
+    step = begun + len(within.losses)
     networks = f" through {passes(space, settings)} networks each" if passes(space, settings) > 1 else ""
     if first < epochs:
         say(
@@ -429,20 +477,24 @@ def train_supernet(
             f"{steps - mixture_steps} steps of {settings.batch_size}{networks}, then {mixture_steps} of mixtures, on "
             f"{device.type}{f', in {group.size} processes' if group.size > 1 else ''}"
         )
-    order = (
+    indices_of_all = (
         indices
         for epoch in range(first, epochs)
-        for indices in epoch_batches(len(data.train), settings.batch_size, seed, epoch, images_of(epoch))
+        for indices in epoch_batches(len(data.train), settings.batch_size, seed, epoch, sizes[epoch])
     )
+    order = itertools.islice(indices_of_all, len(within.losses), None)
     generator = torch.Generator()
     batches = training_batches(data, order, generator, device, group)
     work = [steps_in * cost for steps_in, cost in zip(steps_of, costs, strict=True)]
-    with progress("supernet", sum(work), sum(work[:first])) as tick, curves(folder, step) as draw, connected():
+    known = sum(work[:first]) + (len(within.losses) * costs[first] if within.losses else 0)
+    saved = time.monotonic()
+    with progress("supernet", sum(work), known) as tick, curves(folder, begun) as draw, connected():
         for epoch in range(first, epochs):
             generator.manual_seed(seed * 1_000_003 + epoch)
-            losses = []
+            if within.losses:
+                generator.set_state(within.generator)
             net.train()
-            for x, y in itertools.islice(batches, steps_of[epoch]):
+            for x, y in itertools.islice(batches, steps_of[epoch] - len(within.losses)):
                 for parameters in weights.param_groups:
                     parameters["lr"] = settings.learning_rate * cosine(step, steps)
                 for optimizer in optimizers.values():
@@ -458,21 +510,22 @@ def train_supernet(
                 nn.utils.clip_grad_norm_((parameter for _, parameter in named), settings.clip_norm)
                 for optimizer in optimizers.values():
                     optimizer.step()  # what has no gradient stays as it is: the logits but in mixtures
-                losses.append(loss)
+                within.losses.append(group.mean(loss))
                 step += 1
                 tick(costs[epoch])
-            of_batches = group.mean(torch.stack(losses))
-            finite = of_batches.isfinite()
-            if not finite.all() or not all(parameter.isfinite().all() for parameter in net.parameters()):
-                at = step - len(losses) + 1 + int(finite.long().argmin()) if not finite.all() else step
-                raise FloatingPointError(
-                    f"the supernet's loss is not finite at step {at}, in epoch {epoch + 1} of {epochs}: lower learning_rate in "
-                    f"--config; {f'{checkpoint} holds the weights after epoch {epoch}' if epoch else 'no epoch was whole'}"
-                )
+                last = len(within.losses) == steps_of[epoch]
+                if group.first and not last and time.monotonic() - saved >= CHECKPOINT_EVERY_S:
+                    _check_finite(net, within, step, f"in epoch {epoch + 1} of {epochs}", checkpoint)
+                    within.generator = generator.get_state()
+                    save_checkpoint(checkpoint, epoch, **parts)
+                    saved = time.monotonic()
+            of_batches = _check_finite(net, within, step, f"in epoch {epoch + 1} of {epochs}", checkpoint)
             curve = "supernet/loss" if epoch < settings.weight_epochs else "supernet/mixture_loss"
-            draw({curve: enumerate(of_batches.tolist(), step - len(losses) + 1)})
+            draw({curve: enumerate(of_batches, step - len(of_batches) + 1)})
+            within.losses.clear()
             if group.first:
-                save_checkpoint(checkpoint, epoch + 1, net=net, **optimizers)
+                save_checkpoint(checkpoint, epoch + 1, **parts)
+                saved = time.monotonic()
     if group.size > 1:
         trained, net = net.state_dict(), untrained()  # without SyncBatchNorm, which would wait for the others in a search
         net.load_state_dict(trained)

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from nas.about import note
 from nas.augmentation import augmented, draw, step_generator, steps_of, training_indices
-from nas.checkpoints import digest, load_checkpoint, load_state, load_weights, save_checkpoint
+from nas.checkpoints import CHECKPOINT_EVERY_S, digest, load_checkpoint, load_state, load_weights, save_checkpoint
 from nas.curves import Points, curves
 from nas.data import ImageData, Images
 from nas.ema import MovingAverage
 from nas.evaluation import accuracy_of
 from nas.parallel import ALONE, Group, connected
-from nas.pixels import loaded
+from nas.pixels import AHEAD, Files, loaded, workers
 from nas.progress import LINE_EVERY_S, Tick, duration, progress, say
 from nas.recipe import Recipe
 from nas.request import claim
@@ -41,8 +41,7 @@ from supernet.model import build_model, set_drop_path
 if TYPE_CHECKING:  # which trains networks itself
     from nas.pretrained import Pretrained
 
-MEASURED_STEPS = 10  # the first step is left out: it also allocates
-CHECKPOINT_EVERY_S = 600.0  # within an epoch; there is one after each epoch too
+MEASURED_STEPS = 10  # by whose time that of the rest is estimated
 
 
 @dataclass(frozen=True)
@@ -78,16 +77,17 @@ def train_network(
     `teacher`, which sees the same augmented images, it learns from that too, as the recipe says. `folder` then holds
     `arch.yaml`, `model.safetensors` (with the recipe's `ema`, the average of the weights; of two classifiers, the one that does
     what they do together), `metrics.csv` (a row for each epoch; the learning rate is that of its last step, the training loss
-    is smoothed) and `checkpoint.pt`, written after each epoch, and every ten minutes in a long one; and the curves of
-    `nas.curves`. The next call with the same arguments goes on from there, to the same weights as if it had never stopped; if
-    the training is finished, it returns its result. The weights name their classes, and the `targets` of the network's search
-    (see `nas.about`), for nas-export. On one machine with one number of threads, the same seed gives the same weights.
+    is smoothed) and `checkpoint.pt`, written before and after each validation, and every ten minutes in a long epoch; and the
+    curves of `nas.curves`. The next call with the same arguments goes on from there, to the same weights as if it had never
+    stopped; if the training is finished, it returns its result. The weights name their classes, and the `targets` of the
+    network's search (see `nas.about`), for nas-export. On one machine with one number of threads, the same seed gives the same
+    weights.
     The processes of a `group` all call this; each has its rows of every batch, and the first one alone writes.
 
     Raises:
         InputError: the image sizes differ, the folder holds another training, the weights do not fit, or there is no
             such accelerator.
-        FloatingPointError: the loss, or its gradient, is no longer finite. The last checkpoint is of before.
+        FloatingPointError: the loss, or its gradient, is no longer finite. A checkpoint, if there is one yet, is of before.
     """
     if data.image_size != arch.image_size:
         raise InputError(
@@ -98,9 +98,12 @@ def train_network(
     checkpoint = folder / "checkpoint.pt"
     arch = arch.without_identity().with_classes(len(data.classes))
 
+    request = group.agreed(lambda: _request(arch, data, recipe, seed, weights, teacher))
+    group.alike({name: value for name, value in request.items() if name != "data"})  # copies may lie elsewhere
+
     def untrained() -> nn.Module:
         device = group.device(accelerator(recipe.accelerator))
-        _check_division(steps_of(len(data.train), recipe)[0], recipe, group, device)
+        _check_division(steps_of(len(data.train), recipe)[0], arch, recipe, group, device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build_model(arch)
@@ -114,14 +117,14 @@ def train_network(
         if teacher is not None and recipe.distillation_head:
             add_second_classifier(model)
         set_drop_path(model, recipe.drop_path)
-        # Claimed only now: what was refused so far leaves the folder free for the corrected request.
-        defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
-        defaults = {**defaults, "teacher": None, "train_image_size": arch.image_size}
-        if group.first:
-            claim(folder, _request(arch, data, recipe, seed, weights, teacher), since=defaults)
         return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
-    model = group.synchronised(group.agreed(untrained))
+    model = group.agreed(untrained)
+    # Claimed only now: what was refused so far leaves the folder free for the corrected request.
+    defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
+    defaults = {**defaults, "teacher": None, "train_image_size": arch.image_size}
+    group.agreed(lambda: claim(folder, request, since=defaults) if group.first else None)
+    model = group.synchronised(model)
     network = group.divided(model)
     run = _Run(
         model=model,
@@ -155,7 +158,7 @@ def train_network(
     return TrainingResult(arch, last[f"{of}_loss"], last[f"{of}_accuracy"], recipe.all_epochs, folder)
 
 
-def _check_division(batch: int, recipe: Recipe, group: Group, device: torch.device) -> None:
+def _check_division(batch: int, arch: ArchConfig, recipe: Recipe, group: Group, device: torch.device) -> None:
     """Refuse a batch that cannot be divided as it is to be, and compilation where nothing can be compiled."""
     rows = group.rows(batch)
     own = rows.stop - rows.start
@@ -163,6 +166,13 @@ def _check_division(batch: int, recipe: Recipe, group: Group, device: torch.devi
         raise InputError(
             f"accumulate {recipe.accumulate} does not divide the {own} images that a process has of a step into equal parts of "
             "at least 2: give another accumulate or batch_size"
+        )
+    part = own // recipe.accumulate
+    if part != batch and part % arch.group_size:
+        least = math.lcm(2, arch.group_size) * group.size * recipe.accumulate
+        raise InputError(
+            f"{arch.name} takes {arch.group_size} images at once, but a step's {batch} would be divided into parts of {part}: "
+            f"give a batch_size that is a multiple of {least}"
         )
     if recipe.compile:
         try:
@@ -236,10 +246,14 @@ def _run_epochs(run: _Run, first: int) -> None:
         progress(run.arch.name, steps, done + len(history.losses)) as tick,
         curves(run.checkpoint.parent, done) as draw_curves,
     ):
-        step_taken = _estimating(tick, steps - done - len(history.losses))
+        step_taken = _estimating(tick, steps - done - len(history.losses), *_measured(run.data.train))
         for epoch in range(first, recipe.all_epochs):
             _run_epoch(run, epoch, step_taken)
             _finish_epoch(run, epoch, val, draw_curves)
+            if epoch == first and epoch + 1 < recipe.all_epochs:
+                left = recipe.all_epochs - epoch - 1
+                rest = duration(history.rows[-1]["seconds"] * left)
+                say(f"about {rest} for the {left:,} epochs left, going by this one as a whole, validation included")
             now = time.monotonic()
             if now - said >= LINE_EVERY_S or epoch + 1 == recipe.all_epochs:  # short epochs would flood the log
                 said = now
@@ -266,21 +280,35 @@ def _introduce(run: _Run, first: int) -> None:
         say("the recipe is for a student of a teacher, but none is given (--teacher): it learns from the labels alone")
 
 
-def _estimating(tick: Tick, steps: int) -> Callable[[], None]:
-    """Return what is to be called after each of `steps` steps; after the first ones it says how long the rest will take."""
+def _measured(images: Images) -> tuple[int, int]:
+    """Return how many steps to leave out before the time of a step is measured, and by how many it is.
+
+    The first step also allocates. Where images are decoded ahead, the first batches of each worker process are ready before
+    they are needed; only then do steps take as long as decoding, where that is what takes long.
+    """
+    if not isinstance(images.pixels, Files):
+        return 1, MEASURED_STEPS
+    return 1 + AHEAD * workers(), max(MEASURED_STEPS, AHEAD * workers())
+
+
+def _estimating(tick: Tick, steps: int, skipped: int, measured: int) -> Callable[[], None]:
+    """Return what is to be called after each of `steps` steps; it says how long the rest will take, by the mean of `measured`
+    steps after the first `skipped` ones. Of a short training, these are a fourth of all at most."""
+    if skipped + measured > max(steps // 4, 1 + MEASURED_STEPS):
+        skipped, measured = 1, MEASURED_STEPS
     taken, began = 0, 0.0
 
     def step_taken() -> None:
         nonlocal taken, began
         tick(1)
         taken += 1
-        if taken == 1:
+        if taken == skipped:
             began = time.monotonic()
-        if taken == 1 + MEASURED_STEPS:
+        if taken == skipped + measured:
             left = steps - taken
-            rest = duration((time.monotonic() - began) / MEASURED_STEPS * left)
+            rest = duration((time.monotonic() - began) / measured * left)
             say(
-                f"about {rest} for the {left:,} steps left, going by {MEASURED_STEPS} steps; what changes that: the recipe's "
+                f"about {rest} for the {left:,} steps left, going by {measured} steps; what changes that: the recipe's "
                 "epochs, images_per_epoch, batch_size and precision, the image size, and the teacher"
             )
 
@@ -301,9 +329,10 @@ def _run_epoch(run: _Run, epoch: int, step_taken: Callable[[], None]) -> None:
         x, y = _batch(run, epoch, at, pixels, labels)
         loss = train_step(run.model, run.optimizer, x, y, run.recipe, run.teacher, run.network, run.group)
         if not math.isfinite(loss):
+            kept = f" and --weights {run.checkpoint}, which is of before" if run.checkpoint.exists() else ""
             raise FloatingPointError(
-                f"the loss of {run.arch.name} is not finite in epoch {epoch + 1}, at step {step + 1}: lower the recipe's "
-                f"learning_rate; {run.checkpoint} is of before"
+                f"the loss of {run.arch.name} is not finite in epoch {epoch + 1}, at step {step + 1}: train with a recipe of a "
+                f"lower learning_rate, into another --out{kept}"
             )
         if run.average is not None:
             run.average.update(run.model)
@@ -329,7 +358,8 @@ def _batch(run: _Run, epoch: int, at: int, pixels: Tensor, labels: Tensor) -> tu
 
 
 def _finish_epoch(run: _Run, epoch: int, val: Images, draw_curves: Callable[[Points], None]) -> None:
-    """Validate; add a row to the history and points to the curves, and write a checkpoint."""
+    """Write a checkpoint; validate, add a row to the history and points to the curves, and write another one."""
+    run.save(epoch)  # a kill while it validates, which may take long, loses no steps
     history, began = run.history, time.monotonic()
     loss, accuracy = accuracy_of(run.model, val, run.group)
     scores = {"val_loss": loss, "val_accuracy": accuracy}
@@ -393,7 +423,7 @@ def train_step(
     parameters = dict(model.named_parameters())
     # Of infinity, nothing is shortened.
     norm = nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm or math.inf)
-    if not norm.isfinite():
+    if not (norm + loss).isfinite():  # a loss can be infinite where its gradient is not
         return math.nan
     if recipe.clip_agc:
         # All but the classifier, as in the source.

@@ -5,7 +5,7 @@ expansions and depth together. A network runs on the leading slice of every tens
 Unlike EfficientFormerV2's, a batch norm has one scale and offset for all widths. The network is an argument and never state.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -56,6 +56,7 @@ class ElasticSupernet(nn.Module):
             largest = (Layer(_largest(group), space.resolutions[stage]) for group in groups)
             self.layers[name] = nn.ModuleList(build_layer(layer) for layer in largest)
             self._keys[name] = [_key(group[0]) for group in groups]
+        self._convert: Callable[[nn.Module], nn.Module] = lambda module: module
         self._structures: dict[Layer, _Structure] = {}  # what forward has built so far; not part of the state
         for number, (choices, resolution) in enumerate(zip(space.stages, space.resolutions, strict=True), 1):
             for block in (block for group in sharing(choices) for block in group):
@@ -77,6 +78,12 @@ class ElasticSupernet(nn.Module):
         for name, layer in self.space.fit(arch.without_mux()).named_layers():
             x = self._run(name, layer, x)
         return x
+
+    def convert_layers(self, convert: Callable[[nn.Module], nn.Module]) -> None:
+        """Let every layer run as what `convert` makes of its module, such as one whose batch norm is over several processes. It
+        must keep the names of parameters and buffers."""
+        self._convert = convert
+        self._structures.clear()
 
     def source(self, name: str, layer: Layer) -> nn.Module:
         """Return the module whose leading slices are the weights of a network's layer of this name."""
@@ -106,7 +113,7 @@ class ElasticSupernet(nn.Module):
         if layer not in self._structures:
             like = next(self.parameters())
             with torch.random.fork_rng(devices=[]):  # what it would begin with is not used
-                module = build_layer(layer).to(like.device, like.dtype)
+                module = self._convert(build_layer(layer).to(like.device, like.dtype))
             for part in module.modules():
                 for name, parameter in part.named_parameters(recurse=False):
                     setattr(part, name, nn.Parameter(parameter.detach().to("meta")))

@@ -361,10 +361,12 @@ def test_the_cache_has_a_limit_and_lets_go_of_what_was_not_used_for_longest(
     monkeypatch.setattr(pixels, "CACHE_LIMIT_BYTES", held + 100)
     (cache / ".killed.npy").touch()
     os.utime(cache / ".killed.npy", (1, 1))
+    (cache / ".being-written.npy").write_bytes(bytes(held + 1000))  # by another process: none of what is kept
+    (cache / "gone.npy").symlink_to("nowhere")  # what another process removes between listing and looking
     load_images(folder, 3, seed=0)
     sizes = {re.sub(r".*-(\d+)px.*", r"\1", path.name) for path in cache.glob("*px.npy")}
     assert {"3", "4"} <= sizes and "5" not in sizes
-    assert not (cache / ".killed.npy").exists()
+    assert not (cache / ".killed.npy").exists() and (cache / ".being-written.npy").exists()
 
 
 def test_without_a_place_for_it_the_images_are_in_memory(

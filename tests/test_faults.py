@@ -275,6 +275,23 @@ def test_a_file_system_without_locks_is_worked_on_all_the_same(
     assert not Path("run").exists(), "nothing was done there"
 
 
+@posix
+def test_what_another_process_is_writing_in_a_folder_below_stays() -> None:
+    first = subprocess.Popen([sys.executable, "-c", HOLD.format(shared=False)], stdout=subprocess.PIPE, env=OWN)
+    parts = [Path(f".here.x{PART}"), Path(f"run/.a.x{PART}"), Path(f"run/init/.b.x{PART}"), Path(f"free/.c.x{PART}")]
+    try:
+        assert first.stdout is not None and first.stdout.readline()
+        for path in parts:
+            write_atomically(path, "x")
+        with alone("."):
+            assert [path.exists() for path in parts] == [False, True, True, False]
+    finally:
+        first.kill()
+        first.communicate()
+    with alone("."):
+        assert not any(path.exists() for path in parts), "its lock is gone with it"
+
+
 def test_what_a_killed_process_left_half_written_is_removed() -> None:
     for name in (f".a.b{PART}", f"init/.c{PART}", ".a.other", f"a{PART}"):
         write_atomically(Path("run") / name, "x")
@@ -356,7 +373,7 @@ def test_a_supernets_loss_that_is_no_number_names_its_step_and_keeps_the_epoch_b
         patch.setattr(supernet_training, "weight_step", diverging)
         trained(noise, tmp_path / "run")
     assert "not finite at step 4, in epoch 2 of 5: lower learning_rate" in str(diverged.value)
-    assert "supernet.pt holds the weights after epoch 1" in str(diverged.value)
+    assert "supernet.pt holds weights of before" in str(diverged.value)
     assert not differing(whole, trained(noise, tmp_path / "run")), "the weights of epoch 1 are those to go on from"
 
 

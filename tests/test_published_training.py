@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from nas import cli, training
 from nas.checkpoints import load_weights
-from nas.data import ImageData, load_images
+from nas.data import ImageData, Images, load_images
 from nas.ema import MovingAverage
 from nas.evaluation import accuracy_of
+from nas.pixels import Files
 from nas.pretrained import load_pretrained
+from nas.progress import duration
 from nas.recipe import RECIPES, Recipe
 from nas.steps import clip_by_weights
 from nas.teacher import Teacher, load_teacher
@@ -161,6 +163,28 @@ def test_how_long_it_takes_is_said_after_the_first_steps(
     said = capsys.readouterr().err
     assert "for the 4 steps left, going by 10 steps" in said
     assert "images_per_epoch" in said and "teacher" in said, "and what changes it"
+    assert "for the 2 epochs left, going by this one as a whole, validation included" in said
+
+
+@pytest.mark.parametrize(("steps", "measured"), [(1000, 36), (100, 10)])
+def test_batches_that_were_decoded_ahead_tell_nothing_of_the_time(
+    steps: int, measured: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """18 processes, two batches each: 36 batches are there at once, and the others come as fast as they are decoded."""
+    monkeypatch.setattr(training, "workers", lambda: 18)
+    now = 0.0
+    monkeypatch.setattr(training.time, "monotonic", lambda: now)
+    pixels = Files((), 8)
+    taken = training._estimating(
+        lambda amount: None, steps, *training._measured(Images(pixels, torch.arange(0), torch.arange(0)))
+    )
+    for step in range(steps):
+        now += 1.0 if step <= 36 else 3.0
+        taken()
+    said = capsys.readouterr().err
+    left = steps - 1 - (36 if measured == 36 else 0) - measured
+    time = duration((3.0 if measured == 36 else 1.0) * left)
+    assert said.startswith(f"about {time} for the {left:,} steps left, going by {measured} steps") and said.count("\n") == 1
 
 
 def test_an_earlier_versions_checkpoint_goes_on(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +209,49 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_an_infinite_loss_takes_no_step_where_its_gradient_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(ARCH).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    monkeypatch.setattr(training, "training_loss", lambda outputs, *rest: outputs.sum() + math.inf)
+    before = [p.detach().clone() for p in model.parameters()]
+    assert math.isnan(train_step(model, optimizer, *batch(), PLAIN))
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(*args: object) -> float:
+        raise error
+
+    ARCH.at(8).save(tmp_path / "arch.yaml")
+    monkeypatch.setattr(training, "train_step", step)
+    with pytest.raises(SystemExit) as ended:
+        cli.train([str(tmp_path / "arch.yaml"), "--out", str(tmp_path / "out")])
+    assert ended.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("nas-train: out of memory: give a smaller batch_size, ") and "accumulate" in last
+
+
+def test_other_errors_of_pytorch_are_not_taken_for_a_lack_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*args: object) -> float:
+        raise RuntimeError("shapes do not fit")
+
+    ARCH.at(8).save(tmp_path / "arch.yaml")
+    monkeypatch.setattr(training, "train_step", step)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        cli.train([str(tmp_path / "arch.yaml"), "--out", str(tmp_path / "out")])
+
+
 def test_a_loss_that_is_not_finite_ends_the_command_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,7 +269,8 @@ def test_a_loss_that_is_not_finite_ends_the_command_with_one_line(
         cli.train([str(tmp_path / "arch.yaml"), "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")])
     assert ended.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("nas-train: the loss of tiny is not finite in epoch 1, at step 3: lower")
+    assert last.startswith("nas-train: the loss of tiny is not finite in epoch 1, at step 3: train")
+    assert last.endswith("of a lower learning_rate, into another --out"), "no checkpoint is named where there is none"
 
 
 # -- The command -------------------------------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ def test_a_cooldown_stays_at_the_lowest_rate() -> None:
         ("epochs", 0),
         ("batch_size", 1),
         ("images_per_epoch", -1),
+        ("images_per_epoch", 1),
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),
         ("layer_scale", -1.0),

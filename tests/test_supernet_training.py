@@ -146,6 +146,30 @@ def test_every_way_goes_on_to_the_same_weights(
     assert differing(whole, trained(noise, tmp_path / "other", seed=1, settings=WAYS[way]))
 
 
+@pytest.mark.parametrize("way", ["single", *WAYS])
+def test_a_run_that_is_killed_at_every_step_goes_on_to_the_same_weights(
+    way: str, noise: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = WAYS.get(way, SETTINGS)
+    whole = trained(noise, tmp_path / "whole", settings=settings)
+    within: list[bool] = []
+
+    def save_and_die(path: Path, epoch: int, **parts: Any) -> None:
+        save_checkpoint(path, epoch, **parts)
+        within.append(bool(parts["within"].losses))
+        raise Killed
+
+    epochs = settings.weight_epochs + settings.mixture_epochs
+    with monkeypatch.context() as patch:
+        patch.setattr(supernet_training, "save_checkpoint", save_and_die)
+        patch.setattr(supernet_training, "CHECKPOINT_EVERY_S", 0.0)
+        for _ in range(2 * epochs):  # of two steps each
+            with pytest.raises(Killed):
+                trained(noise, tmp_path / "killed", settings=settings)
+    assert within == [True, False] * epochs
+    assert not differing(whole, trained(noise, tmp_path / "killed", settings=settings))
+
+
 def test_checkpointed_activations_lead_to_the_same_weights(noise: ImageData, tmp_path: Path) -> None:
     for way in ("single", "elastic"):
         settings = WAYS.get(way, SETTINGS)

@@ -18,6 +18,7 @@ from nas import checkpoints, training
 from nas.checkpoints import load_weights
 from nas.data import ImageData, load_images, normalise
 from nas.evaluation import accuracy_of
+from nas.pretrained import starting_weights
 from nas.recipe import RECIPES, Recipe
 from nas.request import claim
 from nas.steps import cosine, mixed_precision, parameter_groups
@@ -72,7 +73,7 @@ def network() -> nn.Sequential:
 KILLS = [
     (training, "train_step", 8, 1),
     (training, "accuracy_of", 2, 1),
-    (checkpoints, "write_atomically", 2, 1),
+    (checkpoints, "write_atomically", 4, 1),  # each epoch has one before its validation and one after
     (training, "write_atomically", 2, 2),
 ]
 
@@ -108,6 +109,20 @@ def test_resumed_training_equals_uninterrupted(
         assert torch.equal(tensor, found[name]), f"{name} differs after a resume"
     assert replace(resumed, folder=whole.folder) == whole, "and so does the result"
     assert without_seconds(tmp_path) == without_seconds(whole.folder), "no row is lost, doubled or changed"
+
+
+def test_a_kill_in_a_validation_loses_no_step(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "accuracy_of", killed)
+        training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
+    taken: list[float] = []
+    original = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *args: taken.append(original(*args)) or taken[-1])
+    training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
+    assert len(taken) == 10, "those of the second and third epoch"
 
 
 def test_seed_decides_start_and_order(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +209,7 @@ def test_non_finite_loss_names_the_epoch(digits: ImageData, tmp_path: Path, monk
     monkeypatch.setattr(training, "train_step", step)
     with pytest.raises(
         FloatingPointError,
-        match=r"not finite in epoch 2, at step 7: lower the recipe's learning_rate; \S+checkpoint.pt is of before",
+        match=r"not finite in epoch 2, at step 7: .* lower learning_rate, into another --out and --weights \S+checkpoint.pt",
     ):
         training.train_network(ARCH, digits, RECIPE, tmp_path, seed=0)
     assert steps == 7, "no step is taken after it"
@@ -290,10 +305,17 @@ def test_files_that_hold_no_weights_are_refused(name: str, tmp_path: Path) -> No
         load_weights(network(), path)
 
 
-def test_a_bare_state_dict_is_refused(tmp_path: Path) -> None:
-    torch.save(network().state_dict(), tmp_path / "bare.pt")
-    with pytest.raises(InputError, match="cannot be read: give a"):
-        load_weights(network(), tmp_path / "bare.pt")
+@pytest.mark.parametrize("part", [None, "state_dict", "model"])
+def test_a_state_dict_is_read_as_it_is_or_in_a_checkpoint(part: str | None, tmp_path: Path) -> None:
+    state, path = {name: torch.full_like(t, 3) for name, t in network().state_dict().items()}, tmp_path / "bare.pt"
+    torch.save(state if part is None else {part: state, "epoch": 1}, path)
+    load_weights(model := network(), path)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert starting_weights("tiny", str(path), ARCH) == path
+    torch.save({"epoch": 1}, path)
+    for read in (lambda: load_weights(network(), path), lambda: starting_weights("tiny", str(path), ARCH)):
+        with pytest.raises(InputError, match="holds no state dict, but epoch"):
+            read()
 
 
 def test_weights_for_other_classes_and_sizes_are_adapted(whole: TrainingResult, capsys: pytest.CaptureFixture[str]) -> None:

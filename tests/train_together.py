@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,8 +19,9 @@ from small_spaces import stage_space
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+import nas.cli
 from nas import augmentation, evaluation, steps, training
-from nas.cli import _run
+from nas.cli import _run, train
 from nas.data import ImageData, Images, normalise
 from nas.distributed import in_all, together
 from nas.parallel import ALONE, Group, joined
@@ -133,7 +135,14 @@ def outputs(net: nn.Module, data: ImageData, *path: Any) -> Tensor:
 def exactly(folder: Path, group: Group = ALONE) -> None:
     """Train a supernet, on single paths and on mixtures, and networks, in float64; the first process writes what came out."""
     found: dict[str, Any] = {}
-    for name, work in (("supernet", a_supernet), ("network", a_network), ("accumulated", accumulated)):
+    works = {
+        "supernet": a_supernet,
+        "fair": partial(a_supernet, settings=replace(SETTINGS, paths="fair", mixture_epochs=0)),
+        "elastic": partial(a_supernet, settings=replace(SETTINGS, paths="elastic", mixture_epochs=0)),
+        "network": a_network,
+        "accumulated": accumulated,
+    }
+    for name, work in works.items():
         gradients: list[dict[str, Tensor]] = []
         with in_double(gradients):
             found[name] = {"gradients": gradients, **work(folder / name, group)}
@@ -141,10 +150,11 @@ def exactly(folder: Path, group: Group = ALONE) -> None:
         torch.save(found, folder / "found.pt")
 
 
-def a_supernet(folder: Path, group: Group) -> State:
+def a_supernet(folder: Path, group: Group, settings: SupernetSettings = SETTINGS) -> State:
     data = pictures(8)
-    net = train_supernet(SPACE, data, SETTINGS, 0, folder, group)
-    return {"outputs": outputs(net, data, [1, 0, 1]), "weights": dict(net.named_parameters())}
+    net = train_supernet(SPACE, data, settings, 0, folder, group)
+    path = SPACE.largest if settings.paths == "elastic" else [1, 0, 1]
+    return {"outputs": outputs(net, data, path), "weights": dict(net.named_parameters())}
 
 
 def a_network(folder: Path, group: Group, recipe: Recipe = SHORT) -> State:
@@ -197,6 +207,28 @@ def refused(folder: Path, group: Group) -> None:
     train_network(ARCH, pictures(16), replace(RECIPE, batch_size=6), folder, 0, group=group)
 
 
+def other_images(folder: Path, group: Group) -> None:
+    train_network(ARCH, pictures(16, 40 - group.rank), replace(RECIPE, learning_rate=1e-3), folder, 0, group=group)
+
+
+def other_seed(folder: Path, group: Group) -> None:
+    train_supernet(SPACE, pictures(8), SETTINGS, group.rank, folder, group)
+
+
+def in_use(folder: Path, group: Group) -> None:
+    (folder / "arch.yaml").write_text(ARCH.to_yaml())
+    (folder / "free").mkdir(exist_ok=True)
+    with patch.object(nas.cli, "alone", refusing):
+        train([str(folder / "arch.yaml"), "--out", str(folder / "free")])
+
+
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    if os.environ["RANK"] == "0":
+        raise InputError(f"{folder.name} is in use by another process")
+    yield
+
+
 def one_is_refused(folder: Path, group: Group) -> None:
     def work() -> None:
         if group.rank:
@@ -216,13 +248,17 @@ WORKS: dict[str, Callable[[Path, Group], None]] = {
     "killed": killed,
     "refused": refused,
     "one is refused": one_is_refused,
+    "other images": other_images,
+    "other seed": other_seed,
+    "in use": in_use,
 }
 
 
 def main(folder: Path, what: str) -> None:
     torch.set_num_threads(1)
     if what == "searched":
-        together(lambda: _run("train", lambda: searched(folder)))
+        with in_double([]):
+            together(lambda: _run("train", lambda: searched(folder)))
         return
 
     def work() -> None:
