@@ -7,19 +7,14 @@ the arguments are parsed, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import errno
-import math
-import os
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from nas.alone import alone
-from nas.profilers.bench import Failed
-from nas.progress import say
-from supernet.errors import FULL, InputError, one_line
+from nas.command import batch_size, command_parser, device_target, positive_ms, run_command, seed_number, whole_number
+from supernet.errors import InputError
 
 if TYPE_CHECKING:
     from nas.parallel import Group
@@ -27,118 +22,9 @@ if TYPE_CHECKING:
 ARCH_HELP = "a network: a YAML file, or the name of a published one (efficientformer_l1, efficientvit_m4, deit_tiny, ...)"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are one line on stderr and exit code 2, without the usage block."""
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        given = sys.argv[1:] if args is None else list(args)
-        for argument in given:  # an unset variable of the shell: as a path it would be the working folder
-            name, equals, value = argument.partition("=")
-            if not argument or (name.startswith("--") and equals and not value):
-                self.error(f"{argument or 'an argument'} is empty: give its value, or leave it out")
-        return super().parse_args(given, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{one_line(f'{self.prog}: {message}; see {self.prog} --help')}\n")
-
-
-def _parser(command: str, does: str, example: str) -> _Parser:
-    return _Parser(
-        prog=command,
-        description=does,
-        epilog=f"example:\n{example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def _run(command: str, work: Callable[[], None]) -> None:
-    """Do the work of a command; turn what went wrong into its exit code."""
-    with suppress(AttributeError):  # a name of a file that is no text is printed with its bytes' codes
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    try:
-        work()
-        sys.stdout.flush()  # a full disk is told here, not by the interpreter's end
-    except InputError as error:
-        print(f"{command}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (FloatingPointError, Failed) as error:  # training diverged; the device could not be measured
-        say(f"{command}: {error}")  # which of several processes one does
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        say(f"{command}: stopped; the same command goes on from here")
-        raise SystemExit(1) from None
-    except BrokenPipeError:
-        _leave_stdout()
-        raise SystemExit(1) from None
-    except OSError as error:
-        _leave_stdout()
-        what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
-        print(one_line(f"{command}: {what}"), file=sys.stderr)
-        # A place that was named and is no place for this, or a machine that has run out of something.
-        raise SystemExit(1 if error.filename is None or error.errno in (*FULL, errno.EMFILE, errno.ENFILE) else 2) from None
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        print(
-            f"{command}: out of memory: give a smaller batch_size, in a recipe of nas-train a larger accumulate, or a smaller "
-            "image size or network",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Return whether this is Python's or PyTorch's lack of memory: accelerators' has a class, a CPU's and Apple's but words."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory"))
-
-
-def _leave_stdout() -> None:
-    """Let what is still to be printed go nowhere: the interpreter would fail with it at its end."""
-    with suppress(OSError):
-        sys.stdout.flush()
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _milliseconds(text: str) -> float:
-    try:
-        ms = float(text)
-    except ValueError:
-        ms = math.nan
-    if not 0 < ms < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a target: give a positive number of milliseconds, such as 1.6")
-    return ms
-
-
-def _target(text: str) -> tuple[str, float]:
-    device, equals, ms = text.rpartition("=")
-    if not (device and equals):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a target on a device: give DEVICE=MS, such as iphone15pro-npu=1.2")
-    return device, _milliseconds(ms)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a seed: give a whole number from 0 to 2147483647")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or len(text) > 4 or not 0 < int(text) <= 4096:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give a whole number from 1 to 4096")
-    return int(text)
-
-
-def _batch(text: str) -> int | str:
-    return text if text == "dynamic" else _count(text)
-
-
 def build_lut(arguments: Sequence[str] | None = None) -> None:
     """Run `nas-build-lut`."""
-    parser = _parser(
+    parser = command_parser(
         "nas-build-lut",
         "Measure the latency table of a device: the milliseconds of every layer of a space, each with its spread, and the\n"
         "error of the predictions that the table makes. Leave the machine alone meanwhile. A build that is killed goes on\n"
@@ -163,9 +49,9 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
     what.add_argument("--space", metavar="S", help="a space: its name or a YAML file (default: efficientformer-tiny)")
     what.add_argument("--arch", metavar="ARCH", help=f"the rows of one network instead; {ARCH_HELP}")
     parser.add_argument("--missing", action="store_true", help="measure only rows that the table does not have yet")
-    parser.add_argument("--threads", type=_count, metavar="N", help="of a CPU (default: 1)")
+    parser.add_argument("--threads", type=whole_number, metavar="N", help="of a CPU (default: 1)")
     parser.add_argument("--precision", metavar="P", help="fp32 or int8 on a CPU, fp16 or bf16 on a GPU (default: the first)")
-    parser.add_argument("--batch", type=_count, metavar="N", help="images in a call (default: 1; 64 on a GPU)")
+    parser.add_argument("--batch", type=whole_number, metavar="N", help="images in a call (default: 1; 64 on a GPU)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the table goes (default: your data folder)")
     jobs = parser.add_argument_group("a device that runs elsewhere")
     jobs.add_argument("--export-job", type=Path, metavar="DIR", help="write a folder that is run on the device, and end")
@@ -216,7 +102,7 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
         else:
             _measure(given)
 
-    _run(parser.prog, work)
+    run_command(parser.prog, work)
 
 
 def _measure(given: argparse.Namespace) -> None:
@@ -249,7 +135,7 @@ def _measure(given: argparse.Namespace) -> None:
 
 def search(arguments: Sequence[str] | None = None) -> None:
     """Run `nas-search`."""
-    parser = _parser(
+    parser = command_parser(
         "nas-search",
         "Find a network that runs in a given time on a device: train a supernet on your images, take blocks and width away\n"
         "by accuracy drop per millisecond until the device's latency table says that the target is met, then measure the\n"
@@ -262,11 +148,11 @@ def search(arguments: Sequence[str] | None = None) -> None:
         "  nas-search --target cpu=8 --target iphone15pro-npu=1.2 --data ~/flowers\n"
         "  nas-search --from flowers-8ms --target-ms 6          (at once, on the scores that it kept)",
     )
-    parser.add_argument("--target-ms", type=_milliseconds, metavar="T", help="milliseconds a call may take, on --device")
+    parser.add_argument("--target-ms", type=positive_ms, metavar="T", help="milliseconds a call may take, on --device")
     parser.add_argument("--device", metavar="D", help="cpu, or the id of a table (see nas-build-lut --list)")
     parser.add_argument(
         "--target",
-        type=_target,
+        type=device_target,
         action="append",
         default=[],
         metavar="D=T",
@@ -300,7 +186,7 @@ def search(arguments: Sequence[str] | None = None) -> None:
         metavar="DIR",
         help="where the results go (default: runs/<space>-<target>ms-seed<seed>; of an answer with --from, RUN/at-<target>ms)",
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of everything random (default: 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of everything random (default: 0)")
     start = parser.add_argument_group("start from a network that has its weights")
     start.add_argument(
         "--init",
@@ -360,7 +246,7 @@ def search(arguments: Sequence[str] | None = None) -> None:
 
     from nas.distributed import together  # under torchrun the first process searches and the others help it evaluate
 
-    together(lambda: _run(parser.prog, work))
+    together(lambda: run_command(parser.prog, work))
 
 
 def _search_from(given: argparse.Namespace) -> None:
@@ -409,7 +295,7 @@ def _search_from(given: argparse.Namespace) -> None:
 
 def profile(arguments: Sequence[str] | None = None) -> None:
     """Run `nas-profile`."""
-    parser = _parser(
+    parser = command_parser(
         "nas-profile",
         "Print the predicted and the measured latency of one network on this machine, and with --layers where it goes: the\n"
         "milliseconds of every layer and kind of operator of the network as it runs, and a picture of them. Batch 1, one\n"
@@ -435,12 +321,12 @@ def profile(arguments: Sequence[str] | None = None) -> None:
         layers = given.layers or given.plot is not None
         print_profile(given.network, given.device, layers=layers, as_json=given.json, plot=given.plot)
 
-    _run(parser.prog, work)
+    run_command(parser.prog, work)
 
 
 def train(arguments: Sequence[str] | None = None) -> None:
     """Run `nas-train`."""
-    parser = _parser(
+    parser = command_parser(
         "nas-train",
         "Train a network on your images, from nothing or from given weights. Training that is killed goes on from its last\n"
         "checkpoint, of an epoch's end or at most ten minutes ago, when the same command is given again.",
@@ -472,7 +358,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--image-size",
-        type=_count,
+        type=whole_number,
         metavar="S",
         help="train the network at this size in pixels (default: its own); what of given weights depends on it is resized",
     )
@@ -483,7 +369,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
         "arch.yaml of nas-train), timm:NAME where timm is installed, or a .pt2 file of torch.export (which can run code when "
         "it is loaded: only one that you trust)",
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of everything random (default: 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of everything random (default: 0)")
     given = parser.parse_args(arguments)
 
     def work() -> None:
@@ -525,12 +411,12 @@ def train(arguments: Sequence[str] | None = None) -> None:
             print(f"top-1 {100 * result.accuracy:.2f} %, loss {result.loss:.4f} after {result.epochs} epochs: {result.folder}")
         group.leave()
 
-    _run(parser.prog, work)
+    run_command(parser.prog, work)
 
 
 def export(arguments: Sequence[str] | None = None) -> None:
     """Run `nas-export`."""
-    parser = _parser(
+    parser = command_parser(
         "nas-export",
         "Write a network as a file that a runtime loads without this package: ONNX, a Core ML package, or a torch.export\n"
         "program. Before it is written its numbers are checked against PyTorch's (to 1e-4; Core ML's, in fp16, on a Mac\n"
@@ -561,7 +447,7 @@ def export(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--batch",
-        type=_batch,
+        type=batch_size,
         metavar="N",
         help="images a call, or dynamic: any number (onnx, torch) (default: 1; a full group where the network multiplexes)",
     )
@@ -576,7 +462,7 @@ def export(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=_seed,
+        type=seed_number,
         default=0,
         metavar="N",
         help="which images calibrate; the seed of nas-train keeps validation images apart where PATH has no val/ (default: 0)",
@@ -598,4 +484,4 @@ def export(arguments: Sequence[str] | None = None) -> None:
             seed=given.seed,
         )
 
-    _run(parser.prog, work)
+    run_command(parser.prog, work)

@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from nas.cli import _run
+from nas.command import run_command
 from nas.distributed import shared, together
 from supernet.errors import InputError
 
@@ -87,10 +87,10 @@ def refuse() -> None:
 
 def main(folder: Path, what: str) -> None:
     if what == "refuses":
-        together(lambda: _run("search", refuse))
+        together(lambda: run_command("search", refuse))
         return
     note_evaluations(folder, what == "dies")
-    together(lambda: _run("search", lambda: search(folder)))
+    together(lambda: run_command("search", lambda: search(folder)))
 
 
 if __name__ == "__main__":

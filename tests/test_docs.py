@@ -92,7 +92,7 @@ def test_every_command_is_one_that_the_program_takes(
     page: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = []
-    monkeypatch.setattr(cli, "_run", lambda command, *_: done.append(command))
+    monkeypatch.setattr(cli, "run_command", lambda command, *_: done.append(command))
     try:
         COMMANDS[words[0]](words[1:])
     except SystemExit:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas import cli
+from nas import cli, command
 from supernet.arch import ArchConfig, Stage
 from supernet.specs import MB4D
 
@@ -113,7 +113,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         raise Asked
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Asked):
-        patch.setattr(cli._Parser, "parse_args", parse)
+        patch.setattr(command.Parser, "parse_args", parse)
         COMMANDS[name]([])
     return found[0]
 

@@ -21,7 +21,8 @@ from torch.distributed.nn.functional import all_reduce
 
 import nas.cli
 from nas import augmentation, evaluation, steps, training
-from nas.cli import _run, train
+from nas.cli import train
+from nas.command import run_command
 from nas.data import ImageData, Images, normalise
 from nas.distributed import in_all, together
 from nas.parallel import ALONE, Group, joined
@@ -258,7 +259,7 @@ def main(folder: Path, what: str) -> None:
     torch.set_num_threads(1)
     if what == "searched":
         with in_double([]):
-            together(lambda: _run("train", lambda: searched(folder)))
+            together(lambda: run_command("train", lambda: searched(folder)))
         return
 
     def work() -> None:
@@ -266,7 +267,7 @@ def main(folder: Path, what: str) -> None:
         WORKS[what](folder, group)
         group.leave()
 
-    _run("train", work)
+    run_command("train", work)
 
 
 if __name__ == "__main__":
