@@ -1,6 +1,7 @@
 """Whatever is typed after a command: it is done, or refused in one line with exit code 2. The work itself is left out."""
 
 import argparse
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,6 +141,8 @@ def typed(draw: st.DrawFn, name: str) -> list[str]:
 @pytest.fixture
 def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes long is not done; what reads its input is."""
+    for module in ("nas.search", "nas.verify", "nas.remote"):  # or they would be imported with what is pretended, and keep it
+        importlib.import_module(module)
     monkeypatch.chdir(tmp_path)
     ArchConfig("tiny", 16, 10, (Stage(8, 2, (MB4D(8),)), Stage(8, 2, (MB4D(8),)))).save("net.yaml")
     Path("folder").mkdir()
