@@ -32,12 +32,16 @@ def current_form(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
+class EarlierForm(InputError):
+    """Measurements are of a form that is no longer exported."""
+
+
 def require_current_form(what: str, settings: Mapping[str, Any], remedy: str) -> None:
     """Refuse measurements (`what`) whose `settings` name another form in `export` than the current one.
 
     Raises:
-        InputError: it is another form; the message ends in `remedy`.
+        EarlierForm: it is another form; the message ends in `remedy`.
     """
     was, now = settings.get("export"), current_form(settings)
     if None not in (was, now) and was != now:
-        raise InputError(f"{what} was measured on another export form ({was}; now {now}): {remedy}")
+        raise EarlierForm(f"{what} was measured on another export form ({was}; now {now}): {remedy}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -173,3 +174,15 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for example in ("timm:mobilevit_xs --layers", "model.onnx --layers --plot"):
         assert f"nas-profile {example}" in shown
+
+
+def test_a_table_of_an_earlier_form_is_left_out_unless_it_was_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = save_table(tmp_path / "tables", "this-cpu")
+    earlier = {"runtime": "onnxruntime", "precision": "fp32", "export": "torchscript, opset 20, plain form"}
+    replace(table, meta={**table.meta, **earlier}).save(tmp_path / "tables")
+    cli.profile(["small.yaml", "--json"])
+    said = capsys.readouterr()
+    record = json.loads(said.out)
+    assert record["predicted_ms"] is None and record["measured_ms"] == 2.0
+    assert "another export form" in said.err and "nas-build-lut --device this-cpu" in said.err
+    assert "another export form" in refused(["small.yaml", "--device", "this-cpu"], capsys)

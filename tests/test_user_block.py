@@ -276,5 +276,5 @@ def test_a_subclass_of_a_built_in_block_is_deployed_as_it_is(tmp_path: Path, mon
     image = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(deployed(model, arch)(image), model(image))
-    copied, own = deployed_layer(model.stage1_0, block), model.stage1_0
+    copied, own = deployed_layer(model.stage1_block1, block), model.stage1_block1
     assert type(copied) is type(own) and copied is not own
