@@ -163,9 +163,8 @@ def main() -> None:
             int8 = "" if result.int8 is None else f"{result.int8:.2f}"
             ratio = f"{result.ratio:.3f} ({result.low:.3f} to {result.high:.3f})"
             print(f"| {name} | {times} | {ratio} | {result.difference:.1e} | {int8} |", flush=True)
-    print(
-        f"\nmean of the ratios {sum(found) / len(found):.3f} (goal 0.92), largest {max(found):.3f} (goal 1.00); goal for logits 1e-4"
-    )
+    mean = sum(found) / len(found)
+    print(f"\nmean of the ratios {mean:.3f} (goal 0.92), largest {max(found):.3f} (goal 1.00); goal for logits 1e-4")
 
 
 if __name__ == "__main__":
