@@ -20,9 +20,10 @@ from nas.kept import Remembered
 from nas.progress import progress
 from nas.recovery import Recovered
 from nas.scores import Drops, additivity, measure_drops, measure_pairs, pairs_to_measure, single_changes
+from nas.settings import SupernetSettings
 from nas.slimming import start_network
 from nas.statistics import bootstrap, kendall_tau, line, r_squared
-from nas.supernet_training import SupernetSettings, logits_of, train_supernet, training_size
+from nas.supernet_training import logits_of, train_supernet, training_size
 from supernet.errors import InputError
 from supernet.space import SearchSpace
 

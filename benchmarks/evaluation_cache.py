@@ -25,8 +25,9 @@ from nas.judging import evaluator_of
 from nas.kept import described
 from nas.prefixes import PrefixCache, Tree, cheapest_order
 from nas.scores import Drops, measure_drops
+from nas.settings import SupernetSettings
 from nas.slimming import Importance, slim, start_network
-from nas.supernet_training import SupernetSettings, logits_of, train_supernet, training_size
+from nas.supernet_training import logits_of, train_supernet, training_size
 from nas.table import LatencyTable
 from nas.trajectory import Evaluation, Trajectory, evaluations
 from supernet.arch import ArchConfig

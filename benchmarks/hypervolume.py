@@ -25,8 +25,9 @@ from nas.kept import Remembered, described
 from nas.progress import progress
 from nas.proposals import SamplerName
 from nas.scores import Drops, measure_drops, single_changes
+from nas.settings import SupernetSettings
 from nas.solver import frontier
-from nas.supernet_training import SupernetSettings, logits_of, train_supernet, training_size
+from nas.supernet_training import logits_of, train_supernet, training_size
 from nas.table import LatencyTable
 from nas.trajectory import Evaluation
 from nas.tuning import tune

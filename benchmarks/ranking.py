@@ -35,9 +35,10 @@ from nas.recipe import RECIPES
 from nas.recovery import Recovered
 from nas.request import claim
 from nas.scores import measure_drops
+from nas.settings import SupernetSettings
 from nas.slimming import start_network
 from nas.statistics import bootstrap, kendall_tau, regret_among
-from nas.supernet_training import SupernetSettings, logits_of, sandwich, single_path, train_supernet
+from nas.supernet_training import logits_of, sandwich, single_path, train_supernet
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
 from supernet.errors import InputError

@@ -65,18 +65,11 @@ from nas.recovery import Recovered
 from nas.request import claim, finished
 from nas.scores import Drops, completed
 from nas.search import Request, borrow, run_search, search_from
+from nas.settings import SupernetSettings
 from nas.slimming import start_network
 from nas.steps import accelerator, training_batches
 from nas.strategies import STRATEGIES
-from nas.supernet_training import (
-    SupernetSettings,
-    epoch_size,
-    logits_of,
-    mixture_step,
-    train_supernet,
-    training_size,
-    weight_step,
-)
+from nas.supernet_training import epoch_size, logits_of, mixture_step, train_supernet, training_size, weight_step
 from nas.table import LatencyTable
 from nas.training import train_step
 from supernet.arch import ArchConfig

@@ -28,9 +28,10 @@ from nas.judging import deployed_weights, found_network
 from nas.progress import say
 from nas.recipe import RECIPES, Recipe
 from nas.request import claim
+from nas.settings import SupernetSettings
 from nas.slimming import start_network
 from nas.steps import accelerator
-from nas.supernet_training import SupernetSettings, train_supernet, training_size
+from nas.supernet_training import train_supernet, training_size
 from nas.taylor import Method, calibration_batches, supernet_scores, unit_scores
 from nas.training import train_network
 from supernet.arch import ArchConfig

@@ -12,8 +12,9 @@ from nas.evaluation import Evaluator, recalibrate
 from nas.kept import Remembered, write_csv
 from nas.progress import progress, say
 from nas.scores import ADDITIVITY_COLUMNS, Drops, Evaluate, additivity, measure_drops, single_changes
+from nas.settings import SupernetSettings
 from nas.slimming import Importance
-from nas.supernet_training import SupernetSettings, channel_method
+from nas.supernet_training import channel_method
 from nas.taylor import channels
 from supernet.arch import ArchConfig
 from supernet.model import build_model

@@ -27,8 +27,9 @@ from nas.evaluation import accuracy_of
 from nas.networks import import_timm
 from nas.progress import progress, say
 from nas.recipe import Recipe
+from nas.settings import SupernetSettings
 from nas.steps import accelerator, cosine, mixed_precision, parameter_groups, training_batches
-from nas.supernet_training import SupernetSettings, epoch_size
+from nas.supernet_training import epoch_size
 from nas.taylor import calibration_batches, unit_scores
 from nas.training import train_network
 from supernet.arch import ArchConfig

@@ -11,8 +11,8 @@ from torch import nn
 
 from nas.data import ImageData, epoch_batches
 from nas.evaluation import Evaluator
+from nas.settings import SupernetSettings
 from nas.steps import cosine, mixed_precision, parameter_groups, training_batches
-from nas.supernet_training import SupernetSettings
 from nas.trajectory import Evaluation
 from supernet.arch import ArchConfig
 

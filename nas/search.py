@@ -37,6 +37,7 @@ from nas.report import NAME as REPORT
 from nas.report import write_report
 from nas.request import Finished, claim, finished
 from nas.result import print_result
+from nas.settings import SupernetSettings
 from nas.slimming import MobileEfficiency, check_limits, rounded_up, start_network
 from nas.strategies import (
     FRONTIER_COLUMNS,
@@ -50,7 +51,7 @@ from nas.strategies import (
     limits_of,
     refuse_unreachable,
 )
-from nas.supernet_training import SupernetSettings, logits_of, train_supernet, training_size
+from nas.supernet_training import logits_of, train_supernet, training_size
 from nas.table import LatencyTable
 from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
 from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, train_finalists, usable_ways

@@ -23,8 +23,9 @@ from nas.data import ImageData, Images, normalise
 from nas.guarantee import Check
 from nas.progress import say
 from nas.recipe import Recipe
+from nas.settings import SupernetSettings
 from nas.steps import accelerator
-from nas.supernet_training import SupernetSettings, epoch_size
+from nas.supernet_training import epoch_size
 from nas.table import LatencyTable
 from nas.training import train_network
 from nas.trajectory import Predictor

@@ -17,7 +17,7 @@ from nas.profilers.timing import summarise
 from nas.progress import say
 from nas.request import Finished, finished
 from nas.search import CANDIDATE, Request, beginning, measurements_file, run_search
-from nas.supernet_training import SupernetSettings
+from nas.settings import SupernetSettings
 from nas.table import LatencyTable, Target
 from supernet.arch import ArchConfig
 from supernet.errors import InputError

@@ -24,8 +24,8 @@ def search(folder: Path) -> None:
     from nas.kept import Remembered, write_csv
     from nas.recovery import Recovered
     from nas.scores import measure_drops
+    from nas.settings import SupernetSettings
     from nas.slimming import slim
-    from nas.supernet_training import SupernetSettings
     from supernet.arch import ArchConfig
     from supernet.metapath import Supernet
     from supernet.model import count

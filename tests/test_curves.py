@@ -10,7 +10,8 @@ from nas import supernet_training, training
 from nas.curves import curves
 from nas.data import ImageData, load_images
 from nas.recipe import Recipe
-from nas.supernet_training import SupernetSettings, train_supernet
+from nas.settings import SupernetSettings
+from nas.supernet_training import train_supernet
 from nas.training import train_network
 from supernet.arch import ArchConfig, Stage
 from supernet.space import SearchSpace

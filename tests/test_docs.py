@@ -117,7 +117,7 @@ def test_flags_that_the_prose_names_exist(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_settings_that_the_page_lists_are_those_that_there_are_with_their_defaults() -> None:
-    from nas.supernet_training import SupernetSettings
+    from nas.settings import SupernetSettings
 
     section = (ROOT / "docs/search.md").read_text().split("\n## Settings\n")[1]
     listed = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])  # type: ignore[index]

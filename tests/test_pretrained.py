@@ -29,7 +29,7 @@ from nas.pretrained import (
     requested,
     space_of,
 )
-from nas.supernet_training import SupernetSettings
+from nas.settings import SupernetSettings
 from supernet.arch import ArchConfig, Stage
 from supernet.metapath import Supernet
 from supernet.model import build_model

@@ -30,8 +30,8 @@ from nas.scores import (
     pairs_to_measure,
     single_changes,
 )
+from nas.settings import SupernetSettings
 from nas.slimming import start_network
-from nas.supernet_training import SupernetSettings
 from nas.trajectory import Evaluation
 from supernet.arch import ArchConfig
 from supernet.metapath import Supernet

@@ -15,8 +15,8 @@ from nas import supernet_training
 from nas.checkpoints import save_checkpoint
 from nas.data import ImageData, Images
 from nas.evaluation import Evaluator
+from nas.settings import SupernetSettings
 from nas.supernet_training import (
-    SupernetSettings,
     elastic_step,
     fair_paths,
     fair_step,

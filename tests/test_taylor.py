@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from nas import taylor
 from nas.data import ImageData, Images
 from nas.evaluation import Evaluator
+from nas.settings import SupernetSettings
 from nas.slimming import slim
-from nas.supernet_training import SupernetSettings, channel_method
+from nas.supernet_training import channel_method
 from nas.taylor import BATCH, calibration_batches, channels, from_json, supernet_scores, to_json, unit_scores
 from supernet.arch import ArchConfig
 from supernet.metapath import Supernet

@@ -24,7 +24,7 @@ from nas.plan import for_batch
 from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import Measurement, References, Visit
 from nas.search import _finalists
-from nas.supernet_training import SupernetSettings
+from nas.settings import SupernetSettings
 from nas.table import Calibration, LatencyTable, Row, measured_layers
 from nas.throughput import Accuracy, Finalist, GroupedPredictor, best_of, grouped_accuracy, usable_ways, wait_ms
 from nas.training import train_network

@@ -39,7 +39,7 @@ from nas.profilers.ort_cpu import OrtCpu
 from nas.recipe import RECIPES, load_recipe
 from nas.report import write_report
 from nas.scores import Drops
-from nas.supernet_training import SupernetSettings
+from nas.settings import SupernetSettings
 from nas.table import LatencyTable
 from nas.taylor import from_json
 from nas.teacher import load_teacher

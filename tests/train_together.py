@@ -27,7 +27,8 @@ from nas.data import ImageData, Images, normalise
 from nas.distributed import in_all, together
 from nas.parallel import ALONE, Group, joined
 from nas.recipe import Recipe
-from nas.supernet_training import SupernetSettings, train_supernet
+from nas.settings import SupernetSettings
+from nas.supernet_training import train_supernet
 from nas.training import train_network, train_step
 from supernet import files
 from supernet.arch import ArchConfig, Stage
