@@ -148,7 +148,6 @@ def default_cfg(arch: ArchConfig) -> dict[str, Any]:
     }
 
 
-@register_model
 def metapath(
     pretrained: bool = False,
     *,
@@ -189,3 +188,6 @@ def metapath(
     return build_model_with_cfg(
         network, "metapath", pretrained, feature_cfg={"out_indices": indices, "feature_cls": _features}, **kwargs
     )
+
+
+register_model(metapath)
