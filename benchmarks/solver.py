@@ -32,7 +32,7 @@ from nas.trajectory import Evaluation
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.space import SearchSpace
-from supernet.specs import Flat, Head, Layer, PatchStem, Unflat, is_embedding, is_stem, placed_entry
+from supernet.specs import Flat, Head, Layer, PatchStem, Unflat, placed_entry
 
 OFF = 1e-6  # how far a budget is from where the answer changes, at least, in ms: milp keeps its constraints to about 1e-7
 
@@ -151,10 +151,9 @@ def counted_ms(space: SearchSpace, table: LatencyTable, target_ms: float) -> tup
     (calibration,) = table.calibrated_for(space).calibrations
 
     def count(layer: Layer) -> float:
-        between = is_stem(layer.spec) or is_embedding(layer.spec)
-        return table.layer_ms(layer) * (calibration.scale + between * calibration.scale_between)
+        return table.layer_ms(layer) * calibration.slope_of(layer)
 
-    return count, target_ms - calibration.offset_ms
+    return count, calibration.line_of(target_ms)
 
 
 def made_up_drops(space: SearchSpace, seed: int, like_a_run: bool) -> Drops:

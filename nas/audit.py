@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,8 @@ DEVIATIONS = 3.0  # ... so many times what is usual in its series, or what netwo
 FEWEST_NETWORKS = 3  # that have a row, for them to say anything of it ...
 SMALL_SHARE = 0.02  # ... which must be so much of their milliseconds
 UNTRUE_PERCENT = 10.0  # a table with a larger error warns at every use
-CONTRADICTED = 0.08  # whole networks say that a row is off by so much
+CONTRADICTED = 0.08  # whole networks say that a row is off by so much ...
+CHANCE = 0.05  # ... and would say so of any row of a table that is right with this chance
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def contradicted_rows(table: LatencyTable) -> list[Doubt]:
     """Return the rows that the errors of a calibration's whole networks contradict.
 
     If one row is off by a fraction d and everything else is right, a network's prediction is off by d times the row's share
-    in it. The least-squares d of every row is compared with what the networks' other errors leave open.
+    in it. The least-squares d of every row, beside an error that all networks share, is compared with what the networks'
+    other errors leave open; the more rows are asked about, the more of them would be off by chance.
     """
     found: dict[Layer, Doubt] = {}
     for calibration in table.calibrations:
@@ -110,20 +113,33 @@ def contradicted_rows(table: LatencyTable) -> list[Doubt]:
                 share[layer] = share.get(layer, 0.0) + table.layer_ms(layer) / total
             errors.append(network.predicted_ms / network.ms - 1)
             shares.append(share)
-        e = np.array(errors)
-        for layer in {layer for share in shares for layer in share}:
+        asked: dict[Layer, Array] = {}
+        for layer in dict.fromkeys(layer for share in shares for layer in share):
             s = np.array([share.get(layer, 0.0) for share in shares])
+            if (s > 0).sum() >= FEWEST_NETWORKS and s[s > 0].mean() >= SMALL_SHARE and np.ptp(s) > 0:
+                asked[layer] = s - s.mean()
+        freedom = len(errors) - 2
+        if freedom < 1 or not asked:
+            continue
+        deviations = _deviations(CHANCE / len(asked), freedom)
+        e = np.array(errors) - np.mean(errors)
+        for layer, s in asked.items():
             weight = float(s @ s)
-            if (s > 0).sum() < FEWEST_NETWORKS or s[s > 0].mean() < SMALL_SHARE:
-                continue  # too little of what was measured for the networks to say anything of it
             off = float(s @ e) / weight
             rest = e - off * s
-            open_ = math.sqrt(float(rest @ rest) / max(1, len(e) - 1) / weight)
-            if abs(off) > max(CONTRADICTED, DEVIATIONS * open_):
+            open_ = math.sqrt(float(rest @ rest) / freedom / weight)
+            if abs(off) > max(CONTRADICTED, deviations * open_) and off > -1:
                 ms = table.rows[layer].ms if layer in table.rows else table.layer_ms(layer)
                 why = f"whole networks say that it is {100 * off:+.0f} % off"
                 found[layer] = Doubt(layer, ms, ms / (1 + off), why)
     return list(found.values())
+
+
+def _deviations(chance: float, freedom: int) -> float:
+    """Return how many standard errors an estimate strays with that chance, to either side: Student's t, to first order in
+    1 / freedom (Cornish and Fisher's expansion)."""
+    z = NormalDist().inv_cdf(1 - chance / 2)
+    return z + (z**3 + z) / (4 * freedom)
 
 
 def say_if_untrue(table: LatencyTable) -> None:

@@ -120,22 +120,6 @@ def checked_onnx(model: nn.Module, expected: list[tuple[Tensor, Array]], *, dyna
     return data, max(difference(session.run(None, {INPUT: x.numpy()})[0], y) for x, y in expected)
 
 
-def export_onnx(
-    model: nn.Module, image_size: int, path: str | Path, batch: int | str = 1, about: Mapping[str, str] | None = None
-) -> float:
-    """Write `model` as ONNX for batches of `batch` images (or `dynamic`) and return its largest difference from eager.
-
-    `about` becomes the file's metadata.
-
-    Raises:
-        InputError: eager's logits are not finite, or ONNX Runtime's differ from them by more than 1e-4 (of the largest,
-            or absolute where logits are below 1); nothing is written.
-    """
-    data, largest = checked_onnx(model, expectations(model, image_size, batch), dynamic=batch == DYNAMIC)
-    write_atomically(path, _with_metadata(data, about or {}))
-    return largest
-
-
 def _with_metadata(model: bytes, about: Mapping[str, str]) -> bytes:
     """Return an ONNX model with its metadata."""
     import onnx

@@ -20,7 +20,7 @@ import torch
 from nas.alone import alone
 from nas.audit import NOISY, Doubt, doubts, flagged, say_if_untrue
 from nas.measure import Model, Profiler, name_of, table_reference
-from nas.plan import CHAINS, CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, Terms, Work, for_batch, terms_of, work_for
+from nas.plan import CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, Terms, Work, for_batch, terms_of, work_for
 from nas.profilers.bench import Bench, Damaged, Samples, TooNoisy, carry_out, now, read_samples, reference_of
 from nas.profilers.timing import Measurement, Visit, Workload, summarise
 from nas.progress import progress, say
@@ -29,7 +29,7 @@ from supernet.arch import ArchConfig
 from supernet.errors import InputError, placed
 from supernet.files import parse_yaml, read_csv, read_json, reading, write_atomically
 from supernet.space import SearchSpace
-from supernet.specs import Layer
+from supernet.specs import Layer, is_block
 from supernet.zoo import load_arch
 
 Array = npt.NDArray[np.float64]
@@ -37,6 +37,8 @@ Array = npt.NDArray[np.float64]
 FEWEST_MEDIANS = 3  # typed from elsewhere, to calibrate on
 SAME_MS = 0.005  # a row farther from what its visits say was changed by hand; samples have six digits
 FLAG_FLOOR = 0.005  # of the fastest network's milliseconds: wider intervals of smaller rows do not matter
+BENDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # how much longer the longest network is than its line, tried
+REPETITIONS = 6
 SAME = ("runtime", "runtime_version", "threads", "precision", "batch", "export")  # in all rows of a table
 
 
@@ -67,7 +69,7 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
         if not layers and old.serves(space):
             say(f"{path} already has every row of {space.name}")
             return old
-    work = work_for(space, layers, seed)
+    work = work_for(space, layers, seed, place["precision"])
     marker = folder / f"{profiler.id}.building.json"
     started = _started(marker, space, place)
     flags = _Flags(folder / f"{profiler.id}.flags.json", started)
@@ -92,13 +94,14 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
                 return found
 
             bench = Bench(samples, opened, profiler.stopwatch(), random.Random(seed), work.plan)
-            carry_out(work.plan, bench, tick, profiler.between(work.plan.between_bytes))
+            carry_out(work.plan, bench, tick, profiler.between(work.plan.working_set_bytes))
     except TooNoisy:
         marker.unlink()  # the next build begins anew
         raise
     finally:
         samples.close()
-    place["builds"] = [*(old.meta.get("builds", ()) if old is not None else ()), {"started": started, "finished": now()}]
+    build = {"started": started, "finished": now(), "typical_weights": work.weights}
+    place["builds"] = [*(old.meta.get("builds", ()) if old is not None else ()), build]
     at_end = {name: value for name, value in profiler.environment().items() if value != place.get(name)}
     place = {**place, "at_end": at_end}
     return write_table(profiler.id, space, work, samples.visits, place, old, folder, flags=flags.words)
@@ -183,7 +186,7 @@ def import_results(path: Path, folder: Path, device: str | None = None) -> Laten
     named = {str(layer): layer for layer in layers}
     if not set(manifest["rows"]) <= set(named):
         raise InputError(f"{path} is of a job that another version of this package exported: export and run it anew")
-    work = work_for(space, [named[name] for name in manifest["rows"]], manifest["seed"])
+    work = work_for(space, [named[name] for name in manifest["rows"]], manifest["seed"], place["precision"])
     if list(work.plan.networks) != manifest["plan"]["networks"]:
         raise InputError(f"{path} is of a job that another version of this package exported: export and run it anew")
     return write_table(
@@ -229,6 +232,7 @@ def import_medians(path: Path, folder: Path | None, device: str | None) -> Laten
         "offset_ms": float(offset_ms),
         "scale": float(scale),
         "scale_between": 0.0,
+        "bend": 0.0,
         "n_fit": len(x),
         "n_check": len(x),
         "sum_low_ms": float(x.min()),
@@ -298,15 +302,18 @@ def rows_off_their_visits(table: LatencyTable, samples: Path) -> list[Doubt]:
     reference = table_reference(table)
     try:
         with reading(f"the sidecar of {table.device}", "build the table anew with nas-build-lut"):
-            builds = [read_samples(samples, str(b["started"]), str(b["finished"])) for b in table.meta.get("builds", ())]
+            builds = [
+                (float(b.get("typical_weights", math.inf)), read_samples(samples, str(b["started"]), str(b["finished"])))
+                for b in table.meta.get("builds", ())
+            ]
     except Damaged as error:
         raise InputError(str(error)) from error
     found = []
     for layer, row in table.rows.items():
-        terms = terms_of(layer)
         said = [
             row_of(layer, terms, {model: summarise(visits[name_of(model)], reference) for model in terms})
-            for visits in builds
+            for weights, visits in builds
+            for terms in [terms_of(layer, weights)]
             if all(name_of(model) in visits for model in terms)
         ]
         if said and all(abs(again.ms - row.ms) > SAME_MS * abs(again.ms) + 1e-6 for again in said):
@@ -341,14 +348,13 @@ def row_of(layer: Layer, terms: Terms, found: Mapping[Model, Measurement]) -> Ro
     ms = sum(weight * found[model].ms for model, weight in terms.items())
     half = math.hypot(*(weight * found[model].half_width_ms for model, weight in terms.items()))
     alone = found.get((layer,))
-    chain = (layer,) * CHAINS[-1]
-    largest = chain if chain in terms else next(iter(terms))
+    largest = max(terms, key=len)
     whole, share = found[largest], terms[largest]
     return Row(
         ms=ms,
         low_ms=ms - half,
         high_ms=ms + half,
-        method="slope" if chain in terms else "difference",
+        method="slope" if is_block(layer.spec) else "difference",
         p10_ms=ms + share * (whole.p10_ms - whole.ms),
         p25_ms=ms + share * (whole.p25_ms - whole.ms),
         p90_ms=ms + share * (whole.p90_ms - whole.ms),
@@ -372,7 +378,8 @@ def calibrate(
     held_out = len(x) * CHECK_NETWORKS // (FIT_NETWORKS + CHECK_NETWORKS)
     check[np.linspace(1, len(x) - 2, held_out).round().astype(int)] = True  # the ends belong to the fit
     fitted = fit(x[~check], between[~check], y[~check])
-    predicted = _design(x, between) @ fitted
+    line = fitted[1] * x + fitted[2] * between
+    predicted = fitted[0] + line * (1 + fitted[3] * line.clip(0))
     signed = 100 * (predicted - y)[check] / y[check]
     error = np.abs(signed)
     by_stage, by_kind = _shares(table, [networks[i] for i, told in zip(order, check, strict=True) if told])
@@ -384,6 +391,7 @@ def calibrate(
         offset_ms=float(fitted[0]),
         scale=float(fitted[1]),
         scale_between=float(fitted[2]),
+        bend=float(fitted[3]),
         sum_low_ms=float(x[0]),
         sum_high_ms=float(x[-1]),
         n_fit=int((~check).sum()),
@@ -409,13 +417,28 @@ def calibrate(
 
 
 def fit(sums: Array, between: Array, measured: Array) -> Array:
-    """Return offset_ms, scale and scale_between, from networks' sums of rows, of stems and embeddings among them, and
-    milliseconds, each (n,)."""
-    return least_absolute(_design(sums, between), measured)
+    """Return offset_ms, scale, scale_between and bend, from networks' sums of rows, of stems and embeddings among them, and
+    milliseconds, each (n,).
 
+    The bend is the one of a grid by which the others fit best; for each, the line that they make is found by repetition.
+    """
 
-def _design(sums: Array, between: Array) -> Array:
-    return np.stack([np.ones(len(sums)), sums, between], axis=1)
+    def fitted(bent: float) -> Array:
+        """The fit with a bend of `bent` over the longest line."""
+        bend, factor = 0.0, np.ones(len(sums))
+        for _ in range(REPETITIONS if bent else 1):
+            design = np.stack([np.ones(len(sums)), sums * factor, between * factor], axis=1)
+            offset, scale, scale_between = least_absolute(design, measured)
+            line = (scale * sums + scale_between * between).clip(0)
+            bend = bent / line.max()
+            factor = 1 + bend * line
+        return np.array([offset, scale, scale_between, bend])
+
+    def off(found: Array) -> float:
+        line = found[1] * sums + found[2] * between
+        return float(np.abs((found[0] + line * (1 + found[3] * line.clip(0))) / measured - 1).sum())
+
+    return min(map(fitted, BENDS), key=off)
 
 
 def kendall_tau(predicted: Array, measured: Array) -> float:

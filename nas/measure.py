@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.export import with_ordinary_values
-from nas.profilers.timing import Measurement, References, Stopwatch, Visit, Workload, summarise
+from nas.profilers.timing import Measurement, References, Stopwatch, Touches, Visit, Workload, summarise
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
@@ -98,8 +98,9 @@ class Profiler(Protocol):
         """Return a stopwatch with the two references."""
         ...
 
-    def between(self, size: int) -> Workload | None:
-        """Return what touches so many bytes of other memory between two timed calls, None where that is no use."""
+    def between(self, most: int) -> Touches | None:
+        """Return what makes, of a number of bytes up to `most`, what touches so much other memory between two timed calls; None
+        where that is no use."""
         ...
 
     def exclusive(self) -> AbstractContextManager[None]:

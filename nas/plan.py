@@ -3,7 +3,8 @@
 Every row is a linear combination of the times of models (see `measure`):
 
 - a block: the least-squares slope over chains of 1, 2 and 4 of it with distinct weights. What a session pays once (the
-  call, a change of layout at its ends) has no part in a slope;
+  call, a change of layout at its ends) has no part in a slope. Where four of it have more weights than a typical network, the
+  slope is of 1 and 2: so many would push each other out of the caches as no network does;
 - stem, embedding, flat, unflat, join, head: a model in which blocks stand on the sides that they have in a network, minus
   half of a chain of two of each of these blocks: one block, its end of the session, and half of the call. These blocks are as
   cheap as their kind can be, because their own time only adds noise.
@@ -36,6 +37,7 @@ from supernet.zoo import load_arch
 Terms = dict[Model, float]
 
 CHAINS = (1, 2, 4)
+BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # of a weight
 FIT_NETWORKS = 16  # fit the calibration
 CHECK_NETWORKS = 12  # tell its error
 FEWEST_NETWORKS = 12  # of a space: both parts shrink with it
@@ -49,11 +51,12 @@ def _combine(*parts: tuple[float, Terms]) -> Terms:
     return total
 
 
-def slope(block: Layer) -> Terms:
-    """Milliseconds of one more block in a chain."""
-    centre = sum(CHAINS) / len(CHAINS)
-    spread = sum((k - centre) ** 2 for k in CHAINS)
-    return {(block,) * k: (k - centre) / spread for k in CHAINS}
+def slope(block: Layer, weights: float = math.inf) -> Terms:
+    """Milliseconds of one more block in a chain; `weights`: how many a chain of more than two may have."""
+    chains = CHAINS if CHAINS[-1] * _weights(block) <= weights else CHAINS[:2]
+    centre = sum(chains) / len(chains)
+    spread = sum((k - centre) ** 2 for k in chains)
+    return {(block,) * k: (k - centre) / spread for k in chains}
 
 
 def _cheap(port: Port) -> Layer | None:
@@ -77,10 +80,11 @@ def _cheap_mb3d(dim: int) -> MB3D:
     return MB3D(dim, mlp_ratio=1, num_heads=1, key_dim=8, attn_ratio=1)
 
 
-def terms_of(layer: Layer) -> Terms:
-    """Return the models whose times make a layer's row, each with its weight."""
+def terms_of(layer: Layer, weights: float = math.inf) -> Terms:
+    """Return the models whose times make a layer's row, each with its weight in it; `weights`: how many parameters a typical
+    network has."""
     if is_block(layer.spec):
-        return slope(layer)
+        return slope(layer, weights)
     before, after = ([block] if (block := _cheap(port)) else [] for port in (layer.entering, layer.leaving))
     context = [(block, block) for block in before + after]
     ends = [(-0.5, {model: 1.0}) for model in (*context, *[EMPTY] * (2 - len(context)))]
@@ -89,12 +93,14 @@ def terms_of(layer: Layer) -> Terms:
 
 @dataclass(frozen=True)
 class Work:
-    """The layers that are to have rows, the terms of each one's row, and the whole networks; `plan` says it in names."""
+    """The layers that are to have rows, the terms of each one's row, and the whole networks; `plan` says it in names.
+    `weights`: how many parameters a typical network of the space has, where rows are to be measured."""
 
     rows: dict[Layer, Terms]
     networks: list[ArchConfig]
     smallest: ArchConfig
     plan: Plan
+    weights: int = 0
 
     @property
     def models(self) -> dict[str, Model]:
@@ -114,8 +120,8 @@ def for_batch(space: SearchSpace, batch: int) -> SearchSpace:
     return replace(space, mux=kept)
 
 
-def work_for(space: SearchSpace, layers: Sequence[Layer] | None = None, seed: int = 0) -> Work:
-    """Return what is to be measured for a space; `layers`: only for the rows of these.
+def work_for(space: SearchSpace, layers: Sequence[Layer] | None = None, seed: int = 0, precision: str | None = None) -> Work:
+    """Return what is to be measured for a space; `layers`: only for the rows of these. `precision`: of the weights (fp32).
 
     Raises:
         InputError: the space has too few networks to calibrate a table on.
@@ -125,7 +131,8 @@ def work_for(space: SearchSpace, layers: Sequence[Layer] | None = None, seed: in
             f"space {space.name} has {networks_of(space)} networks, too few to calibrate a table on (at least "
             f"{FEWEST_NETWORKS}): give the space that the network comes from"
         )
-    rows = {layer: terms_of(layer) for layer in (measured_layers(space.layers()) if layers is None else layers)}
+    weights = typical_weights(space)
+    rows = {layer: terms_of(layer, weights) for layer in (measured_layers(space.layers()) if layers is None else layers)}
     pieces = sorted(dict.fromkeys(model for terms in rows.values() for model in terms), key=lambda m: len(set(m)) > 1)
     networks = stratified(space, FIT_NETWORKS + CHECK_NETWORKS, random.Random(seed))
     plan = Plan(
@@ -133,9 +140,9 @@ def work_for(space: SearchSpace, layers: Sequence[Layer] | None = None, seed: in
         networks=tuple(name_of(tuple(arch.layers())) for arch in networks),
         rows=tuple({name_of(model): weight for model, weight in terms.items()} for terms in rows.values()),
         smallest=name_of(tuple(space.smallest.layers())),
-        between_bytes=typical_weights(space),
+        working_set_bytes=BYTES.get(precision or "fp32", 4) * weights,
     )
-    return Work(rows, networks, space.smallest, plan)
+    return Work(rows, networks, space.smallest, plan, weights)
 
 
 def requested_space(space: str | None, arch: str | None) -> SearchSpace:
@@ -146,12 +153,18 @@ def requested_space(space: str | None, arch: str | None) -> SearchSpace:
 
 
 def typical_weights(space: SearchSpace) -> int:
-    """Return the bytes of weights of a typical network of the space: what passes through the caches between two runs of
-    one of its layers. The median of 25 random networks."""
+    """Return how many parameters a typical network of the space has: what passes through the caches between two runs of one of
+    its layers. The median of 25 random networks."""
     rng = random.Random(0)
     with torch.device("meta"):
         models = [build_model(space.sample(rng)) for _ in range(25)]
-    return 4 * int(median(sum(p.numel() for p in model.parameters()) for model in models))
+    return int(median(sum(p.numel() for p in model.parameters()) for model in models))
+
+
+@cache
+def _weights(layer: Layer) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_layer(layer).parameters())
 
 
 def networks_of(space: SearchSpace) -> int:

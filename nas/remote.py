@@ -45,7 +45,7 @@ def export(
     path = export_job(
         folder,
         space,
-        work_for(space),
+        work_for(space, precision="fp16" if form == "coreml" else precision),
         device=None if device == "cpu" else named,
         form=form,
         threads=threads or 1,
@@ -74,7 +74,8 @@ def build_over_ssh(
     threads, precision, batch = threads or 1, precision or "fp32", batch or 1
     space = for_batch(space, batch)
     job = job_folder(space, f"-{address.host}{suffix(threads, precision, batch)}")
-    export_job(job, space, work_for(space), device=None, threads=threads, precision=precision, batch=batch, run=_run(job))
+    work = work_for(space, precision=precision)
+    export_job(job, space, work, device=None, threads=threads, precision=precision, batch=batch, run=_run(job))
     table = import_results(run_over_ssh(address, job), folder)
     _count(job)
     return table
@@ -88,7 +89,7 @@ def build_on_iphone(device: str, space: SearchSpace, folder: Path, team_id: str 
     found = iphone_id(udid, device.removeprefix("iphone-"))
     space = for_batch(space, 1)
     job = job_folder(space, f"-{found}")
-    export_job(job, space, work_for(space), device=found, form="coreml", run=_run(job))
+    export_job(job, space, work_for(space, precision="fp16"), device=found, form="coreml", run=_run(job))
     table = run_on_iphone(device, job, folder, team_id, udid)
     _count(job)
     return table

@@ -17,7 +17,7 @@ from supernet.metapath import Noise
 
 Paths = Literal["single", "fair", "elastic"]
 
-COUNTS = ("score_images", "recalibration_images", "finalist_epochs", "init_epochs", "optuna_trials")
+COUNTS = ("accumulate", "score_images", "recalibration_images", "finalist_epochs", "init_epochs", "optuna_trials")
 FREE = ("cache_gb", "optuna_sampler", "optuna_trials", "optuna_storage", "additivity_networks")  # of a search that goes on
 OBJECTIVES = ("latency", "mes", "throughput")
 MES = ("mes_size_unit", "mes_latency_unit_ms", "mes_size_alpha", "mes_latency_alpha")
@@ -52,6 +52,9 @@ class SupernetSettings:
     """Images that an epoch of the weights sees, an epoch of the mixture a quarter of them (at least 1,024); 0: all on a
     GPU, 6,000 at most on a CPU. How many networks each image goes through is up to `paths`."""
     batch_size: int = 64
+    accumulate: int = 1
+    """Parts in which a process's images of a step go through the supernet, one after the other, by the same path, where memory
+    is short. Batch norm sees each part by itself."""
     learning_rate: float = 2e-3
     """Of the weights, by AdamW; warm-up over a twentieth of the steps, then cosine to a hundredth."""
     weight_decay: float = 0.025

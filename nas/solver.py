@@ -28,7 +28,7 @@ from nas.table import Calibration, LatencyTable
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.space import SearchSpace
-from supernet.specs import Layer, is_embedding, is_stem
+from supernet.specs import Layer
 
 MOST_STATES = 20_000  # of a slot
 
@@ -119,7 +119,7 @@ def solutions(
     found = [solution for answer in answers if (solution := problem.solution(answer)) is not None]
     if len(found) < len(answers):
         # What is over a budget by the last digit of a sum of floats may have hidden what keeps it.
-        tighter = [figure.at_most * (1 - 1e-12) - figure.offset for figure in problem.figures]
+        tighter = [figure.limit(figure.at_most * (1 - 1e-12)) for figure in problem.figures]
         again = map(problem.solution, trade_offs(problem.steps, tighter, most))
         found += [*problem.best(1, most), *(solution for solution in again if solution is not None)]
     if not found:
@@ -147,11 +147,12 @@ def best(
 
 
 class _Figure(NamedTuple):
-    """What a budget counts: `offset` and the sum of `of` each layer. `total`: the figure itself, as it is predicted."""
+    """What a budget counts: the sum of `of` each layer, which `limit` says the most of for a most of the figure. `total`: the
+    figure itself, as it is predicted; it grows with the sum."""
 
     name: str
     at_most: float
-    offset: float
+    limit: Callable[[float], float]
     of: Callable[[Layer], float]
     total: Callable[[ArchConfig], float]
 
@@ -173,12 +174,13 @@ def _milliseconds(space: SearchSpace, table: LatencyTable, name: str, at_most: f
 
     def of(layer: Layer) -> float:
         ms = own.layer_ms(layer)
-        if line is None:
-            return ms
-        between = is_stem(layer.spec) or is_embedding(layer.spec)
-        return ms * (line.scale + line.scale_between * between)
+        return ms if line is None else ms * line.slope_of(layer)
 
-    return _Figure(name, at_most, line.offset_ms if line is not None else 0.0, of, own.predict_ms)
+    return _Figure(name, at_most, line.line_of if line is not None else _itself, of, own.predict_ms)
+
+
+def _itself(at_most: float) -> float:
+    return at_most
 
 
 def _counted(name: str, at_most: float) -> _Figure:
@@ -187,7 +189,7 @@ def _counted(name: str, at_most: float) -> _Figure:
     def of(layer: Layer) -> float:
         return float(getattr(count_layer(layer), name))
 
-    return _Figure(name, at_most, 0.0, of, lambda arch: getattr(count(arch), name))
+    return _Figure(name, at_most, _itself, of, lambda arch: getattr(count(arch), name))
 
 
 def _figures(space: SearchSpace, table: LatencyTable, budgets: Budgets) -> list[_Figure]:
@@ -238,7 +240,7 @@ class _Problem:
         self.base_kinds = [[c.kind_of(b) for b in s.blocks] for c, s in zip(*base, strict=True)]
         self.taken: list[list[list[_Taken]]] = []  # of each step, for each node, its options
         self.steps = self._steps()
-        self.limits = [figure.at_most - figure.offset for figure in self.figures]
+        self.limits = [figure.limit(figure.at_most) for figure in self.figures]
 
     def nothing(self) -> InputError:
         """What to say where no network keeps the budgets."""

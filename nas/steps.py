@@ -77,6 +77,15 @@ def cosine(step: int, steps: int, warm_up: int | None = None, start: float = 0.0
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * share))
 
 
+def check_parts(images: int, accumulate: int) -> None:
+    """Refuse a process's images of a step that cannot go through the network in `accumulate` equal parts of at least 2."""
+    if accumulate > 1 and (images % accumulate or images < 2 * accumulate):
+        raise InputError(
+            f"accumulate {accumulate} does not divide the {images} images that a process has of a step into equal parts of "
+            "at least 2: give another accumulate or batch_size"
+        )
+
+
 def clip_by_weights(parameters: Iterable[nn.Parameter], factor: float, least: float = 1e-3) -> None:
     """Shorten the gradient of every unit to at most `factor` times the norm of its weights, or of `least` where that is more.
 

@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from nas.progress import progress, say
 from nas.settings import SupernetSettings
 from nas.steps import (
     accelerator,
+    check_parts,
     cosine,
     mixed_precision,
     parameter_groups,
@@ -145,16 +146,19 @@ def elastic_step(net: ElasticSupernet, x: Tensor, y: Tensor, settings: SupernetS
     The largest learns from the labels, the others from its probabilities on the same images, as they are.
     """
     largest, *others = sandwich(net.space, generator)
-    with mixed_precision(x.device, settings.precision):
-        logits = net(x, largest)
-        loss = F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
-        taught = logits.detach().softmax(1)
-    loss.backward()
-    for arch in others:
+    losses = []
+    for part, labels in _parts(x, y, settings):
         with mixed_precision(x.device, settings.precision):
-            distilled = F.cross_entropy(net(x, arch), taught)
-        distilled.backward()
-    return loss.detach()
+            logits = net(part, largest)
+            loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+            taught = logits.detach().softmax(1)
+        (loss / settings.accumulate).backward()
+        losses.append(loss.detach())
+        for arch in others:
+            with mixed_precision(x.device, settings.precision):
+                distilled = F.cross_entropy(net(part, arch), taught)
+            (distilled / settings.accumulate).backward()
+    return torch.stack(losses).mean()
 
 
 def weight_step(
@@ -177,10 +181,22 @@ def mixture_step(
 
 
 def _backward(net: Supernet, x: Tensor, y: Tensor, path: Sequence[Choice], settings: SupernetSettings) -> Tensor:
-    with mixed_precision(x.device, settings.precision):
-        loss = F.cross_entropy(net(x, path), y, label_smoothing=settings.label_smoothing)
-    loss.backward()
-    return loss.detach()
+    # A mixture's weights are drawn once: the parts add up their gradients, which then reach the logits.
+    shared = [choice.detach().requires_grad_() if isinstance(choice, Tensor) else choice for choice in path]
+    losses = []
+    for part, labels in _parts(x, y, settings):
+        with mixed_precision(x.device, settings.precision):
+            loss = F.cross_entropy(net(part, shared), labels, label_smoothing=settings.label_smoothing)
+        (loss / settings.accumulate).backward()
+        losses.append(loss.detach())
+    if drawn := [choice for choice in path if isinstance(choice, Tensor)]:
+        torch.autograd.backward(drawn, [leaf.grad for leaf in shared if isinstance(leaf, Tensor)])
+    return torch.stack(losses).mean()
+
+
+def _parts(x: Tensor, y: Tensor, settings: SupernetSettings) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return the equal parts in which a process's images of a step go through the supernet."""
+    return zip(x.chunk(settings.accumulate), y.chunk(settings.accumulate), strict=True)
 
 
 @dataclass
@@ -242,7 +258,8 @@ def train_supernet(
     def untrained() -> AnySupernet:
         device = group.device(accelerator(settings.accelerator))
         for size in set(sizes):  # refused before anything is computed
-            group.rows(min(settings.batch_size, size))
+            rows = group.rows(min(settings.batch_size, size))
+            check_parts(rows.stop - rows.start, settings.accumulate)
         torch.manual_seed(seed)
         net = ElasticSupernet(space) if settings.paths == "elastic" else Supernet(space)
         net.checkpoint_activations = settings.checkpoint_activations

@@ -76,13 +76,15 @@ class CheckedNetwork:
 
 @dataclass(frozen=True)
 class Calibration:
-    """From a network's rows to its milliseconds, fitted on networks of a space:
-    `offset_ms + scale * sum + scale_between * sum_between`.
+    """From a network's rows to its milliseconds, fitted on networks of a space: `offset_ms + line * (1 + bend * line)` with
+    `line = scale * sum + scale_between * sum_between`.
 
     `sum_between` is the part of the sum that stem and embeddings have: their rows were measured between blocks, and where a
-    stage is empty they follow each other, which is quicker. The errors are those of predictions of *other* networks of the
-    space, in percent of the measurement. `error_by_stage_percent` and `error_by_kind_percent` are the signed errors, weighted
-    with each network's share of its milliseconds in that stage or kind of layer. `networks` are all that were measured.
+    stage is empty they follow each other, which is quicker. `bend`, at least 0, is there because rows are measured among as
+    many other weights as a typical network has: a larger network pushes more of its own out of the caches. The errors are
+    those of predictions of *other* networks of the space, in percent of the measurement. `error_by_stage_percent` and
+    `error_by_kind_percent` are the signed errors, weighted with each network's share of its milliseconds in that stage or
+    kind of layer. `networks` are all that were measured.
     """
 
     space: str
@@ -104,9 +106,26 @@ class Calibration:
     error_by_stage_percent: tuple[float, ...] = ()
     error_by_kind_percent: Mapping[str, float] = field(default_factory=dict)
     networks: tuple[CheckedNetwork, ...] = ()
+    bend: float = 0.0
 
     def predict_ms(self, sum_ms: float, between_ms: float) -> float:
-        return self.offset_ms + self.scale * sum_ms + self.scale_between * between_ms
+        line = self.scale * sum_ms + self.scale_between * between_ms
+        return self.offset_ms + line * self.bent(line)
+
+    def bent(self, line: float) -> float:
+        """Return the factor between the line of a network and its milliseconds over the offset."""
+        return 1 + self.bend * max(line, 0.0)
+
+    def line_of(self, ms: float) -> float:
+        """Return the line at which a network takes so many milliseconds."""
+        over = ms - self.offset_ms
+        if not self.bend or over <= 0 or math.isinf(over):
+            return over
+        return (math.sqrt(1 + 4 * self.bend * over) - 1) / (2 * self.bend)
+
+    def slope_of(self, layer: Layer) -> float:
+        """Return what a millisecond of this layer's row adds to the line."""
+        return self.scale + (self.scale_between if is_stem(layer.spec) or is_embedding(layer.spec) else 0.0)
 
 
 @dataclass(frozen=True)
@@ -172,12 +191,12 @@ class LatencyTable:
             InputError: as `predict_ms`.
         """
         by = self.calibration_of(arch) if self.calibrations else None
-        parts = []
-        for name, layer in arch.named_layers():
-            between = is_stem(layer.spec) or is_embedding(layer.spec)
-            factor = 1.0 if by is None else by.scale + (by.scale_between if between else 0.0)
-            parts.append((name, layer, factor * self.layer_ms(layer)))
-        return parts, by.offset_ms if by is not None else 0.0
+        slope_of = by.slope_of if by is not None else lambda layer: 1.0
+        parts = [(name, layer, slope_of(layer) * self.layer_ms(layer)) for name, layer in arch.named_layers()]
+        if by is None:
+            return parts, 0.0
+        bent = by.bent(math.fsum(ms for _, _, ms in parts))
+        return [(name, layer, bent * ms) for name, layer, ms in parts], by.offset_ms
 
     def calibration_of(self, arch: ArchConfig) -> Calibration:
         """Return the calibration that a network is predicted by."""
@@ -438,9 +457,16 @@ def _parse_calibration(entry: Mapping[str, Any]) -> Calibration:
     given["error_by_stage_percent"] = tuple(map(float, entry["error_by_stage_percent"]))
     given["error_by_kind_percent"] = {str(kind): float(error) for kind, error in entry["error_by_kind_percent"].items()}
     found = Calibration(**given)
-    decides = (found.offset_ms, found.scale, found.scale_between, found.sum_low_ms, found.sum_high_ms, found.mean_error_percent)
-    if not all(map(math.isfinite, (*decides, *(value for n in found.networks for value in (n.ms, n.predicted_ms))))):
+    decides = (found.offset_ms, found.scale, found.scale_between, found.bend, found.sum_low_ms, found.sum_high_ms)
+    if not all(
+        map(
+            math.isfinite,
+            (*decides, found.mean_error_percent, *(value for n in found.networks for value in (n.ms, n.predicted_ms))),
+        )
+    ):
         raise ValueError(f"the calibration for {found.space} has a number that is not finite")
+    if found.bend < 0:
+        raise ValueError(f"the calibration for {found.space} has a bend of {found.bend:g}, which must be at least 0")
     return found
 
 

@@ -30,7 +30,7 @@ from nas.pixels import AHEAD, Files, loaded, workers
 from nas.progress import LINE_EVERY_S, Tick, duration, progress, say
 from nas.recipe import Recipe
 from nas.request import claim
-from nas.steps import accelerator, clip_by_weights, mixed_precision, parameter_groups, set_layer_scale
+from nas.steps import accelerator, check_parts, clip_by_weights, mixed_precision, parameter_groups, set_layer_scale
 from nas.teacher import Teacher
 from supernet.arch import ArchConfig
 from supernet.distillation import add_second_classifier, one_classifier
@@ -162,11 +162,7 @@ def _check_division(batch: int, arch: ArchConfig, recipe: Recipe, group: Group, 
     """Refuse a batch that cannot be divided as it is to be, and compilation where nothing can be compiled."""
     rows = group.rows(batch)
     own = rows.stop - rows.start
-    if recipe.accumulate > 1 and (own % recipe.accumulate or own < 2 * recipe.accumulate):
-        raise InputError(
-            f"accumulate {recipe.accumulate} does not divide the {own} images that a process has of a step into equal parts of "
-            "at least 2: give another accumulate or batch_size"
-        )
+    check_parts(own, recipe.accumulate)
     part = own // recipe.accumulate
     if part != batch and part % arch.group_size:
         least = math.lcm(2, arch.group_size) * group.size * recipe.accumulate
@@ -252,8 +248,8 @@ def _run_epochs(run: _Run, first: int) -> None:
             _finish_epoch(run, epoch, val, draw_curves)
             if epoch == first and epoch + 1 < recipe.all_epochs:
                 left = recipe.all_epochs - epoch - 1
-                rest = duration(history.rows[-1]["seconds"] * left)
-                say(f"about {rest} for the {left:,} epochs left, going by this one as a whole, validation included")
+                rest, them = duration(history.rows[-1]["seconds"] * left), "epochs" if left > 1 else "epoch"
+                say(f"about {rest} for the {left:,} {them} left, going by this one as a whole, validation included")
             now = time.monotonic()
             if now - said >= LINE_EVERY_S or epoch + 1 == recipe.all_epochs:  # short epochs would flood the log
                 said = now

@@ -134,7 +134,7 @@ def _export(folder: Path, arch: ArchConfig, table: LatencyTable, space: SearchSp
     name = which["network"]
     if "-cpu" not in table.device and "-npu" not in table.device:
         raise InputError(f"networks for {table.device} are measured by nas-search on the machine with it, not by a job")
-    plan = Plan(pieces=(), networks=(name,), rows=(), smallest=name, between_bytes=0, passes=VISITS)
+    plan = Plan(pieces=(), networks=(name,), rows=(), smallest=name, working_set_bytes=0, passes=VISITS)
     export_job(
         folder,
         space,

@@ -26,7 +26,15 @@ from torch import Tensor, nn
 
 from nas.about import note, targets_of_file
 from nas.data import load_images, normalise
-from nas.export import export_network, export_onnx, onnx_bytes, onnx_session, torch_program, with_ordinary_values
+from nas.export import (
+    checked_onnx,
+    expectations,
+    export_network,
+    onnx_bytes,
+    onnx_session,
+    torch_program,
+    with_ordinary_values,
+)
 from nas.int8 import CalibrationInputs, quantised
 from nas.job import export_job
 from nas.measure import name_of
@@ -67,14 +75,13 @@ ODD = UNFLAT.at(45)  # maps of 23, 23, 12 and 6
 
 
 @pytest.mark.parametrize("arch", [MAP_HEAD, TOKEN_HEAD, UNFLAT, ODD], ids=["map-head", "token-head", "unflat", "odd"])
-def test_exported_equals_eager(arch: ArchConfig, tmp_path: Path) -> None:
+def test_exported_equals_eager(arch: ArchConfig) -> None:
     model = with_ordinary_values(build_model(arch), seed=1)
-    path = tmp_path / "new" / "model.onnx"
-    difference = export_onnx(model, arch.image_size, path)
+    exported, difference = checked_onnx(model, expectations(model, arch.image_size))
     image = torch.randn(1, 3, arch.image_size, arch.image_size, generator=torch.Generator().manual_seed(7))
     with torch.inference_mode():
         expected = model.eval()(image).numpy()
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
     found = session.run(["logits"], {"image": image.numpy()})[0]
     assert found.shape == (1, 5)
     assert np.ptp(expected) > 0.01, "else equality would say nothing"
@@ -95,21 +102,23 @@ def test_broken_weights_are_refused(value: float, tmp_path: Path) -> None:
     model = with_ordinary_values(build_model(TOKEN_HEAD), seed=1)
     with torch.no_grad():
         model.get_parameter("head.fc.weight")[0, 0] = value
-    path = tmp_path / "model.onnx"
+    arch, weights, path = tmp_path / "net.yaml", tmp_path / "model.safetensors", tmp_path / "out" / "model.onnx"
+    TOKEN_HEAD.save(arch)
+    save_file(model.state_dict(), weights)
+    path.parent.mkdir()
     path.write_bytes(b"the last good export")
     with pytest.raises(InputError, match="not finite: nothing is written"):
-        export_onnx(model, TOKEN_HEAD.image_size, path)
+        export_network(str(arch), weights, path)
     assert path.read_bytes() == b"the last good export", "an earlier file is left as it was"
-    assert list(tmp_path.iterdir()) == [path], "and nothing lies beside it"
+    assert list(path.parent.iterdir()) == [path], "and nothing lies beside it"
 
 
-def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_ordinary_values(build_model(MAP_HEAD), seed=1)
     other = onnx_bytes(with_ordinary_values(build_model(MAP_HEAD), seed=2), torch.zeros(1, 3, 32, 32))
     monkeypatch.setattr("nas.export.onnx_bytes", lambda *_, **__: other)
     with pytest.raises(InputError, match="differs from eager"):
-        export_onnx(model, 32, tmp_path / "model.onnx")
-    assert not list(tmp_path.iterdir())
+        checked_onnx(model, expectations(model, 32))
 
 
 def test_ordinary_values_are_ordinary_and_distinct() -> None:
@@ -173,11 +182,11 @@ def images(count: int) -> Tensor:
     [*((arch, "deploy") for arch in (MAP_HEAD, UNFLAT, VIT, ATTN_FFN, SANDWICH)), (UNFLAT, "plain"), (SANDWICH, "plain")],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_an_open_batch_takes_any_number_of_images(arch: ArchConfig, form: str, tmp_path: Path) -> None:
+def test_an_open_batch_takes_any_number_of_images(arch: ArchConfig, form: str) -> None:
     model = with_ordinary_values(build_model(arch), seed=1).eval()
     written = deployed(model, arch) if form == "deploy" else model
-    export_onnx(written, 32, tmp_path / "open.onnx", "dynamic")
-    session = onnxruntime.InferenceSession(tmp_path / "open.onnx", providers=["CPUExecutionProvider"])
+    exported, _ = checked_onnx(written, expectations(written, 32, "dynamic"), dynamic=True)
+    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
     program = torch_program(written, images(1), dynamic=True).module()
     for count in (1, 2, 5):
         with torch.inference_mode():
@@ -417,7 +426,7 @@ def test_the_core_ml_table_s_package_is_the_exported_one(
     monkeypatch.setattr(coreml, "coremltools", lambda: None)
     arch.save("searched.yaml")
     layers = tuple(arch.layers())
-    plan = Plan(pieces=(), networks=(name_of(layers),), rows=(), smallest=name_of(layers), between_bytes=0, passes=(1,))
+    plan = Plan(pieces=(), networks=(name_of(layers),), rows=(), smallest=name_of(layers), working_set_bytes=0, passes=(1,))
     for way in (
         lambda: export_network("searched.yaml", None, Path("m.mlpackage")),
         lambda: coreml.CoreMlMac("npu").open(layers),

@@ -264,7 +264,7 @@ def write_job(tmp_path: Path, device: str = "iphone15pro-npu", units: str = "CPU
             "networks": names[3:4],
             "rows": [{"1 x mb4d": 1.0}],
             "smallest": "network 1",
-            "between_bytes": 1 << 20,
+            "working_set_bytes": 1 << 20,
             "row_goal": 0.02,
             "floor": 0.002,
             "network_goal": 0.01,

@@ -2,6 +2,7 @@
 
 import csv
 import random
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -14,10 +15,11 @@ import pytest
 from nas.lut import build_table, fit, rows_off_their_visits
 from nas.measure import CACHED, EMPTY, STREAMING, Model, name_of
 from nas.plan import requested_space, slope, stratified, terms_of, work_for
-from nas.profilers.bench import Samples, TooNoisy
+from nas.profilers.bench import Bench, Goal, Plan, Samples, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.timing import Stopwatch, Visit, Workload
 from nas.table import LatencyTable, measured_layers
+from supernet.blocks import build_layer
 from supernet.errors import InputError
 from supernet.space import SearchSpace, StageSpace
 from supernet.specs import MB3D, MB4D, Embedding, Flat, Head, Layer, Stem, Unflat
@@ -112,6 +114,54 @@ def device() -> Device:
 
 def true_ms(terms: dict[Model, float]) -> float:
     return sum(weight * device_ms(model) for model, weight in terms.items())
+
+
+def test_blocks_that_would_push_each_other_out_of_the_caches_are_chained_in_pairs() -> None:
+    block = Layer(MB3D(192), 4)
+    weights = sum(p.numel() for p in build_layer(block).parameters())
+    assert sorted(len(model) for model in slope(block, 4 * weights)) == [1, 2, 4]
+    assert {len(model): weight for model, weight in slope(block, 4 * weights - 1).items()} == {1: -1.0, 2: 1.0}
+
+
+def test_models_that_share_one_another_are_visited_until_every_row_is_known(tmp_path: Path) -> None:
+    """Two rows share a model: the one is no reason to leave the other's own model alone."""
+    rng = random.Random(0)
+    machine = Device()
+
+    def opened(name: str) -> tuple[Workload, int]:
+        def run() -> None:
+            machine.now += 1e6 * (1 + rng.random())
+
+        return run, 1000
+
+    plan = Plan((), (), (), "a", 0, passes=(32,))
+    samples = Samples(tmp_path / "samples.csv", "")
+    bench = Bench(samples, opened, machine.stopwatch(), rng, plan)
+    goals = [Goal({"a": 1.0, "shared": -0.5}, 0.01), Goal({"b": 1.0, "shared": -0.5}, 0.01)]
+    for limits in ((0, 12), (12, 32)):
+        bench.measure(["a", "b", "shared"], goals, lambda _: None, limits)
+    samples.close()
+    assert {name: samples.count(name) for name in ("a", "b", "shared")} == {"a": 32, "b": 32, "shared": 32}
+
+
+def test_a_piece_is_timed_in_the_working_set_of_a_typical_network(tmp_path: Path) -> None:
+    machine, touched = Device(), Counter[int]()
+
+    def touches(size: int) -> Workload:
+        def run() -> None:
+            touched[size] += 1
+
+        return run
+
+    sizes = {"small": 1000, "large": 7000, "huge": 20_000}
+    samples = Samples(tmp_path / "samples.csv", "")
+    plan = Plan((), (), (), "small", 10_000)
+    bench = Bench(
+        samples, lambda name: (machine.open((Layer(MB4D(16), 8),))[0], sizes[name]), machine.stopwatch(), random.Random(0), plan
+    )
+    bench.measure(sizes, [], lambda _: None, (0, 12), touches)
+    samples.close()
+    assert set(touched) == {9000, 3000}, "the rest of 10,000 bytes, nothing beside the huge one"
 
 
 @pytest.mark.parametrize("space", [small_space(), SearchSpace.load("efficientformer-tiny")])
@@ -240,12 +290,19 @@ def test_a_disturbed_network_does_not_pull_the_calibration() -> None:
     sums = np.linspace(0.1, 2.8, 16)
     measured = 0.02 + 1.1 * sums
     measured[11] *= 2
-    assert fit(sums, 0.1 * (7 * np.arange(16) % 5), measured) == pytest.approx([0.02, 1.1, 0], abs=0.003)
+    assert fit(sums, 0.1 * (7 * np.arange(16) % 5), measured) == pytest.approx([0.02, 1.1, 0, 0], abs=0.003)
 
 
 def test_a_calibration_knows_that_stem_and_embeddings_are_quicker_beside_each_other() -> None:
     sums, between = np.linspace(0.1, 2.8, 16), 0.1 * (7 * np.arange(16) % 5)
-    assert fit(sums, between, 0.02 + 1.1 * sums - 0.3 * between) == pytest.approx([0.02, 1.1, -0.3], rel=1e-3)
+    assert fit(sums, between, 0.02 + 1.1 * sums - 0.3 * between) == pytest.approx([0.02, 1.1, -0.3, 0], rel=1e-3)
+
+
+def test_a_calibration_knows_that_larger_networks_push_more_out_of_the_caches() -> None:
+    sums, between = np.linspace(0.1, 2.8, 16), 0.1 * (7 * np.arange(16) % 5)
+    line = 0.8 * sums + 0.2 * between
+    bend = 0.2 / line.max()
+    assert fit(sums, between, 0.02 + line + bend * line**2) == pytest.approx([0.02, 0.8, 0.2, bend], rel=0.02)
 
 
 def test_a_table_tells_its_error_by_stage_and_kind_of_layer(device: Device, tmp_path: Path) -> None:

@@ -156,7 +156,6 @@ def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.training.train_network", lambda *_, **__: done)
     monkeypatch.setattr("nas.data.load_data", lambda *_, **__: data)
     monkeypatch.setattr("nas.search.run_search", lambda *_, **__: {"met": True})
-    monkeypatch.setattr("nas.export.export_onnx", lambda *_, **__: 0.0)
     monkeypatch.setattr("nas.networks.onnx_bytes", lambda *_: b"")  # deit_tiny, say, takes seconds
     monkeypatch.setattr("nas.lut.build_table", lambda *_, **__: None)
     monkeypatch.setattr("nas.remote.export", lambda *_, **__: None)

@@ -26,6 +26,7 @@ from supernet.arch import MultiplexSpec
 from supernet.errors import InputError
 
 TESTS = Path(__file__).parent
+SUPERNETS = ["supernet", "fair", "elastic", "accumulated supernet", "accumulated elastic"]
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are started by forking here")
 
@@ -80,7 +81,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     return torch.load(one / "found.pt"), torch.load(two / "found.pt")
 
 
-@pytest.mark.parametrize("training", ["supernet", "fair", "elastic", "network", "accumulated"])
+@pytest.mark.parametrize("training", [*SUPERNETS, "network", "accumulated"])
 def test_two_processes_take_the_steps_that_one_takes(training: str, both: tuple[dict[str, Any], dict[str, Any]]) -> None:
     one, two = (found[training] for found in both)
     assert len(one["gradients"]) == len(two["gradients"]) > 1
@@ -138,7 +139,9 @@ def test_a_part_of_a_batch_is_augmented_as_in_the_whole() -> None:
 def test_parts_of_a_batch_are_equal_and_more_than_one_image(tmp_path: Path, accumulate: int) -> None:
     with pytest.raises(InputError, match=rf"accumulate {accumulate} does not divide the 6 images"):
         train_network(ARCH, pictures(16), replace(RECIPE, batch_size=6, accumulate=accumulate), tmp_path, 0)
-    assert not (tmp_path / "request.json").exists()
+    with pytest.raises(InputError, match=rf"accumulate {accumulate} does not divide the 6 images"):
+        train_supernet(SPACE, pictures(8), replace(SETTINGS, batch_size=6, accumulate=accumulate), 0, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_images_of_a_group_stay_together(tmp_path: Path) -> None:

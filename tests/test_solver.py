@@ -50,7 +50,7 @@ def made_up_table(space: SearchSpace, seed: int, calibrated: bool = True, device
         return 0.02 + rng.random() * getattr(getattr(layer, "spec"), "dim") / 100  # noqa: B009
 
     rows = {layer: Row(value := ms(layer), value, value, "slope") for layer in space.layers()}
-    line = replace(plain_calibration(space), offset_ms=0.05, scale=1.1, scale_between=-0.2)
+    line = replace(plain_calibration(space), offset_ms=0.05, scale=1.1, scale_between=-0.2, bend=0.1)
     return LatencyTable(device, rows, (line,) if calibrated else ())
 
 
@@ -284,11 +284,12 @@ def test_what_cannot_be_met_or_does_not_add_up_is_refused() -> None:
     assert "no row for head" in refusal(lambda: frontier(SPACE, drops, replace(table, rows=rows)))
 
 
-def test_the_calibration_counts_between_stages_by_itself() -> None:
+def test_the_calibration_counts_between_stages_by_itself_and_bends() -> None:
     table = made_up_table(SPACE, 0)
     arch = SPACE.largest
     between = sum(table.layer_ms(la) for la in arch.layers() if is_stem(la.spec) or is_embedding(la.spec))
-    assert table.predict_ms(arch) == pytest.approx(0.05 + 1.1 * table.sum_ms(arch) - 0.2 * between)
+    line = 1.1 * table.sum_ms(arch) - 0.2 * between
+    assert table.predict_ms(arch) == pytest.approx(0.05 + line + 0.1 * line**2)
 
 
 def test_solving_needs_no_torch() -> None:

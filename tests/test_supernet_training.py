@@ -21,12 +21,14 @@ from nas.supernet_training import (
     fair_paths,
     fair_step,
     logits_of,
+    mixture_step,
     passes,
     sandwich,
     single_path,
     temperature,
     train_supernet,
     training_size,
+    weight_step,
 )
 from supernet.elastic import ElasticSupernet
 from supernet.errors import InputError
@@ -355,6 +357,28 @@ def test_an_elastic_step_adds_up_the_gradients_of_its_networks() -> None:
     loss = elastic_step(net, x, y, SETTINGS, torch.Generator().manual_seed(3))
     assert loss.item() == pytest.approx(largest.item())
     torch.testing.assert_close(gradients(net), expected)
+
+
+@pytest.mark.parametrize("way", ["single", "fair", "elastic", "mixture"])
+def test_the_parts_of_an_accumulated_step_run_one_path_and_share_its_gradients(way: str) -> None:
+    settings = replace(SETTINGS, paths="single" if way == "mixture" else way, mixture_epochs=int(way == "mixture"))  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    net = ElasticSupernet(SPACE) if way == "elastic" else Supernet(SPACE)
+    net, (x, y) = net.double(), batch()
+
+    def step(x: Tensor, y: Tensor, settings: SupernetSettings) -> Tensor:
+        generator = torch.Generator().manual_seed(4)
+        if way == "mixture":
+            return mixture_step(net, x, y, settings, generator, 1.0)
+        return weight_step(net, x, y, settings, generator, 3)
+
+    losses = [step(x[part : part + 2], y[part : part + 2], settings) for part in (0, 2, 4)]
+    expected = {name: gradient / 3 for name, gradient in gradients(net).items()}
+    net.zero_grad()
+    loss = step(x, y, replace(settings, accumulate=3))
+    assert loss.item() == pytest.approx(sum(each.item() for each in losses) / 3)
+    torch.testing.assert_close(gradients(net), expected)
+    assert any(name.startswith("logits.") for name in expected) == (way == "mixture")
 
 
 def test_the_largest_network_of_a_sandwich_is_each_of_the_largest_in_turn() -> None:

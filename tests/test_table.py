@@ -1,6 +1,7 @@
 """A table predicts from its own rows only, and refuses files that are not what they say."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,7 +63,17 @@ def test_a_prediction_is_the_calibrated_sum_of_the_rows() -> None:
         assert table.predict_ms(arch) == pytest.approx(0.01 + 1.05 * total - 0.1 * between)
 
 
-@pytest.mark.parametrize("calibrations", [(CALIBRATION,), ()])
+def test_larger_networks_are_slower_than_their_rows_by_the_bend() -> None:
+    bent = replace(CALIBRATION, bend=0.3)
+    for line in (0.0, 0.2, 2.5):
+        ms = bent.predict_ms(line / 1.05, 0.0)
+        assert ms == pytest.approx(0.01 + line + 0.3 * line**2)
+        assert bent.line_of(ms) == pytest.approx(line)
+    assert bent.line_of(math.inf) == math.inf
+    assert bent.line_of(0.005) == pytest.approx(-0.005)
+
+
+@pytest.mark.parametrize("calibrations", [(CALIBRATION,), (replace(CALIBRATION, bend=0.3),), ()])
 def test_the_parts_of_a_prediction_are_the_prediction(calibrations: tuple[Calibration, ...]) -> None:
     table = table_of(TINY, *calibrations)
     parts, rest = table.parts_ms(TINY.largest)

@@ -143,6 +143,8 @@ def exactly(folder: Path, group: Group = ALONE) -> None:
         "elastic": partial(a_supernet, settings=replace(SETTINGS, paths="elastic", mixture_epochs=0)),
         "network": a_network,
         "accumulated": accumulated,
+        "accumulated supernet": partial(accumulated_supernet, settings=SETTINGS),
+        "accumulated elastic": partial(accumulated_supernet, settings=replace(SETTINGS, paths="elastic", mixture_epochs=0)),
     }
     for name, work in works.items():
         gradients: list[dict[str, Tensor]] = []
@@ -176,6 +178,12 @@ def accumulated(folder: Path, group: Group) -> State:
     recipe = replace(SHORT, accumulate=4 // group.size, mixup=0.8, cutmix=1.0)
     with patch.object(Group, "synchronised", lambda group, model: model):
         return {"weights": a_network(folder, group, recipe)["weights"]}
+
+
+def accumulated_supernet(folder: Path, group: Group, settings: SupernetSettings) -> State:
+    """Train a supernet on four parts of each batch."""
+    with patch.object(Group, "synchronised", lambda group, model: model):
+        return {"weights": a_supernet(folder, group, replace(settings, accumulate=4 // group.size))["weights"]}
 
 
 def killed(folder: Path, group: Group = ALONE) -> None:

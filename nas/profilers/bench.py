@@ -20,6 +20,7 @@ from nas.profilers.timing import (
     Measurement,
     References,
     Stopwatch,
+    Touches,
     Visit,
     Workload,
     median_reference,
@@ -68,15 +69,16 @@ class Plan:
 
     `pieces` are the models that rows are made of, `rows` the terms of every row (model -> weight), `networks` whole
     networks. A row is known when its interval is within `row_goal` of it, or within `floor` of what `smallest`, the
-    smallest network, takes; a network when its interval is within `network_goal`. `between_bytes` is how much other memory
-    a device touches before each timed call of a piece, as the other layers' weights would.
+    smallest network, takes; a network when its interval is within `network_goal`. `working_set_bytes` is what passes through
+    the caches between two runs of a layer in a network: before each timed call of a piece, a device touches as much other
+    memory as the piece's own weights leave of it.
     """
 
     pieces: tuple[str, ...]
     networks: tuple[str, ...]
     rows: tuple[Mapping[str, float], ...]
     smallest: str
-    between_bytes: int
+    working_set_bytes: int
     row_goal: float = 0.02
     floor: float = 0.002
     network_goal: float = 0.01
@@ -175,7 +177,7 @@ class Bench:
         goals: Sequence[Goal],
         tick: Tick,
         limits: tuple[int, int],
-        between: Workload | None = None,
+        touches: Touches | None = None,
     ) -> None:
         """Visit the models until every goal is met or a model has had `limits[1]` visits.
 
@@ -194,10 +196,13 @@ class Bench:
 
         while queue:
             live: dict[str, Workload] = {}
+            between: dict[str, Workload] = {}
             size = 0
             while queue and len(live) < self.plan.batch_models and size < self.plan.batch_bytes:
                 name = queue.pop(0)
                 live[name], more = self.open_model(name)
+                if touches is not None and more < self.plan.working_set_bytes:
+                    between[name] = touches(self.plan.working_set_bytes - more)
                 size += more
             visit_in_rounds(live, self.stopwatch, partial(self._open, list(live), goals, limit), record, self.rng, between)
             tick(sum(limit - self.samples.count(name) for name in live))
@@ -216,7 +221,7 @@ class Bench:
         here = set(batch)
         for goal in goals:
             mine = [model for model in goal.terms if model in here]
-            if not mine or any(model in open_models for model in mine):
+            if not mine or any(model not in found for model in mine):
                 continue
             if any(model not in found and model not in visits for model in goal.terms):
                 continue  # the rest of the row comes in a later batch
@@ -230,7 +235,7 @@ class Bench:
         return {model for model in open_models if self.samples.count(model) < limit}
 
 
-def carry_out(plan: Plan, bench: Bench, tick: Tick, between: Workload | None) -> None:
+def carry_out(plan: Plan, bench: Bench, tick: Tick, touches: Touches | None) -> None:
     """Make the visits of a plan.
 
     Rows and networks are gone through several times: a machine that is slower for a minute slows both, and where a
@@ -246,7 +251,7 @@ def carry_out(plan: Plan, bench: Bench, tick: Tick, between: Workload | None) ->
     rows = [Goal(terms, plan.row_goal, floor_ms) for terms in plan.rows]
     networks = [Goal({model: 1.0}, plan.network_goal) for model in plan.networks]
     for floor, limit in zip((0, *plan.passes), plan.passes, strict=False):
-        bench.measure(plan.pieces, rows, tick, (floor, limit), between)
+        bench.measure(plan.pieces, rows, tick, (floor, limit), touches)
         bench.measure(plan.networks, networks, tick, (floor, limit))
         refuse_noise(samples.visits)
 

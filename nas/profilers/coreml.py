@@ -35,8 +35,8 @@ from nas.export_forms import COREML
 from nas.measure import CACHED, STREAMING, Model, build_module, name_of
 from nas.profilers.bench import now
 from nas.profilers.iphone import COMPUTE_UNITS, run
-from nas.profilers.ort_session import cpu_id, cpu_name, environment, touch
-from nas.profilers.timing import DISCARDED, DISCARDED_MS, MAX_CALLS, MIN_CALLS, VISIT_MS, Stopwatch, Workload
+from nas.profilers.ort_session import cpu_id, cpu_name, environment, touches
+from nas.profilers.timing import DISCARDED, DISCARDED_MS, MAX_CALLS, MIN_CALLS, VISIT_MS, Stopwatch, Touches, Workload
 from supernet.errors import InputError
 from supernet.files import unwritten
 
@@ -449,9 +449,9 @@ class CoreMlMac:
         cached, streaming = self.open(CACHED)[0], self.open(STREAMING)[0]
         return Stopwatch(cached, streaming, burst=counted_calls, warm_up_ms=WARM_UP_MS, warm_up_calls=WARM_UP_CALLS)
 
-    def between(self, size: int) -> Workload | None:
+    def between(self, most: int) -> Touches | None:
         """Touch other memory on the CPU; what the Neural Engine keeps of weights between two calls is not ours to clear."""
-        return touch(size) if self.unit == "cpu" else None
+        return touches(most) if self.unit == "cpu" else None
 
     def exclusive(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()

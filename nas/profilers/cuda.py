@@ -327,7 +327,7 @@ class NvidiaGpu:
         bursts = Bursts(self.cuda, self.watch)
         return Stopwatch(self.open(CACHED)[0], self.open(STREAMING)[0], burst=bursts, warm_up_ms=WARM_UP_MS)
 
-    def between(self, size: int) -> None:
+    def between(self, most: int) -> None:
         """Nothing: at these batches the activations of a chain pass through the caches as those of a network do."""
 
     @contextlib.contextmanager

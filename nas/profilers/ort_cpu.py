@@ -14,8 +14,8 @@ from nas.export import onnx_bytes
 from nas.export_forms import ONNX
 from nas.int8 import quantised
 from nas.measure import CACHED, STREAMING, Model, build_module
-from nas.profilers.ort_session import OrtModel, cpu_id, environment, pinned, touch, warnings_about
-from nas.profilers.timing import Stopwatch, Workload
+from nas.profilers.ort_session import OrtModel, cpu_id, environment, pinned, touches, warnings_about
+from nas.profilers.timing import Stopwatch, Touches, Workload
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class OrtCpu:
     def stopwatch(self) -> Stopwatch:
         return Stopwatch(self.open(CACHED)[0], self.open(STREAMING)[0])
 
-    def between(self, size: int) -> Workload:
-        return touch(size)
+    def between(self, most: int) -> Touches:
+        return touches(most)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -104,9 +104,10 @@ def _filled(port: Any, rng: np.random.Generator) -> Array:
     )
 
 
-def touch(size: int) -> Callable[[], object]:
-    """Return what reads so many bytes of memory once, a number from every cache line."""
-    return np.ones(size // 4, dtype=np.float32)[:: CACHE_LINE // 4].sum
+def touches(most: int) -> Callable[[int], Callable[[], object]]:
+    """Return what makes, of a number of bytes up to `most`, what reads so much memory once, a number from every cache line."""
+    lines = np.ones(most // 4, dtype=np.float32)[:: CACHE_LINE // 4]
+    return lambda size: lines[: size // CACHE_LINE].sum
 
 
 def cpu_name() -> str:

@@ -26,7 +26,7 @@ except ImportError as error:
     sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): python3 -m pip install onnxruntime numpy")
 
 from nas.profilers.bench import Bench, Plan, Samples, TooNoisy, carry_out, now
-from nas.profilers.ort_session import OrtModel, environment, pinned, throttle_state, touch, warnings_about
+from nas.profilers.ort_session import OrtModel, environment, pinned, throttle_state, touches, warnings_about
 from nas.profilers.timing import Stopwatch, Workload
 
 SCHEMA = 1
@@ -136,7 +136,7 @@ def main() -> None:
         stopwatch = Stopwatch(cached, streaming)
         bench = Bench(samples, opened, stopwatch, random.Random(manifest["seed"]), plan)
         try:
-            carry_out(plan, bench, watched, touch(plan.between_bytes))
+            carry_out(plan, bench, watched, touches(plan.working_set_bytes))
         except TooNoisy as error:
             kept.rename(kept.with_suffix(".noisy"))
             raise SystemExit(f"run_job.py: {error}") from None

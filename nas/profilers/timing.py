@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 Clock = Callable[[], int]  # nanoseconds
 Workload = Callable[[], object]  # one call of what is timed, returning when it is done
+Touches = Callable[[int], Workload]  # a number of bytes -> what touches so much other memory
 Burst = Callable[[Workload, Workload | None], float]  # times a workload, another one between its calls; ms of a call
 
 WARM_UP_MS = 20.0  # an entry's first visit runs it this long beforehand, and at least so often:
@@ -209,10 +210,11 @@ def visit_in_rounds(
     still_open: Callable[[], Iterable[str]],
     record: Callable[[str, Visit], None],
     rng: random.Random,
-    between: Workload | None = None,
+    between: Mapping[str, Workload] | None = None,
 ) -> None:
     """Visit the open entries in shuffled rounds; `record` takes each visit, and `still_open` says before each round which
-    keys go on. Ends when none is open. The garbage collector is off meanwhile. `between` as in `Stopwatch.visit`."""
+    keys go on. Ends when none is open. The garbage collector is off meanwhile. `between`: what runs, untimed, before each call
+    of an entry."""
     collecting = gc.isenabled()
     gc.disable()
     stopwatch.pause()
@@ -220,7 +222,7 @@ def visit_in_rounds(
         while live := sorted(set(still_open()) & set(entries)):
             rng.shuffle(live)
             for key in live:
-                record(key, stopwatch.visit(entries[key], between))
+                record(key, stopwatch.visit(entries[key], between.get(key) if between else None))
     finally:
         if collecting:
             gc.enable()

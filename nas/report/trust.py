@@ -165,7 +165,8 @@ def table_section(run: Run) -> str:
         rows.append(
             (
                 "calibration",
-                f"{c.scale:.4g} × rows {_term(c.scale_between)} × rows of stem and embeddings {_term(c.offset_ms)} ms; fitted "
+                f"{c.scale:.4g} × rows {_term(c.scale_between)} × rows of stem and embeddings"
+                f"{f', times 1 + {c.bend:.3g} × itself,' if c.bend else ''} {_term(c.offset_ms)} ms; fitted "
                 f"on {c.n_fit} whole networks of {c.space} at {c.image_size} px",
             )
         )

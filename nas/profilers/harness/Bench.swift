@@ -129,7 +129,7 @@ final class Bench {
         random = Random(state: job.manifest.timing.seed)
         let onCpu = job.manifest.settings.compute_units == "CPU_ONLY"
         // What the Neural Engine keeps of weights between two calls is not ours to clear.
-        other = onCpu ? [Float](repeating: 1, count: job.manifest.plan.between_bytes / 4) : []
+        other = onCpu ? [Float](repeating: 1, count: job.manifest.plan.working_set_bytes / 4) : []
         configuration.computeUnits = onCpu ? .cpuOnly : .cpuAndNeuralEngine
     }
 
@@ -235,7 +235,7 @@ final class Bench {
             for (place, reference) in references.enumerated() { _ = try warmUp("reference \(place)", reference) }
             if try warmUp(name, model) || before == nil { before = try timeReferences() }
             guard let first = before else { continue }
-            let raw = try burst(model, touching: touching)
+            let raw = try burst(model, touching: touching ? max(0, job.manifest.plan.working_set_bytes - bytes(of: name)) : 0)
             let after = try timeReferences()
             before = after
             let states = [stateBefore, thermalState()]
@@ -271,10 +271,11 @@ final class Bench {
         return true
     }
 
-    private func timeReferences() throws -> [Double] { try references.map { try burst($0, touching: false) } }
+    private func timeReferences() throws -> [Double] { try references.map { try burst($0, touching: 0) } }
 
-    /// The median milliseconds of a few calls in a row, the first ones discarded.
-    private func burst(_ model: LoadedModel, touching: Bool) throws -> Double {
+    /// The median milliseconds of a few calls in a row, the first ones discarded; before each, so many bytes of other memory are
+    /// touched.
+    private func burst(_ model: LoadedModel, touching: Int) throws -> Double {
         let timing = job.manifest.timing
         let start = nanoseconds()
         for call in 0..<timing.discarded {
@@ -284,7 +285,7 @@ final class Bench {
         var times: [UInt64] = []
         var total: UInt64 = 0
         while times.count < timing.min_calls || (Double(total) < timing.visit_ms * 1e6 && times.count < timing.max_calls) {
-            if touching { touchOtherMemory() }
+            if touching > 0 { touchOtherMemory(touching) }
             times.append(try model.call())
             total += times[times.count - 1]
         }
@@ -294,10 +295,10 @@ final class Bench {
         return median / 1e6
     }
 
-    private func touchOtherMemory() {
+    private func touchOtherMemory(_ bytes: Int) {
         other.withUnsafeBufferPointer { values in
             var sum: Float = 0
-            for place in stride(from: 0, to: values.count, by: 16) { sum += values[place] }  // a cache line each
+            for place in stride(from: 0, to: min(bytes / 4, values.count), by: 16) { sum += values[place] }  // a cache line each
             sink = sum
         }
     }

@@ -31,7 +31,7 @@ struct Manifest: Decodable {
     struct Plan: Decodable {
         let pieces: [String]
         let networks: [String]
-        let between_bytes: Int
+        let working_set_bytes: Int
         let min_visits: Int
         let passes: [Int]
         let batch_models: Int
