@@ -30,9 +30,10 @@ from nas.solver import Budget, best, solutions
 from nas.table import LatencyTable
 from nas.trajectory import Evaluation
 from supernet.arch import ArchConfig
+from supernet.entries import placed_entry
 from supernet.errors import InputError
 from supernet.space import SearchSpace
-from supernet.specs import Flat, Head, Layer, PatchStem, Unflat, placed_entry
+from supernet.specs import Flat, Head, Layer, PatchStem, Unflat
 
 OFF = 1e-6  # how far a budget is from where the answer changes, at least, in ms: milp keeps its constraints to about 1e-7
 

@@ -30,8 +30,9 @@ from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
 from supernet.errors import InputError
 from supernet.model import build_model
+from supernet.ports import Port
 from supernet.space import SearchSpace
-from supernet.specs import MB3D, MB4D, Layer, Port, ViT, in_group, is_block
+from supernet.specs import MB3D, MB4D, Layer, ViT, in_group, is_block
 from supernet.zoo import load_arch
 
 Terms = dict[Model, float]

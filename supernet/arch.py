@@ -12,8 +12,10 @@ from typing import Any
 
 import yaml
 
-from supernet.errors import InputError, placed
+from supernet.entries import block_entry, block_from_entry, entry_entry, entry_from_entry, placed_entry, unplaced
+from supernet.errors import InputError, check_positive, placed
 from supernet.files import checked_fields, checked_list, read_yaml, write_atomically
+from supernet.ports import check_group, group_knobs
 from supernet.specs import (
     FFN,
     MB3D,
@@ -36,18 +38,9 @@ from supernet.specs import (
     Subsample,
     Unflat,
     ViT,
-    block_entry,
-    block_from_entry,
-    check_group,
-    check_positive,
     check_width,
-    entry_entry,
-    entry_from_entry,
-    group_knobs,
     in_group,
     knobs_of,
-    placed_entry,
-    unplaced,
 )
 
 __all__ = [

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from supernet.arch import ArchConfig, MultiplexSpec, Stage, mux_from_entry, stage_resolutions
+from supernet.entries import block_entry, block_from_entry, entry_entry, entry_from_entry, placed_entry, unplaced
 from supernet.errors import InputError, placed, unknown
 from supernet.files import checked_fields, checked_list, read_yaml, write_atomically
 from supernet.specs import (
@@ -27,15 +28,9 @@ from supernet.specs import (
     PatchStem,
     ViT,
     at_width,
-    block_entry,
-    block_from_entry,
     check_width,
-    entry_entry,
-    entry_from_entry,
     knobs_of,
     label,
-    placed_entry,
-    unplaced,
 )
 
 _FOLDER = Path(__file__).parent / "spaces"

@@ -8,108 +8,16 @@ Resolutions are the side in pixels of the square map that *enters* a layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from math import isqrt
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
-from supernet.errors import InputError, unknown
-from supernet.files import checked_fields
-from supernet.user_block import loaded, user_block, users_code
+from supernet.errors import InputError, check_positive, unknown
+from supernet.ports import Form, Group, Port, check_group, group_knobs
+from supernet.user_block import loaded
 
-LARGEST = 2**20  # of any size or number of a network: more is a slip, and would be computed with for hours
 WIDEST = 2**16  # channels
 WIDTH_STEP = 8  # the finest grid of the published networks (EfficientFormerV2: 40, 120)
 ACTIVATIONS = ("relu", "gelu", "hardswish")
-
-Form = Literal["image", "map", "tokens", "class_tokens", "groups", "logits"]
-"""What passes between layers: images (N, 3, S, S), maps (N, C, S, S), tokens (N, S * S, C), tokens after a class token
-(N, 1 + S * S, C), groups of images' tokens (`Port.group`), logits (N, classes)."""
-
-
-GROUP_KNOBS = ("n", "reducer", "mixing", "readout")
-REDUCERS = ("conv", "avg", "none")
-MIXINGS = ("full", "block", "none")
-READOUTS = ("slot", "shared")
-
-
-class Group(NamedTuple):
-    """How `n` images share a sequence of tokens (ConcatPlexer); see MultiplexSpec."""
-
-    n: int
-    reducer: str
-    mixing: str
-    readout: str
-    class_token: bool
-
-    @property
-    def images(self) -> int:
-        """How many images a sequence has."""
-        return 1 if self.mixing == "none" else self.n
-
-    @property
-    def window(self) -> tuple[int, int]:
-        """Positions (rows, columns) of an image's map that become one token: n of them, or one."""
-        if self.reducer == "none":
-            return 1, 1
-        rows = 1 << (isqrt(self.n).bit_length() - 1)  # 1, 1, 2, 2, 4 for n = 1, 2, 4, 8, 16
-        return rows, self.n // rows
-
-    def length(self, side: int) -> int:
-        """Return the tokens of a sequence, of maps of this side. Windows that do not fit are filled up."""
-        rows, columns = (-(-side // step) for step in self.window)
-        own_class_token = self.class_token and self.readout == "slot"
-        return self.images * (rows * columns + own_class_token) + (self.class_token and self.readout == "shared")
-
-
-class Port(NamedTuple):
-    """What enters or leaves a layer: its form, its channels, the side of its map, and how images share sequences."""
-
-    form: Form
-    dim: int
-    side: int
-    group: Group | None = None
-
-    def shape(self, images: int) -> tuple[int, ...]:
-        """Return the shape of what passes here for a number of images.
-
-        Raises:
-            InputError: the images are no whole number of groups.
-        """
-        match self:
-            case Port("map" | "image"):
-                return images, self.dim, self.side, self.side
-            case Port("logits"):
-                return images, self.dim
-            case Port("groups", group=Group() as group):
-                if images % group.n:
-                    raise InputError(
-                        f"a call of {images} is no whole number of groups of {group.n} images: take a device, or a table, of a "
-                        f"batch of {group.n} or a multiple of it (its id ends in -b{group.n})"
-                    )
-                return images // group.images, group.length(self.side), self.dim
-        return images, self.side**2 + (self.form == "class_tokens"), self.dim
-
-
-def check_positive(spec: object, *names: str) -> None:
-    for name in names:
-        value = getattr(spec, name)
-        if type(value) is not int or value < 1:
-            raise InputError(f"{type(spec).__name__}: {name} must be a whole number of at least 1, but is {value!r}")
-        if value > LARGEST:
-            raise InputError(f"{type(spec).__name__}: {name} must be at most {LARGEST}, but is {value}")
-
-
-def check_group(spec: Any) -> None:
-    """Refuse a spec whose images cannot be grouped as it says."""
-    check_positive(spec, "n")
-    if spec.n & (spec.n - 1):
-        raise InputError(f"mux: n must be a power of two (1, 2, 4, ...), but is {spec.n}")
-    for name, allowed in (("reducer", REDUCERS), ("mixing", MIXINGS), ("readout", READOUTS)):
-        if getattr(spec, name) not in allowed:
-            raise unknown(f"mux {name}", str(getattr(spec, name)), allowed)
-    if spec.readout == "shared" and spec.mixing != "full":
-        raise InputError(f"mux: the readout shared needs the mixing full, but the mixing is {spec.mixing}: use slot")
 
 
 def _known_activation(spec: Any) -> None:
@@ -545,11 +453,6 @@ def knobs_of(spec: Any) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if default is MISSING or value != default}
 
 
-def group_knobs(given: Any) -> dict[str, Any]:
-    """Return how images are grouped, of a Group, a MultiplexSpec or a spec, as keyword arguments of a spec."""
-    return {name: getattr(given, name) for name in GROUP_KNOBS}
-
-
 def in_group(spec: Spec, group: Any) -> Spec:
     """Return a token block, or a head, for images that are grouped as a Group or MultiplexSpec says."""
     knobs = group_knobs(group)
@@ -635,86 +538,6 @@ def check_width(width: object) -> None:
         raise InputError(f"a width must be a positive multiple of {WIDTH_STEP}, but is {width!r}")
     if width > WIDEST:
         raise InputError(f"a width must be at most {WIDEST}, but is {width}")
-
-
-def placed_entry(entry: Entry | None, width: int, width_in: int | None, stride: int) -> Entry:
-    """Return a stage's entry with the widths and the stride of where it stands. `width_in`: None for the first stage."""
-    if width_in is None:
-        if entry is not None and not is_stem(entry):
-            raise InputError(f"the first stage is entered by one of {', '.join(STEMS)}, but its entry is {entry.kind}")
-        return replace(entry or Stem(width), dim=width, stride=stride)
-    if entry is not None and not is_embedding(entry):
-        raise InputError(f"a stage after the first is entered by one of {', '.join(EMBEDDINGS)}, but its entry is {entry.kind}")
-    return replace(entry or Embedding(width, width_in), dim=width, dim_in=width_in, stride=stride)
-
-
-def unplaced(entry: Entry | None) -> Entry | None:
-    """Return a stage's entry without what follows from its place, so that the same entry is equal anywhere."""
-    if entry is None:
-        return None
-    knobs = {name: value for name, value in knobs_of(entry).items() if name not in _OF_PLACE}
-    places = {name: WIDTH_STEP for name in ("dim", "dim_in") if hasattr(entry, name)}
-    found: Entry = type(entry)(**places, **knobs)  # type: ignore[arg-type]
-    return found
-
-
-def block_entry(block: Block) -> str | dict[str, Any]:
-    """Return a block as it stands in a YAML file: its kind, with the knobs that are not at their default."""
-    return _entry(block, ("dim",))
-
-
-def entry_entry(entry: Entry) -> str | dict[str, Any]:
-    """Return a stage's entry as it stands in a YAML file: its kind, with its own knobs that are not at their default."""
-    return _entry(entry, _OF_PLACE)
-
-
-def block_from_entry(entry: object, dim: int) -> Block:
-    """Return the block of width `dim` that a YAML entry stands for: a kind, or a mapping of `kind` and knobs."""
-    block: Block = _from_entry(entry, {"dim": dim}, BLOCKS, "block")
-    return block
-
-
-def entry_from_entry(entry: object, *, first: bool) -> Entry:
-    """Return the stage's entry that a YAML entry stands for; its widths and stride are those of any place."""
-    at: dict[str, int] = {"dim": WIDTH_STEP} if first else {"dim": WIDTH_STEP, "dim_in": WIDTH_STEP}
-    found: Entry = _from_entry(entry, at, STEMS if first else EMBEDDINGS, "entry")
-    return found
-
-
-_OF_PLACE = ("dim", "dim_in", "stride")  # what follows from where a spec stands
-
-
-def _entry(spec: Any, left_out: Sequence[str]) -> str | dict[str, Any]:
-    knobs = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in knobs_of(spec).items()
-        if name not in left_out
-    }
-    return {"kind": spec.kind, **knobs} if knobs else str(spec.kind)
-
-
-def _from_entry(entry: object, at: dict[str, int], kinds: dict[str, type[Any]], what: str) -> Any:
-    if isinstance(entry, str):
-        entry = {"kind": entry}
-    if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
-        raise InputError(f"a {what} must be a kind ({', '.join(kinds)}) or a mapping with one, but is {entry!r}")
-    kind = entry["kind"]
-    if kind not in kinds and not (what == "block" and ".py:" in kind):
-        raise unknown(f"{what} kind", kind, kinds)
-    spec_type = kinds[kind] if kind in kinds else user_block(kind)
-    for name in _OF_PLACE:
-        if name in entry and (name in at or what == "entry"):
-            raise InputError(
-                f"a {what}'s {name} is its stage's {'width' if name == 'dim' else name}: leave it out of {entry!r}"
-            )
-    knobs = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items() if name != "kind"}
-    given = checked_fields(spec_type, {**at, **knobs}, f"{what} {kind}")
-    if kind in kinds:
-        return spec_type(**given)
-    with users_code(kind, "where it is made"):
-        spec = spec_type(**given)
-        hash(spec)  # a knob that is no list of values could not be the key of a table's row
-        return spec
 
 
 def spec_type_of(kind: str) -> type[Any]:

@@ -19,8 +19,10 @@ from nas.profilers.ort_cpu import OrtCpu
 from nas.table import LatencyTable, Row
 from supernet.arch import ArchConfig, Stage
 from supernet.blocks import build_layer
+from supernet.entries import block_entry, block_from_entry
 from supernet.errors import InputError
-from supernet.specs import ACTIVATIONS, BLOCKS, EMBEDDINGS, STEMS, Layer, Port, block_entry, block_from_entry, is_stem
+from supernet.ports import Port
+from supernet.specs import ACTIVATIONS, BLOCKS, EMBEDDINGS, STEMS, Layer, is_stem
 
 DIM = 48  # 12 heads of a ViT block have 4 channels each
 SIDE = 8

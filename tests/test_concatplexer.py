@@ -24,8 +24,9 @@ from supernet.arch import ArchConfig, MultiplexSpec, Stage
 from supernet.blocks.concatplexer import Reducer, places
 from supernet.errors import InputError
 from supernet.model import build_model, count
+from supernet.ports import Group
 from supernet.space import SearchSpace
-from supernet.specs import MB3D, MB4D, Group, PatchStem, ViT
+from supernet.specs import MB3D, MB4D, PatchStem, ViT
 from supernet.zoo import zoo
 
 VIT = ArchConfig("vit", 24, 5, (Stage(24, 4, (ViT(24, num_heads=3),) * 3, PatchStem(8)),), "class_token")  # maps of 6 x 6

@@ -16,8 +16,9 @@ from supernet.blocks import build_layer
 from supernet.blocks.efficientformer import LayerScale
 from supernet.metapath import Supernet, sample_path
 from supernet.model import build_model
+from supernet.ports import Port
 from supernet.space import SearchSpace
-from supernet.specs import FFN, MB3D, AttnEmbedding, AttnFFN, Embedding, Head, Layer, Port, Stem, label
+from supernet.specs import FFN, MB3D, AttnEmbedding, AttnFFN, Embedding, Head, Layer, Stem, label
 from supernet.weights import subnetwork
 from supernet.zoo import zoo
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from supernet.blocks import build_layer
 from supernet.metapath import Supernet
 from supernet.model import build_model
+from supernet.ports import Port
 from supernet.space import SearchSpace, StageSpace
 from supernet.specs import (
     FFN,
@@ -33,7 +34,6 @@ from supernet.specs import (
     Join,
     Layer,
     PatchStem,
-    Port,
     Sandwich,
     Spec,
     Stem,

@@ -27,8 +27,9 @@ from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.metapath import Supernet
 from supernet.model import build_model, count
+from supernet.ports import Port
 from supernet.space import SearchSpace, StageSpace
-from supernet.specs import MB3D, MB4D, Head, Identity, Layer, PatchStem, Port, ViT
+from supernet.specs import MB3D, MB4D, Head, Identity, Layer, PatchStem, ViT
 from supernet.weights import load_timm_weights, resize_position_embedding, subnetwork
 from supernet.zoo import zoo
 

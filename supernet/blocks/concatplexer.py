@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from supernet.blocks.efficientformer import MB3DModule
 from supernet.blocks.layers import HeadModule, Layout, Run
 from supernet.blocks.vit import ViTModule
-from supernet.specs import Group, GroupedMB3D, GroupedViT, GroupHead, Join
+from supernet.ports import Group
+from supernet.specs import GroupedMB3D, GroupedViT, GroupHead, Join
 
 
 def is_group_part(name: str) -> bool:
