@@ -36,7 +36,7 @@ Array = npt.NDArray[np.float64]
 
 FEWEST_MEDIANS = 3  # typed from elsewhere, to calibrate on
 SAME_MS = 0.005  # a row farther from what its visits say was changed by hand; samples have six digits
-FLAG_FLOOR = 0.005  # of the fastest network's milliseconds: wider intervals of smaller rows do not matter
+FLAG_FLOOR = 0.005  # of a typical network's milliseconds: narrower intervals of rows do not matter
 BENDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # how much longer the longest network is than its line, tried
 REPETITIONS = 6
 SAME = ("runtime", "runtime_version", "threads", "precision", "batch", "export")  # in all rows of a table
@@ -147,7 +147,7 @@ def write_table(
             "to calibrate the table: nothing is written"
         )
     measured = [summarise(visits[name_of(tuple(arch.layers()))], reference) for arch in networks]
-    table = replace(table, rows=flagged(rows, FLAG_FLOOR * min(m.ms for m in measured)))
+    table = replace(table, rows=flagged(rows, FLAG_FLOOR * float(np.median([m.ms for m in measured]))))
     calibration = calibrate(space, table, networks, measured)
     kept = [c for c in (old.calibrations if old is not None else ()) if c.space != space.name]
     table = replace(table, calibrations=(*kept, calibration))
