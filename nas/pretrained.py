@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from nas.checkpoints import CLASSIFIER, load_checkpoint, load_state, load_weights, read_weights, save_checkpoint
 from nas.data import ImageData, epoch_batches
+from nas.distributed import in_all
 from nas.evaluation import accuracy_of
 from nas.networks import import_timm
+from nas.parallel import ALONE, Group, connected
 from nas.progress import progress, say
 from nas.recipe import Recipe
 from nas.settings import SupernetSettings
@@ -242,7 +244,7 @@ def on_data(given: Pretrained, data: ImageData, settings: SupernetSettings, seed
             accelerator=settings.accelerator,
             precision=settings.precision,
         )
-        train_network(arch, data, recipe, folder / "init", seed, weights=start)
+        in_all(_trained_from, start, arch, data, recipe, folder / "init", seed)
         load_weights(model, folder / "init" / "model.safetensors")
         state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         tensors = {name: at_size(name, state[name], like) for name, like in deployed.state_dict().items()}
@@ -253,6 +255,12 @@ def on_data(given: Pretrained, data: ImageData, settings: SupernetSettings, seed
     teacher.save(folder / "teacher.yaml")
     write_atomically(folder / "teacher.safetensors", safetensors.torch.save(tensors))
     return model.eval()
+
+
+def _trained_from(
+    weights: Path, arch: ArchConfig, data: ImageData, recipe: Recipe, folder: Path, seed: int, group: Group = ALONE
+) -> None:
+    train_network(arch, data, recipe, folder, seed, weights=weights, group=group)
 
 
 def _why_train(given: Pretrained, model: nn.Module, data: ImageData) -> str:
@@ -288,13 +296,14 @@ def pretrained_supernet(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = Supernet(space)
+        net, found = Supernet(space), Supernet(space)
     device = accelerator(settings.accelerator)
     fill(net, model, arch)
     net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     _begin_replacements(net, arch, unit_scores(model, arch, calibration_batches(data, settings.recalibration_images, device)))
-    _distil(net.eval(), space.path(arch), data, settings, seed, folder / "distillation.pt")
-    return net.eval()
+    in_all(_distil, net.eval().cpu(), space.path(arch), data, settings, seed, folder / "distillation.pt")
+    found.load_state_dict(net.state_dict())  # without SyncBatchNorm, which would wait for the others in a search
+    return found.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload, no-any-return]
 
 
 def replacements(space: SearchSpace, path: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -312,11 +321,18 @@ def replacements(space: SearchSpace, path: tuple[int, ...]) -> list[tuple[int, i
 
 
 def _distil(
-    net: Supernet, path: tuple[int, ...], data: ImageData, settings: SupernetSettings, seed: int, checkpoint: Path
+    net: Supernet,
+    path: tuple[int, ...],
+    data: ImageData,
+    settings: SupernetSettings,
+    seed: int,
+    checkpoint: Path,
+    group: Group = ALONE,
 ) -> None:
     """Train every replacement to give what the path's own block gives on the same input, all in the same pass of the network.
 
-    The network's own blocks are in eval mode and get no gradient. Goes on from `checkpoint`.
+    The network's own blocks are in eval mode and get no gradient. Goes on from `checkpoint`. The processes of a `group` all
+    call this; each has its rows of every batch.
     """
     wanted = replacements(net.space, path)
     steps = settings.distillation_steps
@@ -327,34 +343,44 @@ def _distil(
     for slot, index in wanted:
         by_slot.setdefault(slot, []).append(index)
     extras = nn.ModuleList(slots[slot].candidates[index] for slot, index in wanted)
-    device = next(net.parameters()).device
+    batch = min(settings.batch_size, len(data.train))
+
+    def placed_net() -> torch.device:
+        group.rows(batch)  # refused before anything is computed
+        return group.device(accelerator(settings.accelerator))
+
+    device = group.agreed(placed_net)
+    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    group.synchronised(extras)
     groups = parameter_groups(extras.named_parameters(), settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=DISTILLATION_RATE)
-    first = load_checkpoint(checkpoint, extras=extras, optimizer=optimizer)
+    first = load_checkpoint(checkpoint, group, extras=extras, optimizer=optimizer)
     rounds = -(-steps // ROUND)
-    batch = min(settings.batch_size, len(data.train))
     if first >= rounds:
         return
     say(
         f"block-wise distillation: {len(wanted)} blocks that may replace others learn for {steps} steps of {batch} images what "
         "those give"
     )
-    with progress("distillation", steps, min(steps, ROUND * first)) as tick:
+    with progress("distillation", steps, min(steps, ROUND * first)) as tick, connected():
         for number in range(first, rounds):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             here = min(ROUND, steps - ROUND * number)
             order = epoch_batches(len(data.train), batch, seed, number, batch * here)
-            for at, (x, _) in enumerate(training_batches(data, order, generator, device)):
-                for group in optimizer.param_groups:
-                    group["lr"] = DISTILLATION_RATE * cosine(ROUND * number + at, steps)
+            for at, (x, _) in enumerate(training_batches(data, order, generator, device, group)):
+                for parameters in optimizer.param_groups:
+                    parameters["lr"] = DISTILLATION_RATE * cosine(ROUND * number + at, steps)
                 optimizer.zero_grad(set_to_none=True)
-                errors = _errors(net, slots, path, by_slot, x, settings.precision)
+                errors = _errors(net, slots, path, by_slot, x, settings.precision, group)
+                group.average_gradients(extras.parameters())
+                group.average_statistics(extras)
                 optimizer.step()
-                error = sum(errors) / len(errors)
+                error = group.mean(torch.tensor(sum(errors) / len(errors))).item()
                 tick(1)
             if not math.isfinite(error):
                 raise FloatingPointError("block-wise distillation diverged: a block's output is not finite")
-            save_checkpoint(checkpoint, number + 1, extras=extras, optimizer=optimizer)
+            if group.first:
+                save_checkpoint(checkpoint, number + 1, extras=extras, optimizer=optimizer)
     extras.eval()
     say(f"what they give is off by {100 * error:.1f} % of the variance of what those give, on average")
 
@@ -366,6 +392,7 @@ def _errors(
     by_slot: Mapping[int, list[int]],
     x: Tensor,
     precision: str,
+    group: Group,
 ) -> list[float]:
     """Send images (B, 3, S, S) through the network; add to the gradients of all replacements and return their errors."""
     errors = []
@@ -380,19 +407,21 @@ def _errors(
             module.candidates[index].train()
             with mixed_precision(x.device, precision):
                 found = module(x, index)
-            error = relative_error(found.float(), y)
+            error = relative_error(found.to(y.dtype), y, group)
             error.backward()
             errors.append(error.item())
         x = y
     return errors
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+def relative_error(found: Tensor, wanted: Tensor, group: Group = ALONE) -> Tensor:
     """Return the mean over channels of the squared error divided by the channel's variance: of maps (N, C, H, W), or of tokens
-    (N, L, C)."""
+    (N, L, C). The variance is that of all the rows that a group has."""
     positions = (0, 2, 3) if wanted.ndim == 4 else (0, 1)
     error = (found - wanted).square().mean(positions)
-    return (error / wanted.var(positions).clamp_min(LEAST_VARIANCE)).mean()
+    mean = group.mean(wanted.mean(positions, keepdim=True))
+    variance = group.mean((wanted - mean).square().mean(positions))
+    return (error / variance.clamp_min(LEAST_VARIANCE)).mean()
 
 
 def _slots(net: Supernet) -> list[MetaPath]:

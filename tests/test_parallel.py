@@ -97,6 +97,14 @@ def test_two_processes_take_the_steps_that_one_takes(training: str, both: tuple[
         assert torch.allclose(one["outputs"], two["outputs"], rtol=0, atol=1e-9)
 
 
+def test_two_processes_distil_blocks_as_one_does(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    one, two = (found["distilled"]["weights"] for found in both)
+    assert {".".join(name.split(".")[:5]) for name in one} == {f"stages.1.{slot}.candidates.0" for slot in (0, 1)}
+    assert one.keys() == two.keys() and any("running_var" in name for name in one)
+    for name, weight in one.items():
+        assert torch.allclose(weight, two[name], rtol=0, atol=1e-9), name
+
+
 def test_both_optimizers_of_a_supernet_have_taken_steps(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
     weights = both[1]["supernet"]["weights"]
     assert all(weight.any() for name, weight in weights.items() if name.startswith("logits."))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 import nas.cli
-from nas import augmentation, evaluation, steps, training
+from nas import augmentation, evaluation, pretrained, steps, training
 from nas.cli import train
 from nas.command import run_command
 from nas.data import ImageData, Images, normalise
@@ -33,6 +33,7 @@ from nas.training import train_network, train_step
 from supernet import files
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
+from supernet.metapath import Supernet
 from supernet.space import SearchSpace
 from supernet.specs import MB3D, MB4D
 
@@ -143,6 +144,7 @@ def exactly(folder: Path, group: Group = ALONE) -> None:
         "elastic": partial(a_supernet, settings=replace(SETTINGS, paths="elastic", mixture_epochs=0)),
         "network": a_network,
         "accumulated": accumulated,
+        "distilled": distilled,
         "accumulated supernet": partial(accumulated_supernet, settings=SETTINGS),
         "accumulated elastic": partial(accumulated_supernet, settings=replace(SETTINGS, paths="elastic", mixture_epochs=0)),
     }
@@ -171,6 +173,17 @@ def a_network(folder: Path, group: Group, recipe: Recipe = SHORT) -> State:
     with patch.object(training, "train_step", noted):
         train_network(ARCH, data, replace(recipe, precision="fp32"), folder, 0, group=group)
     return {"outputs": outputs(trained[-1], data), "weights": dict(trained[-1].named_parameters())}
+
+
+def distilled(folder: Path, group: Group) -> State:
+    """Let blocks on maps learn what those on tokens give, which they may replace."""
+    torch.manual_seed(0)
+    net = Supernet(SPACE).eval()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    settings = replace(SETTINGS, distillation_steps=5)
+    pretrained._distil(net, (0, 1, 1), pictures(8), settings, 0, folder / f"{group.rank}.pt", group)
+    after = net.state_dict()
+    return {"weights": {n: t for n, t in after.items() if t.is_floating_point() and not torch.equal(t, before[n])}}
 
 
 def accumulated(folder: Path, group: Group) -> State:
