@@ -25,7 +25,7 @@ DEVIATIONS = 3.0  # ... so many times what is usual in its series, or what netwo
 FEWEST_NETWORKS = 3  # that have a row, for them to say anything of it ...
 SMALL_SHARE = 0.02  # ... which must be so much of their milliseconds
 UNTRUE_PERCENT = 10.0  # a table with a larger error warns at every use
-CONTRADICTED = 0.08  # whole networks say that a row is off by so much ...
+CONTRADICTED = 0.08  # whole networks say that so much of a row is too much, or lacking ...
 CHANCE = 0.05  # ... and would say so of any row of a table that is right with this chance
 
 
@@ -96,22 +96,23 @@ def _off_the_curve(x: Array, y: Array) -> tuple[Array, Array]:
 def contradicted_rows(table: LatencyTable) -> list[Doubt]:
     """Return the rows that the errors of a calibration's whole networks contradict.
 
-    If one row is off by a fraction d and everything else is right, a network's prediction is off by d times the row's share
-    in it. The least-squares d of every row, beside an error that all networks share, is compared with what the networks'
-    other errors leave open; the more rows are asked about, the more of them would be off by chance.
+    If a fraction d of one row is too much and everything else is right, d times the row's share of a network's prediction is
+    too much; the row should then be 1 - d of what it is, so d is below 1. The least-squares d of every row, beside an error
+    that all networks share, is compared with what the networks' other errors leave open; the more rows are asked about, the
+    more of them would be off by chance.
     """
     found: dict[Layer, Doubt] = {}
     for calibration in table.calibrations:
         errors, shares = [], []
         for network in calibration.networks:
             layers = network.layers()
-            if not layers or table.missing(layers):
+            if not layers or network.predicted_ms <= 0 or table.missing(layers):
                 continue
             total = sum(table.layer_ms(layer) for layer in layers)
             share: dict[Layer, float] = {}
             for layer in layers:
                 share[layer] = share.get(layer, 0.0) + table.layer_ms(layer) / total
-            errors.append(network.predicted_ms / network.ms - 1)
+            errors.append(1 - network.ms / network.predicted_ms)
             shares.append(share)
         asked: dict[Layer, Array] = {}
         for layer in dict.fromkeys(layer for share in shares for layer in share):
@@ -125,13 +126,13 @@ def contradicted_rows(table: LatencyTable) -> list[Doubt]:
         e = np.array(errors) - np.mean(errors)
         for layer, s in asked.items():
             weight = float(s @ s)
-            off = float(s @ e) / weight
-            rest = e - off * s
+            too_much = float(s @ e) / weight
+            rest = e - too_much * s
             open_ = math.sqrt(float(rest @ rest) / freedom / weight)
-            if abs(off) > max(CONTRADICTED, deviations * open_) and off > -1:
-                ms = table.rows[layer].ms if layer in table.rows else table.layer_ms(layer)
-                why = f"whole networks say that it is {100 * off:+.0f} % off"
-                found[layer] = Doubt(layer, ms, ms / (1 + off), why)
+            if too_much < 1 and abs(too_much) > max(CONTRADICTED, deviations * open_):
+                ms = table.layer_ms(layer)
+                why = f"whole networks say that it is {100 * too_much / (1 - too_much):+.0f} % off"
+                found[layer] = Doubt(layer, ms, ms * (1 - too_much), why)
     return list(found.values())
 
 
