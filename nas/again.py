@@ -27,6 +27,7 @@ from nas.strategies import (
     frontier_records,
     limits_of,
     refuse_unreachable,
+    telling_steps,
 )
 from nas.table import LatencyTable, Target, find_table
 from supernet.arch import ArchConfig
@@ -82,7 +83,7 @@ def answer(
     if strategy == "exact":
         found = exact(scores, budgets, limits, lambda arch: evaluations.get(described(arch)))
     else:
-        found = choose("greedy", scores, budgets, limits)
+        found = choose("greedy", scores, budgets, limits, on_step=telling_steps())
     out = out or run / _name(held, budgets, strategy)
     devices = [_on_device(budget, path, found.arch) for budget, path in zip(budgets, paths, strict=True)]
     whole = evaluations.get(described(found.arch))

@@ -50,6 +50,7 @@ from nas.strategies import (
     frontier_records,
     limits_of,
     refuse_unreachable,
+    telling_steps,
 )
 from nas.supernet_training import logits_of, train_supernet, training_size
 from nas.table import LatencyTable
@@ -354,10 +355,21 @@ def _outcomes(work: Work, judged: Judged) -> dict[MultiplexSpec | None, Outcome]
     def found_for(mux: MultiplexSpec | None) -> Outcome:
         predictors = [GroupedPredictor(d.table, space, mux) if mux is not None else d.table for d in devices]
         limits = limits_of(space, mux, settings.max_params, settings.max_macs)
+        tell = telling_steps()
 
         def search(budgets: tuple[float, ...], start: Trajectory | None, landing: float) -> Trajectory:
             within = [Budgeted(d.table, p, ms) for d, p, ms in zip(devices, predictors, budgets, strict=True)]
-            found = choose(work.strategy, judged.scores, within, limits, start=start, landing=landing, mes=mes, study=study)
+            found = choose(
+                work.strategy,
+                judged.scores,
+                within,
+                limits,
+                start=start,
+                landing=landing,
+                mes=mes,
+                study=study,
+                on_step=tell,
+            )
             write_csv(folder / "trajectory.csv", found.records(), found.columns)
             return found
 

@@ -310,8 +310,10 @@ def choose(
     landing: float = LANDING,
     mes: MobileEfficiency | None = None,
     study: Study | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Trajectory:
-    """Return what a strategy finds within the budgets and limits; see `greedy`, `exact` and `studied`.
+    """Return what a strategy finds within the budgets and limits; see `greedy`, `exact` and `studied`. `on_step`: called after
+    each step of the loop.
 
     Where the loop cannot reach what some network keeps (no single action leads there), the best by the drops is taken.
 
@@ -326,7 +328,7 @@ def choose(
         assert study is not None, "optuna needs a study"
         return studied(scores, budgets, limits, study)
     try:
-        return greedy(scores, budgets, limits, start=start, landing=landing, mes=mes, on_step=say_step)
+        return greedy(scores, budgets, limits, start=start, landing=landing, mes=mes, on_step=on_step)
     except InputError as error:
         if mes is not None or any(b.predictor is not b.table for b in budgets):
             raise
@@ -339,13 +341,21 @@ def choose(
         return found
 
 
-def say_step(step: Step) -> None:
-    """Say what a step of the loop did."""
-    taken = step.taken
-    say(
-        f"{taken.action}: {step.ms:.4g} to {taken.ms:.4g} ms, loss {step.evaluation.loss:.4f} to {taken.evaluation.loss:.4f}"
-        + (f" (of {len(step.options)} actions)" if len(step.options) > 1 else "")
-    )
+def telling_steps() -> Callable[[Step], None]:
+    """Return what says what a step of the loop did, and no step twice: under another budget the loop begins as before."""
+    told: set[tuple[str, float]] = set()
+
+    def tell(step: Step) -> None:
+        taken = step.taken
+        if (taken.action, step.ms) in told:
+            return
+        told.add((taken.action, step.ms))
+        say(
+            f"{taken.action}: {step.ms:.4g} to {taken.ms:.4g} ms, loss {step.evaluation.loss:.4f} to {taken.evaluation.loss:.4f}"
+            + (f" (of {len(step.options)} actions)" if len(step.options) > 1 else "")
+        )
+
+    return tell
 
 
 def say_shortlist(found: Trajectory) -> None:
