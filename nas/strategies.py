@@ -350,10 +350,9 @@ def telling_steps() -> Callable[[Step], None]:
         if (taken.action, step.ms) in told:
             return
         told.add((taken.action, step.ms))
-        say(
-            f"{taken.action}: {step.ms:.4g} to {taken.ms:.4g} ms, loss {step.evaluation.loss:.4f} to {taken.evaluation.loss:.4f}"
-            + (f" (of {len(step.options)} actions)" if len(step.options) > 1 else "")
-        )
+        loss, after = step.evaluation.loss, taken.evaluation.loss
+        of = f" (of {len(step.options)} actions)" if len(step.options) > 1 else ""
+        say(f"{taken.action}: {step.ms:.4g} to {taken.ms:.4g} ms, loss {loss:.4f} to {after:.4f}{of}")
 
     return tell
 
