@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -21,12 +21,13 @@ NOISY_SPREAD = 0.3  # (p90 - p10) / ms
 NOISY_INTERVAL = 0.05  # half-width / ms; narrower than this, a row's own interval is no reason for doubt
 FEWEST_WIDTHS = 5  # of a series of rows, for the others to say what a row should be
 ODD = 0.06  # a row this far from the curve through the other widths is named, if that is also ...
-DEVIATIONS = 3.0  # ... so many times what is usual in its series, or what networks leave open
+DEVIATIONS = 3.0  # ... so many times what is usual in its series
 FEWEST_NETWORKS = 3  # that have a row, for them to say anything of it ...
 SMALL_SHARE = 0.02  # ... which must be so much of their milliseconds
 UNTRUE_PERCENT = 10.0  # a table with a larger error warns at every use
 CONTRADICTED = 0.08  # whole networks say that so much of a row is too much, or lacking ...
-CHANCE = 0.05  # ... and would say so of any row of a table that is right with this chance
+CHANCE = 0.05  # ... and would say so of any row of a calibration that is right about so often
+FITTED = 6  # numbers that were fitted to these errors: the calibration's four, their mean, and the row's
 
 
 @dataclass(frozen=True)
@@ -62,22 +63,28 @@ def doubts(table: LatencyTable) -> list[Doubt]:
 
 def odd_rows(table: LatencyTable) -> list[Doubt]:
     """Return the blocks' rows that lie off the smooth curve through the other widths of the same block."""
+    found = []
+    for layers, off, usual in _series(table):
+        i = int(np.abs(off / usual).argmax())  # a wrong row bends the curve for the others: the worst alone is named
+        if abs(off[i]) > max(ODD, DEVIATIONS * usual[i]):
+            why = f"{100 * math.expm1(off[i]):+.0f} % off the curve through the other widths"
+            ms = table.rows[layers[i]].ms
+            found.append(Doubt(layers[i], ms, ms * math.exp(-off[i]), why))
+    return found
+
+
+def _series(table: LatencyTable) -> Iterator[tuple[list[Layer], Array, Array]]:
+    """Yield the layers of every block that has rows at enough widths, how far (log ms) each row is off the curve through the
+    others, and how far is usual there."""
     series: dict[tuple[str, int], list[Layer]] = {}
     for layer, row in table.rows.items():
         if row.method == "slope" and row.ms > 0:
             series.setdefault((label(layer.spec), layer.resolution), []).append(layer)
-    found = []
     for layers in series.values():
-        if len(layers) < FEWEST_WIDTHS:
-            continue
-        layers.sort(key=lambda layer: layer.spec.dim)
-        x, y = np.log(np.array([(layer.spec.dim, table.rows[layer].ms) for layer in layers])).T
-        off, usual = _off_the_curve(x, y)
-        i = int(np.abs(off / usual).argmax())  # a wrong row bends the curve for the others: the worst alone is named
-        if abs(off[i]) > max(ODD, DEVIATIONS * usual[i]):
-            why = f"{100 * math.expm1(off[i]):+.0f} % off the curve through the other widths"
-            found.append(Doubt(layers[i], math.exp(y[i]), math.exp(y[i] - off[i]), why))
-    return found
+        if len(layers) >= FEWEST_WIDTHS:
+            layers.sort(key=lambda layer: layer.spec.dim)
+            x, y = np.log(np.array([(layer.spec.dim, table.rows[layer].ms) for layer in layers])).T
+            yield layers, *_off_the_curve(x, y)
 
 
 def _off_the_curve(x: Array, y: Array) -> tuple[Array, Array]:
@@ -97,21 +104,24 @@ def contradicted_rows(table: LatencyTable) -> list[Doubt]:
     """Return the rows that the errors of a calibration's whole networks contradict.
 
     If a fraction d of one row is too much and everything else is right, d times the row's share of a network's prediction is
-    too much; the row should then be 1 - d of what it is, so d is below 1. The least-squares d of every row, beside an error
+    too much; the row should then be 1 - d of what it is, so d is at most 1. The least-squares d of every row, beside an error
     that all networks share, is compared with what the networks' other errors leave open; the more rows are asked about, the
-    more of them would be off by chance.
+    more of them would be off by chance. A row that the other widths of its block confirm is not named: what ails the networks
+    is then something that its share goes along with.
     """
     found: dict[Layer, Doubt] = {}
+    off_curve = {layer: float(far) for layers, off, _ in _series(table) for layer, far in zip(layers, off, strict=True)}
     for calibration in table.calibrations:
         errors, shares = [], []
         for network in calibration.networks:
             layers = network.layers()
             if not layers or network.predicted_ms <= 0 or table.missing(layers):
                 continue
-            total = sum(table.layer_ms(layer) for layer in layers)
+            parts = [(layer, calibration.slope_of(layer) * table.layer_ms(layer)) for layer in layers]
+            bent = calibration.bent(sum(ms for _, ms in parts))
             share: dict[Layer, float] = {}
-            for layer in layers:
-                share[layer] = share.get(layer, 0.0) + table.layer_ms(layer) / total
+            for layer, ms in parts:
+                share[layer] = share.get(layer, 0.0) + bent * ms / network.predicted_ms
             errors.append(1 - network.ms / network.predicted_ms)
             shares.append(share)
         asked: dict[Layer, Array] = {}
@@ -119,7 +129,7 @@ def contradicted_rows(table: LatencyTable) -> list[Doubt]:
             s = np.array([share.get(layer, 0.0) for share in shares])
             if (s > 0).sum() >= FEWEST_NETWORKS and s[s > 0].mean() >= SMALL_SHARE and np.ptp(s) > 0:
                 asked[layer] = s - s.mean()
-        freedom = len(errors) - 2
+        freedom = len(errors) - FITTED
         if freedom < 1 or not asked:
             continue
         deviations = _deviations(CHANCE / len(asked), freedom)
@@ -129,18 +139,25 @@ def contradicted_rows(table: LatencyTable) -> list[Doubt]:
             too_much = float(s @ e) / weight
             rest = e - too_much * s
             open_ = math.sqrt(float(rest @ rest) / freedom / weight)
-            if too_much < 1 and abs(too_much) > max(CONTRADICTED, deviations * open_):
-                ms = table.layer_ms(layer)
+            if too_much - deviations * open_ > 1 or abs(too_much) <= max(CONTRADICTED, deviations * open_):
+                continue  # more than all of the row: whatever it is, it is not the row; or too little to say
+            claimed = -math.log(max(1 - too_much, 1e-9))
+            if abs(off_curve.get(layer, claimed)) < abs(claimed) / 2:
+                continue
+            ms = table.layer_ms(layer)
+            if too_much < 1:
                 why = f"whole networks say that it is {100 * too_much / (1 - too_much):+.0f} % off"
                 found[layer] = Doubt(layer, ms, ms * (1 - too_much), why)
+            else:
+                found[layer] = Doubt(layer, ms, None, "whole networks say that it is far too much")
     return list(found.values())
 
 
 def _deviations(chance: float, freedom: int) -> float:
-    """Return how many standard errors an estimate strays with that chance, to either side: Student's t, to first order in
-    1 / freedom (Cornish and Fisher's expansion)."""
+    """Return how many standard errors an estimate strays with that chance, to either side: Student's t, by the first terms of
+    Cornish and Fisher's expansion."""
     z = NormalDist().inv_cdf(1 - chance / 2)
-    return z + (z**3 + z) / (4 * freedom)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def say_if_untrue(table: LatencyTable) -> None:

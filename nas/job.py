@@ -40,7 +40,7 @@ from supernet.errors import InputError
 from supernet.files import read_json, write_atomically
 from supernet.space import SearchSpace
 
-SCHEMA = 1
+SCHEMA = 2
 FORMATS = ("onnx", "coreml")
 PROFILERS = Path(__file__).parent / "profilers"
 OURS = {"models", "nas", "run_job.py", "results.json", "imported"}  # in a job folder, beside its manifest

@@ -20,7 +20,7 @@ import torch
 from nas.alone import alone
 from nas.audit import NOISY, Doubt, doubts, flagged, say_if_untrue
 from nas.measure import Model, Profiler, name_of, table_reference
-from nas.plan import CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, Terms, Work, for_batch, terms_of, work_for
+from nas.plan import CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, PROTOCOL, Terms, Work, for_batch, terms_of, work_for
 from nas.profilers.bench import Bench, Damaged, Samples, TooNoisy, carry_out, now, read_samples, reference_of
 from nas.profilers.timing import Measurement, Visit, Workload, summarise
 from nas.progress import progress, say
@@ -37,9 +37,9 @@ Array = npt.NDArray[np.float64]
 FEWEST_MEDIANS = 3  # typed from elsewhere, to calibrate on
 SAME_MS = 0.005  # a row farther from what its visits say was changed by hand; samples have six digits
 FLAG_FLOOR = 0.005  # of a typical network's milliseconds: narrower intervals of rows do not matter
-BENDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # how much longer the longest network is than its line, tried
+BENDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # how much longer the longest network is than its line, tried
 REPETITIONS = 6
-SAME = ("runtime", "runtime_version", "threads", "precision", "batch", "export")  # in all rows of a table
+SAME = ("runtime", "runtime_version", "threads", "precision", "batch", "export", "protocol")  # in all rows of a table
 
 
 def build_table(
@@ -60,7 +60,7 @@ def build_table(
 def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: bool, seed: int) -> LatencyTable:
     torch.manual_seed(seed)
     path = folder / f"{profiler.id}.csv"
-    place = profiler.environment()
+    place = {**profiler.environment(), "protocol": PROTOCOL}
     space = for_batch(space, int(place["batch"]))
     old = table_to_extend(path, place, only_missing)
     layers = measured_layers(space.layers())
@@ -100,7 +100,7 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
         raise
     finally:
         samples.close()
-    build = {"started": started, "finished": now(), "typical_weights": work.weights}
+    build = {"started": started, "finished": now(), "typical_params": work.typical_params}
     place["builds"] = [*(old.meta.get("builds", ()) if old is not None else ()), build]
     at_end = {name: value for name, value in profiler.environment().items() if value != place.get(name)}
     place = {**place, "at_end": at_end}
@@ -180,7 +180,7 @@ def import_results(path: Path, folder: Path, device: str | None = None) -> Laten
     if device not in (None, found):
         raise InputError(f"{path} is of {found}, not of {device}: leave --device out, or bring the results of {device}")
     space = SearchSpace.from_dict(parse_yaml(manifest["space"], "the job's space"), "the job's space")
-    place = place_of(results, manifest)
+    place = {**place_of(results, manifest), "protocol": PROTOCOL}
     old = table_to_extend(folder / f"{found}.csv", place, only_missing=False, provenance="imported")
     layers = measured_layers(space.layers())
     named = {str(layer): layer for layer in layers}
@@ -303,7 +303,7 @@ def rows_off_their_visits(table: LatencyTable, samples: Path) -> list[Doubt]:
     try:
         with reading(f"the sidecar of {table.device}", "build the table anew with nas-build-lut"):
             builds = [
-                (float(b.get("typical_weights", math.inf)), read_samples(samples, str(b["started"]), str(b["finished"])))
+                (float(b.get("typical_params", math.inf)), read_samples(samples, str(b["started"]), str(b["finished"])))
                 for b in table.meta.get("builds", ())
             ]
     except Damaged as error:
@@ -312,8 +312,8 @@ def rows_off_their_visits(table: LatencyTable, samples: Path) -> list[Doubt]:
     for layer, row in table.rows.items():
         said = [
             row_of(layer, terms, {model: summarise(visits[name_of(model)], reference) for model in terms})
-            for weights, visits in builds
-            for terms in [terms_of(layer, weights)]
+            for params, visits in builds
+            for terms in [terms_of(layer, params)]
             if all(name_of(model) in visits for model in terms)
         ]
         if said and all(abs(again.ms - row.ms) > SAME_MS * abs(again.ms) + 1e-6 for again in said):
@@ -378,8 +378,7 @@ def calibrate(
     held_out = len(x) * CHECK_NETWORKS // (FIT_NETWORKS + CHECK_NETWORKS)
     check[np.linspace(1, len(x) - 2, held_out).round().astype(int)] = True  # the ends belong to the fit
     fitted = fit(x[~check], between[~check], y[~check])
-    line = fitted[1] * x + fitted[2] * between
-    predicted = fitted[0] + line * (1 + fitted[3] * line.clip(0))
+    predicted = _predicted(fitted, x, between)
     signed = 100 * (predicted - y)[check] / y[check]
     error = np.abs(signed)
     by_stage, by_kind = _shares(table, [networks[i] for i, told in zip(order, check, strict=True) if told])
@@ -420,25 +419,30 @@ def fit(sums: Array, between: Array, measured: Array) -> Array:
     """Return offset_ms, scale, scale_between and bend, from networks' sums of rows, of stems and embeddings among them, and
     milliseconds, each (n,).
 
-    The bend is the one of a grid by which the others fit best; for each, the line that they make is found by repetition.
+    The bend is the one of a grid by which the others fit best; for each, the line that they make is found by repetition. Where
+    the line does not rise, there is none.
     """
-
-    def fitted(bent: float) -> Array:
-        """The fit with a bend of `bent` over the longest line."""
-        bend, factor = 0.0, np.ones(len(sums))
-        for _ in range(REPETITIONS if bent else 1):
-            design = np.stack([np.ones(len(sums)), sums * factor, between * factor], axis=1)
-            offset, scale, scale_between = least_absolute(design, measured)
-            line = (scale * sums + scale_between * between).clip(0)
+    columns = np.stack([np.ones(len(sums)), sums, between], axis=1)
+    straight = np.append(least_absolute(columns, measured), 0.0)
+    tried = [straight]
+    for bent in BENDS:
+        found = straight
+        for _ in range(REPETITIONS):
+            line = columns[:, 1:] @ found[1:3]
+            if line.max() <= 0:
+                break
             bend = bent / line.max()
-            factor = 1 + bend * line
-        return np.array([offset, scale, scale_between, bend])
+            factors = columns * np.stack([np.ones(len(line)), *2 * [1 + bend * line.clip(0)]], axis=1)
+            found = np.append(least_absolute(factors, measured), bend)
+        else:
+            tried.append(found)
+    return min(tried, key=lambda found: float(np.abs(_predicted(found, sums, between) / measured - 1).sum()))
 
-    def off(found: Array) -> float:
-        line = found[1] * sums + found[2] * between
-        return float(np.abs((found[0] + line * (1 + found[3] * line.clip(0))) / measured - 1).sum())
 
-    return min(map(fitted, BENDS), key=off)
+def _predicted(fitted: Array, sums: Array, between: Array) -> Array:
+    """Return the milliseconds that a fit says of networks, as `Calibration.predict_ms` does."""
+    line = fitted[1] * sums + fitted[2] * between
+    return np.asarray(fitted[0] + line * (1 + fitted[3] * line.clip(0)))
 
 
 def kendall_tau(predicted: Array, measured: Array) -> float:

@@ -28,7 +28,7 @@ from nas.progress import say
 from nas.table import measured_layers
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
-from supernet.errors import InputError
+from supernet.errors import InputError, unknown
 from supernet.model import build_model
 from supernet.ports import Port
 from supernet.space import SearchSpace
@@ -38,7 +38,8 @@ from supernet.zoo import load_arch
 Terms = dict[Model, float]
 
 CHAINS = (1, 2, 4)
-BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # of a weight
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a weight
+PROTOCOL = "one working set"  # how rows are measured: rows of another way are not added up with them
 FIT_NETWORKS = 16  # fit the calibration
 CHECK_NETWORKS = 12  # tell its error
 FEWEST_NETWORKS = 12  # of a space: both parts shrink with it
@@ -52,9 +53,9 @@ def _combine(*parts: tuple[float, Terms]) -> Terms:
     return total
 
 
-def slope(block: Layer, weights: float = math.inf) -> Terms:
-    """Milliseconds of one more block in a chain; `weights`: how many a chain of more than two may have."""
-    chains = CHAINS if CHAINS[-1] * _weights(block) <= weights else CHAINS[:2]
+def slope(block: Layer, params: float = math.inf) -> Terms:
+    """Milliseconds of one more block in a chain; `params`: parameters that a chain of more than two may have."""
+    chains = CHAINS if params == math.inf or CHAINS[-1] * _params(block) <= params else CHAINS[:2]
     centre = sum(chains) / len(chains)
     spread = sum((k - centre) ** 2 for k in chains)
     return {(block,) * k: (k - centre) / spread for k in chains}
@@ -81,11 +82,10 @@ def _cheap_mb3d(dim: int) -> MB3D:
     return MB3D(dim, mlp_ratio=1, num_heads=1, key_dim=8, attn_ratio=1)
 
 
-def terms_of(layer: Layer, weights: float = math.inf) -> Terms:
-    """Return the models whose times make a layer's row, each with its weight in it; `weights`: how many parameters a typical
-    network has."""
+def terms_of(layer: Layer, params: float = math.inf) -> Terms:
+    """Return the models whose times make a layer's row, each with its weight in it; `params`: as in `slope`."""
     if is_block(layer.spec):
-        return slope(layer, weights)
+        return slope(layer, params)
     before, after = ([block] if (block := _cheap(port)) else [] for port in (layer.entering, layer.leaving))
     context = [(block, block) for block in before + after]
     ends = [(-0.5, {model: 1.0}) for model in (*context, *[EMPTY] * (2 - len(context)))]
@@ -95,13 +95,13 @@ def terms_of(layer: Layer, weights: float = math.inf) -> Terms:
 @dataclass(frozen=True)
 class Work:
     """The layers that are to have rows, the terms of each one's row, and the whole networks; `plan` says it in names.
-    `weights`: how many parameters a typical network of the space has, where rows are to be measured."""
+    `typical_params`: parameters of a typical network of the space, where rows are to be measured."""
 
     rows: dict[Layer, Terms]
     networks: list[ArchConfig]
     smallest: ArchConfig
     plan: Plan
-    weights: int = 0
+    typical_params: int = 0
 
     @property
     def models(self) -> dict[str, Model]:
@@ -121,19 +121,21 @@ def for_batch(space: SearchSpace, batch: int) -> SearchSpace:
     return replace(space, mux=kept)
 
 
-def work_for(space: SearchSpace, layers: Sequence[Layer] | None = None, seed: int = 0, precision: str | None = None) -> Work:
-    """Return what is to be measured for a space; `layers`: only for the rows of these. `precision`: of the weights (fp32).
+def work_for(space: SearchSpace, layers: Sequence[Layer] | None = None, seed: int = 0, precision: str = "fp32") -> Work:
+    """Return what is to be measured for a space; `layers`: only for the rows of these. `precision`: of the weights.
 
     Raises:
-        InputError: the space has too few networks to calibrate a table on.
+        InputError: the space has too few networks to calibrate a table on, or there is no such precision.
     """
+    if precision not in BYTES:
+        raise unknown("precision", precision, BYTES)
     if networks_of(space) < FEWEST_NETWORKS:
         raise InputError(
             f"space {space.name} has {networks_of(space)} networks, too few to calibrate a table on (at least "
             f"{FEWEST_NETWORKS}): give the space that the network comes from"
         )
-    weights = typical_weights(space)
-    rows = {layer: terms_of(layer, weights) for layer in (measured_layers(space.layers()) if layers is None else layers)}
+    params = typical_params(space)
+    rows = {layer: terms_of(layer, params) for layer in (measured_layers(space.layers()) if layers is None else layers)}
     pieces = sorted(dict.fromkeys(model for terms in rows.values() for model in terms), key=lambda m: len(set(m)) > 1)
     networks = stratified(space, FIT_NETWORKS + CHECK_NETWORKS, random.Random(seed))
     plan = Plan(
@@ -141,9 +143,9 @@ def work_for(space: SearchSpace, layers: Sequence[Layer] | None = None, seed: in
         networks=tuple(name_of(tuple(arch.layers())) for arch in networks),
         rows=tuple({name_of(model): weight for model, weight in terms.items()} for terms in rows.values()),
         smallest=name_of(tuple(space.smallest.layers())),
-        working_set_bytes=BYTES.get(precision or "fp32", 4) * weights,
+        working_set_bytes=BYTES[precision] * params,
     )
-    return Work(rows, networks, space.smallest, plan, weights)
+    return Work(rows, networks, space.smallest, plan, params)
 
 
 def requested_space(space: str | None, arch: str | None) -> SearchSpace:
@@ -153,7 +155,7 @@ def requested_space(space: str | None, arch: str | None) -> SearchSpace:
     return SearchSpace.load(space or "efficientformer-tiny")
 
 
-def typical_weights(space: SearchSpace) -> int:
+def typical_params(space: SearchSpace) -> int:
     """Return how many parameters a typical network of the space has: what passes through the caches between two runs of one of
     its layers. The median of 25 random networks."""
     rng = random.Random(0)
@@ -163,7 +165,7 @@ def typical_weights(space: SearchSpace) -> int:
 
 
 @cache
-def _weights(layer: Layer) -> int:
+def _params(layer: Layer) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in build_layer(layer).parameters())
 

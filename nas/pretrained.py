@@ -26,7 +26,7 @@ from nas.data import ImageData, epoch_batches
 from nas.distributed import in_all
 from nas.evaluation import accuracy_of
 from nas.networks import import_timm
-from nas.parallel import ALONE, Group, connected
+from nas.parallel import ALONE, Group, connected, processes
 from nas.progress import progress, say
 from nas.recipe import Recipe
 from nas.settings import SupernetSettings
@@ -243,6 +243,7 @@ def on_data(given: Pretrained, data: ImageData, settings: SupernetSettings, seed
             images_per_epoch=epoch_size(settings, data),
             accelerator=settings.accelerator,
             precision=settings.precision,
+            accumulate=settings.accumulate,
         )
         in_all(_trained_from, start, arch, data, recipe, folder / "init", seed)
         load_weights(model, folder / "init" / "model.safetensors")
@@ -296,14 +297,19 @@ def pretrained_supernet(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net, found = Supernet(space), Supernet(space)
+        net = Supernet(space)
     device = accelerator(settings.accelerator)
     fill(net, model, arch)
     net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     _begin_replacements(net, arch, unit_scores(model, arch, calibration_batches(data, settings.recalibration_images, device)))
-    in_all(_distil, net.eval().cpu(), space.path(arch), data, settings, seed, folder / "distillation.pt")
-    found.load_state_dict(net.state_dict())  # without SyncBatchNorm, which would wait for the others in a search
-    return found.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload, no-any-return]
+    if processes() > 1:
+        net = net.cpu()  # to be sent
+    in_all(_distil, net.eval(), space.path(arch), data, settings, seed, folder / "distillation.pt")
+    if processes() > 1:
+        trained, net = net.state_dict(), Supernet(space)  # without SyncBatchNorm, which would wait for the others in a search
+        net.load_state_dict(trained)
+        net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net.eval()
 
 
 def replacements(space: SearchSpace, path: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -45,7 +45,7 @@ def export(
     path = export_job(
         folder,
         space,
-        work_for(space, precision="fp16" if form == "coreml" else precision),
+        work_for(space, precision="fp16" if form == "coreml" else precision or "fp32"),
         device=None if device == "cpu" else named,
         form=form,
         threads=threads or 1,

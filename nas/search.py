@@ -488,6 +488,8 @@ def study_of(work: Work) -> Study:
     from nas.shared_study import study_name  # optuna takes a while to import
 
     settings = work.settings.deciding()
+    if settings["accumulate"] == 1:
+        del settings["accumulate"]  # studies were named before there was such a setting
     storage = work.settings.optuna_storage or work.folder / "study.journal"
     asked = {
         "targets": [(device.name, device.target.ms, device.digest()) for device in work.devices],

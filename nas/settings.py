@@ -54,7 +54,8 @@ class SupernetSettings:
     batch_size: int = 64
     accumulate: int = 1
     """Parts in which a process's images of a step go through the supernet, one after the other, by the same path, where memory
-    is short. Batch norm sees each part by itself."""
+    is short. Batch norm sees each part by itself. With --init, of the training of the whole network; distillation and recovery
+    take a step's images at once."""
     learning_rate: float = 2e-3
     """Of the weights, by AdamW; warm-up over a twentieth of the steps, then cosine to a hundredth."""
     weight_decay: float = 0.025

@@ -64,9 +64,10 @@ def show_table(device: str, folder: Path) -> None:
             f"  off by {c.mean_error_percent:.1f} % on average, {c.max_error_percent:.1f} % at most; within 5 %: "
             f"{c.within_5_percent:.0f} %, within 10 %: {c.within_10_percent:.0f} %; Kendall tau {c.kendall_tau:.2f}"
         )
-        bent = f", times 1 + {c.bend:.3g} x itself" if c.bend else ""
         line = f"{c.scale:.4g} x sum of rows {c.scale_between:+.4g} x those of stem and embeddings"
-        print(f"  ms = {c.offset_ms:.4g} + ({line}){bent}" if bent else f"  ms = {c.offset_ms:.4g} + {line}")
+        if c.bend:
+            line = f"({line}) x (1 + {c.bend:.3g} x the same)"
+        print(f"  ms = {c.offset_ms:.4g} + {line}")
         signed = [f"stage {i} {e:+.1f} %" for i, e in enumerate(c.error_by_stage_percent, 1)]
         signed += [f"{kind} {e:+.1f} %" for kind, e in c.error_by_kind_percent.items()]
         print(f"  signed error, weighted by share: {', '.join(signed)}")

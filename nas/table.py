@@ -119,9 +119,9 @@ class Calibration:
     def line_of(self, ms: float) -> float:
         """Return the line at which a network takes so many milliseconds."""
         over = ms - self.offset_ms
-        if not self.bend or over <= 0 or math.isinf(over):
+        if over <= 0 or math.isinf(over):
             return over
-        return (math.sqrt(1 + 4 * self.bend * over) - 1) / (2 * self.bend)
+        return 2 * over / (1 + math.sqrt(1 + 4 * self.bend * over))
 
     def slope_of(self, layer: Layer) -> float:
         """Return what a millisecond of this layer's row adds to the line."""

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from supernet.entries import block_entry, block_from_entry, entry_entry, entry_from_entry, placed_entry, unplaced
-from supernet.errors import InputError, check_positive, placed
+from supernet.errors import InputError, placed
 from supernet.files import checked_fields, checked_list, read_yaml, write_atomically
-from supernet.ports import check_group, group_knobs
+from supernet.ports import check_group, check_positive, group_knobs
 from supernet.specs import (
     FFN,
     MB3D,

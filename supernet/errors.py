@@ -4,7 +4,6 @@ import difflib
 import errno
 from collections.abc import Iterable
 
-LARGEST = 2**20  # of any size or number of a network: more is a slip, and would be computed with for hours
 LONGEST = 1200  # characters of a refusal: what a file holds may be quoted in it
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 """What a file system says of itself when a file cannot be written to its end, whoever asked for it and wherever."""
@@ -54,12 +53,3 @@ class placed:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, InputError) and self.where not in str(error):
             raise InputError(f"{self.where}: {error}") from error
-
-
-def check_positive(spec: object, *names: str) -> None:
-    for name in names:
-        value = getattr(spec, name)
-        if type(value) is not int or value < 1:
-            raise InputError(f"{type(spec).__name__}: {name} must be a whole number of at least 1, but is {value!r}")
-        if value > LARGEST:
-            raise InputError(f"{type(spec).__name__}: {name} must be at most {LARGEST}, but is {value}")

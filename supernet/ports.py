@@ -5,7 +5,9 @@ from __future__ import annotations
 from math import isqrt
 from typing import Any, Literal, NamedTuple
 
-from supernet.errors import InputError, check_positive, unknown
+from supernet.errors import InputError, unknown
+
+LARGEST = 2**20  # of any size or number of a network: more is a slip, and would be computed with for hours
 
 Form = Literal["image", "map", "tokens", "class_tokens", "groups", "logits"]
 """What passes between layers: images (N, 3, S, S), maps (N, C, S, S), tokens (N, S * S, C), tokens after a class token
@@ -74,6 +76,15 @@ class Port(NamedTuple):
                     )
                 return images // group.images, group.length(self.side), self.dim
         return images, self.side**2 + (self.form == "class_tokens"), self.dim
+
+
+def check_positive(spec: object, *names: str) -> None:
+    for name in names:
+        value = getattr(spec, name)
+        if type(value) is not int or value < 1:
+            raise InputError(f"{type(spec).__name__}: {name} must be a whole number of at least 1, but is {value!r}")
+        if value > LARGEST:
+            raise InputError(f"{type(spec).__name__}: {name} must be at most {LARGEST}, but is {value}")
 
 
 def check_group(spec: Any) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
-from supernet.errors import InputError, check_positive, unknown
-from supernet.ports import Form, Group, Port, check_group, group_knobs
+from supernet.errors import InputError, unknown
+from supernet.ports import Form, Group, Port, check_group, check_positive, group_knobs
 from supernet.user_block import loaded
 
 WIDEST = 2**16  # channels

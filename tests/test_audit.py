@@ -5,10 +5,12 @@ import re
 from dataclasses import replace
 
 import pytest
+import yaml
 from tables import plain_calibration
 
 from nas.audit import contradicted_rows, doubts, flagged, odd_rows
 from nas.table import CheckedNetwork, LatencyTable, Row, measured_layers
+from supernet.arch import ArchConfig
 from supernet.space import SearchSpace
 from supernet.specs import MB3D, MB4D, Head, Layer
 
@@ -48,6 +50,10 @@ def test_rows_that_are_right_are_not_named() -> None:
     assert len(odd_rows(table_of(0.02))) <= 3
 
 
+def arch_of(network: CheckedNetwork) -> ArchConfig:
+    return ArchConfig.from_dict(yaml.safe_load(network.arch), "a network")
+
+
 def checked(table: LatencyTable, count: int, noise: float, shared: float = 1.0, seed: int = 2) -> LatencyTable:
     """The table with whole networks that were measured on the true device, with some noise and an error that all share."""
     rng = random.Random(seed)
@@ -64,6 +70,25 @@ def test_a_row_that_whole_networks_contradict_is_named() -> None:
     (doubt,) = [d for d in found if d.layer == CHANGED]
     assert doubt.expected_ms == pytest.approx(cost(CHANGED), rel=0.05)
     assert re.fullmatch(r"whole networks say that it is \+(4[5-9]|5[0-5]) % off", doubt.why)
+
+
+def test_a_row_a_hundred_times_too_large_is_named_too() -> None:
+    (doubt,) = [d for d in contradicted_rows(checked(table_of(off=100.0), 400, 0.01)) if d.layer == CHANGED]
+    assert "whole networks say" in doubt.why
+
+
+def test_a_row_that_the_other_widths_confirm_is_not_named() -> None:
+    """Networks with it are slower than the table says, but not by its own doing."""
+    right, wrong = table_of(0.002), table_of(0.002, off=0.6)
+    (slower,) = checked(right, 400, 0.01).calibrations
+    networks = []
+    for network in slower.networks:
+        beside = sum(0.4 * cost(layer) for layer in network.layers() if layer == CHANGED)
+        networks.append(replace(network, ms=network.ms + beside))
+    calibrations = (replace(slower, networks=tuple(networks)),)
+    assert CHANGED not in {d.layer for d in contradicted_rows(replace(right, calibrations=calibrations))}
+    lacking = (replace(slower, networks=tuple(replace(n, predicted_ms=wrong.sum_ms(arch_of(n))) for n in slower.networks)),)
+    assert CHANGED in {d.layer for d in contradicted_rows(replace(wrong, calibrations=lacking))}
 
 
 def test_networks_that_agree_contradict_nothing() -> None:

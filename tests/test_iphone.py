@@ -134,7 +134,7 @@ def play(job_sha256):
     visits = {{name: [known.get(name, [0.3, 0.5, 0.8])] * 20 for name in manifest["models"]}}
     environment = {{"model": "iPhone16,1", "os": "iOS 18.1", "low_power_mode": True, "thermal_states": {{"nominal": 40}}}}
     results = {{
-        "schema": 1, "unit": "ms", "job_sha256": job_sha256, "device": manifest["device"], "environment": environment,
+        "schema": 2, "unit": "ms", "job_sha256": job_sha256, "device": manifest["device"], "environment": environment,
         "started_at": "2026-11-21T05:00:00Z", "finished_at": "2026-11-21T05:10:00Z", "visits": visits,
         "flags": {{"2 x mb3d": "off-npu"}},
     }}
@@ -236,7 +236,7 @@ def write_job(tmp_path: Path, device: str = "iphone15pro-npu", units: str = "CPU
             "input": {"name": "x", "shape": shape, "dtype": "float16"},
         }
     manifest = {
-        "schema": 1,
+        "schema": 2,
         "device": device,
         "format": "coreml",
         "created_at": "2026-11-21T05:00:00+00:00",

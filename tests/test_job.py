@@ -57,7 +57,7 @@ def pretended_results(folder: Path, work: Work, scale: float = 1.0) -> dict[str,
         return [scale * device_ms(m) for m in (model, CACHED, STREAMING)]
 
     return {
-        "schema": 1,
+        "schema": 2,
         "unit": "ms",
         "job_sha256": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
         "device": "pretended-cpu",
@@ -151,7 +151,7 @@ def is_in_seconds(results: dict[str, Any]) -> None:
 
 
 def other_schema(results: dict[str, Any]) -> None:
-    results["schema"] = 2
+    results["schema"] = 1
 
 
 def other_device(results: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ def no_unit(results: dict[str, Any]) -> None:
         (stopped_early, "lacks 1 of"),
         (says_seconds, "are in 's'; only milliseconds"),
         (is_in_seconds, "look like seconds"),
-        (other_schema, "schema 2"),
+        (other_schema, "schema 1"),
         (other_device, "results are of another-cpu"),
         (not_a_number, "not three positive times"),
         (no_unit, "no whole results file"),

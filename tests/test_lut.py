@@ -118,9 +118,9 @@ def true_ms(terms: dict[Model, float]) -> float:
 
 def test_blocks_that_would_push_each_other_out_of_the_caches_are_chained_in_pairs() -> None:
     block = Layer(MB3D(192), 4)
-    weights = sum(p.numel() for p in build_layer(block).parameters())
-    assert sorted(len(model) for model in slope(block, 4 * weights)) == [1, 2, 4]
-    assert {len(model): weight for model, weight in slope(block, 4 * weights - 1).items()} == {1: -1.0, 2: 1.0}
+    params = sum(p.numel() for p in build_layer(block).parameters())
+    assert sorted(len(model) for model in slope(block, 4 * params)) == [1, 2, 4]
+    assert {len(model): weight for model, weight in slope(block, 4 * params - 1).items()} == {1: -1.0, 2: 1.0}
 
 
 def test_models_that_share_one_another_are_visited_until_every_row_is_known(tmp_path: Path) -> None:
@@ -296,6 +296,11 @@ def test_a_disturbed_network_does_not_pull_the_calibration() -> None:
 def test_a_calibration_knows_that_stem_and_embeddings_are_quicker_beside_each_other() -> None:
     sums, between = np.linspace(0.1, 2.8, 16), 0.1 * (7 * np.arange(16) % 5)
     assert fit(sums, between, 0.02 + 1.1 * sums - 0.3 * between) == pytest.approx([0.02, 1.1, -0.3, 0], rel=1e-3)
+
+
+def test_a_calibration_of_networks_that_do_not_grow_with_their_rows_is_a_poor_one_but_one() -> None:
+    sums = np.linspace(0.1, 0.2, 16)
+    assert fit(sums, 0 * sums, 1 - 0.5 * sums) == pytest.approx([1, -0.5, 0, 0], abs=1e-3)
 
 
 def test_a_calibration_knows_that_larger_networks_push_more_out_of_the_caches() -> None:

@@ -70,8 +70,8 @@ class Plan:
     `pieces` are the models that rows are made of, `rows` the terms of every row (model -> weight), `networks` whole
     networks. A row is known when its interval is within `row_goal` of it, or within `floor` of what `smallest`, the
     smallest network, takes; a network when its interval is within `network_goal`. `working_set_bytes` is what passes through
-    the caches between two runs of a layer in a network: before each timed call of a piece, a device touches as much other
-    memory as the piece's own weights leave of it.
+    the caches between two runs of a layer in a network: before each timed call of a piece, a device that can touches as much
+    other memory as the piece's own weights leave of it.
     """
 
     pieces: tuple[str, ...]

@@ -29,7 +29,7 @@ from nas.profilers.bench import Bench, Plan, Samples, TooNoisy, carry_out, now
 from nas.profilers.ort_session import OrtModel, environment, pinned, throttle_state, touches, warnings_about
 from nas.profilers.timing import Stopwatch, Workload
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

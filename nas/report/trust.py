@@ -162,12 +162,13 @@ def table_section(run: Run) -> str:
     ]
     c = run.calibration
     if c is not None:
+        line = f"{c.scale:.4g} × rows {_term(c.scale_between)} × rows of stem and embeddings"
+        if c.bend:
+            line = f"({line}) × (1 + {c.bend:.3g} × the same)"
         rows.append(
             (
                 "calibration",
-                f"{c.scale:.4g} × rows {_term(c.scale_between)} × rows of stem and embeddings"
-                f"{f', times 1 + {c.bend:.3g} × itself,' if c.bend else ''} {_term(c.offset_ms)} ms; fitted "
-                f"on {c.n_fit} whole networks of {c.space} at {c.image_size} px",
+                f"{line} {_term(c.offset_ms)} ms; fitted on {c.n_fit} whole networks of {c.space} at {c.image_size} px",
             )
         )
         rows.append(

@@ -152,13 +152,16 @@ final class Bench {
         var queue = names.filter { isMeasurable($0) && count($0) < visits }
         while !queue.isEmpty {
             var live: [String: LoadedModel] = [:]
+            var touched: [String: Int] = [:]  // bytes of other memory before each call
             var size = 0
             while !queue.isEmpty, live.count < job.manifest.plan.batch_models, size < job.manifest.plan.batch_bytes {
                 let name = queue.removeFirst()
                 report("loading", name)
                 if let model = try load(name) {
+                    let own = bytes(of: name)
                     live[name] = model
-                    size += bytes(of: name)
+                    touched[name] = touching ? max(0, 4 * other.count - own) : 0
+                    size += own
                 }
             }
             before = nil
@@ -169,7 +172,7 @@ final class Bench {
                 for name in open {
                     guard let model = live[name] else { continue }
                     do {
-                        try visit(name, model, touching: touching)
+                        try visit(name, model, touching: touched[name] ?? 0)
                     } catch {
                         try log.add(["model": name, "flag": "load-error", "why": "\(error)"])
                         live[name] = nil
@@ -227,7 +230,7 @@ final class Bench {
     }
 
     /// Visits a model until a visit counts: the app in front and the phone not hot, before and after.
-    private func visit(_ name: String, _ model: LoadedModel, touching: Bool) throws {
+    private func visit(_ name: String, _ model: LoadedModel, touching: Int) throws {
         while true {
             waitUntilFit()
             status.interrupted = false
@@ -235,7 +238,7 @@ final class Bench {
             for (place, reference) in references.enumerated() { _ = try warmUp("reference \(place)", reference) }
             if try warmUp(name, model) || before == nil { before = try timeReferences() }
             guard let first = before else { continue }
-            let raw = try burst(model, touching: touching ? max(0, job.manifest.plan.working_set_bytes - bytes(of: name)) : 0)
+            let raw = try burst(model, touching: touching)
             let after = try timeReferences()
             before = after
             let states = [stateBefore, thermalState()]
@@ -315,7 +318,7 @@ final class Bench {
         environment["dropped_visits"] = log.dropped
         environment["compute_units"] = job.manifest.settings.compute_units
         let results: [String: Any] = [
-            "schema": 1,
+            "schema": 2,
             "unit": "ms",
             "job_sha256": job.sha256,
             "device": job.manifest.device,

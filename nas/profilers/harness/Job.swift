@@ -4,9 +4,7 @@ import CryptoKit
 import Foundation
 
 struct Manifest: Decodable {
-    let schema: Int
     let device: String
-    let format: String
     let settings: Settings
     let timing: Timing
     let plan: Plan
@@ -15,6 +13,12 @@ struct Manifest: Decodable {
 
     struct Settings: Decodable {
         let compute_units: String  // CPU_AND_NE or CPU_ONLY
+    }
+
+    /// What tells whether the rest can be read.
+    struct Kind: Decodable {
+        let schema: Int
+        let format: String
     }
 
     struct Timing: Decodable {
@@ -79,10 +83,12 @@ struct Job {
             let data = try Data(contentsOf: candidate.url)
             let sha256 = SHA256.hash(data: data).map { String(format: "%02x", $0) }.joined()
             if wanted != nil && wanted != sha256 { continue }
-            let manifest = try JSONDecoder().decode(Manifest.self, from: data)
-            guard manifest.schema == 1, manifest.format == "coreml", manifest.references.count == 2 else {
-                throw Trouble("the job is of schema \(manifest.schema), format \(manifest.format): this app measures schema 1, coreml")
+            let kind = try JSONDecoder().decode(Manifest.Kind.self, from: data)
+            guard kind.schema == 2, kind.format == "coreml" else {
+                throw Trouble("the job is of schema \(kind.schema), format \(kind.format): this app measures schema 2, coreml")
             }
+            let manifest = try JSONDecoder().decode(Manifest.self, from: data)
+            guard manifest.references.count == 2 else { throw Trouble("the job has no two references") }
             let out = documents.appendingPathComponent("out-\(sha256.prefix(12))")
             try FileManager.default.createDirectory(at: out, withIntermediateDirectories: true)
             return Job(manifest: manifest, sha256: sha256, folder: candidate.url.deletingLastPathComponent(), out: out)
