@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 import nas.cli
-from nas import augmentation, evaluation, pretrained, steps, training
+from nas import augmentation, evaluation, pretrained, steps, taylor, training
 from nas.cli import train
 from nas.command import run_command
 from nas.data import ImageData, Images, normalise
@@ -34,6 +34,7 @@ from supernet import files
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.metapath import Supernet
+from supernet.model import build_model
 from supernet.space import SearchSpace
 from supernet.specs import MB3D, MB4D
 
@@ -122,6 +123,7 @@ def in_double(noted: list[dict[str, Tensor]]) -> Iterator[None]:
             patch.object(nn.utils, "clip_grad_norm_", noting),
             patch.object(steps, "normalise", normal),
             patch.object(evaluation, "normalise", normal),
+            patch.object(taylor, "normalise", normal),
             patch.object(training, "augmented", doubled),
         ):
             yield
@@ -266,6 +268,19 @@ def searched(folder: Path) -> None:
     torch.save(train.state_dict(), folder / "net.pt")
 
 
+def begun(folder: Path) -> None:
+    """Begin a search with a network: train it whole, and let what may replace its blocks learn from them."""
+    torch.manual_seed(0)
+    arch = SPACE.arch([16, 16], [["mb4d"], ["mb4d", "mb3d"]]).without_identity()
+    given = pretrained.Pretrained(arch, build_model(arch).state_dict(), "made up")
+    settings = replace(SETTINGS, init_epochs=1, distillation_steps=3, recalibration_images=8)
+    original = pretrained.on_data(given, pictures(8), settings, 0, folder)
+    net = pretrained.pretrained_supernet(original, arch, SPACE, pictures(8), settings, 0, folder)
+    torch.save(net.state_dict(), folder / "net.pt")
+
+
+SEARCHES = {"searched": searched, "begun": begun}
+
 WORKS: dict[str, Callable[[Path, Group], None]] = {
     "exactly": exactly,
     "killed": killed,
@@ -279,9 +294,9 @@ WORKS: dict[str, Callable[[Path, Group], None]] = {
 
 def main(folder: Path, what: str) -> None:
     torch.set_num_threads(1)
-    if what == "searched":
+    if what in SEARCHES:
         with in_double([]):
-            together(lambda: run_command("train", lambda: searched(folder)))
+            together(lambda: run_command("train", lambda: SEARCHES[what](folder)))
         return
 
     def work() -> None:
