@@ -3,8 +3,8 @@
 Every row is a linear combination of the times of models (see `measure`):
 
 - a block: the least-squares slope over chains of 1, 2 and 4 of it with distinct weights. What a session pays once (the
-  call, a change of layout at its ends) has no part in a slope. Where four of it have more weights than a typical network, the
-  slope is of 1 and 2: so many would push each other out of the caches as no network does;
+  call, a change of layout at its ends) has no part in a slope. Where four of it have more weights than a typical network,
+  which would push each other out of the caches as in no network, the chains are shorter;
 - stem, embedding, flat, unflat, join, head: a model in which blocks stand on the sides that they have in a network, minus
   half of a chain of two of each of these blocks: one block, its end of the session, and half of the call. These blocks are as
   cheap as their kind can be, because their own time only adds noise.
@@ -37,7 +37,7 @@ from supernet.zoo import load_arch
 
 Terms = dict[Model, float]
 
-CHAINS = (1, 2, 4)
+CHAINS = ((1, 2, 4), (1, 3), (1, 2))
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a weight
 PROTOCOL = "one working set"  # how rows are measured: rows of another way are not added up with them
 FIT_NETWORKS = 16  # fit the calibration
@@ -55,7 +55,7 @@ def _combine(*parts: tuple[float, Terms]) -> Terms:
 
 def slope(block: Layer, params: float = math.inf) -> Terms:
     """Milliseconds of one more block in a chain; `params`: parameters that a chain of more than two may have."""
-    chains = CHAINS if params == math.inf or CHAINS[-1] * _params(block) <= params else CHAINS[:2]
+    chains = next((c for c in CHAINS if params == math.inf or c[-1] * _params(block) <= params), CHAINS[-1])
     centre = sum(chains) / len(chains)
     spread = sum((k - centre) ** 2 for k in chains)
     return {(block,) * k: (k - centre) / spread for k in chains}

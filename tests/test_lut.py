@@ -116,11 +116,13 @@ def true_ms(terms: dict[Model, float]) -> float:
     return sum(weight * device_ms(model) for model, weight in terms.items())
 
 
-def test_blocks_that_would_push_each_other_out_of_the_caches_are_chained_in_pairs() -> None:
+def test_blocks_that_would_push_each_other_out_of_the_caches_are_have_shorter_chains() -> None:
     block = Layer(MB3D(192), 4)
     params = sum(p.numel() for p in build_layer(block).parameters())
     assert sorted(len(model) for model in slope(block, 4 * params)) == [1, 2, 4]
-    assert {len(model): weight for model, weight in slope(block, 4 * params - 1).items()} == {1: -1.0, 2: 1.0}
+    assert {len(model): weight for model, weight in slope(block, 4 * params - 1).items()} == {1: -0.5, 3: 0.5}
+    assert {len(model): weight for model, weight in slope(block, 3 * params - 1).items()} == {1: -1.0, 2: 1.0}
+    assert slope(block, 1) == slope(block, 3 * params - 1)
 
 
 def test_models_that_share_one_another_are_visited_until_every_row_is_known(tmp_path: Path) -> None:
