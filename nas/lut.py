@@ -270,8 +270,9 @@ def table_to_extend(
         say(f"{error}: this build replaces it")
         return None
     was = {**old.meta, "origin": old.provenance}
-    changed = [k for k in (*SAME, "origin") if was.get(k) != {**place, "origin": provenance}[k]]
-    given = ", ".join(f"{k} {was.get(k)}" for k in changed)
+    here = {**place, "origin": provenance}
+    changed = [k for k in (*SAME, "origin") if was.get(k) != here.get(k)]
+    given = ", ".join(f"{k} {was[k]}" if was.get(k) is not None else f"another {k}" for k in changed)
     if changed and only_missing:
         raise InputError(f"the table {path} was measured with {given}: build it anew without --missing")
     if changed:
@@ -282,7 +283,7 @@ def table_to_extend(
 
 def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> str:
     """Return when the build that is to go on began; a marker left by a kill, of the same settings, says so."""
-    request = {"space": space_sha256(space), **{k: place[k] for k in SAME}}
+    request = {"space": space_sha256(space), **{k: place.get(k) for k in SAME}}
     if marker.exists():
         try:
             before = read_json(marker, "the marker of a build")

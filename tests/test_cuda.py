@@ -574,7 +574,7 @@ def test_settings_of_torch_are_given_back() -> None:
 
 def test_the_environment_says_everything_that_a_tables_rows_must_share() -> None:
     place = profiler(precision="bf16").environment()
-    assert {key: place[key] for key in SAME if key not in ("runtime_version", "export")} == {
+    assert {key: place[key] for key in SAME if key not in ("runtime_version", "export", "protocol")} == {
         "runtime": "torch inductor, CUDA graphs",
         "threads": 1,
         "precision": "bf16",

@@ -271,6 +271,13 @@ def test_an_imported_table_is_not_completed_with_rows_measured_here(device: Devi
         build_table(device, small_space((16, 32)), tmp_path, only_missing=True)
 
 
+def test_a_table_whose_rows_were_measured_in_another_way_is_not_completed(device: Device, tmp_path: Path) -> None:
+    table = build_table(device, small_space((16,)), tmp_path)
+    replace(table, meta={name: value for name, value in table.meta.items() if name != "protocol"}).save(tmp_path)
+    with pytest.raises(InputError, match="was measured with another protocol: build it anew without --missing"):
+        build_table(device, small_space((16, 32)), tmp_path, only_missing=True)
+
+
 def test_two_builds_of_one_table_are_each_held_to_their_own_visits(device: Device, tmp_path: Path) -> None:
     build_table(device, small_space((16,)), tmp_path)
     device.slowness = 1.07
