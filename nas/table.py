@@ -458,12 +458,8 @@ def _parse_calibration(entry: Mapping[str, Any]) -> Calibration:
     given["error_by_kind_percent"] = {str(kind): float(error) for kind, error in entry["error_by_kind_percent"].items()}
     found = Calibration(**given)
     decides = (found.offset_ms, found.scale, found.scale_between, found.bend, found.sum_low_ms, found.sum_high_ms)
-    if not all(
-        map(
-            math.isfinite,
-            (*decides, found.mean_error_percent, *(value for n in found.networks for value in (n.ms, n.predicted_ms))),
-        )
-    ):
+    told = (found.mean_error_percent, *(value for n in found.networks for value in (n.ms, n.predicted_ms)))
+    if not all(map(math.isfinite, (*decides, *told))):
         raise ValueError(f"the calibration for {found.space} has a number that is not finite")
     if found.bend < 0:
         raise ValueError(f"the calibration for {found.space} has a bend of {found.bend:g}, which must be at least 0")
