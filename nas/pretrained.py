@@ -244,6 +244,7 @@ def on_data(given: Pretrained, data: ImageData, settings: SupernetSettings, seed
             accelerator=settings.accelerator,
             precision=settings.precision,
             accumulate=settings.accumulate,
+            compile=settings.compile,
         )
         in_all(_trained_from, start, arch, data, recipe, folder / "init", seed)
         load_weights(model, folder / "init" / "model.safetensors")

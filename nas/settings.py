@@ -92,6 +92,10 @@ class SupernetSettings:
     checkpoint_activations: bool = False
     """Compute the activations inside blocks again for the backward pass and do not keep them: less memory, more time,
     the same numbers."""
+    compile: bool = False
+    """Whether the supernet's layers and candidates are compiled, each by itself, for training (torch.compile): minutes before
+    the first steps, then less time a step. Of the same computation, rounded otherwise. Not with `paths: elastic`. With --init,
+    of the training of the whole network."""
     importance: str = "auto"
     """Where slots' importance comes from: logits (the mixture's), drops (of single changes), or auto: the logits where a
     mixture was trained."""
@@ -161,6 +165,11 @@ class SupernetSettings:
             raise InputError(
                 f"paths: elastic has no logits for mixtures to train, but mixture_epochs is {self.mixture_epochs}: give "
                 "mixture_epochs: 0"
+            )
+        if self.paths == "elastic" and self.compile:
+            raise InputError(
+                "paths: elastic runs layers of very many widths, each of which would be compiled anew: give compile: false, or "
+                "other paths"
             )
         if self.paths == "elastic" and self.channels not in ("auto", "first"):
             raise InputError(

@@ -13,7 +13,7 @@ from nas.data import ImageData, augment, normalise
 from nas.parallel import ALONE, Group
 from nas.pixels import loaded
 from supernet.blocks.efficientformer import LayerScale
-from supernet.errors import InputError
+from supernet.errors import InputError, first_line
 
 PRECISIONS = ("auto", "fp32", "bf16")
 UNDECAYED = ("attention_biases", "cls_token", "pos_embed", "segments", "pair_biases")  # beside vectors
@@ -84,6 +84,14 @@ def check_parts(images: int, accumulate: int) -> None:
             f"accumulate {accumulate} does not divide the {images} images that a process has of a step into equal parts of "
             "at least 2: give another accumulate or batch_size"
         )
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse compilation where nothing can be compiled."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
+    except Exception as error:  # compilers have no common one
+        raise InputError(f"torch.compile does not work here ({first_line(error)}): set compile to false") from error
 
 
 def clip_by_weights(parameters: Iterable[nn.Parameter], factor: float, least: float = 1e-3) -> None:

@@ -7,6 +7,7 @@ distillation. What one step does is a function for each way; each adds gradients
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -28,6 +29,7 @@ from nas.progress import progress, say
 from nas.settings import SupernetSettings
 from nas.steps import (
     accelerator,
+    check_compiler,
     check_parts,
     cosine,
     mixed_precision,
@@ -44,6 +46,7 @@ from supernet.weights import AnySupernet
 
 IDENTITY_SHARE = 0.25  # of sampled slots are empty while weights warm up on single paths
 MIXTURE_IMAGES = 1024  # an epoch of the mixture sees at least, or all that there are
+VARIANTS = 8  # of a layer that may be compiled: as many as PyTorch allows for a function
 MIXTURE_COST = 3  # single paths that a mixture takes as long as, for the time left
 
 
@@ -229,6 +232,19 @@ def _check_finite(net: nn.Module, within: _Within, step: int, where: str, checkp
     )
 
 
+def _compiling(layers: int) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which this many layers may be compiled, each for a few strides, modes and sizes of its input.
+
+    Layers of one class share their code, and of one code PyTorch compiles 8 variants, after which it silently compiles no more.
+    """
+    if not layers:
+        return contextlib.nullcontext()
+    from torch._dynamo import config
+
+    most = max(VARIANTS * layers, config.recompile_limit)
+    return config.patch(recompile_limit=most, accumulated_recompile_limit=max(most, config.accumulated_recompile_limit))  # type: ignore[no-any-return]
+
+
 def train_supernet(
     space: SearchSpace, data: ImageData, settings: SupernetSettings, seed: int, folder: Path, group: Group = ALONE
 ) -> AnySupernet:
@@ -260,6 +276,8 @@ def train_supernet(
         for size in set(sizes):  # refused before anything is computed
             rows = group.rows(min(settings.batch_size, size))
             check_parts(rows.stop - rows.start, settings.accumulate)
+        if settings.compile:
+            check_compiler(device)
         torch.manual_seed(seed)
         net = ElasticSupernet(space) if settings.paths == "elastic" else Supernet(space)
         net.checkpoint_activations = settings.checkpoint_activations
@@ -269,6 +287,7 @@ def train_supernet(
     net = group.agreed(untrained)
     device = next(net.parameters()).device
     group.synchronised(net)
+    compiled = net.compile_layers() if settings.compile and isinstance(net, Supernet) else 0
     if isinstance(net, ElasticSupernet) and group.size > 1:
         net.convert_layers(group.synchronised)  # its layers run in modules that are built as they are needed
     named = [(n, p) for n, p in net.named_parameters() if not n.startswith("logits.")]
@@ -304,7 +323,12 @@ def train_supernet(
     work = [steps_in * cost for steps_in, cost in zip(steps_of, costs, strict=True)]
     known = sum(work[:first]) + (len(within.losses) * costs[first] if within.losses else 0)
     saved = time.monotonic()
-    with progress("supernet", sum(work), known) as tick, curves(folder, begun) as draw, connected():
+    with (
+        progress("supernet", sum(work), known) as tick,
+        curves(folder, begun) as draw,
+        connected(),
+        _compiling(compiled),
+    ):
         for epoch in range(first, epochs):
             generator.manual_seed(seed * 1_000_003 + epoch)
             if within.losses:
@@ -342,7 +366,8 @@ def train_supernet(
             if group.first:
                 save_checkpoint(checkpoint, epoch + 1, **parts)
                 saved = time.monotonic()
-    if group.size > 1:
-        trained, net = net.state_dict(), untrained()  # without SyncBatchNorm, which would wait for the others in a search
+    if group.size > 1 or compiled:
+        # Without SyncBatchNorm, which would wait for the others in a search, and with layers that may be copied.
+        trained, net = net.state_dict(), untrained()
         net.load_state_dict(trained)
     return net.eval()

@@ -30,11 +30,19 @@ from nas.pixels import AHEAD, Files, loaded, workers
 from nas.progress import LINE_EVERY_S, Tick, duration, progress, say
 from nas.recipe import Recipe
 from nas.request import claim
-from nas.steps import accelerator, check_parts, clip_by_weights, mixed_precision, parameter_groups, set_layer_scale
+from nas.steps import (
+    accelerator,
+    check_compiler,
+    check_parts,
+    clip_by_weights,
+    mixed_precision,
+    parameter_groups,
+    set_layer_scale,
+)
 from nas.teacher import Teacher
 from supernet.arch import ArchConfig
 from supernet.distillation import add_second_classifier, one_classifier
-from supernet.errors import InputError, first_line
+from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.model import build_model, set_drop_path
 
@@ -125,10 +133,11 @@ def train_network(
     defaults = {**defaults, "teacher": None, "train_image_size": arch.image_size}
     group.agreed(lambda: claim(folder, request, since=defaults) if group.first else None)
     model = group.synchronised(model)
-    network = group.divided(model)
+    # Compiled first: PyTorch does not look into a DistributedDataParallel, and would compile some of the layers, unnoticed.
+    network = group.divided(torch.compile(model) if recipe.compile else model)  # type: ignore[arg-type]
     run = _Run(
         model=model,
-        network=torch.compile(network) if recipe.compile else network,  # type: ignore[arg-type]
+        network=network,
         optimizer=torch.optim.AdamW(parameter_groups(model.named_parameters(), recipe.weight_decay), lr=recipe.learning_rate),
         average=MovingAverage(model, recipe.ema) if recipe.ema else None,
         history=History(),
@@ -171,10 +180,7 @@ def _check_division(batch: int, arch: ArchConfig, recipe: Recipe, group: Group, 
             f"give a batch_size that is a multiple of {least}"
         )
     if recipe.compile:
-        try:
-            torch.compile(torch.neg)(torch.zeros(2, device=device))
-        except Exception as error:  # compilers have no common one
-            raise InputError(f"torch.compile does not work here ({first_line(error)}): set compile to false") from error
+        check_compiler(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +189,7 @@ class _Run:
 
     model: nn.Module
     network: nn.Module
-    """The model as it is trained: divided among processes, compiled."""
+    """The model as it is trained: compiled, divided among processes."""
     optimizer: torch.optim.Optimizer
     average: MovingAverage | None
     history: History

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 from train_together import ARCH, RECIPE, SEARCHES, SETTINGS, SPACE, exactly, in_double, killed, main, pictures
 
-from nas import supernet_training
+from nas import supernet_training, training
+from nas.checkpoints import save_checkpoint
 from nas.data import augment
 from nas.parallel import ALONE, Group, own_device
 from nas.supernet_training import train_supernet
@@ -196,6 +198,9 @@ def test_where_nothing_can_be_compiled_the_recipe_is_refused(tmp_path: Path, mon
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(InputError, match=r"^torch.compile does not work here \(no C\+\+ compiler\): set compile to false$"):
         train_network(ARCH, pictures(16), replace(RECIPE, compile=True), tmp_path, 0)
+    with pytest.raises(InputError, match=r"^torch.compile does not work here \(no C\+\+ compiler\): set compile to false$"):
+        train_supernet(SPACE, pictures(8), replace(SETTINGS, compile=True), 0, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_network_is_compiled_where_the_recipe_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +208,39 @@ def test_the_network_is_compiled_where_the_recipe_says_so(tmp_path: Path, monkey
     monkeypatch.setattr(torch, "compile", lambda it: seen.append(it) or it)
     train_network(ARCH, pictures(16), replace(RECIPE, epochs=1, images_per_epoch=8, compile=True), tmp_path, 0)
     assert isinstance(seen[-1], torch.nn.Module)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch hides its own, but not from a filter that raises
+def test_a_compiled_training_learns_what_a_plain_one_does_and_goes_on_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    recipe = replace(RECIPE, epochs=2, ema=0.9, drop_path=0.2, accumulate=2, precision="fp32", images_per_epoch=16)
+    results = {
+        compiled: train_network(ARCH, pictures(16), replace(recipe, compile=compiled), tmp_path / str(compiled), 0)
+        for compiled in (False, True)
+    }
+    plain, compiled = ((tmp_path / name / "metrics.csv").read_text().splitlines()[1].split(",") for name in ("False", "True"))
+    assert float(compiled[2]) == pytest.approx(float(plain[2]), rel=1e-5)
+    state, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("True", "False"))
+    assert state.keys() == expected.keys()
+    assert results[True].loss == pytest.approx(results[False].loss, rel=0.01)
+
+    class Killed(BaseException):
+        pass
+
+    def save_and_die(path: Path, epoch: int, **parts: Any) -> None:
+        save_checkpoint(path, epoch, **parts)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", save_and_die)
+        with pytest.raises(Killed):
+            train_network(ARCH, pictures(16), replace(recipe, compile=True), tmp_path / "killed", 0)
+    torch._dynamo.reset()
+    train_network(ARCH, pictures(16), replace(recipe, compile=True), tmp_path / "killed", 0)
+    resumed = load_file(tmp_path / "killed" / "model.safetensors")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in state.items())
 
 
 # -- Kills ---------------------------------------------------------------------------------------------------------------

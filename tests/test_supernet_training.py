@@ -1,7 +1,10 @@
 """A seed decides a supernet, a kill does not change it, and what the images need becomes important."""
 
+import copy
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from small_spaces import stage_space
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from nas import supernet_training
 from nas.checkpoints import save_checkpoint
-from nas.data import ImageData, Images
+from nas.data import ImageData, Images, normalise
 from nas.evaluation import Evaluator
 from nas.settings import SupernetSettings
 from nas.supernet_training import (
@@ -25,6 +29,7 @@ from nas.supernet_training import (
     passes,
     sandwich,
     single_path,
+    single_step,
     temperature,
     train_supernet,
     training_size,
@@ -33,7 +38,8 @@ from nas.supernet_training import (
 from supernet.elastic import ElasticSupernet
 from supernet.errors import InputError
 from supernet.metapath import Supernet, sample_path
-from supernet.space import SearchSpace
+from supernet.space import SearchSpace, StageSpace
+from supernet.specs import MB4D, Identity
 
 State = dict[str, Tensor]
 
@@ -178,6 +184,86 @@ def test_checkpointed_activations_lead_to_the_same_weights(noise: ImageData, tmp
         kept = trained(noise, tmp_path / way, settings=settings)
         again = trained(noise, tmp_path / f"{way} again", settings=replace(settings, checkpoint_activations=True))
         assert not differing(kept, again)  # batch-norm statistics and all
+
+
+# -- Compilation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Let `torch.compile` need no compiler; return what it counts."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters["stats"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch hides its own, but not from a filter that raises
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_step_computes_what_a_plain_one_does(
+    checkpointing: bool, noise: ImageData, monkeypatch: pytest.MonkeyPatch, graphs: Counter[str]
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # backward passes too
+    torch.manual_seed(0)
+    plain = Supernet(SPACE).train()
+    plain.checkpoint_activations = checkpointing
+    compiled = copy.deepcopy(plain)
+    assert compiled.compile_layers() == 8  # stem, embedding and head; one candidate of the first slot, two of the others
+    pixels, y = noise.train.batch(torch.arange(8))
+    x, found = normalise(pixels), []
+    settings = replace(SETTINGS, precision="fp32", paths="fair", accumulate=2)
+    for net in (plain, compiled):
+        drawn = torch.Generator().manual_seed(0)
+        losses = [fair_step(net, x, y, settings, drawn, 0), single_step(net, x, y, settings, drawn)]
+        losses.append(mixture_step(net, x, y, settings, drawn, 1.0))
+        found.append((losses, {name: p.grad for name, p in net.named_parameters()}, net.state_dict()))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    # Slots of one stage share what was compiled: stem, embedding, head, mb4d of either size, mb3d; for one size of images.
+    assert graphs["unique_graphs"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch hides its own, but not from a filter that raises
+def test_every_layer_of_a_compiled_supernet_is_compiled_while_it_is_trained(
+    noise: ImageData, tmp_path: Path, graphs: Counter[str]
+) -> None:
+    from torch._dynamo import config
+
+    # More than PyTorch compiles of one function, unless it is told to.
+    many = tuple(MB4D(16, mlp_ratio=ratio) for ratio in range(1, config.recompile_limit + 2))
+    space = SearchSpace("many", 8, 3, (SPACE.stages[0], StageSpace((16,), 2, 1, (*many, Identity(16)))))
+    settings = replace(SETTINGS, weight_epochs=0, mixture_epochs=1, compile=True)
+    net = train_supernet(space, noise, settings, 0, tmp_path / "compiled")
+    # stem, embedding, head, a candidate of the first slot, those of the other one, and what is compiled to see that it works
+    assert graphs["unique_graphs"] == 4 + len(many) + 1
+    assert config.recompile_limit == len(many) - 1  # as it was
+    before = graphs["unique_graphs"]
+    plain = train_supernet(space, noise, replace(settings, compile=False), 0, tmp_path / "plain")
+    assert net.state_dict().keys() == plain.state_dict().keys()
+    path = space.path(space.largest)
+    copied = copy.deepcopy(net)
+    assert torch.equal(net(torch.zeros(2, 3, 8, 8), path), copied(torch.zeros(2, 3, 8, 8), path))
+    assert graphs["unique_graphs"] == before  # what is returned is not compiled
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch hides its own, but not from a filter that raises
+def test_a_compiled_run_that_is_killed_goes_on_to_the_same_weights(
+    noise: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: Counter[str]
+) -> None:
+    settings = replace(SETTINGS, weight_epochs=1, mixture_epochs=1, compile=True)
+    whole = trained(noise, tmp_path / "whole", settings=settings)
+
+    def save_and_die(path: Path, epoch: int, **parts: Any) -> None:
+        save_checkpoint(path, epoch, **parts)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supernet_training, "save_checkpoint", save_and_die)
+        with pytest.raises(Killed):
+            trained(noise, tmp_path / "killed", settings=settings)
+    torch._dynamo.reset()
+    assert not differing(whole, trained(noise, tmp_path / "killed", settings=settings))
+    assert settings.deciding()["compile"]  # another rounding may decide otherwise, so a run's folder is bound to it
 
 
 def test_a_checkpoint_of_another_supernet_is_refused(noise: ImageData, tmp_path: Path) -> None:
@@ -428,6 +514,7 @@ def test_training_takes_the_temperature_from_start_to_end(
         ("{weight_epochs: 0, mixture_epochs: 0}", "both 0"),
         ("paths: fare", "did you mean fair"),
         ("paths: elastic", "give mixture_epochs: 0"),
+        ("paths: elastic\nmixture_epochs: 0\ncompile: true", "give compile: false"),
         ("checkpoint_activations: 1", "checkpoint_activations must be true or false"),
         ("mixture_epochs: -1", "mixture_epochs must not be negative"),
         ("learning_rate: fast", "learning_rate must be a number"),
