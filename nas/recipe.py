@@ -42,7 +42,8 @@ class Recipe:
     """Parts in which a process's images of a step go through the network, one after the other, where memory is short. Batch
     norm sees each part by itself."""
     compile: bool = False
-    """Whether the network is compiled for training (torch.compile): minutes before the first step, then less time a step."""
+    """Whether the network is compiled for training (torch.compile): minutes before the first step. On a CPU we saw no
+    gain from it; on GPUs it is untested."""
     precision: str = "auto"
     """fp32, bf16 (matrix products in bfloat16, weights in fp32), or auto: bf16 where the hardware multiplies it itself."""
     distillation: Literal["soft", "hard"] = "soft"

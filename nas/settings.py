@@ -94,8 +94,8 @@ class SupernetSettings:
     the same numbers."""
     compile: bool = False
     """Whether the supernet's layers and candidates are compiled, each by itself, for training (torch.compile): minutes before
-    the first steps, then less time a step. Of the same computation, rounded otherwise. Not with `paths: elastic`. With --init,
-    of the training of the whole network."""
+    the first steps. On a CPU we saw no gain from it for a network; on GPUs it is untested. The same computation, rounded
+    otherwise. Not with `paths: elastic`. With --init, of the training of the whole network."""
     importance: str = "auto"
     """Where slots' importance comes from: logits (the mixture's), drops (of single changes), or auto: the logits where a
     mixture was trained."""
