@@ -53,6 +53,32 @@ def profiler_of(table: LatencyTable) -> Profiler | None:
     return _matching(table.device, settings)
 
 
+def measuring(table: LatencyTable, what: str) -> str:
+    """Return how to measure more rows of a table's device: a command, with where it runs if that is not here. `what` says which
+    rows, as --space or --arch."""
+    command = f"nas-build-lut --device {table.device}"
+    if profiler_of(table) is not None:
+        return f"`{command} --missing {what}`"
+    if table.provenance == "imported":
+        form = " --format coreml" if table.meta.get("runtime") == "coreml" else ""
+        return f"`{command} {what} --export-job DIR{form}`, a folder to run on that device"
+    return f"`{command} --missing {what}` on that machine"
+
+
+def table_of_kind(device: str) -> str:
+    """Return the id of the only table of a kind of device that is elsewhere, such as iphone-npu.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    maker, unit = device.split("-")
+    found = [id for id in find_tables() if id.startswith(maker) and id.endswith(f"-{unit}")]
+    if len(found) == 1:
+        return found[0]
+    there = f"there are tables of {', '.join(found)}" if found else "there is no table of one yet (nas-build-lut makes it)"
+    raise InputError(f"{device} is a kind of device, and {there}: say which one, such as iphone15pro-{unit}")
+
+
 def _of_id(device: str) -> Profiler | None:
     """Return the profiler whose id this is; settings are read from the id's end: `-2t`, `-int8`, `-b8`."""
     end = re.search(r"(?:-(\d+)t)?(?:-(int8|fp32|fp16|bf16))?(?:-b(\d+))?$", device)

@@ -28,7 +28,7 @@ from nas.judging import (
     report_signal,
     write_importance,
 )
-from nas.kept import Checks, Remembered, described, write_csv
+from nas.kept import Checks, Remembered, described, write_complexity, write_csv
 from nas.lookup import OnDevice, groups_of, places, resolve_device, usable_table
 from nas.pretrained import Pretrained, layers_kept, on_data, pretrained_supernet, requested
 from nas.progress import say
@@ -326,6 +326,7 @@ def _judged(work: Work) -> Judged:
     evaluate = Remembered(shared(scored), folder / "evaluations.csv")
     drops = drops_of(space, base, evaluate)
     drops.save(folder / "drops.csv")
+    write_complexity(folder / "layers.csv", space)
     importance = logits if logits is not None else drops.importance()
     write_importance(folder / "importance.csv", space, importance)
     start = begin or start_network(space, importance)
