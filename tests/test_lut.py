@@ -15,9 +15,9 @@ import pytest
 from nas.lut import build_table, fit, rows_off_their_visits
 from nas.measure import CACHED, EMPTY, STREAMING, Model, name_of
 from nas.plan import requested_space, slope, stratified, terms_of, work_for
-from nas.profilers.bench import Bench, Goal, Plan, Samples, TooNoisy
+from nas.profilers.bench import Bench, Calm, Goal, Plan, Samples, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
-from nas.profilers.timing import Stopwatch, Visit, Workload
+from nas.profilers.timing import References, Stopwatch, Visit, Workload
 from nas.table import LatencyTable, measured_layers
 from supernet.blocks import build_layer
 from supernet.errors import InputError
@@ -347,6 +347,29 @@ def test_a_machine_that_comes_and_goes_is_told_instead_of_measured(device: Devic
     assert not (tmp_path / "pretended-cpu.csv").exists(), "nothing is written"
     device.open, device.slowness = plain, 1.0  # type: ignore[method-assign]
     assert build_table(device, small_space(), tmp_path).serves(small_space()), "the next build begins anew"
+
+
+def test_what_disturbs_a_device_for_a_while_is_waited_for() -> None:
+    said: list[str] = []
+    now = 0.0
+    quiet, busy = Visit(1.0, References(0.5, 1.0)), Visit(1.0, References(0.6, 4.0))
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    calm = Calm([quiet] * 49, said.append, sleep, lambda: now)
+    assert not calm.waited_for(quiet)
+    assert not calm.waited_for(busy), "nothing was measured for long enough to be worth it"
+    now = 20.0
+    assert [calm.waited_for(busy) for _ in range(5)] == [True, True, True, True, False], "15 of 20 seconds, not 16 more"
+    assert now == 35.0
+    assert len(said) == 1
+    assert "takes 4 ms instead of 1" in said[0]
+    now += 1000.0
+    assert not calm.waited_for(quiet)
+    assert calm.waited_for(busy)
+    assert now == 1036.0, "after a calm visit it begins with a second again"
 
 
 def test_calibration_networks_are_spread_over_the_space() -> None:
