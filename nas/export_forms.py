@@ -37,11 +37,13 @@ class EarlierForm(InputError):
 
 
 def require_current_form(what: str, settings: Mapping[str, Any], remedy: str) -> None:
-    """Refuse measurements (`what`) whose `settings` name another form in `export` than the current one.
+    """Refuse measurements (`what`) whose `settings` name no form in `export`, or another one than the current.
 
     Raises:
-        EarlierForm: it is another form; the message ends in `remedy`.
+        EarlierForm: it is another form, or none is named; the message ends in `remedy`.
     """
     was, now = settings.get("export"), current_form(settings)
-    if None not in (was, now) and was != now:
+    if was is None:
+        raise EarlierForm(f"{what} does not say which export form was measured ('export'): {remedy}")
+    if now is not None and was != now:
         raise EarlierForm(f"{what} was measured on another export form ({was}; now {now}): {remedy}")

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from tables import FORM
 from torch import Tensor, nn
 
 from nas.export import onnx_bytes, with_ordinary_values
@@ -166,7 +167,7 @@ def test_an_entry_goes_through_yaml(name: str, tmp_path: Path) -> None:
 
 def test_every_layer_goes_through_a_table_s_file(tmp_path: Path) -> None:
     rows = {layer: Row(1.0 + i, 0.5 + i, 1.5 + i, "slope") for i, layer in enumerate(LAYERS.values())}
-    path = LatencyTable("toy-cpu", rows).save(tmp_path)
+    path = LatencyTable("toy-cpu", rows, meta=FORM).save(tmp_path)
     assert LatencyTable.load(path).rows == rows
 
 

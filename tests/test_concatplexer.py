@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tables import FORM
 from torch import Tensor
 
 from nas.data import Images, load_images
@@ -292,7 +293,7 @@ def test_each_layer_takes_what_the_one_before_it_leaves(arch: ArchConfig) -> Non
 def test_every_layer_has_a_row_of_its_own(arch: ArchConfig, tmp_path: Path) -> None:
     """Keys of a table: written and read, and measured in models of whole groups."""
     layers = arch.layers()
-    table = LatencyTable("d", {layer: Row(0.1 * i, 0.1 * i, 0.1 * i, "slope") for i, layer in enumerate(layers, 1)})
+    table = LatencyTable("d", {layer: Row(0.1 * i, 0.1 * i, 0.1 * i, "slope") for i, layer in enumerate(layers, 1)}, meta=FORM)
     read = LatencyTable.load(table.save(tmp_path))
     assert set(read.rows) == set(layers)
     assert read.predict_ms(arch) == pytest.approx(table.sum_ms(arch))

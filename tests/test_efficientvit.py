@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from tables import plain_calibration
+from tables import FORM, plain_calibration
 from torch import Tensor, nn
 
 from nas import cli
@@ -333,7 +333,7 @@ def test_a_search_ends_with_the_entries_and_the_head_of_its_space(tmp_path: Path
     (tmp_path / "settings.yaml").write_text(settings)
     space = SearchSpace.load("micro.yaml")
     rows = {layer: Row(1.0, 0.9, 1.1, "slope") for layer in measured_layers(space.layers())}
-    meta = {"reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}}
+    meta = {**FORM, "reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}}
     table = LatencyTable("phone-npu", rows, (plain_calibration(space),), "imported", meta).save(tmp_path)
     arguments = ["--space", "micro.yaml", "--config", "settings.yaml", "--table", str(table), "--device", "phone-npu"]
     cli.search([*arguments, "--target-ms", "5", "--out", "run"])  # three layers are always there: two blocks may stay
@@ -356,7 +356,7 @@ def test_knobs_survive_a_file(tmp_path: Path) -> None:
 
 def test_knobs_survive_a_latency_table(tmp_path: Path) -> None:
     layers = measured_layers([*NETWORK.layers(), Layer(Sandwich(8, 1, q_kernels=(3,)), 4)])
-    table = LatencyTable("a-cpu", {layer: Row(1.0, 0.5, 1.5, "slope") for layer in layers})
+    table = LatencyTable("a-cpu", {layer: Row(1.0, 0.5, 1.5, "slope") for layer in layers}, meta=FORM)
     assert LatencyTable.load(table.save(tmp_path)).rows == table.rows
 
 

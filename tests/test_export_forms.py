@@ -57,6 +57,14 @@ def test_a_table_of_an_earlier_form_is_only_shown_or_replaced(
     assert f"export {OLD[kind]}: this build replaces it" in shown.err
 
 
+def test_a_table_that_does_not_say_its_form_predicts_nothing(tmp_path: Path) -> None:
+    for meta in ({}, {"runtime": "onnxruntime", "precision": "fp32"}):
+        path = LatencyTable("board-cpu", {}, meta=meta).save(tmp_path)
+        with pytest.raises(InputError, match=r"does not say which export form .*nas-build-lut --device board-cpu"):
+            LatencyTable.load(path)
+        assert LatencyTable.load(path, any_form=True).device == "board-cpu"
+
+
 def test_a_table_of_this_machine_is_of_the_deploy_form() -> None:
     nodes = onnx.load_from_string(OrtCpu().onnx((Layer(MB4D(16), 8),))).graph.node
     assert not any(node.op_type == "Sub" for node in nodes)

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from tables import plain_calibration
+from tables import FORM, plain_calibration
 from torch import nn
 
 from nas import cli
@@ -41,7 +41,8 @@ def save_table(folder: Path, device: str) -> LatencyTable:
         layer: Row(0.1 + 0.01 * isinstance(layer.spec, Head), 0.0, 1.0, "slope") for layer in measured_layers(ARCH.layers())
     }
     calibration = plain_calibration(SearchSpace.around(ARCH))
-    table = LatencyTable(device, rows, (calibration,), "imported", {"reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}})
+    meta = {**FORM, "reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}}
+    table = LatencyTable(device, rows, (calibration,), "imported", meta)
     table.save(folder)
     return table
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from small_spaces import stage_space
-from tables import plain_calibration
+from tables import FORM, plain_calibration
 
 from nas.kept import Checks, described, write_csv
 from nas.report import write_report
@@ -98,7 +98,7 @@ def cost(layer: Layer) -> float:
 def table_of(space: SearchSpace) -> LatencyTable:
     rows = {layer: Row(cost(layer), 0.9 * cost(layer), 1.1 * cost(layer), "slope") for layer in measured_layers(space.layers())}
     calibration = replace(plain_calibration(space), offset_ms=0.011, scale=1.05, scale_between=-0.2)
-    table = LatencyTable("toy-cpu", rows, (calibration,), "measured", {"runtime": "toyruntime", "threads": 3})
+    table = LatencyTable("toy-cpu", rows, (calibration,), "measured", {**FORM, "runtime": "toyruntime", "threads": 3})
     checked = [
         CheckedNetwork(a.to_yaml(), 1.02 * table.predict_ms(a), 0.001, table.predict_ms(a), n == 0) for n, a in members()
     ]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tables import FORM
 
 from nas.table import Calibration, CheckedNetwork, LatencyTable, Row, Target, find_tables, measured_layers, space_sha256
 from supernet.arch import ArchConfig
@@ -51,7 +52,7 @@ def cost(layer: Layer) -> float:
 
 def table_of(space: SearchSpace, *calibrations: Calibration) -> LatencyTable:
     rows = {layer: Row(cost(layer), 0.9 * cost(layer), 1.1 * cost(layer), "slope") for layer in measured_layers(space.layers())}
-    return LatencyTable("toy-cpu", rows, calibrations, "measured", {"origin": "toy"})
+    return LatencyTable("toy-cpu", rows, calibrations, "measured", {**FORM, "origin": "toy"})
 
 
 def test_a_prediction_is_the_calibrated_sum_of_the_rows() -> None:
@@ -167,6 +168,18 @@ def other_schema(path: Path) -> None:
     sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "schema": 99}))
 
 
+def guessed(path: Path) -> None:
+    sidecar = path.with_suffix(".meta.json")
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "provenance": "estimated"}))
+
+
+def of_no_device(path: Path) -> None:
+    sidecar = path.with_suffix(".meta.json")
+    content = json.loads(sidecar.read_text())
+    del content["device"]
+    sidecar.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -175,6 +188,8 @@ def other_schema(path: Path) -> None:
         (drop_sidecar, "is not there"),
         (cut_sidecar, "not whole JSON"),
         (other_schema, "schema 99"),
+        (guessed, r"its provenance must be measured or imported, but is 'estimated'\): build it anew"),
+        (of_no_device, r"it lacks device\): build it anew"),
     ],
 )
 def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:

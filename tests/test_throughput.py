@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
-from tables import plain_calibration
+from tables import FORM, plain_calibration
 
 import nas
 from nas import cli
@@ -79,7 +79,7 @@ def cost(layer: Layer) -> float:
 
 def table_of(space: SearchSpace, batch: int, calibration: Calibration | None = None) -> LatencyTable:
     rows = {layer: Row(cost(layer), cost(layer), cost(layer), "slope") for layer in measured_layers(space.layers())}
-    meta = {"batch": batch, "reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}}
+    meta = {**FORM, "batch": batch, "reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}}
     return LatencyTable("phone-npu", rows, (calibration or plain_calibration(space),), "imported", meta)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import datetime
 import math
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -269,6 +270,11 @@ def refuse_noise(visits: Mapping[str, Sequence[Visit]]) -> None:
                 f"({name}, 10th to 90th percentile, of {median(times):.3g}); nothing is written. End other work, wait, and "
                 "give the same command again"
             )
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use, as far as its system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def now() -> str:
