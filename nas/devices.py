@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from nas.measure import Profiler
+from nas.profilers.bench import usable_cpus
 from nas.table import LatencyTable, find_tables
 from supernet.errors import InputError, unknown
 
@@ -105,6 +106,11 @@ def _open_cpu(threads: int | None, precision: str | None, batch: int | None) -> 
 
     if precision not in (None, *PRECISIONS):
         raise unknown("precision of a CPU", str(precision), PRECISIONS)
+    if threads is not None and threads > usable_cpus():
+        raise InputError(
+            f"--threads {threads} is more than the CPUs that this process may use: give at most {usable_cpus()}, or "
+            "--export-job DIR for a device that has as many"
+        )
     return OrtCpu(threads or 1, precision or "fp32", batch or 1)
 
 

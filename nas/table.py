@@ -16,7 +16,7 @@ import platformdirs
 
 from nas.export_forms import require_current_form
 from supernet.arch import ArchConfig
-from supernet.errors import InputError
+from supernet.errors import LONGEST, InputError, first_line
 from supernet.files import checked_fields, parse_yaml, read_json, write_atomically
 from supernet.space import SearchSpace
 from supernet.specs import SPECS, Head, Layer, Spec, is_embedding, is_stem, knobs_of, spec_type_of
@@ -24,6 +24,7 @@ from supernet.user_block import is_foreign, loaded
 
 SCHEMA = 2
 METHODS = ("slope", "difference", "fitted")
+ORIGINS = ("measured", "imported")  # of a table: there are no estimated ones
 FEW_CLASSES, MANY_CLASSES = 10, 1000  # heads are measured at these; a head's ms is linear in its classes
 
 
@@ -267,7 +268,8 @@ class LatencyTable:
     def load(cls, id_or_path: str | Path, *, any_form: bool = False) -> LatencyTable:
         """Read a table by its device's id (see `find_table`) or from a CSV file with its sidecar beside it.
 
-        With `any_form`, one that was measured on an earlier export form too: to be shown or replaced, not to predict.
+        With `any_form`, one that was measured on an earlier export form, or an unknown one, too: to be shown or replaced, not
+        to predict.
 
         Raises:
             InputError: there is none, it is of another form, or the file is truncated, of another schema, or holds something
@@ -406,10 +408,13 @@ def _load(path: Path) -> LatencyTable:
         calibrations = tuple(_parse_calibration(c) for c in sidecar.pop("calibrations"))
         provenance = sidecar.pop("provenance")
         _check_meta(sidecar)
-        if not isinstance(device, str) or not isinstance(provenance, str):
-            raise ValueError("its device or its provenance is no text")
+        if not isinstance(device, str):
+            raise ValueError("its device is no text")
+        if provenance not in ORIGINS:
+            raise ValueError(f"its provenance must be {' or '.join(ORIGINS)}, but is {provenance!r}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path} cannot be read as a latency table ({error}): build it anew with nas-build-lut") from error
+        why = first_line(error, LONGEST)
+        raise InputError(f"{path} cannot be read as a latency table ({why}): build it anew with nas-build-lut") from error
     if device != path.stem:
         raise InputError(f"{path} is a table of {device}: give the file its own name back, {device}.csv")
     for name in ("schema", "csv_sha256"):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,8 @@ def additive_table(space: SearchSpace, device: str, scale: float = 1.0) -> Laten
         layer: Row(scale * cost(layer), 0.9 * scale * cost(layer), 1.1 * scale * cost(layer), "slope")
         for layer in measured_layers(space.layers())
     }
-    return LatencyTable(
-        device, rows, (plain_calibration(space),), "imported", {"reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}}
-    )
+    meta = {"reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}}
+    return LatencyTable(device, rows, (plain_calibration(space),), "imported", meta)
 
 
 def board_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatencyTable:
@@ -553,6 +553,8 @@ def test_nas_profile_predicts_by_layer_for_a_device_that_is_not_here(
         (cli.export, ["efficientformer_l1", "--format", "onyx", "--out", "m"], "did you mean onnx"),
         (cli.export, ["efficientformer_l1", "--format", "onnx", "--out", "m.onnx", "--weights", "no.pt"], "no.pt"),
         (cli.build_lut, [], "--device cpu"),
+        (cli.build_lut, ["--check"], "--check --device iphone-npu (or iphone-cpu, mac-npu, mac-cpu)"),
+        (cli.build_lut, ["--device", "cpu", "--threads", "4096"], "--threads 4096 is more than the CPUs"),
         (cli.build_lut, ["--device", "a1000"], "unknown device 'a1000'"),
         (cli.build_lut, ["--device", "cpu", "--space", "tiny"], "efficientformer-tiny"),
         (cli.build_lut, ["--device", "cpu", "--space", "a", "--arch", "b"], "not allowed with"),
@@ -570,6 +572,20 @@ def test_the_tables_are_listed(tmp_path: Path, space_file: Path, capsys: pytest.
     additive_table(SearchSpace.load(space_file), "phone-npu").save(tmp_path / "tables")
     cli.build_lut(["--list"])
     assert "phone-npu" in capsys.readouterr().out
+
+
+def test_a_table_without_a_date_says_so(tmp_path: Path, space_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = additive_table(SearchSpace.load(space_file), "phone-npu")
+    table.save(tmp_path / "tables")
+    cli.build_lut(["--list"])
+    assert "imported at an unknown time\n" in capsys.readouterr().out
+    cli.build_lut(["--show", "phone-npu"])
+    assert "phone-npu: imported at an unknown time\n" in capsys.readouterr().out
+    replace(table, meta={**table.meta, "measured_at": "2026-01-02T03:04:05.678+00:00"}).save(tmp_path / "tables")
+    cli.build_lut(["--list"])
+    assert "imported 2026-01-02\n" in capsys.readouterr().out
+    cli.build_lut(["--show", "phone-npu"])
+    assert "phone-npu: imported 2026-01-02T03:04\n" in capsys.readouterr().out
 
 
 def test_public_names_are_those_of_the_design() -> None:

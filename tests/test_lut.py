@@ -464,9 +464,26 @@ def test_a_batch_is_the_first_side_of_what_is_timed() -> None:
 @pytest.mark.parametrize(
     ("settings", "end"), [({}, "-cpu"), ({"threads": 2}, "-2t"), ({"precision": "int8", "batch": 8}, "-cpu-int8-b8")]
 )
-def test_settings_are_part_of_the_device_id(settings: dict[str, Any], end: str) -> None:
+def test_settings_are_part_of_the_device_id(settings: dict[str, Any], end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.devices.usable_cpus", lambda: 2)
     profiler = OrtCpu(**settings)
     assert profiler.id.endswith(end)
     from nas.devices import open_profiler
 
     assert open_profiler(profiler.id) == profiler, "and an id gives the settings back"
+
+
+def test_more_threads_than_cpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from nas.devices import open_profiler
+    from nas.profilers.bench import usable_cpus
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 3, 5}, raising=False)
+    assert usable_cpus() == 3
+    assert open_profiler("cpu", threads=3).id.endswith("-3t")
+    with pytest.raises(InputError, match=r"--threads 4 is more .* give at most 3, or --export-job"):
+        open_profiler("cpu", threads=4)
+    monkeypatch.delattr(os, "sched_getaffinity")  # Linux alone has it
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert usable_cpus() == 5

@@ -169,6 +169,18 @@ def other_schema(path: Path) -> None:
     sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "schema": 99}))
 
 
+def guessed(path: Path) -> None:
+    sidecar = path.with_suffix(".meta.json")
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "provenance": "estimated"}))
+
+
+def of_no_device(path: Path) -> None:
+    sidecar = path.with_suffix(".meta.json")
+    content = json.loads(sidecar.read_text())
+    del content["device"]
+    sidecar.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -177,6 +189,8 @@ def other_schema(path: Path) -> None:
         (drop_sidecar, "is not there"),
         (cut_sidecar, "not whole JSON"),
         (other_schema, "schema 99"),
+        (guessed, r"its provenance must be measured or imported, but is 'estimated'\): build it anew"),
+        (of_no_device, r"it lacks device\): build it anew"),
     ],
 )
 def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:

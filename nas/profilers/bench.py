@@ -10,6 +10,7 @@ import bisect
 import csv
 import datetime
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -321,6 +322,11 @@ def refuse_noise(visits: Mapping[str, Sequence[Visit]]) -> None:
                 f"({name}, 10th to 90th percentile, of {median(times):.3g}); nothing is written. End other work, wait, and "
                 "give the same command again"
             )
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use, as far as its system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def now() -> str:
