@@ -381,9 +381,10 @@ def _cell(value: object) -> str:
 
 def _load(path: Path) -> LatencyTable:
     sidecar_path = path.with_suffix(".meta.json")
-    for file in (path, sidecar_path):
-        if not file.is_file():
-            raise InputError(f"the latency table {path} needs {file}, which is not there: copy both files or build it anew")
+    if not path.is_file():
+        raise InputError(f"the latency table {path} does not exist: give the path of a table's CSV file")
+    if not sidecar_path.is_file():
+        raise InputError(f"the latency table {path} needs {sidecar_path}, which is not there: copy both files or build it anew")
     sidecar = read_json(sidecar_path, "the latency table's sidecar", "build the table anew with nas-build-lut")
     if sidecar.get("schema") != SCHEMA:
         given = sidecar.get("schema")

@@ -202,6 +202,7 @@ def test_one_network_for_two_devices(board: LatencyTable, capsys: pytest.Capture
     assert page.count("<td>phone-npu</td>") == 1
     assert "--target board-cpu=" in page
     cli.search([*targets, *where])  # the same request goes on, and prints the same
+    capsys.readouterr()
     other = ["--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.4 * ms:.6f}"]
     assert "holds another request (targets" in refused(cli.search, [*other, *where], capsys)
 

@@ -43,7 +43,7 @@ ENOUGH = 50  # visits, to know by how much the references vary
 
 
 class Failed(Exception):
-    """Something outside the user's input failed: a connection, a device."""
+    """Something outside the user's input failed: a connection, a device, an exporter."""
 
 
 class Disturbed(Failed):
