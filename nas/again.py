@@ -13,7 +13,7 @@ from typing import Any
 
 from nas.alone import alone
 from nas.guarantee import SLACK
-from nas.kept import described, read_evaluations, write_csv
+from nas.kept import complexity_of, described, read_evaluations, write_csv
 from nas.request import Finished, claim, finished
 from nas.scores import Drops
 from nas.slimming import Importance, start_network
@@ -87,6 +87,7 @@ def answer(
     out = out or run / _name(held, budgets, strategy)
     devices = [_on_device(budget, path, found.arch) for budget, path in zip(budgets, paths, strict=True)]
     whole = evaluations.get(described(found.arch))
+    params, macs = complexity_of(run / "layers.csv", found.arch)
     asked = [{name: device[name] for name in ("device", "target_ms", "table")} for device in devices]
     with alone(out):
         claim(out, {"command": "nas-search --from", "from": str(run.resolve()), "targets": asked, "strategy": strategy})
@@ -94,8 +95,8 @@ def answer(
             **devices[0],
             "loss": whole.loss if whole is not None else None,
             "accuracy": None,
-            "params": None,
-            "macs": None,
+            "params": params,
+            "macs": macs,
             "seed": held.request["seed"],
             "strategy": strategy,
             "from": str(run),
@@ -134,7 +135,10 @@ def _budgets(
         id = _id(name)
         path = given.pop(id, None) or own.get(id) or find_table(id)
         table = LatencyTable.load(path)
-        table.require(held.space.layers(), f"nas-build-lut --device {id} --missing --space {held.space_file}")
+        if table.missing(held.space.layers()):
+            from nas.devices import measuring  # with torch
+
+            table.require(held.space.layers(), measuring(table, f"--space {held.space_file}"))
         of_space = table.calibrated_for(held.space)
         own_table = of_space if of_space.calibrations else table
         found.append(Budgeted(own_table, own_table, Target(ms).ms))
@@ -154,8 +158,8 @@ def _name(held: Finished, budgets: Sequence[Budgeted], strategy: str) -> str:
 
 
 def _id(device: str) -> str:
-    """Return a device's id. Only a kind of device of this machine, such as cpu, has to be looked up, which imports torch."""
-    if "-" in device and device not in ("mac-cpu", "mac-npu"):
+    """Return a device's id. Only a kind of device, such as cpu, has to be looked up, which imports torch."""
+    if "-" in device and device not in ("mac-cpu", "mac-npu", "iphone-cpu", "iphone-npu"):
         return device
     from nas.lookup import resolve_device
 

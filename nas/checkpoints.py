@@ -22,6 +22,10 @@ from supernet.weights import at_size
 
 CHECKPOINT_EVERY_S = 600.0  # within an epoch; there is one after each epoch too
 
+WEIGHTS = (
+    "give a model.safetensors or a checkpoint.pt of nas-train, or a state dict as .safetensors, or as .pt of tensors alone"
+)
+
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
@@ -71,7 +75,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         InputError: it cannot be read, or holds none.
     """
     if not path.is_file():
-        raise InputError(f"the weights file {path} does not exist")
+        raise InputError(f"the weights file {path} does not exist: {WEIGHTS}")
     try:
         if path.suffix == ".safetensors":
             return plain(safetensors.torch.load_file(path))
@@ -81,10 +85,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except MemoryError:
         raise
     except Exception as error:  # neither library has one base for what damaged files raise
-        raise InputError(
-            f"the weights file {path} cannot be read: give a model.safetensors or a checkpoint.pt of nas-train, or a state "
-            "dict as .safetensors, or as .pt of tensors alone"
-        ) from error
+        raise InputError(f"the weights file {path} cannot be read: {WEIGHTS}") from error
     for part in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(part), dict):
             found = found[part]
@@ -146,7 +147,7 @@ def digest(path: Path) -> str:
         with path.open("rb") as file:
             return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
     except OSError as error:
-        raise InputError(f"the weights file {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"the weights file {path} cannot be read ({error.strerror}): {WEIGHTS}") from error
 
 
 class Stateful(Protocol):

@@ -97,12 +97,26 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
                 run_on_iphone(given.device, given.import_results, given.out or user_folder(), given.team_id, given.udid)
             else:
                 import_results(given.import_results, given.out or user_folder(), given.device)
-        elif given.device is None:
-            raise InputError("say which device to measure: nas-build-lut --device cpu (or --list to see what there is)")
         else:
+            if given.device is None:
+                given.device = _usual_device(given)
             _measure(given)
 
     run_command(parser.prog, work)
+
+
+def _usual_device(given: argparse.Namespace) -> str:
+    """Return the device that is meant where none is given: for a job of ONNX models, the CPU that it will run on."""
+    if given.check:
+        raise InputError("say what to check: --check --device iphone-npu (or iphone-cpu, mac-npu, mac-cpu)")
+    if given.export_job is None:
+        raise InputError("say which device to measure: nas-build-lut --device cpu (or --list to see what there is)")
+    if given.format == "coreml":
+        raise InputError(
+            "say which device the job is for: --format coreml --device iphone15pro-npu, say (<model>-npu or <model>-cpu, of an "
+            "iPhone or a Mac)"
+        )
+    return "cpu"
 
 
 def _measure(given: argparse.Namespace) -> None:

@@ -125,9 +125,8 @@ def load_images(
 def load_data(
     path: Path | None, image_size: int, seed: int, score_images: int = 512, train_size: int | None = None
 ) -> ImageData:
-    """Load the images of a command; say what they are and which were skipped."""
-    if path is None:
-        say("no --data: the embedded handwritten digits stand in. This is a demonstration, not a network to ship")
+    """Load the images of a command; say what a folder holds and what of it was skipped."""
+    if path is None:  # what that means is said where work begins: a refusal that comes before is one line
         return load_images(None, image_size, seed, score_images=score_images)
     with progress_of(f"reading {path}", 1.0) as tick:
         done = 0.0
@@ -148,6 +147,12 @@ def load_data(
         + f"{len(data.val):,} to validate"
     )
     return data
+
+
+def say_if_demonstration(data: ImageData) -> None:
+    """Say, once a command's work begins, that the embedded digits are what it works on."""
+    if data.demonstration:
+        say("no --data: the embedded handwritten digits stand in. This is a demonstration, not a network to ship")
 
 
 def natural_size(path: str | Path | None) -> int:

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from nas.measure import Profiler
+from nas.profilers.bench import usable_cpus
 from nas.table import LatencyTable, find_tables
 from supernet.errors import InputError, unknown
 
@@ -53,6 +54,32 @@ def profiler_of(table: LatencyTable) -> Profiler | None:
     return _matching(table.device, settings)
 
 
+def measuring(table: LatencyTable, what: str) -> str:
+    """Return how to measure more rows of a table's device: a command, with where it runs if that is not here. `what` says which
+    rows, as --space or --arch."""
+    command = f"nas-build-lut --device {table.device}"
+    if profiler_of(table) is not None:
+        return f"`{command} --missing {what}`"
+    if table.provenance == "imported":
+        form = " --format coreml" if table.meta.get("runtime") == "coreml" else ""
+        return f"`{command} {what} --export-job DIR{form}`, a folder to run on that device"
+    return f"`{command} --missing {what}` on that machine"
+
+
+def table_of_kind(device: str) -> str:
+    """Return the id of the only table of a kind of device that is elsewhere, such as iphone-npu.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    maker, unit = device.split("-")
+    found = [id for id in find_tables() if id.startswith(maker) and id.endswith(f"-{unit}")]
+    if len(found) == 1:
+        return found[0]
+    there = f"there are tables of {', '.join(found)}" if found else "there is no table of one yet (nas-build-lut makes it)"
+    raise InputError(f"{device} is a kind of device, and {there}: say which one, such as iphone15pro-{unit}")
+
+
 def _of_id(device: str) -> Profiler | None:
     """Return the profiler whose id this is; settings are read from the id's end: `-2t`, `-int8`, `-b8`."""
     end = re.search(r"(?:-(\d+)t)?(?:-(int8|fp32|fp16|bf16))?(?:-b(\d+))?$", device)
@@ -79,6 +106,11 @@ def _open_cpu(threads: int | None, precision: str | None, batch: int | None) -> 
 
     if precision not in (None, *PRECISIONS):
         raise unknown("precision of a CPU", str(precision), PRECISIONS)
+    if threads is not None and threads > usable_cpus():
+        raise InputError(
+            f"--threads {threads} is more than the CPUs that this process may use: give at most {usable_cpus()}, or "
+            "--export-job DIR for a device that has as many"
+        )
     return OrtCpu(threads or 1, precision or "fp32", batch or 1)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.about import INPUT, OUTPUT, metadata, read_note, targets_beside, targets_of_file
+from nas.profilers.bench import Failed
 from nas.progress import say
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, first_line, unknown
@@ -98,11 +99,11 @@ def difference(found: Array, expected: Array, tolerance: float = TOLERANCE) -> f
     """Return the largest difference of a file's logits from eager's.
 
     Raises:
-        InputError: it is more than `tolerance` (of the largest logit, or absolute where logits are below 1).
+        Failed: it is more than `tolerance` (of the largest logit, or absolute where logits are below 1).
     """
     largest = float(np.abs(found - expected).max())
     if not largest <= tolerance * max(1.0, float(np.abs(expected).max())):  # not: NaN is refused too
-        raise InputError(
+        raise Failed(
             f"the exported network differs from eager by {largest:.2g}, more than {tolerance:g}: nothing is written; please "
             "report it, with the network's YAML file"
         )
@@ -113,7 +114,7 @@ def checked_onnx(model: nn.Module, expected: list[tuple[Tensor, Array]], *, dyna
     """Return `model` as ONNX, and its largest difference from `expected` (see `expectations`) in ONNX Runtime.
 
     Raises:
-        InputError: it differs.
+        Failed: it differs.
     """
     data = onnx_bytes(model, expected[0][0], dynamic=True) if dynamic else onnx_bytes(model, expected[0][0])
     session = onnx_session(data)
@@ -137,7 +138,8 @@ def export_torch(
     """Write `model` as torch.export's program, its metadata as `metadata.json` inside; return its largest difference to eager.
 
     Raises:
-        InputError: torch.export cannot trace it, or what was read back differs; nothing is written.
+        InputError: torch.export cannot trace it; nothing is written.
+        Failed: what was read back differs; nothing is written.
     """
     file = io.BytesIO()
     try:
@@ -158,8 +160,8 @@ def export_coreml(model: nn.Module, expected: list[tuple[Tensor, Array]], path: 
     eager on a Mac, None elsewhere, where nothing can run it.
 
     Raises:
-        InputError: coremltools is missing or cannot convert it, or on a Mac its logits differ by more than fp16 explains;
-            nothing is written.
+        InputError: coremltools is missing or cannot convert it; nothing is written.
+        Failed: on a Mac its logits differ by more than fp16 explains; nothing is written.
     """
     from nas.profilers.coreml import coremltools, save_package
 
@@ -223,12 +225,10 @@ def export_network(
     arch, model, said = _weighted(network, weights, arch)
     images = None
     if int8:
-        from nas.data import load_data
+        from nas.data import load_data, say_if_demonstration
 
         images = load_data(data, arch.image_size, seed, score_images=1)
         said["classes"] = _same_classes(said.get("classes"), images.classes, arch, images.source)
-    elif weights is not None and "classes" not in said:
-        say(f"{weights} does not name its classes: the file will not either (nas-train writes them into model.safetensors)")
     expected = expectations(model, arch.image_size, batch)
     if form == "fastest":
         from nas.forms import measured_forms
@@ -261,6 +261,13 @@ def export_network(
                 f"{figures['calibration_images']} training images"
             )
         write_atomically(out, _with_metadata(onnx, about))
+    # Of the file, and so only where there is one: a refusal is one line.
+    if weights is None:
+        say("no --weights: the file holds random weights, good for timing only")
+    elif "classes" not in said:
+        say(f"{weights} does not name its classes, so the file does not either (nas-train writes them into model.safetensors)")
+    if images is not None:
+        say_if_demonstration(images)
     n = "N" if dynamic else batch
     print(f"{out}: ({n}, 3, {arch.image_size}, {arch.image_size}) to ({n}, {arch.num_classes}), {within}")
     for line in lines:
@@ -284,7 +291,6 @@ def _weighted(network: str, weights: str | Path | None, arch: ArchConfig) -> tup
     if targets := targets_beside(network):
         said["targets"] = targets
     if weights is None:
-        say("no --weights: the file will hold random weights, good for timing only")
         torch.manual_seed(0)
         return arch, build_model(arch), said
     if arch.multiplexes:  # nothing of it may be left as it was drawn

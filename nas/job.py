@@ -36,16 +36,18 @@ from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import DISCARDED, MAX_CALLS, MIN_CALLS, VISIT_MS, References, Visit
 from nas.progress import Tick, progress, say
 from nas.table import space_sha256
-from supernet.errors import InputError
-from supernet.files import read_json, write_atomically
+from supernet.errors import InputError, first_line
+from supernet.files import parse_yaml, read_json, write_atomically
 from supernet.space import SearchSpace
 
 SCHEMA = 2
 FORMATS = ("onnx", "coreml")
 PROFILERS = Path(__file__).parent / "profilers"
 OURS = {"models", "nas", "run_job.py", "results.json", "imported"}  # in a job folder, beside its manifest
+REQUEST = ("device", "format", "space", "seed", "verify", "threads", "precision", "batch")  # in a manifest and its settings
 LARGE = 256  # elements; a weight of more is made on the device
 TRAVELLING = ("__init__", "timing", "bench", "ort_session", "run_job")  # modules of nas.profilers
+SSH_FAILED = 255  # its exit code where it is ssh that failed, not what it ran
 DEVICE_BATCH_BYTES = 256 << 20  # of models that are open at once on a device of unknown memory
 
 
@@ -62,15 +64,18 @@ def export_job(
     seed: int = 0,
     run: int = 0,
     verify: Mapping[str, Any] | None = None,
+    replaces: bool = False,
 ) -> Path:
     """Write a job folder and return its manifest's path. It is whole or has no manifest.
 
     `device` is the id that the table will have; None: the device names itself. The same request again is the same job, which a
     device goes on with; `run` counts those that are to be measured anew. `verify` names the run of a search whose found network
-    is to be measured, instead of a table.
+    is to be measured, instead of a table. `replaces`: the folder is this package's own, where a job replaces that of another
+    request.
 
     Raises:
-        InputError: the device id, the format or a setting is not allowed, or the folder holds something else.
+        InputError: the device id, the format or a setting is not allowed, or the folder holds something else or, unless it
+            `replaces` that, the job of another request.
     """
     if device is not None:
         check_device_id(device)
@@ -107,8 +112,10 @@ def export_job(
             "load_timeout_s": int(LOAD_TIMEOUT_S),
             "seed": seed,
         }
-    before = _manifest_there(folder)
-    if before is not None and {**before, "models": {}} == json.loads(json.dumps(manifest)):
+    before, asked = _manifest_there(folder), json.loads(json.dumps(manifest))
+    if before is not None and not replaces:
+        _refuse_another(folder, before, asked)
+    if before is not None and {**before, "models": {}} == asked and before["models"].keys() == work.models.keys():
         say(f"{folder} already holds this job")
         return folder / "manifest.json"
     known = before["models"] if before is not None and before["made_with"] == manifest["made_with"] else {}
@@ -142,7 +149,8 @@ def _code_sha256() -> str:
 
 
 def _manifest_there(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a job folder, None where there is no such folder or an empty one."""
+    """Return the manifest of a job folder, with those models that are there; None where there is no such folder or an empty
+    one."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     strangers = {path.name for path in folder.iterdir()} - OURS if folder.is_dir() else {folder.name}
@@ -150,10 +158,24 @@ def _manifest_there(folder: Path) -> dict[str, Any] | None:
         raise InputError(f"{folder} is there and is no job folder: give --export-job a folder that is new or empty")
     try:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        whole = all((folder / entry["file"]).exists() for entry in found["models"].values())
-    except (OSError, ValueError, KeyError, TypeError):
+        there = {name: entry for name, entry in found["models"].items() if (folder / entry["file"]).exists()}
+        whole = "made_with" in found and isinstance(found["settings"], dict)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # a kill came while it was written
-    return found if whole and "made_with" in found else None
+    return {**found, "models": there} if whole else None
+
+
+def _refuse_another(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to write a job (manifest `now`) over one of another request (`before`). What the version of this package decides,
+    such as the export form, is no request: what an earlier version exported is exported anew in its place."""
+    was, wanted = ({**manifest, **manifest["settings"]} for manifest in (before, now))
+    if differing := [name for name in REQUEST if was.get(name) != wanted.get(name)]:
+        space = parse_yaml(was.get("space"), f"the space of the job in {folder}").get("name")
+        whose = was.get("device") or "a device that names itself"
+        raise InputError(
+            f"{folder} holds the job of {whose} for space {space}, which is of another {' and '.join(differing)}: "
+            "give another --export-job"
+        )
 
 
 def job_folder(space: SearchSpace, settings: str) -> Path:
@@ -279,7 +301,8 @@ def read_results(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path} is no whole results file ({error}): bring results.json from the device again") from error
+        why = first_line(error)
+        raise InputError(f"{path} is no whole results file ({why}): bring results.json from the device again") from error
     if schema != SCHEMA:
         raise InputError(f"{path} has schema {schema!r}, this version reads {SCHEMA}: export the job anew and run it")
     if unit != "ms":
@@ -366,6 +389,22 @@ class Address:
         return cls(match[1], int(match[2]) if match[2] else None, match[3] or "python3")
 
 
+def reach(address: Address) -> None:
+    """Ask another machine for its Python: before anything is made for it, it must be there.
+
+    Raises:
+        InputError: there is no ssh here, or it does not get there.
+        Failed: there is no such Python there.
+    """
+    say(f"asking {address.host} for {address.python}")
+    command = [*_ssh(address), address.host, f"{shlex.quote(address.python)} --version"]
+    _step(f"run {address.python} on {address.host}", command, first=True)
+
+
+def _ssh(address: Address) -> list[str]:
+    return ["ssh", *(["-p", str(address.port)] if address.port else [])]
+
+
 def run_over_ssh(address: Address, folder: Path) -> Path:
     """Copy a job folder to another machine, run it there, and bring its results back.
 
@@ -379,7 +418,7 @@ def run_over_ssh(address: Address, folder: Path) -> Path:
     host, port = address.host, address.port
     job = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     there = f"metapath-nas-job-{job[:12]}"
-    ssh = ["ssh", *(["-p", str(port)] if port else [])]
+    ssh = _ssh(address)
     scp = ["scp", "-q", *(["-P", str(port)] if port else [])]
     say(f"copying {folder} to {host}:{there}")
     _step(f"make a folder on {host}", [*ssh, host, f"mkdir -p {there}"])
@@ -391,7 +430,7 @@ def run_over_ssh(address: Address, folder: Path) -> Path:
     return folder / "results.json"
 
 
-def _step(what: str, command: Sequence[str], shown: bool = False) -> None:
+def _step(what: str, command: Sequence[str], shown: bool = False, first: bool = False) -> None:
     out = sys.stderr if shown else subprocess.DEVNULL
     try:
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)  # noqa: S603
@@ -399,4 +438,6 @@ def _step(what: str, command: Sequence[str], shown: bool = False) -> None:
         raise InputError(f"cannot {what}: {command[0]} is not there ({error.strerror}); install an OpenSSH client") from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        if first and done.returncode == SSH_FAILED:  # later on, a connection that worked has broken
+            raise InputError(f"cannot {what}: {last}; give an address and a user that `ssh` gets to")
         raise Failed(f"cannot {what}: {last}")

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from nas.guarantee import Check
@@ -16,7 +16,10 @@ from nas.table import LatencyTable
 from nas.trajectory import Evaluation, evaluations
 from supernet.arch import ArchConfig
 from supernet.files import read_csv, reading, write_atomically
+from supernet.space import SearchSpace
 from supernet.specs import knobs_of, label
+
+COMPLEXITY = ("layer", "params", "macs")
 
 
 class Remembered:
@@ -118,6 +121,26 @@ class Checks:
         self.known[name] = Check(found.ms, found.low_ms, found.high_ms), now()
         records = ({"network": n, **asdict(check), "measured_at": at} for n, (check, at) in self.known.items())
         write_csv(self.path, records, self.HEADER)
+
+
+def write_complexity(path: Path, space: SearchSpace) -> None:
+    """Write `layers.csv`: the parameters and MACs of each layer that a network of the space can have, images by themselves."""
+    from supernet.model import count_layer  # with torch, which readers of the file can do without
+
+    counts = {str(layer): count_layer(layer) for layer in replace(space, mux=()).layers()}
+    write_csv(path, ({"layer": k, "params": v.params, "macs": v.macs} for k, v in counts.items()), COMPLEXITY)
+
+
+def complexity_of(path: Path, arch: ArchConfig) -> tuple[int, int] | tuple[None, None]:
+    """Return the parameters and MACs of a network by the file of `write_complexity`; an earlier version's runs have none."""
+    if not path.exists():
+        return None, None
+    do = "remove it: the sizes of networks are then left out"
+    lines = read_csv(path, COMPLEXITY, "the file of layers", do)
+    with reading(str(path), do):
+        counts = {line["layer"]: (int(line["params"]), int(line["macs"])) for line in lines}
+        params, macs = zip(*(counts[str(layer)] for layer in arch.layers()), strict=True)
+    return sum(params), sum(macs)
 
 
 def described(arch: ArchConfig) -> str:

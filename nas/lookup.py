@@ -12,7 +12,7 @@ from typing import Any
 from nas.guarantee import Check
 from nas.plan import for_batch
 from nas.progress import say
-from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, table_folders, user_folder
+from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, ships, table_folders, user_folder
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace, space_names
@@ -113,9 +113,11 @@ def groups_of(space: SearchSpace, objective: str, device: str, table: Path | Non
 
 
 def resolve_device(device: str) -> str:
-    """Return a device's id: what is not a kind of device of this machine is one."""
-    from nas.devices import HERE, open_profiler
+    """Return a device's id: what is not a kind of device is one. Of a kind that is elsewhere it is that of its only table."""
+    from nas.devices import ELSEWHERE, HERE, open_profiler, table_of_kind
 
+    if device in ELSEWHERE:
+        return table_of_kind(device)
     return open_profiler(device).id if device in HERE else device
 
 
@@ -139,7 +141,7 @@ def resolve_table(device: str | None, table: Path | None) -> tuple[str, Path | N
         return of, table
     found = find_tables()
     if wanted is None:
-        own = {d: p for d, p in found.items() if p.parent in (Path("latency_tables"), user_folder())}
+        own = {id: path for id, path in found.items() if id == here or not ships(path)}
         if len(own) > 1:
             raise InputError(f"there are tables of {', '.join(sorted(own))}: say which with --device")
         wanted = next(iter(own), here)
@@ -159,16 +161,15 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
     What this machine's own table lacks is measured now, unless the user named the file.
     """
     from nas.audit import say_if_untrue
-    from nas.devices import open_profiler, profiler_of
+    from nas.devices import measuring, open_profiler, profiler_of
     from nas.lut import build_table
 
     device, path = place.device, place.table
     table = LatencyTable.load(path) if path is not None else None
     profiler = profiler_of(table) if table is not None else open_profiler(device)
     if table is not None and path is not None:
-        command = f"nas-build-lut --device {device} --missing --space {space_name} --out {path.parent}"
         if place.named or profiler is None:
-            table.require(space.layers(), command)
+            table.require(space.layers(), measuring(table, f"--space {space_name} --out {path.parent}"))
             table.predict_ms(space.smallest)  # refuses a table without a calibration for such networks
             own = table.calibrated_for(space)
             say_if_untrue(table)
@@ -177,7 +178,7 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
         if table.meta.get("runtime_version") != now:
             say(
                 f"warning: the table was measured with {table.meta['runtime']} {table.meta['runtime_version']}, this is "
-                f"{now}: `{command.replace(' --missing', '')}` measures it anew"
+                f"{now}: `nas-build-lut --device {device} --space {space_name} --out {path.parent}` measures it anew"
             )
         say_if_untrue(table)
         if table.serves(space):

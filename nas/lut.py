@@ -93,7 +93,7 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
                 flags.update(profiler.flags)
                 return found
 
-            bench = Bench(samples, opened, profiler.stopwatch(), random.Random(seed), work.plan)
+            bench = Bench(samples, opened, profiler.stopwatch(), random.Random(seed), work.plan, say)
             carry_out(work.plan, bench, tick, profiler.between(work.plan.working_set_bytes))
     except TooNoisy:
         marker.unlink()  # the next build begins anew

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from nas.profilers.bench import usable_cpus
 from nas.progress import say
 from supernet.errors import InputError
 
@@ -193,11 +194,7 @@ class _Batches(torch.utils.data.Dataset[tuple[Tensor, Tensor] | InputError]):
 
 def workers() -> int:
     """Return how many processes decode for this one: the cores, divided among the processes that torchrun has here."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # Linux alone has it
-        cores = os.cpu_count() or 1
-    return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(MOST_WORKERS, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def decode(path: str, size: int) -> NDArray[np.uint8]:

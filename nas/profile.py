@@ -31,10 +31,11 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
     With `layers`, where they go too, by layer and by kind of operator, with a picture in `plot` (default:
     `<network>-layers.png`). On another device than this one there is only what its table says of each layer.
     """
-    from nas.devices import KINDS, known_devices, open_profiler, profiler_of
+    from nas.devices import ELSEWHERE, KINDS, known_devices, open_profiler, profiler_of, table_of_kind
     from nas.networks import find_arch, load_model
 
     found = find_tables()
+    device = table_of_kind(device) if device in ELSEWHERE else device
     if device in found:
         table: LatencyTable | None = LatencyTable.load(found[str(device)])
         assert table is not None
@@ -66,7 +67,7 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
         from nas.layer_plot import check_plot_file
 
         plot = check_plot_file(plot or Path(f"{_short_name(network)}-layers.png"))
-    predicted_ms = None if arch is None else _predict(table, arch, wanted, network)
+    predicted_ms = None if arch is None else _predict(table, arch, wanted, network, measured=profiler is not None)
     measured = breakdown = None
     if profiler is not None:
         from nas.measure import measure_alone, table_reference
@@ -198,15 +199,19 @@ def _print_operators(breakdown: Breakdown) -> None:
     Console().print(shown)
 
 
-def _predict(table: LatencyTable | None, arch: ArchConfig, device: str, network: str) -> float | None:
+def _predict(table: LatencyTable | None, arch: ArchConfig, device: str, network: str, *, measured: bool) -> float | None:
+    """Return what a table says of a network; None, said why, where it cannot and the network is measured all the same."""
     if table is None:
         say(f"no latency table of {device}: make one with `nas-build-lut --device {device} --arch {network}`")
         return None
+    from nas.devices import measuring
+
     say_if_untrue(table)
     try:
+        table.require(arch.layers(), measuring(table, f"--arch {network}"))
         return table.predict_ms(arch)
-    except InputError:
-        missing = len(table.missing(arch.layers()))
-        why = f"has no row for {missing} layers of it" if missing else f"is not calibrated for {arch.image_size} px"
-        say(f"the table of {device} {why}: measure with `nas-build-lut --device {device} --missing --arch {network}`")
+    except InputError as error:
+        if not measured:
+            raise
+        say(str(error))
         return None

@@ -213,7 +213,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if not text.endswith((".yaml", ".yml")) and "/" not in text:
         raise unknown("recipe", text, [*RECIPES, "a YAML file"])
     where = f"the recipe file {text}"
-    given = checked_fields(Recipe, read_yaml(text, "the recipe file"), where)
+    content = read_yaml(text, "the recipe file", f"give the path of a recipe's YAML file, or one of {', '.join(RECIPES)}")
+    given = checked_fields(Recipe, content, where)
     try:
         return Recipe(**given)
     except InputError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nas.job import FORMATS, Address, check_device_id, export_job, job_folder, run_over_ssh
+from nas.job import FORMATS, Address, check_device_id, export_job, job_folder, reach, run_over_ssh
 from nas.lut import import_results
 from nas.plan import for_batch, work_for
 from nas.profilers.ort_cpu import suffix
@@ -29,7 +29,7 @@ def export(
     one is lengthened by what is not usual about the settings.
 
     Raises:
-        InputError: the format, the device id or a setting is not allowed, or the folder holds something else.
+        InputError: the format, the device id or a setting is not allowed, or the folder holds something else or another job.
     """
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
@@ -71,11 +71,12 @@ def build_over_ssh(
 ) -> LatencyTable:
     """Hand the job to another machine, run it there, and make the table of what comes back."""
     address = Address.parse(url)
+    reach(address)  # first: the models take minutes to write
     threads, precision, batch = threads or 1, precision or "fp32", batch or 1
     space = for_batch(space, batch)
     job = job_folder(space, f"-{address.host}{suffix(threads, precision, batch)}")
     work = work_for(space, precision=precision)
-    export_job(job, space, work, device=None, threads=threads, precision=precision, batch=batch, run=_run(job))
+    export_job(job, space, work, device=None, threads=threads, precision=precision, batch=batch, run=_run(job), replaces=True)
     table = import_results(run_over_ssh(address, job), folder)
     _count(job)
     return table
@@ -89,7 +90,7 @@ def build_on_iphone(device: str, space: SearchSpace, folder: Path, team_id: str 
     found = iphone_id(udid, device.removeprefix("iphone-"))
     space = for_batch(space, 1)
     job = job_folder(space, f"-{found}")
-    export_job(job, space, work_for(space, precision="fp16"), device=found, form="coreml", run=_run(job))
+    export_job(job, space, work_for(space, precision="fp16"), device=found, form="coreml", run=_run(job), replaces=True)
     table = run_on_iphone(device, job, folder, team_id, udid)
     _count(job)
     return table

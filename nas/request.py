@@ -80,8 +80,8 @@ def finished(run: Path) -> Finished:
         InputError: it holds none.
     """
     with _finished(run):
-        request = read_json(run / "request.json", "the request file")
-        result = read_json(run / "result.json", "the result file")
+        request = read_json(run / "request.json", "the request file", "it is written when a search begins")
+        result = read_json(run / "result.json", "the result file", "it is written when a search ends")
         where = f"the space of {run}"
         space = SearchSpace.from_dict(parse_yaml(request["space"], where), where)
         held = Finished(run, request, result, space)

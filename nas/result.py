@@ -41,7 +41,7 @@ def print_result(result: Mapping[str, Any], folder: Path, source: str, validatio
         print(table_of(result["throughput"], result["batch"]))
         print("  control: the same reduction without concatenation; whatever it is as good at is not the sharing's doing")
     if result["largest_of_space"]:
-        print(f"  {_of_the_largest(result)}")
+        print(f"  {_with_nothing_taken_away(result)}")
     elif (left := _left(result)) > SLACK and result["met"] and not result["candidate"]:
         other = "; --strategy exact looks at all networks" if result["strategy"] == "greedy" else ""
         print(f"  {100 * left:.1f} % of the target is left: nothing was found nearer to it that fits and scores better{other}")
@@ -77,11 +77,11 @@ def _left(result: Mapping[str, Any]) -> float:
     return min(shares, default=0.0)
 
 
-def _of_the_largest(result: Mapping[str, Any]) -> str:
+def _with_nothing_taken_away(result: Mapping[str, Any]) -> str:
     if "init" in result:
         name = result["init"]["network"]
         return f"{name} meets the target as it is: nothing was taken away; give a lower --target-ms for less"
     spaces = {name: count(SearchSpace.load(name).largest).macs for name in space_names()}
     larger = sorted((macs, name) for name, macs in spaces.items() if macs > result["macs"] and name != result["space"])
     advice = f"for the rest of the time, try --space {larger[0][1]}" if larger else "no larger space ships"
-    return f"this is the largest network of {result['space']}: {advice}"
+    return f"{result['space']} at its largest widths, no slot empty, meets the target: nothing was taken away; {advice}"

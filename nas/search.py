@@ -15,7 +15,7 @@ from safetensors.torch import save as save_safetensors
 
 from nas.about import note
 from nas.alone import alone
-from nas.data import ImageData, load_data, natural_size
+from nas.data import ImageData, load_data, natural_size, say_if_demonstration
 from nas.distributed import in_all, shared
 from nas.evaluation import Evaluator, accuracy_of
 from nas.guarantee import Goal, Outcome, meet
@@ -28,7 +28,7 @@ from nas.judging import (
     report_signal,
     write_importance,
 )
-from nas.kept import Checks, Remembered, described, write_csv
+from nas.kept import Checks, Remembered, described, write_complexity, write_csv
 from nas.lookup import OnDevice, groups_of, places, resolve_device, usable_table
 from nas.pretrained import Pretrained, layers_kept, on_data, pretrained_supernet, requested
 from nas.progress import say
@@ -39,6 +39,7 @@ from nas.request import Finished, claim, finished
 from nas.result import print_result
 from nas.settings import SupernetSettings
 from nas.slimming import MobileEfficiency, check_limits, rounded_up, start_network
+from nas.steps import accelerator
 from nas.strategies import (
     FRONTIER_COLUMNS,
     Budgeted,
@@ -58,7 +59,7 @@ from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
 from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, train_finalists, usable_ways
 from nas.trajectory import Trajectory
 from supernet.arch import ArchConfig, MultiplexSpec
-from supernet.errors import InputError
+from supernet.errors import InputError, one_line
 from supernet.files import read_json, reading, write_atomically
 from supernet.model import count
 from supernet.space import SearchSpace
@@ -167,15 +168,19 @@ def run_search(
         space_name = str(trained.space_file)
     elif given is not None:
         space_name = str(folder / "space.yaml")
-        if not (folder / "request.json").exists():
-            space.save(folder / "space.yaml")  # a refusal of the table names the command that measures this space
-    devices = tuple(OnDevice(place.target, *usable_table(place, space, space_name)) for place in found)
+    try:
+        devices = tuple(OnDevice(place.target, *usable_table(place, space, space_name)) for place in found)
+    except InputError as error:
+        if given is not None and one_line(space_name) in str(error):  # in the command that measures what the table lacks
+            _leave_space(space, folder / "space.yaml", error)
+        raise
     if settings.objective == "throughput" and len(devices) > 1:
         raise InputError("the objective throughput has one device: give one target, or leave the objective out")
     refuse_unreachable(space, [Budgeted(device.table, device.table, device.target.ms) for device in devices])
     if settings.objective != "latency":
         refuse_below_smallest(space, devices)
     check_limits(space, limits_of(space, None, settings.max_params, settings.max_macs))
+    accelerator(settings.accelerator)  # refuses one that this machine does not have
     first = devices[0]
     several = [{"device": d.name, "target_ms": d.target.ms, "table": str(d.path.resolve())} for d in devices]
     with alone(folder, shared=request.strategy == "optuna"):  # whose processes share a study, and may share its folder
@@ -197,6 +202,7 @@ def run_search(
             },
             since={"settings": SupernetSettings().deciding()},
         )
+        say_if_demonstration(data)
         space.save(folder / "space.yaml")
         if trained is not None:
             borrow(trained.folder, folder)
@@ -211,6 +217,20 @@ def run_search(
         with reading(str(ended), do):
             print_result(result, folder, data.source, len(data.val))
         return result
+
+
+def _leave_space(space: SearchSpace, path: Path, refused: InputError) -> None:
+    """Write the file that a refusal tells nas-build-lut to take the space from, in a folder that is not this search's yet.
+
+    Raises:
+        InputError: another file has that name, which is left as it is.
+    """
+    if path.exists() and (not path.is_file() or path.read_bytes() != space.to_yaml().encode()):
+        raise InputError(
+            f"the table lacks rows of this search's space, which {path} is to hold for nas-build-lut, but that is another "
+            "file: give another --out"
+        ) from refused
+    space.save(path)
 
 
 def refuse_below_smallest(space: SearchSpace, devices: Sequence[OnDevice]) -> None:
@@ -326,6 +346,7 @@ def _judged(work: Work) -> Judged:
     evaluate = Remembered(shared(scored), folder / "evaluations.csv")
     drops = drops_of(space, base, evaluate)
     drops.save(folder / "drops.csv")
+    write_complexity(folder / "layers.csv", space)
     importance = logits if logits is not None else drops.importance()
     write_importance(folder / "importance.csv", space, importance)
     start = begin or start_network(space, importance)

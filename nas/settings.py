@@ -209,7 +209,7 @@ class SupernetSettings:
         Raises:
             InputError: the file has a setting that the supernet or its scores depend on.
         """
-        given = checked_fields(cls, read_yaml(path, "the config file"), f"the config file {path}") if path is not None else {}
+        given = _given(path) if path is not None else {}
         if bound := [name for name in given if name not in FREE]:
             raise InputError(
                 f"{path} gives {', '.join(bound)}, which the finished search has decided: give {', '.join(FREE)} alone, or "
@@ -223,6 +223,11 @@ class SupernetSettings:
         """Read the settings that a YAML file gives; the others have their defaults."""
         if path is None:
             return cls()
-        where = f"the config file {path}"
-        with placed(where):
-            return cls(**checked_fields(cls, read_yaml(path, "the config file"), where))
+        with placed(f"the config file {path}"):
+            return cls(**_given(path))
+
+
+def _given(path: str | Path) -> dict[str, Any]:
+    """Return the settings that a YAML file gives."""
+    content = read_yaml(path, "the config file", "give the path of a YAML file of settings, or leave --config out")
+    return checked_fields(SupernetSettings, content, f"the config file {path}")

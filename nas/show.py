@@ -26,11 +26,16 @@ def print_tables() -> None:
         except InputError as error:
             print(f"{device}: unusable: {error}")
             continue
-        date = str(table.meta.get("measured_at", "at an unknown time"))[:10]
-        print(f"{device}: {len(table.rows)} rows, {table.provenance} {date}")
+        print(f"{device}: {len(table.rows)} rows, {table.provenance} {_when(table, 'YYYY-MM-DD')}")
         for c in table.calibrations:
             print(f"  {c.space}: off by {c.mean_error_percent:.1f} % on average over {c.n_check} unseen networks")
         print(f"  {path}")
+
+
+def _when(table: LatencyTable, form: str) -> str:
+    """Return when a table was measured, as far as `form` goes."""
+    at = table.meta.get("measured_at")
+    return str(at)[: len(form)] if at is not None else "at an unknown time"
 
 
 def show_table(device: str, folder: Path) -> None:
@@ -48,7 +53,7 @@ def show_table(device: str, folder: Path) -> None:
         f"{meta.get('runtime')} {meta.get('runtime_version')}, {meta.get('precision')}, batch {meta.get('batch')}, "
         f"{threads} thread{'s' if threads != 1 else ''}"
     )
-    print(f"{table.device}: {table.provenance} {str(meta.get('measured_at', 'at an unknown time'))[:16]}")
+    print(f"{table.device}: {table.provenance} {_when(table, 'YYYY-MM-DDThh:mm')}")
     gpu = meta["gpu"]["name"] if isinstance(meta.get("gpu"), dict) else None
     hardware = meta.get("cpu") or gpu or meta.get("chip") or meta.get("marketing_name") or "hardware unknown"
     print(f"  {hardware}, {meta.get('os', 'system unknown')}")

@@ -16,7 +16,7 @@ import platformdirs
 
 from nas.export_forms import require_current_form
 from supernet.arch import ArchConfig
-from supernet.errors import InputError, unknown
+from supernet.errors import LONGEST, InputError, first_line
 from supernet.files import checked_fields, parse_yaml, read_json, write_atomically
 from supernet.space import SearchSpace
 from supernet.specs import SPECS, Head, Layer, Spec, is_embedding, is_stem, knobs_of, spec_type_of
@@ -24,6 +24,7 @@ from supernet.user_block import is_foreign, loaded
 
 SCHEMA = 2
 METHODS = ("slope", "difference", "fitted")
+ORIGINS = ("measured", "imported")  # of a table: there are no estimated ones
 FEW_CLASSES, MANY_CLASSES = 10, 1000  # heads are measured at these; a head's ms is linear in its classes
 
 
@@ -205,7 +206,7 @@ class LatencyTable:
             known = ", ".join(f"{c.space} ({c.image_size} px)" for c in self.calibrations)
             raise InputError(
                 f"the table of {self.device} is not calibrated for {arch.image_size} px with strides {arch.strides}, "
-                f"only for {known}: measure it with nas-build-lut --device {self.device} and --space or --arch"
+                f"only for {known}: measure it with `nas-build-lut --device {self.device} --arch FILE`, or with --space"
             )
         if len(matching) == 1:
             return matching[0]
@@ -236,16 +237,16 @@ class LatencyTable:
                 found.append(layer)
         return found
 
-    def require(self, layers: Iterable[Layer], command: str = "") -> None:
-        """Refuse the table if one of the layers has no row."""
+    def require(self, layers: Iterable[Layer], how: str = "") -> None:
+        """Refuse the table if one of the layers has no row. `how` to measure more of them is the end of the message."""
         missing = self.missing(layers)
         if missing:
-            raise InputError(self._missing_message(missing, command))
+            raise InputError(self._missing_message(missing, how))
 
-    def _missing_message(self, missing: list[Layer], command: str = "") -> str:
+    def _missing_message(self, missing: list[Layer], how: str = "") -> str:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        command = command or f"nas-build-lut --device {self.device} --missing` with `--space` or `--arch"
-        return f"the table of {self.device} has no row for {missing[0]}{others}: measure with `{command}`"
+        how = how or f"`nas-build-lut --device {self.device} --missing --arch FILE`, or --space"
+        return f"the table of {self.device} has no row for {missing[0]}{others}: measure with {how}"
 
     def save(self, folder: str | Path) -> Path:
         """Write `<device>.csv` and, last, `<device>.meta.json`, which holds the CSV's hash; return the CSV's path."""
@@ -267,7 +268,8 @@ class LatencyTable:
     def load(cls, id_or_path: str | Path, *, any_form: bool = False) -> LatencyTable:
         """Read a table by its device's id (see `find_table`) or from a CSV file with its sidecar beside it.
 
-        With `any_form`, one that was measured on an earlier export form too: to be shown or replaced, not to predict.
+        With `any_form`, one that was measured on an earlier export form, or an unknown one, too: to be shown or replaced, not
+        to predict.
 
         Raises:
             InputError: there is none, it is of another form, or the file is truncated, of another schema, or holds something
@@ -314,7 +316,12 @@ def user_folder() -> Path:
 
 def table_folders() -> list[Path]:
     """Where tables are looked for, in order: the working folder, the user's data folder, the tables that ship."""
-    return [Path("latency_tables"), user_folder(), Path(__file__).parents[1] / "latency_tables"]
+    return [Path("latency_tables"), user_folder(), _SHIPPED]
+
+
+def ships(table: Path) -> bool:
+    """Say whether a table lies among those that come with the package; in a checkout, those of the working folder do."""
+    return table.parent.resolve() == _SHIPPED.resolve()
 
 
 def find_tables() -> dict[str, Path]:
@@ -331,12 +338,12 @@ def find_table(device: str) -> Path:
     """Return the table of a device id."""
     found = find_tables()
     if device not in found:
-        if not found:
-            raise InputError(f"no latency table of {device!r} here: measure one with `nas-build-lut --device cpu`")
-        raise unknown("latency table", device, found)
+        there = f"there are tables of {', '.join(found)}" if found else "there is none of any device"
+        raise InputError(f"no latency table of {device!r} here ({there}): measure it with `nas-build-lut --device {device}`")
     return found[device]
 
 
+_SHIPPED = Path(__file__).parents[1] / "latency_tables"
 _SPEC_FIELDS = list(dict.fromkeys(f.name for spec in SPECS.values() for f in fields(spec)))
 _ROW_FIELDS = [f.name for f in fields(Row)]
 _COLUMNS = ["kind", "resolution", *_SPEC_FIELDS, *_ROW_FIELDS]
@@ -374,9 +381,10 @@ def _cell(value: object) -> str:
 
 def _load(path: Path) -> LatencyTable:
     sidecar_path = path.with_suffix(".meta.json")
-    for file in (path, sidecar_path):
-        if not file.is_file():
-            raise InputError(f"the latency table {path} needs {file}, which is not there: copy both files or build it anew")
+    if not path.is_file():
+        raise InputError(f"the latency table {path} does not exist: give the path of a table's CSV file")
+    if not sidecar_path.is_file():
+        raise InputError(f"the latency table {path} needs {sidecar_path}, which is not there: copy both files or build it anew")
     sidecar = read_json(sidecar_path, "the latency table's sidecar", "build the table anew with nas-build-lut")
     if sidecar.get("schema") != SCHEMA:
         given = sidecar.get("schema")
@@ -401,10 +409,13 @@ def _load(path: Path) -> LatencyTable:
         calibrations = tuple(_parse_calibration(c) for c in sidecar.pop("calibrations"))
         provenance = sidecar.pop("provenance")
         _check_meta(sidecar)
-        if not isinstance(device, str) or not isinstance(provenance, str):
-            raise ValueError("its device or its provenance is no text")
+        if not isinstance(device, str):
+            raise ValueError("its device is no text")
+        if provenance not in ORIGINS:
+            raise ValueError(f"its provenance must be {' or '.join(ORIGINS)}, but is {provenance!r}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path} cannot be read as a latency table ({error}): build it anew with nas-build-lut") from error
+        why = first_line(error, LONGEST)
+        raise InputError(f"{path} cannot be read as a latency table ({why}): build it anew with nas-build-lut") from error
     if device != path.stem:
         raise InputError(f"{path} is a table of {device}: give the file its own name back, {device}.csv")
     for name in ("schema", "csv_sha256"):

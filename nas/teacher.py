@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nas.checkpoints import digest, load_weights
 from nas.data import IMAGENET_MEAN, IMAGENET_STD
 from supernet.arch import ArchConfig
-from supernet.errors import InputError, first_line
+from supernet.errors import InputError, first_line, placed
 from supernet.model import build_model
 from supernet.weights import at_size
 
@@ -51,15 +51,20 @@ def load_teacher(network: str | Path, image_size: int, num_classes: int, device:
         InputError: a file is missing or cannot be used, timm is, or the network has other classes.
     """
     text = str(network)
+    with placed(f"the teacher {network}"):  # whose files may be missing or damaged too
+        return _loaded(text, image_size, num_classes, device or torch.device("cpu"))
+
+
+def _loaded(text: str, image_size: int, num_classes: int, device: torch.device) -> Teacher:
     if text.startswith(TIMM):
         teacher = _timm_teacher(text.removeprefix(TIMM), image_size, num_classes)
     elif text.endswith(".pt2"):
-        return _exported_teacher(Path(network), image_size, num_classes, device or torch.device("cpu"))
+        return _exported_teacher(Path(text), image_size, num_classes, device)
     elif text.endswith((".yaml", ".yml")):
-        teacher = _own_teacher(Path(network), image_size, num_classes)
+        teacher = _own_teacher(Path(text), image_size, num_classes)
     else:
         raise InputError(
-            f"the teacher {network} is no YAML file: give one that has its weights beside it, such as the teacher.yaml of "
+            f"the teacher {text} is no YAML file: give one that has its weights beside it, such as the teacher.yaml of "
             "nas-search --init, or the arch.yaml of nas-train; or timm:NAME, or a .pt2 file of torch.export"
         )
     teacher.network.eval().requires_grad_(False).to(device)
@@ -96,6 +101,8 @@ def _own_teacher(path: Path, image_size: int, num_classes: int) -> Teacher:
     weights = path.with_suffix(".safetensors")
     if not weights.exists():
         weights = path.with_name({"arch": "model", "searched": "weights"}.get(path.stem, path.stem) + ".safetensors")
+    if not weights.exists():
+        raise InputError(f"the teacher {path} needs its weights beside it, but {weights} does not exist: put them there")
     _check_classes(path, arch.num_classes, num_classes)
     own = build_model(arch)
     load_weights(own, weights)
@@ -127,7 +134,6 @@ def _timm_teacher(name: str, image_size: int, num_classes: int) -> Teacher:
 def _exported_teacher(path: Path, image_size: int, num_classes: int, device: torch.device) -> Teacher:
     from torch.export.passes import move_to_device_pass
 
-    name = digest(path)
     try:
         with _no_pickled_code():
             program = torch.export.load(path)
@@ -147,7 +153,7 @@ def _exported_teacher(path: Path, image_size: int, num_classes: int, device: tor
     _check_classes(path, int(classes), num_classes)
     program = move_to_device_pass(program, device)
     # It was exported in eval mode; its module refuses to be asked for it.
-    return Teacher(Adapted(program.module().requires_grad_(False), size).to(device), name)
+    return Teacher(Adapted(program.module().requires_grad_(False), size).to(device), digest(path))
 
 
 @contextmanager

@@ -269,9 +269,11 @@ def _run_epochs(run: _Run, first: int) -> None:
 
 def _introduce(run: _Run, first: int) -> None:
     recipe = run.recipe
+    demonstration = " of handwritten digits (no --data: a demonstration)" if run.data.demonstration else ""
     say(
         f"training {run.arch.name} at {run.arch.image_size} px for {len(run.data.classes)} classes on {len(run.data.train):,} "
-        f"images: epochs {first + 1} to {recipe.all_epochs}, {run.per_epoch} steps of {run.batch}, on {run.device.type}"
+        f"images{demonstration}: epochs {first + 1} to {recipe.all_epochs}, {run.per_epoch} steps of {run.batch}, on "
+        f"{run.device.type}"
     )
     if recipe.learning_rate_batch:
         say(

@@ -145,5 +145,6 @@ def _export(folder: Path, arch: ArchConfig, table: LatencyTable, space: SearchSp
         precision=str(table.meta.get("precision", "fp32")),
         batch=int(table.meta.get("batch", 1)),
         verify=which,
+        replaces=True,
     )
     return folder

@@ -290,7 +290,8 @@ class ArchConfig:
         Raises:
             InputError: the file is missing, or a field is unknown, missing, of another type, or not allowed.
         """
-        return cls.from_dict(read_yaml(path, "the network file"), f"the network file {path}")
+        content = read_yaml(path, "the network file", "give the path of a network's YAML file")
+        return cls.from_dict(content, f"the network file {path}")
 
     @classmethod
     def from_dict(cls, document: dict[str, Any], where: str) -> ArchConfig:

@@ -36,8 +36,12 @@ def unknown(what: str, given: object, allowed: Iterable[str]) -> InputError:
 
 
 def first_line(error: BaseException, longest: int = 160) -> str:
-    """Return what another library's exception says, as part of one line: its first line, cut where it is too long."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return what another library's exception says, as part of one line: its first line, cut where it is too long.
+
+    Of a KeyError that is the key alone, which is no sentence: what was read lacks it.
+    """
+    text = f"it lacks {error.args[0]}" if isinstance(error, KeyError) and error.args else str(error)
+    line = (text.strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 

@@ -73,19 +73,19 @@ def _remove(temporary: str | None) -> None:
             os.unlink(temporary)
 
 
-def read_text(path: str | Path, what: str) -> str:
-    """Return the text of a file, without a mark at its beginning; `what` names it in errors."""
+def read_text(path: str | Path, what: str, do: str = "give another file") -> str:
+    """Return the text of a file, without a mark at its beginning; `what` names it in errors, `do` is what helps."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"{what} {path} cannot be read ({error.strerror}): {do}") from error
     except ValueError as error:  # a UnicodeDecodeError is one
         raise InputError(f"{what} {path} is no text in UTF-8: save it as such, or give another file") from error
 
 
-def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
-    """Return the mapping that the YAML file holds; `what` names it in errors."""
-    return parse_yaml(read_text(path, what), f"{what} {path}")
+def read_yaml(path: str | Path, what: str, do: str = "give another file") -> dict[str, Any]:
+    """Return the mapping that the YAML file holds; `what` names it in errors, `do` helps where it cannot be read."""
+    return parse_yaml(read_text(path, what, do), f"{what} {path}")
 
 
 def parse_yaml(text: object, where: str) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def read_json(path: str | Path, what: str, do: str = "give another file") -> dic
         InputError: the file cannot be read, is cut, or holds something else.
     """
     try:
-        content = json.loads(read_text(path, what))
+        content = json.loads(read_text(path, what, do))
         _check_values(content, f"{what} {path}")
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
@@ -156,7 +156,7 @@ def read_csv(path: str | Path, columns: Sequence[str], what: str, do: str = "giv
     Raises:
         InputError: the file cannot be read, lacks a column, or has a line that is cut or too long; `what` names it, `do` helps.
     """
-    text = read_text(path, what)
+    text = read_text(path, what, do)
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""))
         lines = list(reader)

@@ -327,7 +327,9 @@ class SearchSpace:
             path = Path(text)
         else:
             raise unknown("space", text, [*space_names(), "a YAML file"])
-        return cls.from_dict(read_yaml(path, "the space file"), f"the space file {path}")
+        do = f"give the path of a space's YAML file, or one of {', '.join(space_names())}"
+        content = read_yaml(path, "the space file", do)
+        return cls.from_dict(content, f"the space file {path}")
 
     @classmethod
     def from_dict(cls, document: dict[str, Any], where: str) -> SearchSpace:

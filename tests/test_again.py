@@ -16,6 +16,7 @@ from nas.slimming import start_network
 from nas.solver import best
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
+from supernet.model import count
 from supernet.space import SearchSpace
 
 
@@ -63,6 +64,7 @@ def test_another_target_is_answered_by_the_drops(run: Path, board: LatencyTable,
     result = read(Path("next/result.json"))
     assert result["predicted_loss"] == expected.loss
     assert result["from"] == "run"
+    assert (result["params"], result["macs"]) == count(expected.arch.without_identity())
     assert "exact for the drops of single changes, not for accuracy" in said
     assert "--verify (evaluates and measures)" in said
     assert "than its table says" not in said, "nothing was measured"
@@ -118,7 +120,7 @@ def test_what_cannot_be_answered_is_refused_in_one_line_and_nothing_is_written(
     before = sorted(Path().rglob("*"))
     where = ["--from", "run"]
     assert "is below the fastest network" in refused(cli.search, [*where, "--target-ms", "0.000001"], capsys)
-    assert "unknown latency table 'bord-cpu'" in refused(cli.search, [*where, "--target", "bord-cpu=1"], capsys)
+    assert "no latency table of 'bord-cpu' here" in refused(cli.search, [*where, "--target", "bord-cpu=1"], capsys)
     assert "two targets on board-cpu" in refused(cli.search, [*where, "--target-ms", "1", "--target", "board-cpu=1"], capsys)
     other = ["--target-ms", "1", "--table", "tables/phone-npu.csv"]
     assert "is of phone-npu, which has no target" in refused(cli.search, [*where, *other], capsys)
@@ -200,6 +202,7 @@ def test_one_network_for_two_devices(board: LatencyTable, capsys: pytest.Capture
     assert page.count("<td>phone-npu</td>") == 1
     assert "--target board-cpu=" in page
     cli.search([*targets, *where])  # the same request goes on, and prints the same
+    capsys.readouterr()
     other = ["--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.4 * ms:.6f}"]
     assert "holds another request (targets" in refused(cli.search, [*other, *where], capsys)
 

@@ -253,7 +253,9 @@ def test_a_file_cut_off_anywhere_is_refused_or_a_shorter_network(tmp_path: Path)
 def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
     missing = tmp_path / "none.yaml"
     text = refusal(lambda: ArchConfig.load(missing))
-    assert text == f"the network file {missing} cannot be read: No such file or directory"
+    assert text == (
+        f"the network file {missing} cannot be read (No such file or directory): give the path of a network's YAML file"
+    )
     assert refusal(lambda: ArchConfig.load(tmp_path)).startswith(f"the network file {tmp_path} cannot be read")
 
 

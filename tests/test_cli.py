@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,8 @@ def additive_table(space: SearchSpace, device: str, scale: float = 1.0) -> Laten
         layer: Row(scale * cost(layer), 0.9 * scale * cost(layer), 1.1 * scale * cost(layer), "slope")
         for layer in measured_layers(space.layers())
     }
-    return LatencyTable(
-        device, rows, (plain_calibration(space),), "imported", {"reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}}
-    )
+    meta = {"reference_ms": {"cached_ms": 0.25, "streaming_ms": 0.3}}
+    return LatencyTable(device, rows, (plain_calibration(space),), "imported", meta)
 
 
 def board_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatencyTable:
@@ -126,7 +126,7 @@ def refused(command: Command, arguments: list[str], capsys: pytest.CaptureFixtur
     assert ended.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines, "a refusal says why"
-    said_before = [line for line in lines[:-1] if not line.startswith(("no --data", "reading", "skipped"))]
+    said_before = [line for line in lines[:-1] if not line.startswith(("reading", "skipped"))]
     assert not [line for line in said_before if "broken" not in line and "classes;" not in line], lines
     return lines[-1]
 
@@ -160,17 +160,17 @@ def test_a_target_that_is_no_time_is_refused(target: str, capsys: pytest.Capture
     ("arguments", "said"),
     [
         (["--space", "efficientformer-tin"], "did you mean efficientformer-tiny"),
-        (["--space", "nowhere/space.yaml"], "cannot be read"),
+        (["--space", "nowhere/space.yaml"], "give the path of a space's YAML file, or one of concatplexer"),
         (["--strategy", "gredy"], "did you mean greedy"),
         (["--device", "cpuu"], "did you mean cpu"),
-        (["--config", "none.yaml"], "cannot be read"),
-        (["--table", "none.csv"], "is not there"),
+        (["--config", "none.yaml"], "give the path of a YAML file of settings"),
+        (["--table", "none.csv"], "none.csv does not exist: give the path"),
         (["--data", "nowhere"], "does not exist"),
         (["--seed", "-1"], "not a seed"),
         (["--sede", "1"], "unrecognized arguments"),
         (["--init", "efficientformer_l1"], "--init NET and --weights FILE go together"),
         (["--weights", "l1.pth"], "--init NET and --weights FILE go together"),
-        (["--init", "efficientformer_l1", "--weights", "none.pth"], "none.pth does not exist"),
+        (["--init", "efficientformer_l1", "--weights", "none.pth"], "none.pth does not exist: give a model"),
         (["--init", "efficientformer_l1", "--weights", "none.pth", "--strategy", "best"], "unknown strategy"),
         (["--init", "efficientformer_l1", "--weights", "none.pth", "--space", "efficientvit"], "leave --space out"),
     ],
@@ -196,7 +196,8 @@ def test_a_bad_config_file_is_refused(
 ) -> None:
     (tmp_path / "bad.yaml").write_text(settings)
     arguments = ["--target-ms", "9", "--space", space_file, "--table", phone_table, "--device", "phone-npu"]
-    assert said in refused(cli.search, [*map(str, arguments), "--config", str(tmp_path / "bad.yaml")], capsys)
+    assert said in refused(cli.search, [*map(str, arguments), "--config", str(tmp_path / "bad.yaml"), "--out", "out"], capsys)
+    assert not Path("out").exists()
 
 
 def test_a_target_below_the_smallest_network_is_refused_with_what_can_be_reached(
@@ -449,8 +450,25 @@ def test_a_table_without_the_rows_of_a_network_names_the_command_that_measures_t
     save_file(build_model(ArchConfig.load("mine.yaml")).state_dict(), "w.safetensors")
     arguments = ["--init", "mine.yaml", "--weights", "w.safetensors", "--target-ms", "1", "--out", "run"]
     line = refused(cli.search, [*arguments, "--device", "phone-npu", "--table", str(phone_table)], capsys)
-    assert "--missing --space run/space.yaml" in line
-    assert SearchSpace.load("run/space.yaml") == space_of(ArchConfig.load("mine.yaml"))
+    assert "--space run/space.yaml" in line
+    space = space_of(ArchConfig.load("mine.yaml"))
+    assert SearchSpace.load("run/space.yaml") == space
+    assert "--space run/space.yaml" in refused(
+        cli.search, [*arguments, "--device", "phone-npu", "--table", str(phone_table)], capsys
+    )
+
+    Path("run/space.yaml").write_text("my own space")
+    line = refused(cli.search, [*arguments, "--device", "phone-npu", "--table", str(phone_table)], capsys)
+    assert "run/space.yaml" in line and "another file: give another --out" in line
+    assert Path("run/space.yaml").read_text() == "my own space"
+
+    whole = additive_table(space, "phone-npu").save(tmp_path / "whole")
+    arguments[arguments.index("1")] = "0.0001"
+    assert "give at least" in refused(cli.search, [*arguments, "--device", "phone-npu", "--table", str(whole)], capsys)
+    assert Path("run/space.yaml").read_text() == "my own space"
+    arguments[arguments.index("run")] = "other"
+    refused(cli.search, [*arguments, "--device", "phone-npu", "--table", str(whole)], capsys)
+    assert not Path("other").exists(), "only what a refusal names is left behind"
 
 
 def test_a_network_found_in_another_family_is_of_its_space(space_file: Path, settings_file: Path, tmp_path: Path) -> None:
@@ -473,7 +491,7 @@ def test_a_target_that_the_largest_network_meets_ends_with_it(
     cli.search([*arguments, "--table", str(phone_table), "--device", "phone-npu"])
     out = capsys.readouterr()
     assert "demonstration" in out.err
-    assert "largest network of micro" in out.out
+    assert "micro at its largest widths, no slot empty, meets the target: nothing was taken away" in out.out
     sizes = {name: count(SearchSpace.load(name).largest).macs for name in space_names()}
     found = count(ArchConfig.load("run/searched.yaml")).macs
     larger = min((macs, name) for name, macs in sizes.items() if macs > found)[1]
@@ -544,15 +562,21 @@ def test_nas_profile_predicts_by_layer_for_a_device_that_is_not_here(
     ("command", "arguments", "said"),
     [
         (cli.profile, ["efficientformer_l2"], "did you mean efficientformer_l"),
-        (cli.profile, ["nowhere.yaml"], "cannot be read"),
+        (cli.profile, ["nowhere.yaml"], "give the path of a network's YAML file"),
         (cli.profile, ["nowhere.onnx"], "does not exist"),
         (cli.profile, ["efficientformer_l1", "--device", "gpu"], "unknown device 'gpu'"),
         (cli.train, ["efficientformer_l9", "--out", "t"], "unknown network"),
         (cli.train, ["efficientformer_l1", "--out", "t", "--recipe", "quik"], "did you mean quick"),
         (cli.train, ["efficientformer_l1", "--out", "t", "--recipe", "finetun"], "did you mean finetune"),
+        (cli.train, ["efficientformer_l1", "--out", "t", "--recipe", "none.yaml"], "or one of quick, finetune"),
+        (cli.train, ["efficientformer_l1", "--out", "t", "--teacher", "none.yaml"], "the teacher none.yaml: the network"),
+        (cli.train, ["efficientformer_l1", "--out", "t", "--teacher", "none.pt2"], "the teacher none.pt2 cannot be used"),
+        (cli.build_lut, ["--import-results", "none.json"], "bring results.json from the device again"),
         (cli.export, ["efficientformer_l1", "--format", "onyx", "--out", "m"], "did you mean onnx"),
         (cli.export, ["efficientformer_l1", "--format", "onnx", "--out", "m.onnx", "--weights", "no.pt"], "no.pt"),
         (cli.build_lut, [], "--device cpu"),
+        (cli.build_lut, ["--check"], "--check --device iphone-npu (or iphone-cpu, mac-npu, mac-cpu)"),
+        (cli.build_lut, ["--device", "cpu", "--threads", "4096"], "--threads 4096 is more than the CPUs"),
         (cli.build_lut, ["--device", "a1000"], "unknown device 'a1000'"),
         (cli.build_lut, ["--device", "cpu", "--space", "tiny"], "efficientformer-tiny"),
         (cli.build_lut, ["--device", "cpu", "--space", "a", "--arch", "b"], "not allowed with"),
@@ -564,12 +588,40 @@ def test_the_other_commands_refuse_in_one_line(
     assert said in refused(command, arguments, capsys)
 
 
+def test_the_demonstration_is_told_only_where_work_begins(
+    space_file: Path, phone_table: Path, settings_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text(TINY)
+    Path("recipe.yaml").write_text("{epochs: 1, batch_size: 64, learning_rate: 0.001, layer_scale: 0.1, clip_norm: 5}")
+    training = ["mine.yaml", "--out", "trained", "--recipe", "recipe.yaml"]
+    cli.train(training)
+    assert "(no --data: a demonstration)" in capsys.readouterr().err
+    assert "another request (seed 0, now 1)" in refused(cli.train, [*training, "--seed", "1"], capsys)
+    arguments = ["--target-ms", "99", "--space", str(space_file), "--table", str(phone_table), "--device", "phone-npu"]
+    assert "another request" in refused(cli.search, [*arguments, "--out", "trained"], capsys)
+    assert "mine.yaml" in refused(cli.search, [*arguments, "--out", "mine.yaml"], capsys)
+
+
 def test_the_tables_are_listed(tmp_path: Path, space_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.build_lut(["--list"])
     assert "nas-build-lut --device cpu" in capsys.readouterr().out, "with none, the command that makes one"
     additive_table(SearchSpace.load(space_file), "phone-npu").save(tmp_path / "tables")
     cli.build_lut(["--list"])
     assert "phone-npu" in capsys.readouterr().out
+
+
+def test_a_table_without_a_date_says_so(tmp_path: Path, space_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = additive_table(SearchSpace.load(space_file), "phone-npu")
+    table.save(tmp_path / "tables")
+    cli.build_lut(["--list"])
+    assert "imported at an unknown time\n" in capsys.readouterr().out
+    cli.build_lut(["--show", "phone-npu"])
+    assert "phone-npu: imported at an unknown time\n" in capsys.readouterr().out
+    replace(table, meta={**table.meta, "measured_at": "2026-01-02T03:04:05.678+00:00"}).save(tmp_path / "tables")
+    cli.build_lut(["--list"])
+    assert "imported 2026-01-02\n" in capsys.readouterr().out
+    cli.build_lut(["--show", "phone-npu"])
+    assert "phone-npu: imported 2026-01-02T03:04\n" in capsys.readouterr().out
 
 
 def test_public_names_are_those_of_the_design() -> None:

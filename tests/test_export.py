@@ -24,6 +24,7 @@ from refusals import refusal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nas import cli
 from nas.about import note, targets_of_file
 from nas.data import load_images, normalise
 from nas.export import (
@@ -41,7 +42,7 @@ from nas.measure import name_of
 from nas.pixels import decode
 from nas.plan import Work
 from nas.profilers import coreml
-from nas.profilers.bench import Plan
+from nas.profilers.bench import Failed, Plan
 from nas.profilers.ort_cpu import OrtCpu
 from supernet.arch import ArchConfig, Stage
 from supernet.blocks.efficientformer import LAYER_SCALE, LayerScale
@@ -113,12 +114,31 @@ def test_broken_weights_are_refused(value: float, tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path], "and nothing lies beside it"
 
 
-def test_a_file_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_computes_something_else_is_our_fault_and_not_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = with_ordinary_values(build_model(MAP_HEAD), seed=1)
     other = onnx_bytes(with_ordinary_values(build_model(MAP_HEAD), seed=2), torch.zeros(1, 3, 32, 32))
     monkeypatch.setattr("nas.export.onnx_bytes", lambda *_, **__: other)
-    with pytest.raises(InputError, match="differs from eager"):
+    with pytest.raises(Failed, match="differs from eager"):
         checked_onnx(model, expectations(model, 32))
+    arch, out = tmp_path / "net.yaml", tmp_path / "m.onnx"
+    MAP_HEAD.save(arch)
+    with pytest.raises(SystemExit) as ended:
+        cli.export([str(arch), "--out", str(out)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 1 and "please report it" in line
+    assert not out.exists()
+
+
+def test_what_a_file_holds_is_told_where_there_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.export(["searched.yaml", "--out", "searched.yaml/m.onnx"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be written" in line
+    cli.export(["searched.yaml", "--out", "m.onnx"])
+    assert "the file holds random weights" in capsys.readouterr().err
 
 
 def test_ordinary_values_are_ordinary_and_distinct() -> None:

@@ -162,6 +162,10 @@ def not_a_number(results: dict[str, Any]) -> None:
     results["visits"]["empty"][0][0] = float("nan")
 
 
+def no_hash(results: dict[str, Any]) -> None:
+    del results["job_sha256"]
+
+
 def no_unit(results: dict[str, Any]) -> None:
     del results["unit"]
 
@@ -171,6 +175,7 @@ def no_unit(results: dict[str, Any]) -> None:
     [
         (other_form, r"another export form \(.*plain form; now .*deploy form\): export the job anew and run it"),
         (no_mapping, "no whole results file"),
+        (no_hash, r"no whole results file \(it lacks job_sha256\)"),
         (somewhere_else, "cannot be a device id"),
         (other_job, "belongs to a job whose manifest"),
         (lacks_a_model, r"lacks 1 of \d+ models, '4 x mb4d\(dim=16\) at 8 px' first"),
@@ -221,9 +226,61 @@ def test_a_job_that_is_to_be_measured_anew_is_another_job_with_the_same_models(f
 
 def test_another_space_leaves_no_model_of_the_first_behind(folder: Path, work: Work) -> None:
     other = small_space((16,))
-    export_job(folder, other, work_for(other), device="pretended-cpu")
+    export_job(folder, other, work_for(other), device="pretended-cpu", replaces=True)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert {p.name for p in (folder / "models").iterdir()} == {Path(m["file"]).name for m in manifest["models"].values()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "other-cpu"], "of another device:"),
+        (["--device", "pretended-cpu", "--space", "other.yaml"], "of another space:"),
+        (["--device", "pretended-cpu", "--threads", "4"], "of another device and threads:"),
+        (["--device", "pretended-cpu-b8", "--batch", "8", "--precision", "int8"], "of another device and precision and batch:"),
+        ([], "of another device:"),
+        (["--device", "apple-m2-npu", "--format", "coreml"], "of another device and format and precision:"),
+    ],
+)
+def test_a_job_of_another_request_is_not_written_over(
+    folder: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SPACE.save("space.yaml")
+    small_space((16,)).save("other.yaml")
+    (folder / "results.json").write_text("{}")
+    next((folder / "models").iterdir()).unlink()  # a folder whose models were taken out is still that job's
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    given = arguments if "--space" in arguments else [*arguments, "--space", "space.yaml"]
+    with pytest.raises(SystemExit) as ended:
+        cli.build_lut([*given, "--export-job", str(folder)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert f"holds the job of pretended-cpu for space {SPACE.name}, which is {said} give another --export-job" in error
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_request_to_another_version_replaces_its_job(folder: Path, work: Work) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    earlier = {**manifest["settings"], "export": "torchscript, opset 20, plain form"}
+    made_with = {**manifest["made_with"], "torch": "1.0"}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "settings": earlier, "made_with": made_with}))
+    export_job(folder, SPACE, work, device="pretended-cpu")
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
+
+
+def test_models_that_were_taken_out_are_written_again(folder: Path, work: Work) -> None:
+    before = {path.name: path.read_bytes() for path in (folder / "models").iterdir()}
+    (folder / "models" / next(iter(before))).unlink()
+    export_job(folder, SPACE, work, device="pretended-cpu")
+    assert before == {path.name: path.read_bytes() for path in (folder / "models").iterdir()}
+
+
+def test_a_job_without_a_device_names_itself_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SPACE.save("space.yaml")
+    for name, device in (("a", []), ("b", ["--device", "cpu"])):
+        cli.build_lut([*device, "--space", "space.yaml", "--export-job", name])
+    assert json.loads(Path("a/manifest.json").read_text())["device"] is None
+    assert Path("a/manifest.json").read_bytes() == Path("b/manifest.json").read_bytes()
 
 
 def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path, work: Work) -> None:
@@ -315,6 +372,20 @@ def test_a_job_whose_model_was_changed_is_refused_on_the_device(real_job: Path, 
     assert "Traceback" not in done.stderr
 
 
+def test_a_job_of_more_threads_than_the_device_has_is_refused_there(real_job: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(real_job, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["settings"]["threads"] = 4096
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "4096 threads, more than the CPUs that this process may use" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_runtime_that_the_processor_cannot_run_is_told_with_the_fix(real_job: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -370,6 +441,24 @@ def test_a_step_that_fails_over_ssh_is_told_in_one_line(machine: Path, folder: P
 
 
 @pytest.mark.parametrize(
+    ("code", "said", "ends"),
+    [(255, "ssh: Could not resolve hostname pi", 2), (255, "me@pi: Permission denied (publickey).", 2), (127, "no python3", 1)],
+)
+def test_a_machine_that_is_not_reached_costs_no_models(
+    code: int, said: str, ends: int, machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (machine / "bin" / "ssh").write_text(
+        f"#!{sys.executable}\nimport sys\nsys.stderr.write('a banner\\n' + {said!r} + '\\n')\nsys.exit({code})\n"
+    )
+    monkeypatch.setattr("nas.remote.export_job", lambda *_, **__: pytest.fail("models are written"))
+    with pytest.raises(SystemExit) as ended:
+        cli.build_lut(["--device", "ssh://me@pi"])
+    assert ended.value.code == ends
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nas-build-lut: cannot")]
+    assert f"cannot run python3 on me@pi: {said}" in line and "banner" not in line
+
+
+@pytest.mark.parametrize(
     "url", ["ssh://", "ssh:host", "ssh://-oProxyCommand=evil", "ssh://pi:abc", "ssh://pi:99999", "ssh://a b"]
 )
 def test_an_address_that_is_none_is_refused(url: str) -> None:
@@ -390,6 +479,9 @@ def test_an_address_keeps_the_names_that_ssh_knows() -> None:
         (["--device", "pi-cpu", "--export-job", "x", "--precision", "fp16"], "cannot have the precision 'fp16'"),
         (["--device", "iphone15-npu", "--export-job", "x"], "give --format coreml"),
         (["--device", "iphone-npu", "--export-job", "x", "--format", "coreml"], "name the very one"),
+        (["--export-job", "x", "--format", "coreml"], "--device iphone15pro-npu"),
+        (["--export-job", "x", "--format", "tflite"], "unknown format 'tflite'"),
+        (["--export-job", "x", "--missing"], "leave --missing out"),
         (["--device", "pi-cpu", "--export-job", "x", "--missing"], "leave --missing out"),
         (["--device", "ssh://pi:x"], "is no address"),
         (["--device", "iphone-npu", "--batch", "8"], "at batch 1"),

@@ -15,9 +15,9 @@ import pytest
 from nas.lut import build_table, fit, rows_off_their_visits
 from nas.measure import CACHED, EMPTY, STREAMING, Model, name_of
 from nas.plan import requested_space, slope, stratified, terms_of, work_for
-from nas.profilers.bench import Bench, Goal, Plan, Samples, TooNoisy
+from nas.profilers.bench import Bench, Calm, Goal, Plan, Samples, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
-from nas.profilers.timing import Stopwatch, Visit, Workload
+from nas.profilers.timing import References, Stopwatch, Visit, Workload
 from nas.table import LatencyTable, measured_layers
 from supernet.blocks import build_layer
 from supernet.errors import InputError
@@ -349,6 +349,29 @@ def test_a_machine_that_comes_and_goes_is_told_instead_of_measured(device: Devic
     assert build_table(device, small_space(), tmp_path).serves(small_space()), "the next build begins anew"
 
 
+def test_what_disturbs_a_device_for_a_while_is_waited_for() -> None:
+    said: list[str] = []
+    now = 0.0
+    quiet, busy = Visit(1.0, References(0.5, 1.0)), Visit(1.0, References(0.6, 4.0))
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    calm = Calm([quiet] * 49, said.append, sleep, lambda: now)
+    assert not calm.waited_for(quiet)
+    assert not calm.waited_for(busy), "nothing was measured for long enough to be worth it"
+    now = 20.0
+    assert [calm.waited_for(busy) for _ in range(5)] == [True, True, True, True, False], "15 of 20 seconds, not 16 more"
+    assert now == 35.0
+    assert len(said) == 1
+    assert "takes 4 ms instead of 1" in said[0]
+    now += 1000.0
+    assert not calm.waited_for(quiet)
+    assert calm.waited_for(busy)
+    assert now == 1036.0, "after a calm visit it begins with a second again"
+
+
 def test_calibration_networks_are_spread_over_the_space() -> None:
     space = small_space()
     networks = stratified(space, 12, random.Random(0))
@@ -441,9 +464,26 @@ def test_a_batch_is_the_first_side_of_what_is_timed() -> None:
 @pytest.mark.parametrize(
     ("settings", "end"), [({}, "-cpu"), ({"threads": 2}, "-2t"), ({"precision": "int8", "batch": 8}, "-cpu-int8-b8")]
 )
-def test_settings_are_part_of_the_device_id(settings: dict[str, Any], end: str) -> None:
+def test_settings_are_part_of_the_device_id(settings: dict[str, Any], end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.devices.usable_cpus", lambda: 2)
     profiler = OrtCpu(**settings)
     assert profiler.id.endswith(end)
     from nas.devices import open_profiler
 
     assert open_profiler(profiler.id) == profiler, "and an id gives the settings back"
+
+
+def test_more_threads_than_cpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from nas.devices import open_profiler
+    from nas.profilers.bench import usable_cpus
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 3, 5}, raising=False)
+    assert usable_cpus() == 3
+    assert open_profiler("cpu", threads=3).id.endswith("-3t")
+    with pytest.raises(InputError, match=r"--threads 4 is more .* give at most 3, or --export-job"):
+        open_profiler("cpu", threads=4)
+    monkeypatch.delattr(os, "sched_getaffinity")  # Linux alone has it
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert usable_cpus() == 5

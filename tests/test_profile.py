@@ -186,3 +186,32 @@ def test_a_table_of_an_earlier_form_is_left_out_unless_it_was_named(tmp_path: Pa
     assert record["predicted_ms"] is None and record["measured_ms"] == 2.0
     assert "another export form" in said.err and "nas-build-lut --device this-cpu" in said.err
     assert "another export form" in refused(["small.yaml", "--device", "this-cpu"], capsys)
+
+
+def test_a_row_that_is_missing_is_named_with_the_command_for_its_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace(ARCH, stages=(replace(ARCH.stages[0], width=24, blocks=()), ARCH.stages[1])).save("wider.yaml")
+    save_table(tmp_path / "tables", "this-cpu")
+    cli.profile(["wider.yaml"])  # measured all the same
+    said = capsys.readouterr().err
+    assert "has no row for stem" in said
+    assert "`nas-build-lut --device this-cpu --missing --arch wider.yaml`" in said
+    save_table(tmp_path / "tables", "board-cpu")
+    said = refused(["wider.yaml", "--device", "board-cpu"], capsys)
+    assert "has no row for stem" in said
+    assert "`nas-build-lut --device board-cpu --arch wider.yaml --export-job DIR`" in said
+
+
+def test_a_kind_that_is_elsewhere_means_its_only_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no table of one yet" in refused(["small.yaml", "--device", "iphone-npu"], capsys)
+    table = save_table(tmp_path / "tables", "iphone15pro-npu")
+    save_table(tmp_path / "tables", "iphone15pro-cpu")
+    cli.profile(["small.yaml", "--device", "iphone-npu", "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["device"] == "iphone15pro-npu"
+    assert record["predicted_ms"] == pytest.approx(table.predict_ms(ARCH))
+    save_table(tmp_path / "tables", "iphone14-npu")
+    said = refused(["small.yaml", "--device", "iphone-npu"], capsys)
+    assert "iphone14-npu" in said
+    assert "iphone15pro-npu" in said

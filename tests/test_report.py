@@ -233,7 +233,7 @@ def test_what_was_asked_and_found_is_at_the_top(tmp_path: Path) -> None:
         ({"measured_ms": None, "measured_low_ms": None, "measured_high_ms": None, "met": None}, "Not measured"),
         ({"demonstration": True}, "not one to ship"),
         ({"candidate": "candidate.yaml"}, "A slower network might fit too"),
-        ({"largest_of_space": True}, "the largest network of its space"),
+        ({"largest_of_space": True}, "Nothing had to be taken away: a larger space"),
         ({"max_params": 200000}, "at most 200 k"),
         ({"init": {"network": "mine", "weights": "w", "predicted_ms": 1.25, "accuracy": 0.9}}, "mine: top-1 90.0 %"),
         ({"versions": {"metapath-nas": "9.8.7"}}, "metapath-nas 9.8.7"),

@@ -273,7 +273,7 @@ def test_an_unknown_name_or_a_missing_file_is_refused(tmp_path: Path) -> None:
     text = refusal(lambda: SearchSpace.load("efficientformer-x"))
     assert text.startswith("unknown space 'efficientformer-x': did you mean ")
     assert all(name in text for name in SPACES)
-    assert "cannot be read: No such file" in refusal(lambda: SearchSpace.load(tmp_path / "none.yaml"))
+    assert "cannot be read (No such file" in refusal(lambda: SearchSpace.load(tmp_path / "none.yaml"))
 
 
 def test_spaces_made_in_code_are_checked_too() -> None:

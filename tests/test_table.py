@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from nas.devices import measuring
+from nas.lookup import resolve_table
 from nas.table import Calibration, CheckedNetwork, LatencyTable, Row, Target, find_tables, measured_layers, space_sha256
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
@@ -167,6 +169,18 @@ def other_schema(path: Path) -> None:
     sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "schema": 99}))
 
 
+def guessed(path: Path) -> None:
+    sidecar = path.with_suffix(".meta.json")
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "provenance": "estimated"}))
+
+
+def of_no_device(path: Path) -> None:
+    sidecar = path.with_suffix(".meta.json")
+    content = json.loads(sidecar.read_text())
+    del content["device"]
+    sidecar.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -175,6 +189,8 @@ def other_schema(path: Path) -> None:
         (drop_sidecar, "is not there"),
         (cut_sidecar, "not whole JSON"),
         (other_schema, "schema 99"),
+        (guessed, r"its provenance must be measured or imported, but is 'estimated'\): build it anew"),
+        (of_no_device, r"it lacks device\): build it anew"),
     ],
 )
 def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -221,7 +237,7 @@ def test_tables_are_found_in_the_working_folder_first(tmp_path: Path, monkeypatc
     assert find_tables()["toy-cpu"] == in_user
     table.save(tmp_path / "latency_tables")
     assert find_tables()["toy-cpu"] == Path("latency_tables/toy-cpu.csv")
-    with pytest.raises(InputError, match=r"unknown latency table 'toy-gpu'.*toy-cpu"):
+    with pytest.raises(InputError, match=r"'toy-gpu' here \(there are tables of toy-cpu\): .*--device toy-gpu"):
         LatencyTable.load("toy-gpu")
 
 
@@ -243,3 +259,29 @@ def test_every_layer_of_every_network_of_a_space_is_priced() -> None:
     rng = random.Random(3)
     archs: list[ArchConfig] = [TINY.sample(rng) for _ in range(100)]
     assert all(table.predict_ms(arch) > 0 for arch in archs)
+
+
+def test_how_more_rows_are_measured_depends_on_where_the_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.profilers.ort_cpu.cpu_id", lambda: "this-cpu")
+    table = table_of(TINY)
+    here = replace(table, device="this-cpu")
+    assert measuring(here, "--space s") == "`nas-build-lut --device this-cpu --missing --space s`"
+    assert measuring(replace(table, provenance="measured"), "--space s").endswith("--missing --space s` on that machine")
+    assert "--space s --export-job DIR`" in measuring(replace(table, provenance="imported"), "--space s")
+    phone = replace(table, provenance="imported", meta={**table.meta, "runtime": "coreml"})
+    assert "--space s --export-job DIR --format coreml`" in measuring(phone, "--space s")
+
+
+def test_tables_that_ship_are_nobodys_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a checkout the working folder's `latency_tables` is the package's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "mine")
+    monkeypatch.setattr("nas.profilers.ort_cpu.cpu_id", lambda: "this-cpu")
+    table = table_of(TINY)
+    path = table.save("latency_tables")
+    assert resolve_table(None, None) == ("toy-cpu", Path("latency_tables/toy-cpu.csv")), "the user's only one"
+    monkeypatch.setattr("nas.table._SHIPPED", tmp_path / "latency_tables")
+    assert resolve_table(None, None) == ("this-cpu", None)
+    assert resolve_table("toy-cpu", None) == ("toy-cpu", path), "asked for, it is found"
+    here = replace(table, device="this-cpu").save("latency_tables")
+    assert resolve_table(None, None) == ("this-cpu", here), "built here"

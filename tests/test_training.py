@@ -298,7 +298,7 @@ def test_weights_that_do_not_fit_are_refused(whole: TrainingResult, tmp_path: Pa
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
 def test_files_that_hold_no_weights_are_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    with pytest.raises(InputError, match=f"{name} does not exist$"):
+    with pytest.raises(InputError, match=f"{name} does not exist: give a model.safetensors"):
         load_weights(network(), path)
     path.write_bytes(b"no weights at all")
     with pytest.raises(InputError, match=f"{name} cannot be read: give a"):

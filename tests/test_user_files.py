@@ -386,6 +386,7 @@ KEPT = {
     "searched.yaml": yaml_files,
     "space.yaml": yaml_files,
     "channels.json": json_files,
+    "layers.csv": csv_files,
 }
 
 

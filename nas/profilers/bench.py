@@ -6,10 +6,13 @@ travels to devices that have nothing else (see `job`).
 
 from __future__ import annotations
 
+import bisect
 import csv
 import datetime
 import math
+import os
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,10 +37,13 @@ Open = Callable[[str], tuple[Workload, int]]  # a model's name -> its workload, 
 MIN_MS_OF_A_CALL = 5e-4  # no runtime answers sooner: shorter times are in another unit
 LAST_PASS = 2.0  # times as wide as they are to be, intervals are still worth a last pass
 TOO_NOISY = 2.5  # p90 over p10 of a reference's milliseconds
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
+MOST_WAITING_S = 600.0  # of all pauses, which are not longer in all than what was measured meanwhile
+ENOUGH = 50  # visits, to know by how much the references vary
 
 
 class Failed(Exception):
-    """Something outside the user's input failed: a connection, a device."""
+    """Something outside the user's input failed: a connection, a device, an exporter."""
 
 
 class Disturbed(Failed):
@@ -163,14 +169,23 @@ def reference_of(visits: Mapping[str, Sequence[Visit]]) -> References:
 
 
 class Bench:
-    """Visits models until their intervals are narrow enough."""
+    """Visits models until their intervals are narrow enough. `say` is told when it waits for a device that is busy."""
 
-    def __init__(self, samples: Samples, open_model: Open, stopwatch: Stopwatch, rng: random.Random, plan: Plan) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        open_model: Open,
+        stopwatch: Stopwatch,
+        rng: random.Random,
+        plan: Plan,
+        say: Callable[[str], object] = print,
+    ) -> None:
         self.samples = samples
         self.open_model = open_model
         self.stopwatch = stopwatch
         self.rng = rng
         self.plan = plan
+        self.calm = Calm([visit for visits in samples.visits.values() for visit in visits], say)
 
     def measure(
         self,
@@ -194,6 +209,8 @@ class Bench:
         def record(name: str, visit: Visit) -> None:
             self.samples.add(name, visit)
             tick(1)
+            if self.calm.waited_for(visit):
+                self.stopwatch.pause()
 
         while queue:
             live: dict[str, Workload] = {}
@@ -236,6 +253,42 @@ class Bench:
         return {model for model in open_models if self.samples.count(model) < limit}
 
 
+class Calm:
+    """Waits while a device is far busier than it was: what disturbs it, such as an update, may soon be over."""
+
+    def __init__(
+        self,
+        visits: Iterable[Visit],
+        say: Callable[[str], object],
+        sleep: Callable[[float], object] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.times = tuple(sorted(times) for times in zip(*(v.reference for v in visits), strict=True)) or ([], [])
+        self.say, self.sleep, self.clock = say, sleep, clock
+        self.started = clock()
+        self.waited_s = 0.0
+        self.pause_s = FIRST_PAUSE_S
+
+    def waited_for(self, visit: Visit) -> bool:
+        """Pause after a visit during which the device was too busy, longer each time in a row; return whether it did."""
+        busy = ""
+        for times, ms in zip(self.times, visit.reference, strict=True):
+            bisect.insort(times, ms)
+            usual = times[len(times) // 10]
+            if len(times) >= ENOUGH and ms > TOO_NOISY * usual:
+                busy = f"its reference workload takes {ms:.3g} ms instead of {usual:.3g}"
+        most = min(MOST_WAITING_S, self.clock() - self.started - self.waited_s)
+        if not busy or self.waited_s + self.pause_s > most:
+            self.pause_s = FIRST_PAUSE_S
+            return False
+        if not self.waited_s:
+            self.say(f"the device is busy ({busy}): waiting for it")
+        self.sleep(self.pause_s)
+        self.waited_s += self.pause_s
+        self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)
+        return True
+
+
 def carry_out(plan: Plan, bench: Bench, tick: Tick, touches: Touches | None) -> None:
     """Make the visits of a plan.
 
@@ -269,6 +322,11 @@ def refuse_noise(visits: Mapping[str, Sequence[Visit]]) -> None:
                 f"({name}, 10th to 90th percentile, of {median(times):.3g}); nothing is written. End other work, wait, and "
                 "give the same command again"
             )
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use, as far as its system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def now() -> str:

@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): python3 -m pip install onnxruntime numpy")
 
-from nas.profilers.bench import Bench, Plan, Samples, TooNoisy, carry_out, now
+from nas.profilers.bench import Bench, Plan, Samples, TooNoisy, carry_out, now, usable_cpus
 from nas.profilers.ort_session import OrtModel, environment, pinned, throttle_state, touches, warnings_about
 from nas.profilers.timing import Stopwatch, Workload
 
@@ -105,8 +105,13 @@ def main() -> None:
     if given.probe:
         open_model(folder, manifest, manifest["references"][0])[0]()
         return
-    probe(folder)
     settings, plan = manifest["settings"], Plan(**manifest["plan"])
+    if settings["threads"] > usable_cpus():
+        raise SystemExit(
+            f"run_job.py: the job is of {settings['threads']} threads, more than the CPUs that this process may use: run it on "
+            f"a device that has as many, or export it with --threads {usable_cpus()} at most"
+        )
+    probe(folder)
     place = environment(settings["threads"], settings["precision"], settings["batch"])
     place["warnings"] = warnings_about(place)
     for warning in place["warnings"]:

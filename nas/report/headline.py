@@ -82,9 +82,7 @@ def _verdict(run: Run) -> tuple[str, str, str]:
     if result.get("largest_of_space"):
         began = result.get("init", {}).get("network")
         more = (
-            f" {escape(began)} meets it as it is."
-            if began
-            else " It is the largest network of its space: a larger one may do better."
+            f" {escape(began)} meets it as it is." if began else " Nothing had to be taken away: a larger space may do better."
         )
     if result.get("candidate"):
         more += " A slower network might fit too: <code>--verify</code> again measures it."

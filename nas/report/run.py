@@ -151,7 +151,8 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     try:
-        request, result = (read_json(folder / f"{name}.json", "the file") for name in ("request", "result"))
+        names = ("request", "result")
+        request, result = (read_json(folder / f"{name}.json", "the file", "a search writes it") for name in names)
     except InputError as error:
         raise InputError(
             f"{folder} holds no finished search ({error}): give the --out folder of a nas-search that ended"
