@@ -30,6 +30,7 @@ from nas.judging import (
 )
 from nas.kept import Checks, Remembered, described, write_complexity, write_csv
 from nas.lookup import OnDevice, groups_of, places, resolve_device, usable_table
+from nas.parallel import joined
 from nas.pretrained import Pretrained, layers_kept, on_data, pretrained_supernet, requested
 from nas.progress import say
 from nas.recovery import Recovered
@@ -53,7 +54,7 @@ from nas.strategies import (
     refuse_unreachable,
     telling_steps,
 )
-from nas.supernet_training import logits_of, train_supernet, training_size
+from nas.supernet_training import check_trainable, logits_of, train_supernet, training_size
 from nas.table import LatencyTable
 from nas.throughput import COLUMNS as THROUGHPUT_COLUMNS
 from nas.throughput import Finalist, Found, GroupedPredictor, best_of, records, train_finalists, usable_ways
@@ -181,6 +182,8 @@ def run_search(
         refuse_below_smallest(space, devices)
     check_limits(space, limits_of(space, None, settings.max_params, settings.max_macs))
     accelerator(settings.accelerator)  # refuses one that this machine does not have
+    if given is None and trained is None:
+        check_trainable(settings, data, joined())
     first = devices[0]
     several = [{"device": d.name, "target_ms": d.target.ms, "table": str(d.path.resolve())} for d in devices]
     with alone(folder, shared=request.strategy == "optuna"):  # whose processes share a study, and may share its folder

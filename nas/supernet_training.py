@@ -245,6 +245,28 @@ def _compiling(layers: int) -> contextlib.AbstractContextManager[None]:
     return config.patch(recompile_limit=most, accumulated_recompile_limit=max(most, config.accumulated_recompile_limit))  # type: ignore[no-any-return]
 
 
+def epoch_sizes(settings: SupernetSettings, data: ImageData) -> list[int]:
+    """Return the images of each epoch: those of the weights, then those of mixtures."""
+    per_epoch = epoch_size(settings, data)
+    in_mixture = min(per_epoch, max(MIXTURE_IMAGES, per_epoch // 4))
+    return [per_epoch] * settings.weight_epochs + [in_mixture] * settings.mixture_epochs
+
+
+def check_trainable(settings: SupernetSettings, data: ImageData, group: Group) -> torch.device:
+    """Return the device that a supernet is trained on; refuse settings that it cannot be trained by, before anything is.
+
+    Raises:
+        InputError: the accelerator is not there, a step's images make no equal parts, or nothing can be compiled here.
+    """
+    device = group.device(accelerator(settings.accelerator))
+    for size in set(epoch_sizes(settings, data)):
+        rows = group.rows(min(settings.batch_size, size))
+        check_parts(rows.stop - rows.start, settings.accumulate)
+    if settings.compile:
+        check_compiler(device)
+    return device
+
+
 def train_supernet(
     space: SearchSpace, data: ImageData, settings: SupernetSettings, seed: int, folder: Path, group: Group = ALONE
 ) -> AnySupernet:
@@ -267,17 +289,10 @@ def train_supernet(
         }
     )
 
-    per_epoch = epoch_size(settings, data)
-    in_mixture = min(per_epoch, max(MIXTURE_IMAGES, per_epoch // 4))
-    sizes = [per_epoch] * settings.weight_epochs + [in_mixture] * settings.mixture_epochs  # images of each epoch
+    sizes = epoch_sizes(settings, data)
 
     def untrained() -> AnySupernet:
-        device = group.device(accelerator(settings.accelerator))
-        for size in set(sizes):  # refused before anything is computed
-            rows = group.rows(min(settings.batch_size, size))
-            check_parts(rows.stop - rows.start, settings.accumulate)
-        if settings.compile:
-            check_compiler(device)
+        device = check_trainable(settings, data, group)
         torch.manual_seed(seed)
         net = ElasticSupernet(space) if settings.paths == "elastic" else Supernet(space)
         net.checkpoint_activations = settings.checkpoint_activations

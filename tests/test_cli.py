@@ -211,6 +211,16 @@ def test_a_target_below_the_smallest_network_is_refused_with_what_can_be_reached
     assert not (tmp_path / "out").exists(), "nothing is written for a request that cannot be met"
 
 
+def test_parts_of_a_step_that_are_not_equal_are_refused_before_the_folder_is_claimed(
+    tmp_path: Path, space_file: Path, settings_file: Path, phone_table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings_file.write_text(yaml.safe_dump({**yaml.safe_load(SETTINGS), "accumulate": 7}))
+    where = ["--space", str(space_file), "--config", str(settings_file), "--out", "out"]
+    said = refused(cli.search, ["--target-ms", "1000", "--device", "phone-npu", "--table", str(phone_table), *where], capsys)
+    assert "accumulate 7 does not divide" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_tables_that_do_not_fit_are_refused(
     space_file: Path, phone_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
