@@ -126,7 +126,8 @@ def test_a_whole_epoch_of_the_published_recipe_with_a_teacher(
     recipe = replace(RECIPES["efficientformer"], epochs=1, batch_size=96, warm_up_epochs=0.5, drop_path=0.1)
     result = train_network(ARCH, digits, recipe, tmp_path, seed=0, teacher=teacher)
     said = capsys.readouterr().err
-    assert "1,106 images: epochs 1 to 1, 11 steps of 96" in said
+    assert "1,106 images of handwritten digits" in said
+    assert ": epochs 1 to 1, 11 steps of 96" in said
     assert "0.001 for 1024 images a step, comes to 9.375e-05 for 96" in said
     row = rows(tmp_path)[0]
     assert (float(row["ema_loss"]), float(row["ema_accuracy"])) == (result.loss, result.accuracy)
