@@ -333,7 +333,7 @@ def real_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("nas.job._cache", lambda: folder / "cache")
         cli.build_lut(["--device", "cpu", "--space", str(folder / "micro.yaml"), "--export-job", str(folder / "job")])
     manifest = json.loads((folder / "job" / "manifest.json").read_text())
-    manifest["plan"]["passes"] = [4, 8, 12]  # it is the path that is tested, not how narrow the intervals are
+    manifest["plan"] |= {"passes": [3, 6], "min_visits": 6}  # it is the path that is tested, not how narrow the intervals are
     (folder / "job" / "manifest.json").write_text(json.dumps(manifest))
     return folder / "job"
 
