@@ -26,7 +26,8 @@ from supernet.specs import Layer
 from supernet.units import UnitScores
 from supernet.weights import AnySupernet, subnetwork
 
-CHUNK = 128  # images that go through a layer at once
+CHUNK = 128  # images that go through a layer at once, at most ...
+CHUNK_BYTES = 2 << 20  # ... on a CPU as many as this holds of what enters the layer: what it computes then stays in the caches
 SHARE = 4  # a fourth of the machine's memory is for activations ...
 UNKNOWN_MEMORY = 4 << 30  # ... which is taken to be this where the system does not say
 CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # what a container may have
@@ -115,7 +116,7 @@ class Evaluator:
         del kept  # or it would stay in memory as long as the network is run
         for node, module in zip(nodes[start:], self.inherited(arch, start), strict=True):
             fit = recalibrated(module, fit)
-            score = torch.cat([module(chunk) for chunk in score.split(CHUNK)])
+            score = through(module, score)
             self.layers_run += not self._tree.is_free(node)
             if node != nodes[-1]:
                 self._cache.keep(node, (fit, score), _bytes(fit, score))
@@ -126,13 +127,22 @@ class Evaluator:
     def judge(self, model: nn.Sequential) -> Evaluation:
         """Return how any network does, its batch-norm statistics recomputed first."""
         recalibrate(model, self.recalibration)
-        return self._judged(torch.cat([model(chunk) for chunk in self.images.split(CHUNK)]))
+        score = self.images
+        for module in model:
+            score = through(module, score)
+        return self._judged(score)
 
     def _judged(self, logits: Tensor) -> Evaluation:
         logits = logits.cpu().double()  # Apple's GPU has no float64
         loss = F.cross_entropy(logits, self.labels).item()
         accuracy = (logits.argmax(1) == self.labels).double().mean().item()
         return Evaluation(loss, accuracy)
+
+
+def through(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what a layer in eval mode makes of the images `x` (N, ...), a chunk at a time."""
+    of_cpu = max(1, CHUNK_BYTES // (x[0].numel() * x.element_size())) if x.device.type == "cpu" else CHUNK
+    return torch.cat([layer(chunk) for chunk in x.split(min(of_cpu, CHUNK))])
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -167,7 +177,7 @@ def recalibrated(module: nn.Module, x: Tensor) -> Tensor:
     """Set a layer's batch-norm statistics to those of the batch `x`, leave it in eval mode, return its output."""
     norms = list(_batch_norms(module))
     if not norms:
-        return torch.cat([module.eval()(chunk) for chunk in x.split(CHUNK)])
+        return through(module.eval(), x)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0  # the statistics become this batch's
@@ -184,7 +194,7 @@ def recalibrate(model: nn.Sequential, x: Tensor, unchanged: int = 0) -> None:
     aside; leave it in eval mode."""
     model.eval()
     for at, module in enumerate(model.children()):
-        x = recalibrated(module, x) if at >= unchanged else torch.cat([module(chunk) for chunk in x.split(CHUNK)])
+        x = recalibrated(module, x) if at >= unchanged else through(module, x)
 
 
 def _batch_norms(module: nn.Module) -> Iterator[_BatchNorm]:
