@@ -28,6 +28,10 @@ ORIGINS = ("measured", "imported")  # of a table: there are no estimated ones
 FEW_CLASSES, MANY_CLASSES = 10, 1000  # heads are measured at these; a head's ms is linear in its classes
 
 
+class RowsMissing(InputError):
+    """A table has no row for a layer that is asked for; the message ends with how to measure it."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A latency in milliseconds that a network must not exceed."""
@@ -238,10 +242,14 @@ class LatencyTable:
         return found
 
     def require(self, layers: Iterable[Layer], how: str = "") -> None:
-        """Refuse the table if one of the layers has no row. `how` to measure more of them is the end of the message."""
+        """Refuse the table if one of the layers has no row. `how` to measure more of them is the end of the message.
+
+        Raises:
+            RowsMissing: one has none.
+        """
         missing = self.missing(layers)
         if missing:
-            raise InputError(self._missing_message(missing, how))
+            raise RowsMissing(self._missing_message(missing, how))
 
     def _missing_message(self, missing: list[Layer], how: str = "") -> str:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -16,7 +16,8 @@ from nas.profilers.bench import Plan
 from nas.profilers.timing import summarise
 from nas.progress import say
 from nas.request import Finished, finished
-from nas.search import CANDIDATE, Request, beginning, measurements_file, run_search
+from nas.search import Request, beginning, run_search
+from nas.search_stages import CANDIDATE, measurements_file
 from nas.settings import SupernetSettings
 from nas.table import LatencyTable, Target
 from supernet.arch import ArchConfig

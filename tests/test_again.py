@@ -44,7 +44,7 @@ def nothing_is_evaluated(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a network was evaluated, or a supernet trained")
 
     monkeypatch.setattr(Evaluator, "_evaluate", refuse)
-    monkeypatch.setattr("nas.search.train_supernet", refuse)
+    monkeypatch.setattr("nas.search_stages.train_supernet", refuse)
 
 
 def read(path: Path) -> dict[str, object]:

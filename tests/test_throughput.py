@@ -23,7 +23,7 @@ from nas.measure import measure_alone
 from nas.plan import for_batch
 from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import Measurement, References, Visit
-from nas.search import _finalists
+from nas.search_stages import _finalists
 from nas.settings import SupernetSettings
 from nas.table import Calibration, LatencyTable, Row, measured_layers
 from nas.throughput import Accuracy, Finalist, GroupedPredictor, best_of, grouped_accuracy, usable_ways, wait_ms
@@ -256,7 +256,7 @@ def test_finalists_inherit_the_weights_of_their_own_slots(
         seen.update(found=found, file=inherited(arch))
         return []
 
-    monkeypatch.setattr("nas.search.train_finalists", train)
+    monkeypatch.setattr("nas.search_stages.train_finalists", train)
     checks = Checks(tmp_path / "m.csv", table_of(space, 4))
     settings = SupernetSettings(recalibration_images=16)
     outcomes = {None: Outcome(trajectory, (Check(),), 0, None), space.mux[0]: Outcome(trajectory, (Check(),), 0, None)}
