@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
@@ -194,7 +195,7 @@ def checked_fields(cls: type, given: object, where: str) -> dict[str, Any]:
     for name in given:
         if name not in known:
             raise InputError(f"{where}: {unknown('field', name, known)}")
-    types = get_type_hints(cls)
+    types = _types_of(cls)
     checked: dict[str, Any] = {}
     for name, field in known.items():
         if name in given:
@@ -202,6 +203,11 @@ def checked_fields(cls: type, given: object, where: str) -> dict[str, Any]:
         elif _required(field):
             raise InputError(f"{where}: the field {name!r} is missing")
     return checked
+
+
+@cache
+def _types_of(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)  # it compiles every annotation anew, which takes longer than all checks of a network's blocks
 
 
 def checked_list(value: object, where: str, *, empty: bool = False) -> list[Any]:

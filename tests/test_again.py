@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,23 @@ def largest_ms(table: LatencyTable) -> float:
     return table.predict_ms(SearchSpace.load("micro.yaml").largest)
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a search that ended: searched once, for every test to copy."""
+    folder = tmp_path_factory.mktemp("searched")
+    with pytest.MonkeyPatch.context() as patch:
+        search_for_the_board(board_table(folder, patch))
+    return folder / "run"
+
+
 @pytest.fixture
-def run(board: LatencyTable) -> Path:
+def run(board: LatencyTable, searched: Path) -> Path:
+    return Path(shutil.copytree(searched, "run"))
+
+
+def search_for_the_board(board: LatencyTable) -> None:
     where = ["--space", "micro.yaml", "--config", "settings.yaml", "--out", "run", "--strategy", "exact"]
     cli.search(["--target-ms", f"{0.8 * largest_ms(board):.6f}", "--device", "board-cpu", *where])
-    return Path("run")
 
 
 @pytest.fixture
