@@ -29,16 +29,16 @@ from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import OrtModel
 from nas.progress import say
 from nas.table import LatencyTable
-from supernet.arch import ArchConfig, Stage
+from supernet.arch import ArchConfig, Stage, stage_resolutions
 from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.model import Complexity, count
 from supernet.space import SearchSpace
-from supernet.specs import MB3D, MB4D, WIDTH_STEP, Block
+from supernet.specs import MB3D, MB4D, WIDTH_STEP, Block, Head, Layer
 from supernet.zoo import load_arch
 
 BAND = 0.05  # of the target: random networks are drawn from so far under it, by the corrected table
-TRIES = 200_000  # random networks in a row without one in the band
+TRIES = 2_000_000  # random networks in a row without one in the band
 CORRECTING = 5  # random networks that are measured to correct the table
 MEASURED = 10  # times as many random networks are measured at most as are wanted
 NOISY = 0.03  # half an interval, as a share of the milliseconds: more, and networks are not compared at equal latency
@@ -126,13 +126,43 @@ def random_networks(space: SearchSpace, table: LatencyTable, target_ms: float, r
     draws in a row bring no other one."""
     found: set[str] = set()
     tries = 0
+    at_least = _at_least(space, table)
     while tries < TRIES:
         tries += 1
-        arch = space.sample(rng)
+        widths, kinds = space.draw(rng)
+        if at_least(widths, kinds) > target_ms:
+            continue  # most draws where the target is far below the typical network: they are not worth building
+        arch = space.arch(widths, kinds)
         if 1 - BAND <= table.predict_ms(arch) / target_ms <= 1 and digest(arch) not in found:
             found.add(digest(arch))
             tries = 0
             yield arch
+
+
+def _at_least(space: SearchSpace, table: LatencyTable) -> Callable[[Sequence[int], Sequence[Sequence[str]]], float]:
+    """Return what says the least milliseconds that the table can predict for a network of these widths and kinds: with its
+    head, and what turns maps into tokens and back, for nothing."""
+    (by,) = table.calibrations or (None,)
+
+    def of(layers: Iterable[Layer]) -> float:
+        return sum(table.layer_ms(layer) * (by.slope_of(layer) if by else 1.0) for layer in layers)
+
+    @cache
+    def entries(widths: tuple[int, ...]) -> float:
+        arch = space.arch(widths, [["identity"] * s.depth for s in space.stages])
+        return of(layer for layer in arch.layers() if not isinstance(layer.spec, Head))
+
+    @cache
+    def block(stage: int, width: int, kind: str) -> float:
+        resolution = stage_resolutions(space.image_size, space.strides)[stage]
+        return 0.0 if kind == "identity" else of([Layer(space.stages[stage].candidate(kind, width), resolution)])
+
+    def at_least(widths: Sequence[int], kinds: Sequence[Sequence[str]]) -> float:
+        blocks = sum(block(i, widths[i], kind) for i, slots in enumerate(kinds) for kind in slots)
+        line = blocks + entries(tuple(widths))
+        return by.offset_ms + line * by.bent(line) if by else line
+
+    return at_least
 
 
 def random_at_target(
