@@ -30,11 +30,12 @@ from nas.profilers.ort_session import OrtModel
 from nas.progress import say
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig, Stage, stage_resolutions
+from supernet.entries import placed_entry
 from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.model import Complexity, count
 from supernet.space import SearchSpace
-from supernet.specs import MB3D, MB4D, WIDTH_STEP, Block, Head, Layer
+from supernet.specs import MB3D, MB4D, WIDTH_STEP, Block, Layer
 from supernet.zoo import load_arch
 
 BAND = 0.05  # of the target: random networks are drawn from so far under it, by the corrected table
@@ -140,26 +141,26 @@ def random_networks(space: SearchSpace, table: LatencyTable, target_ms: float, r
 
 
 def _at_least(space: SearchSpace, table: LatencyTable) -> Callable[[Sequence[int], Sequence[Sequence[str]]], float]:
-    """Return what says the least milliseconds that the table can predict for a network of these widths and kinds: with its
-    head, and what turns maps into tokens and back, for nothing."""
+    """Return what says, without building it, the least milliseconds that the table can predict for a network of these widths
+    and kinds: those of its stem, embeddings and blocks."""
     (by,) = table.calibrations or (None,)
+    entering = (space.image_size, *stage_resolutions(space.image_size, space.strides))
 
-    def of(layers: Iterable[Layer]) -> float:
-        return sum(table.layer_ms(layer) * (by.slope_of(layer) if by else 1.0) for layer in layers)
-
-    @cache
-    def entries(widths: tuple[int, ...]) -> float:
-        arch = space.arch(widths, [["identity"] * s.depth for s in space.stages])
-        return of(layer for layer in arch.layers() if not isinstance(layer.spec, Head))
+    def of(layer: Layer) -> float:
+        return table.layer_ms(layer) * (by.slope_of(layer) if by else 1.0)
 
     @cache
-    def block(stage: int, width: int, kind: str) -> float:
-        resolution = stage_resolutions(space.image_size, space.strides)[stage]
-        return 0.0 if kind == "identity" else of([Layer(space.stages[stage].candidate(kind, width), resolution)])
+    def entry(i: int, before: int | None, width: int) -> float:
+        stage = space.stages[i]
+        return of(Layer(placed_entry(stage.entry, width, before, stage.stride), entering[i]))
+
+    @cache
+    def block(i: int, width: int, kind: str) -> float:
+        return 0.0 if kind == "identity" else of(Layer(space.stages[i].candidate(kind, width), entering[i + 1]))
 
     def at_least(widths: Sequence[int], kinds: Sequence[Sequence[str]]) -> float:
-        blocks = sum(block(i, widths[i], kind) for i, slots in enumerate(kinds) for kind in slots)
-        line = blocks + entries(tuple(widths))
+        line = sum(entry(i, before, width) for i, (before, width) in enumerate(zip((None, *widths), widths, strict=False)))
+        line += sum(block(i, widths[i], kind) for i, slots in enumerate(kinds) for kind in slots)
         return by.offset_ms + line * by.bent(line) if by else line
 
     return at_least

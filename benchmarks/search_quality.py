@@ -424,10 +424,12 @@ def probe(study: Study) -> Pace:
     if settings.mixture_epochs:
         mixture = timed(lambda: mixture_step(net, x, y, settings, generator, settings.tau_start)) / len(x)
         supernet += settings.mixture_epochs * seen / 4 * mixture
-    largest = build_model(at_size.largest).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # Most networks that a search evaluates are near its target; those of the drops are larger, but kept for all targets.
+    typical = build_model(replace(arch, image_size=study.search_size))
+    typical = typical.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     some = data.train.shuffled(0)
     some = replace(some, rows=some.rows[:256], labels=some.labels[:256])
-    forward = timed(lambda: accuracy_of(largest, some)) / len(some)
+    forward = timed(lambda: accuracy_of(typical, some)) / len(some)
     evaluation = (settings.score_images + settings.recalibration_images) * forward
     evaluation += settings.recovery_steps * settings.batch_size * weights
     began = time.process_time()

@@ -387,7 +387,7 @@ def test_from_a_network_with_weights_to_a_smaller_one_that_learns_from_it(
     tmp_path: Path, settings_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("mine.yaml").write_text(TINY)
-    Path("recipe.yaml").write_text("{epochs: 4, batch_size: 64, learning_rate: 0.004, layer_scale: 0.5, clip_norm: 5}")
+    Path("recipe.yaml").write_text("{epochs: 1, batch_size: 64, learning_rate: 0.004, layer_scale: 0.5, clip_norm: 5}")
     settings_file.write_text(INIT_SETTINGS)
     cli.train(["mine.yaml", "--out", "trained", "--recipe", "recipe.yaml"])
     whole = ArchConfig.load("trained/arch.yaml")
@@ -428,7 +428,9 @@ def test_from_a_network_with_weights_to_a_smaller_one_that_learns_from_it(
     # The command that is printed is the next one.
     command = out.out.split("next: nas-train ")[1].split("\n")[0].split()
     assert command[1:5] == ["--weights", "run/weights.safetensors", "--teacher", "run/teacher.yaml"]
-    Path("short.yaml").write_text("{epochs: 1, batch_size: 64, learning_rate: 0.0005, layer_scale: 0.1, clip_norm: 5}")
+    Path("short.yaml").write_text(
+        "{epochs: 1, images_per_epoch: 256, batch_size: 64, learning_rate: 0.0005, layer_scale: 0.1, clip_norm: 5}"
+    )
     cli.train(["short.yaml" if word == "finetune" else word for word in command])
     assert "top-1" in capsys.readouterr().out
     assert ArchConfig.load("tuned/arch.yaml").stages == arch.stages

@@ -4,10 +4,11 @@ import argparse
 import itertools
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 import studies
@@ -36,6 +37,7 @@ from rivals import (
     largest_l1,
     largest_that_fits,
     random_at_target,
+    random_networks,
     scaled_l1,
 )
 from search_quality import (
@@ -53,6 +55,7 @@ from search_quality import (
 )
 from small_spaces import stage_space
 from studies import hold_out, last_row, new_model, train_model
+from tables import plain_calibration
 from test_lut import Device
 
 import nas
@@ -63,13 +66,14 @@ from nas.profilers.timing import Workload
 from nas.recipe import Recipe
 from nas.request import claim
 from nas.scores import measure_drops
-from nas.table import LatencyTable
+from nas.table import LatencyTable, Row, measured_layers
 from nas.training import train_network
 from nas.trajectory import Evaluation
 from supernet.arch import MB3D, MB4D, ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.model import build_model
 from supernet.space import SearchSpace
+from supernet.specs import Head, Layer, is_stem
 
 
 @pytest.fixture
@@ -235,20 +239,14 @@ def test_random_search_scores_as_many_as_it_may_and_takes_the_best_that_fits() -
     assert best_scored(iter([named(1.2)]), loss_of, ms_of, 1.0, 3) is None
 
 
-class Wide:
-    """Stands in for a latency table: a network takes as many milliseconds as its first stage is wide, by `of` times."""
-
-    def __init__(self, of: float) -> None:
-        self.of = of
-
-    def predict_ms(self, arch: ArchConfig) -> float:
-        return self.of * arch.widths[0]
+def rows_of_cost(space: SearchSpace, cost: Callable[[Layer], float]) -> dict[Layer, Row]:
+    return {layer: Row(cost(layer), cost(layer), cost(layer), "slope") for layer in measured_layers(space.layers())}
 
 
 @pytest.mark.parametrize("share", [0.7, 1.0, 1.4])
-def test_random_networks_are_near_the_target_where_the_table_is_not(share: float) -> None:
-    stages = (stage_space(tuple(range(8, 1608, 8)), 2, 1, "mb4d", "identity"),)
-    space = SearchSpace("wide", 32, 10, stages)
+def test_random_networks_are_near_the_target_where_the_table_is_not(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = SearchSpace("wide", 32, 10, (stage_space(tuple(range(8, 1608, 8)), 2, 1, "mb4d", "identity"),))
+    table = LatencyTable("toy-cpu", rows_of_cost(space, lambda layer: float(layer.spec.dim) if is_stem(layer.spec) else 0.0))
     measured: list[float] = []
 
     def check(arch: ArchConfig) -> Time:
@@ -256,11 +254,39 @@ def test_random_networks_are_near_the_target_where_the_table_is_not(share: float
         measured.append(ms)
         return Time(0.99 * ms, 0.98 * ms, ms)
 
-    draws = random_at_target(space, Wide(1.0), check, 800.0, random.Random(0))  # type: ignore[arg-type]
+    draws = random_at_target(space, table, check, 800.0, random.Random(0))
     found = [share * arch.widths[0] for arch in itertools.islice(draws, 8)]
     assert all(0.94 * 800 <= ms <= 1.001 * 800 for ms in found)
     assert len(measured) == 5 and all(0.95 * 800 * share <= ms <= 800 * share for ms in measured)  # those that correct it
-    assert not list(random_at_target(space, Wide(1.0), check, 1.0, random.Random(0)))  # type: ignore[arg-type]
+    monkeypatch.setattr("rivals.TRIES", 5000)
+    assert not list(random_at_target(space, table, check, 1.0, random.Random(0)))
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_random_networks_are_those_draws_of_the_space_that_the_table_says_are_near(
+    calibrated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though few of them are built to ask it."""
+    space = SearchSpace.load("efficientformer-tiny")
+    rows = rows_of_cost(space, lambda layer: 0.0 if isinstance(layer.spec, Head) else layer.spec.dim * layer.resolution / 1e4)
+    by = replace(plain_calibration(space), offset_ms=0.1, scale=0.9, scale_between=0.2, bend=0.05)
+    table = LatencyTable("toy-cpu", rows, (by,) if calibrated else ())
+    rng = random.Random(0)
+    draws = [space.sample(rng) for _ in range(1000)]
+    target_ms = sorted(table.predict_ms(arch) for arch in draws)[50]
+    expected = [arch for arch in draws if 0.95 * target_ms <= table.predict_ms(arch) <= target_ms]
+    built: list[ArchConfig] = []
+    build = SearchSpace.arch
+
+    def noted(self: SearchSpace, *given: Any) -> ArchConfig:
+        built.append(build(self, *given))
+        return built[-1]
+
+    monkeypatch.setattr(SearchSpace, "arch", noted)
+    found = list(itertools.islice(random_networks(space, table, target_ms, random.Random(0)), len(expected)))
+    assert len(expected) > 10
+    assert found == expected
+    assert len(expected) <= len(built) < len(draws) / 2
 
 
 # ---- images and trainings

@@ -101,15 +101,15 @@ def _kinds() -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def l1_double() -> nn.Module:
-    return build_model(zoo(L1)).double().eval()
+def l1() -> nn.Module:
+    return build_model(zoo(L1)).eval()
 
 
 @pytest.mark.parametrize("kind", _kinds())
-def test_every_kind_of_tensor_matters_to_the_logits(kind: str, l1_double: nn.Module, l1_state: State) -> None:
+def test_every_kind_of_tensor_matters_to_the_logits(kind: str, l1: nn.Module, l1_state: State) -> None:
     """A loader that forgot this kind could not pass the parity test."""
-    load_timm_weights(l1_double, l1_state | {key: torch.zeros_like(l1_state[key]) for key in _kinds()[kind]})
-    assert distance(logits(l1_double), timm_logits(L1)) > 1e-3
+    load_timm_weights(l1, l1_state | {key: torch.zeros_like(l1_state[key]) for key in _kinds()[kind]})
+    assert not distance(logits(l1), timm_logits(L1)) <= 1e-3  # without variances it may be no number
 
 
 def test_there_are_53_kinds_of_tensors() -> None:

@@ -70,15 +70,15 @@ def _kinds() -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def m1_double() -> nn.Module:
-    return build_model(zoo(M1)).double().eval()
+def m1() -> nn.Module:
+    return build_model(zoo(M1)).eval()
 
 
 @pytest.mark.parametrize("kind", _kinds())
-def test_every_kind_of_tensor_matters_to_the_logits(kind: str, m1_double: nn.Module, m1_state: State) -> None:
+def test_every_kind_of_tensor_matters_to_the_logits(kind: str, m1: nn.Module, m1_state: State) -> None:
     """A loader that forgot this kind could not pass the parity test."""
-    load_timm_weights(m1_double, m1_state | {key: torch.zeros_like(m1_state[key]) for key in _kinds()[kind]})
-    assert distance(logits(m1_double), timm_logits(M1)) > 1e-4
+    load_timm_weights(m1, m1_state | {key: torch.zeros_like(m1_state[key]) for key in _kinds()[kind]})
+    assert not distance(logits(m1), timm_logits(M1)) <= 1e-4  # without variances it may be no number
 
 
 def test_there_are_121_kinds_of_tensors() -> None:
@@ -87,11 +87,11 @@ def test_there_are_121_kinds_of_tensors() -> None:
     assert len(_kinds()) == 4 * 5 + (2 * 15 + 3 * 5 + 1) + (2 * 15 + 3 * 5 + 4) + 4 + 2 == 121
 
 
-def test_each_head_s_weights_are_its_own(m1_double: nn.Module, m1_state: State) -> None:
+def test_each_head_s_weights_are_its_own(m1: nn.Module, m1_state: State) -> None:
     for head in (0, 1, 2):
         zeros = {key: torch.zeros_like(m1_state[key]) for key in m1_state if f".qkvs.{head}.conv" in key}
-        load_timm_weights(m1_double, m1_state | zeros)
-        assert distance(logits(m1_double), timm_logits(M1)) > 1e-3
+        load_timm_weights(m1, m1_state | zeros)
+        assert distance(logits(m1), timm_logits(M1)) > 1e-3
 
 
 # -- Other classes, other image sizes ----------------------------------------------------------------------------------

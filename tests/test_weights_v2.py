@@ -42,6 +42,11 @@ def s0_state() -> State:
 
 
 @pytest.fixture(scope="module")
+def s0() -> nn.Module:
+    return build_model(zoo(S0)).eval()
+
+
+@pytest.fixture(scope="module")
 def s0_double() -> nn.Module:
     return build_model(zoo(S0)).double().eval()
 
@@ -99,10 +104,10 @@ UNSEEN = {
 
 
 @pytest.mark.parametrize("kind", sorted(_kinds().keys() - UNSEEN))
-def test_every_kind_of_tensor_matters_to_the_logits(kind: str, s0_double: nn.Module, s0_state: State) -> None:
+def test_every_kind_of_tensor_matters_to_the_logits(kind: str, s0: nn.Module, s0_state: State) -> None:
     """A loader that forgot this kind could not pass the parity test."""
-    load_timm_weights(s0_double, s0_state | {key: torch.zeros_like(s0_state[key]) for key in _kinds()[kind]})
-    assert distance(logits(s0_double), timm_logits(S0)) > 1e-3
+    load_timm_weights(s0, s0_state | {key: torch.zeros_like(s0_state[key]) for key in _kinds()[kind]})
+    assert not distance(logits(s0), timm_logits(S0)) <= 1e-3  # without variances it may be no number
 
 
 @pytest.mark.parametrize("kind", sorted(UNSEEN))
