@@ -14,6 +14,8 @@ import pytest
 import studies
 import torch
 from mobilenet_v2 import SMALL_IMAGE_STRIDES, MobileNetV2, rounded
+from quality_choices import keep_drops, networks_evaluated, settings_of
+from quality_estimate import Pace, hours_left, trainings_at_a_target
 from quality_report import (
     BEST,
     L1,
@@ -41,17 +43,11 @@ from rivals import (
     scaled_l1,
 )
 from search_quality import (
-    Pace,
     content_of,
     groups_of,
-    hours_left,
-    keep_drops,
-    networks_evaluated,
     part_of,
-    settings_of,
     shared_out,
     training_seeds,
-    trainings_at_a_target,
 )
 from small_spaces import stage_space
 from studies import hold_out, last_row, new_model, train_model
