@@ -149,7 +149,7 @@ def write_table(
     measured = [summarise(visits[name_of(tuple(arch.layers()))], reference) for arch in networks]
     table = replace(table, rows=flagged(rows, FLAG_FLOOR * float(np.median([m.ms for m in measured]))))
     calibration = calibrate(space, table, networks, measured)
-    kept = [c for c in (old.calibrations if old is not None else ()) if c.space != space.name]
+    kept = [_refitted(c, old, table) for c in old.calibrations if c.space != space.name] if old is not None else []
     table = replace(table, calibrations=(*kept, calibration))
     written = table.save(folder)
     for left_over in ("building", "flags"):
@@ -371,29 +371,39 @@ def calibrate(
 
     The fit minimises the sum of absolute relative errors, which a network that was disturbed cannot pull.
     """
-    totals = [table.sums_ms(arch) for arch in networks]
-    order = sorted(range(len(networks)), key=lambda i: totals[i][0])
-    x, between = np.array([totals[i] for i in order]).T
-    y = np.array([measured[i].ms for i in order])
-    check = np.zeros(len(x), dtype=bool)
-    held_out = len(x) * CHECK_NETWORKS // (FIT_NETWORKS + CHECK_NETWORKS)
-    check[np.linspace(1, len(x) - 2, held_out).round().astype(int)] = True  # the ends belong to the fit
-    fitted = fit(x[~check], between[~check], y[~check])
-    predicted = _predicted(fitted, x, between)
+    order = sorted(range(len(networks)), key=lambda i: table.sum_ms(networks[i]))
+    check = np.zeros(len(order), dtype=bool)
+    held_out = len(order) * CHECK_NETWORKS // (FIT_NETWORKS + CHECK_NETWORKS)
+    check[np.linspace(1, len(order) - 2, held_out).round().astype(int)] = True  # the ends belong to the fit
+    found = [(networks[i], measured[i].ms, measured[i].half_width_ms, not told) for i, told in zip(order, check, strict=True)]
+    return _calibration(space.name, space_sha256(space), table, found)
+
+
+def _calibration(
+    space: str, sha256: str, table: LatencyTable, networks: Sequence[tuple[ArchConfig, float, float, bool]]
+) -> Calibration:
+    """Fit a calibration to networks with their milliseconds, half the width of their interval, and whether they are to be
+    fitted; the others tell its error."""
+    archs = [arch for arch, _, _, _ in networks]
+    x, between = np.array([table.sums_ms(arch) for arch in archs]).T
+    y = np.array([ms for _, ms, _, _ in networks])
+    check = np.array([not fitted for _, _, _, fitted in networks])
+    coefficients = fit(x[~check], between[~check], y[~check])
+    predicted = _predicted(coefficients, x, between)
     signed = 100 * (predicted - y)[check] / y[check]
     error = np.abs(signed)
-    by_stage, by_kind = _shares(table, [networks[i] for i, told in zip(order, check, strict=True) if told])
+    by_stage, by_kind = _shares(table, [arch for arch, told in zip(archs, check, strict=True) if told])
     return Calibration(
-        space=space.name,
-        space_sha256=space_sha256(space),
-        image_size=space.image_size,
-        strides=space.strides,
-        offset_ms=float(fitted[0]),
-        scale=float(fitted[1]),
-        scale_between=float(fitted[2]),
-        bend=float(fitted[3]),
-        sum_low_ms=float(x[0]),
-        sum_high_ms=float(x[-1]),
+        space=space,
+        space_sha256=sha256,
+        image_size=archs[0].image_size,
+        strides=archs[0].strides,
+        offset_ms=float(coefficients[0]),
+        scale=float(coefficients[1]),
+        scale_between=float(coefficients[2]),
+        bend=float(coefficients[3]),
+        sum_low_ms=float(x.min()),
+        sum_high_ms=float(x.max()),
         n_fit=int((~check).sum()),
         n_check=int(check.sum()),
         mean_error_percent=float(error.mean()),
@@ -404,16 +414,40 @@ def calibrate(
         error_by_stage_percent=tuple(float(np.average(signed, weights=w)) if w.any() else 0.0 for w in by_stage),
         error_by_kind_percent={k: float(np.average(signed, weights=w)) for k, w in by_kind.items() if w.sum() > 0},
         networks=tuple(
-            CheckedNetwork(
-                arch=networks[i].to_yaml(),
-                ms=measured[i].ms,
-                half_width_ms=measured[i].half_width_ms,
-                predicted_ms=float(predicted[place]),
-                fitted=not check[place],
-            )
-            for place, i in enumerate(order)
+            CheckedNetwork(arch.to_yaml(), ms, half_width_ms, float(said), fitted)
+            for (arch, ms, half_width_ms, fitted), said in zip(networks, predicted, strict=True)
         ),
     )
+
+
+def _refitted(calibration: Calibration, old: LatencyTable, table: LatencyTable) -> Calibration:
+    """Return another space's calibration, fitted anew to its networks where rows of theirs were measured anew.
+
+    Rows are measured in the working set of a typical network of the space that is built, so those that spaces share change with
+    it by more than chance. The networks' milliseconds were measured at the table's pace, and stay.
+    """
+    changed = {layer for layer, row in old.rows.items() if layer not in table.rows or table.rows[layer].ms != row.ms}
+    how = f"fit it anew with nas-build-lut --space {calibration.space}"
+    try:
+        networks = [(n.network(), n.ms, n.half_width_ms, n.fitted) for n in calibration.networks]
+    except InputError:  # blocks of a user's own, from a file that was not given now
+        networks = []
+    if not networks:
+        if changed:
+            say(f"warning: the calibration for {calibration.space} may be of rows that were measured anew: {how}")
+        return calibration
+    used = set(measured_layers(layer for arch, *_ in networks for layer in arch.layers()))
+    if not used & changed:
+        return calibration
+    if table.missing(used):
+        say(f"warning: the calibration for {calibration.space} is of rows that are no longer there: {how}")
+        return calibration
+    found = _calibration(calibration.space, calibration.space_sha256, table, networks)
+    say(
+        f"the calibration for {calibration.space}, which shares rows, is fitted anew: off by {found.mean_error_percent:.1f} % on "
+        f"average (before, {calibration.mean_error_percent:.1f} %)"
+    )
+    return found
 
 
 def fit(sums: Array, between: Array, measured: Array) -> Array:

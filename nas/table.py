@@ -74,9 +74,12 @@ class CheckedNetwork:
     predicted_ms: float
     fitted: bool
 
-    def layers(self) -> list[Layer]:
+    def network(self) -> ArchConfig:
         where = "a network of the calibration"
-        return ArchConfig.from_dict(parse_yaml(self.arch, where), where).layers()
+        return ArchConfig.from_dict(parse_yaml(self.arch, where), where)
+
+    def layers(self) -> list[Layer]:
+        return self.network().layers()
 
 
 @dataclass(frozen=True)
