@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -144,12 +145,32 @@ def pinned(threads: int = 1) -> Iterator[None]:
     """
     cores = os.sched_getaffinity(0) if CAN_PIN else set()
     if cores:
-        os.sched_setaffinity(0, set(sorted(cores)[-threads:]))
+        os.sched_setaffinity(0, _chosen(threads))
     try:
         yield
     finally:
         if cores:
             os.sched_setaffinity(0, cores)
+
+
+def _chosen(threads: int) -> list[int]:
+    """Return the cores to run on: of the fastest kind the last ones, as interrupts mostly go to the first.
+
+    The number alone does not tell: Intel's hybrid CPUs have their small cores last under Linux, most Arm chips first.
+    """
+    return sorted(os.sched_getaffinity(0), key=lambda core: (_capacity(core), core))[-threads:]
+
+
+def _capacity(core: int) -> int:
+    """Return what Linux says of a core's speed beside the others': up to 1024 on Arm, 1 and 0 on a hybrid Intel, else 0."""
+    told = _read(f"/sys/devices/system/cpu/cpu{core}/cpu_capacity")
+    if told is not None and told.isdigit():
+        return int(told)
+    for span in (_read("/sys/devices/cpu_core/cpus") or "").split(","):  # such as 0-15
+        first, _, last = span.partition("-")
+        if first.isdigit() and int(first) <= core <= int(last or first):
+            return 1
+    return 0
 
 
 def environment(threads: int, precision: str = "fp32", batch: int = 1) -> dict[str, Any]:
@@ -172,7 +193,7 @@ def environment(threads: int, precision: str = "fp32", batch: int = 1) -> dict[s
         "threads": threads,
         "pinned": CAN_PIN,
         "power": _power(),
-        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "governor": _read(f"/sys/devices/system/cpu/cpu{_chosen(1)[0] if CAN_PIN else 0}/cpufreq/scaling_governor"),
         "load_average": load,
         "measured_at": now(),
     }
@@ -186,6 +207,8 @@ def warnings_about(place: Mapping[str, Any]) -> list[str]:
     if not place["pinned"]:
         kinds = f" of {place['core_kinds']}" if place["core_kinds"] else ""
         found.append(f"this system does not let a process choose its core{kinds}, so the intervals will be wider")
+    if place["pinned"] and place["core_kinds"] and len({_capacity(core) for core in _chosen(place["threads"])}) > 1:
+        found.append(f"{place['threads']} threads run on unlike cores ({place['core_kinds']}): give as many as are alike")
     if place["governor"] == "powersave" and not _read("/sys/devices/system/cpu/intel_pstate/status"):
         found.append("the clock governor is 'powersave': choose 'performance' where you may")
     load = place["load_average"]
@@ -209,7 +232,11 @@ def throttle_state() -> str | None:
 
 
 def _core_kinds() -> str | None:
-    """Return how many cores of which kind an Apple chip has, such as "4 P and 6 E cores"."""
+    """Return how many cores of which kind there are where they differ: "4 P and 6 E cores", or by what Linux says of them."""
+    if CAN_PIN:
+        found = Counter(_capacity(core) for core in os.sched_getaffinity(0))
+        kinds = " and ".join(f"{found[capacity]} of capacity {capacity}" for capacity in sorted(found, reverse=True))
+        return kinds if len(found) > 1 else None
     if platform.system() != "Darwin":
         return None
     fast, slow = (_output("sysctl", "-n", f"hw.perflevel{level}.physicalcpu") for level in (0, 1))
