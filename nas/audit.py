@@ -103,11 +103,11 @@ def _off_the_curve(x: Array, y: Array) -> tuple[Array, Array]:
 def contradicted_rows(table: LatencyTable) -> list[Doubt]:
     """Return the rows that the errors of a calibration's whole networks contradict.
 
-    If a fraction d of one row is too much and everything else is right, d times the row's share of a network's prediction is
-    too much; the row should then be 1 - d of what it is, so d is at most 1. The least-squares d of every row, beside an error
-    that all networks share, is compared with what the networks' other errors leave open; the more rows are asked about, the
-    more of them would be off by chance. A row that the other widths of its block confirm is not named: what ails the networks
-    is then something that its share goes along with.
+    If a fraction d of one row is too much and everything else is right, d times what a network's prediction owes to the row
+    (its derivative by the row, times the row) is too much; the row should then be 1 - d of what it is, so d is at most 1. The
+    least-squares d of every row, beside an error that all networks share, is compared with what the networks' other errors
+    leave open; the more rows are asked about, the more of them would be off by chance. A row that the other widths of its block
+    confirm is not named: what ails the networks is then something that its share goes along with.
     """
     found: dict[Layer, Doubt] = {}
     off_curve = {layer: float(far) for layers, off, _ in _series(table) for layer, far in zip(layers, off, strict=True)}
@@ -118,10 +118,10 @@ def contradicted_rows(table: LatencyTable) -> list[Doubt]:
             if not layers or network.predicted_ms <= 0 or table.missing(layers):
                 continue
             parts = [(layer, calibration.slope_of(layer) * table.layer_ms(layer)) for layer in layers]
-            bent = calibration.bent(sum(ms for _, ms in parts))
+            steepness = calibration.steepness(sum(ms for _, ms in parts))
             share: dict[Layer, float] = {}
             for layer, ms in parts:
-                share[layer] = share.get(layer, 0.0) + bent * ms / network.predicted_ms
+                share[layer] = share.get(layer, 0.0) + steepness * ms / network.predicted_ms
             errors.append(1 - network.ms / network.predicted_ms)
             shares.append(share)
         asked: dict[Layer, Array] = {}

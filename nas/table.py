@@ -17,7 +17,7 @@ import platformdirs
 from nas.export_forms import require_current_form
 from supernet.arch import ArchConfig
 from supernet.errors import LONGEST, InputError, first_line
-from supernet.files import checked_fields, parse_yaml, read_json, write_atomically
+from supernet.files import checked_fields, parse_yaml, read_json, write_together
 from supernet.space import SearchSpace
 from supernet.specs import SPECS, Head, Layer, Spec, is_embedding, is_stem, knobs_of, spec_type_of
 from supernet.user_block import is_foreign, loaded
@@ -123,6 +123,10 @@ class Calibration:
     def bent(self, line: float) -> float:
         """Return the factor between the line of a network and its milliseconds over the offset."""
         return 1 + self.bend * max(line, 0.0)
+
+    def steepness(self, line: float) -> float:
+        """Return how many milliseconds a millisecond more of the line brings there."""
+        return 1 + 2 * self.bend * max(line, 0.0)
 
     def line_of(self, ms: float) -> float:
         """Return the line at which a network takes so many milliseconds."""
@@ -271,8 +275,7 @@ class LatencyTable:
             "csv_sha256": hashlib.sha256(csv.encode()).hexdigest(),
             "calibrations": [asdict(c) for c in self.calibrations],
         }
-        write_atomically(path, csv)
-        write_atomically(path.with_suffix(".meta.json"), json.dumps(sidecar, indent=2) + "\n")
+        write_together({path: csv, path.with_suffix(".meta.json"): json.dumps(sidecar, indent=2) + "\n"})
         return path
 
     @classmethod

@@ -35,28 +35,36 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         InputError: the place is none for a file, or may not be written to.
         OSError: the disk is full or fails. The old file is then as it was.
     """
-    path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
-    temporary = None
+    write_together({Path(path): content})
+
+
+def write_together(contents: Mapping[Path, str | bytes]) -> None:
+    """Write files that belong together, each as `write_atomically` does: all contents are on the disk before the first takes
+    its name, so that a full disk leaves all old files as they were. A kill between the names leaves the first files new."""
+    temporary: dict[Path, str] = {}
+    path = Path()
     try:
-        if path.exists() and not path.is_file():  # a folder; or a device, which would be replaced
-            raise InputError(f"{path} cannot be written, as something that is no file has that name: choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            if path.exists() and not path.is_file():  # a folder; or a device, which would be replaced
+                raise InputError(f"{path} cannot be written, as something that is no file has that name: choose another name")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary[path], 0o666 & ~umask)  # mkstemp makes private files
+        for path in list(temporary):
+            os.replace(temporary[path], path)
+            del temporary[path]
     except OSError as error:
-        _remove(temporary)
         raise unwritten(path, error) from error
-    except BaseException:
-        _remove(temporary)
-        raise
+    finally:
+        for left_over in temporary.values():
+            with suppress(OSError):
+                os.unlink(left_over)
 
 
 def unwritten(path: str | Path, error: OSError) -> InputError | OSError:
@@ -66,12 +74,6 @@ def unwritten(path: str | Path, error: OSError) -> InputError | OSError:
             error.errno, f"{path} cannot be written ({error.strerror}): make room; what was there before is as it was"
         )
     return InputError(f"{path} cannot be written ({error.strerror or error}): choose another place")
-
-
-def _remove(temporary: str | None) -> None:
-    if temporary is not None:
-        with suppress(OSError):
-            os.unlink(temporary)
 
 
 def read_text(path: str | Path, what: str, do: str = "give another file") -> str:

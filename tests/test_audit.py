@@ -72,6 +72,22 @@ def test_a_row_that_whole_networks_contradict_is_named() -> None:
     assert re.fullmatch(r"whole networks say that it is \+(4[5-9]|5[0-5]) % off", doubt.why)
 
 
+def test_how_far_a_row_is_off_is_told_where_the_calibration_bends() -> None:
+    """A millisecond more of a row is more than a millisecond of a large network."""
+    table = table_of(off=1.5)
+    bent = replace(plain_calibration(SMALL), bend=0.05)
+    networks = [
+        replace(
+            n,
+            ms=bent.predict_ms(sum(cost(layer) for layer in n.layers()), 0.0),
+            predicted_ms=bent.predict_ms(table.sum_ms(arch_of(n)), 0.0),
+        )
+        for n in checked(table, 100, 0.0).calibrations[0].networks
+    ]
+    (doubt,) = contradicted_rows(replace(table, calibrations=(replace(bent, networks=tuple(networks)),)))
+    assert doubt.layer == CHANGED and doubt.expected_ms == pytest.approx(cost(CHANGED), rel=0.02)
+
+
 def test_a_row_a_hundred_times_too_large_is_named_too() -> None:
     (doubt,) = [d for d in contradicted_rows(checked(table_of(off=100.0), 400, 0.01)) if d.layer == CHANGED]
     assert "whole networks say" in doubt.why

@@ -1,6 +1,8 @@
 """A table is built from a device that the test knows by heart: its rows must come out, whatever kills the build."""
 
 import csv
+import errno
+import os
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -254,6 +256,26 @@ def test_missing_measures_only_what_is_not_there_and_keeps_the_rest(device: Devi
     assert not both.missing(small_space((16, 32)).layers())
 
 
+def test_other_spaces_are_calibrated_anew_on_rows_that_they_share(
+    device: Device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space, other = small_space((16,)), replace(small_space((16, 32)), name="larger")
+    networks = [space.sample(random.Random(seed)) for seed in range(5)]
+    first = build_table(device, space, tmp_path)
+    stem, row = next((layer, row) for layer, row in first.rows.items() if isinstance(layer.spec, Stem))
+    changed = replace(first, rows={**first.rows, stem: replace(row, ms=3 * row.ms, high_ms=4 * row.ms)})
+    changed.save(tmp_path)  # a row that the next build measures otherwise
+    both = build_table(device, other, tmp_path)
+    assert "the calibration for small, which shares rows, is fitted anew: off by 0.0 %" in capsys.readouterr().err
+    assert [c.space for c in both.calibrations] == ["small", "larger"]
+    old, new = first.calibrations[0], both.calibrations[0]
+    assert [(n.arch, n.ms, n.fitted) for n in new.networks] == [(n.arch, n.ms, n.fitted) for n in old.networks]
+    for arch in networks:
+        assert both.calibrated_for(space).predict_ms(arch) == pytest.approx(device_ms(tuple(arch.layers())), rel=0.01)
+    again = build_table(device, other, tmp_path)
+    assert again.calibrations[0] == both.calibrations[0], "nothing has changed"
+
+
 def test_a_table_of_another_runtime_is_not_extended(device: Device, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build_table(device, small_space((16,)), tmp_path)
     device.runtime_version = "2.0"
@@ -402,6 +424,22 @@ def test_a_row_that_was_changed_by_hand_is_found_out(device: Device, tmp_path: P
         (doubt,) = rows_off_their_visits(changed, samples)
         assert doubt.layer == layer
         assert doubt.expected_ms == pytest.approx(row.ms, rel=1e-4, abs=1e-9)
+
+
+def test_a_full_disk_leaves_the_table_that_was_there(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_table(device, small_space((16,)), tmp_path)
+    table = LatencyTable.load(tmp_path / "pretended-cpu.csv")
+    asked: list[int] = []
+
+    def full(handle: int) -> None:
+        asked.append(handle)
+        if len(asked) == 2:  # the sidecar
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="make room"):
+        patch.setattr(os, "fsync", full)
+        replace(table, rows=dict(list(table.rows.items())[1:])).save(tmp_path)
+    assert LatencyTable.load(tmp_path / "pretended-cpu.csv").rows == table.rows
 
 
 def test_the_plan_is_the_same_every_time() -> None:
