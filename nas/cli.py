@@ -55,7 +55,7 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the table goes (default: your data folder)")
     jobs = parser.add_argument_group("a device that runs elsewhere")
     jobs.add_argument("--export-job", type=Path, metavar="DIR", help="write a folder that is run on the device, and end")
-    jobs.add_argument("--format", default="onnx", metavar="F", help="of the folder's models: onnx (default) or coreml")
+    jobs.add_argument("--format", metavar="F", help="of the folder's models: onnx (default) or coreml")
     jobs.add_argument(
         "--import-results",
         type=Path,
@@ -73,6 +73,7 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     def work() -> None:
+        _refuse_without_use(given)
         if given.list:
             from nas.show import print_tables
 
@@ -105,6 +106,19 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
     run_command(parser.prog, work)
 
 
+def _refuse_without_use(given: argparse.Namespace) -> None:
+    """Refuse what nas-build-lut would not use: whoever gives it expects something of it."""
+    if given.format is not None and given.export_job is None:
+        raise InputError("--format is of a job's models: add --export-job DIR, or leave it out")
+    if given.import_results is not None:
+        decided = ("space", "arch", "missing", "threads", "precision", "batch", "export_job", "check")
+        for name in [name for name in decided if getattr(given, name)]:
+            raise InputError(f"results say themselves what was measured: leave --{name.replace('_', '-')} out")
+    for name in ("team_id", "udid"):
+        if getattr(given, name) is not None and given.device not in ("iphone-npu", "iphone-cpu"):
+            raise InputError(f"--{name.replace('_', '-')} is of a connected phone: give --device iphone-npu or iphone-cpu too")
+
+
 def _usual_device(given: argparse.Namespace) -> str:
     """Return the device that is meant where none is given: for a job of ONNX models, the CPU that it will run on."""
     if given.check:
@@ -112,10 +126,7 @@ def _usual_device(given: argparse.Namespace) -> str:
     if given.export_job is None:
         raise InputError("say which device to measure: nas-build-lut --device cpu (or --list to see what there is)")
     if given.format == "coreml":
-        raise InputError(
-            "say which device the job is for: --format coreml --device iphone15pro-npu, say (<model>-npu or <model>-cpu, of an "
-            "iPhone or a Mac)"
-        )
+        raise InputError("say which iPhone the job is for: --format coreml --device iphone15pro-npu, say, or iphone15pro-cpu")
     return "cpu"
 
 
@@ -136,7 +147,7 @@ def _measure(given: argparse.Namespace) -> None:
     if elsewhere and given.missing:
         raise InputError("a device that is elsewhere measures all rows of a space at once: leave --missing out")
     if given.export_job is not None:
-        remote.export(given.export_job, space, given.device, given.format, **settings)
+        remote.export(given.export_job, space, given.device, given.format or "onnx", **settings)
     elif given.device.startswith("ssh://"):
         remote.build_over_ssh(given.device, space, folder, **settings)
     elif given.device in ELSEWHERE:
@@ -185,7 +196,7 @@ def search(arguments: Sequence[str] | None = None) -> None:
         "--strategy",
         metavar="NAME",
         help="greedy: the paper's slimming loop (default); exact: the best network that the drops of single changes admit "
-        "(default with --from); optuna: a study that other processes can share",
+        "(default with --from; with --verify too, the run's own is); optuna: a study that other processes can share",
     )
     parser.add_argument(
         "--config",

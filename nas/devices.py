@@ -81,12 +81,17 @@ def table_of_kind(device: str) -> str:
 
 
 def _of_id(device: str) -> Profiler | None:
-    """Return the profiler whose id this is; settings are read from the id's end: `-2t`, `-int8`, `-b8`."""
+    """Return the profiler whose id this is."""
+    return _matching(device, settings_in(device)[1])
+
+
+def settings_in(device: str) -> tuple[str, dict[str, Any]]:
+    """Return an id without what its end says of settings (`-2t`, `-int8`, `-b8`), and those: None where it says nothing."""
     end = re.search(r"(?:-(\d+)t)?(?:-(int8|fp32|fp16|bf16))?(?:-b(\d+))?$", device)
     assert end is not None  # everything in it is optional
     threads, precision, batch = end.groups()
     settings = {"threads": threads and int(threads), "precision": precision, "batch": batch and int(batch)}
-    return _matching(device, settings)
+    return device[: end.start()], settings
 
 
 def _matching(device: str, settings: dict[str, Any]) -> Profiler | None:

@@ -24,6 +24,7 @@ from nas.profilers.bench import Failed
 from nas.trajectory import Evaluation, evaluations
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
+from supernet.user_block import loaded, user_block
 
 if TYPE_CHECKING:
     from nas.evaluation import Evaluator
@@ -133,10 +134,11 @@ def _served() -> int:
 
 
 def _tell(*message: Any) -> None:
-    """Send a message from the first process to the others."""
+    """Send a message from the first process to the others, and before it which users' blocks they need to understand it."""
     import torch.distributed as dist
 
     with connected():
+        dist.broadcast_object_list([tuple(loaded)], 0)
         dist.broadcast_object_list([message], 0)
 
 
@@ -144,7 +146,12 @@ def _told() -> tuple[Any, ...]:
     """Wait for the first process's next message."""
     import torch.distributed as dist
 
+    kinds: list[Any] = [None]
     message: list[Any] = [None]
+    with connected():
+        dist.broadcast_object_list(kinds, 0)
+    for kind in kinds[0]:
+        user_block(kind)
     with connected():
         dist.broadcast_object_list(message, 0)
     return tuple(message[0])

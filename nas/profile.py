@@ -63,6 +63,16 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
             f"{network} cannot be timed on {wanted}: there only networks given as YAML or by a zoo name are known; leave "
             "--device out to measure it on this CPU"
         )
+    if plot is not None and not plain:
+        raise InputError(
+            f"a picture is drawn of what runs on one thread of this CPU, not of what the table of {wanted} says: leave --plot "
+            "out, or --device"
+        )
+    if layers and not plain and table is None:
+        raise InputError(
+            f"the milliseconds of layers on {wanted} are those of its table, and there is none: make it with `nas-build-lut "
+            f"--device {wanted}`, or leave --device out to measure them on this CPU"
+        )
     if layers and plain:
         from nas.layer_plot import check_plot_file
 

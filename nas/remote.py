@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nas.devices import settings_in
 from nas.job import FORMATS, Address, check_device_id, export_job, job_folder, reach, run_over_ssh
 from nas.lut import import_results
 from nas.plan import for_batch, work_for
@@ -37,8 +38,21 @@ def export(
     if form == "onnx":
         if device.endswith("-npu") or device in ("cuda", "a100", "iphone-cpu", "mac-cpu"):
             raise InputError(f"a job of ONNX models is timed on a CPU, not on {device}: give --format coreml, or a CPU's name")
-        end = suffix(threads or 1, precision or "fp32", batch or 1)
-        named = device if device.endswith(end) else device + end
+        base, said = settings_in(device)
+        asked = {"threads": threads, "precision": precision, "batch": batch}
+        for name, value in asked.items():
+            if None not in (value, said[name]) and value != said[name]:
+                raise InputError(f"the id {device} says {name} {said[name]}, but --{name} {value} was given: give one of them")
+        threads, precision, batch = threads or said["threads"], precision or said["precision"], batch or said["batch"]
+        named = base + suffix(threads or 1, precision or "fp32", batch or 1)
+    else:
+        if not device.startswith("iphone"):
+            raise InputError(
+                f"a Core ML job is run on an iPhone, not on {device}: give its id, such as iphone15pro-npu; a Mac measures "
+                "itself, by nas-build-lut --device mac-npu there"
+            )
+        if batch not in (None, 1):
+            raise InputError(f"a Core ML job has one image a call, but --batch {batch} was given: leave it out")
     if device != "cpu":
         check_device_id(named)
     space = for_batch(space, batch or 1)

@@ -20,8 +20,6 @@ from supernet.recompute import recomputed
 from supernet.space import SearchSpace, StageSpace
 from supernet.specs import EXPANSIONS, Block, Flat, Identity, Layer, Unflat
 
-"""Knobs whose smaller values are leading slices of larger ones. Heads and keys are not: they divide the same rows anew."""
-
 
 class _Structure(NamedTuple):
     """A layer's module, to be run with tensors of these shapes that it is given: it has no weights of its own."""
@@ -56,7 +54,7 @@ class ElasticSupernet(nn.Module):
             largest = (Layer(_largest(group), space.resolutions[stage]) for group in groups)
             self.layers[name] = nn.ModuleList(build_layer(layer) for layer in largest)
             self._keys[name] = [_key(group[0]) for group in groups]
-        self._convert: Callable[[nn.Module], nn.Module] = lambda module: module
+        self._convert: Callable[[nn.Module], nn.Module] | None = None  # no lambda: processes send each other what is trained
         self._structures: dict[Layer, _Structure] = {}  # what forward has built so far; not part of the state
         for number, (choices, resolution) in enumerate(zip(space.stages, space.resolutions, strict=True), 1):
             for block in (block for group in sharing(choices) for block in group):
@@ -113,7 +111,8 @@ class ElasticSupernet(nn.Module):
         if layer not in self._structures:
             like = next(self.parameters())
             with torch.random.fork_rng(devices=[]):  # what it would begin with is not used
-                module = self._convert(build_layer(layer).to(like.device, like.dtype))
+                module = build_layer(layer).to(like.device, like.dtype)
+                module = module if self._convert is None else self._convert(module)
             for part in module.modules():
                 for name, parameter in part.named_parameters(recurse=False):
                     setattr(part, name, nn.Parameter(parameter.detach().to("meta")))

@@ -68,7 +68,8 @@ def _module(path: str, kind: str) -> ModuleType:
         there = False
     if not there:
         raise InputError(f"the block {kind!r} is to come from {path}, which is not there: give FILE.py:CLASS, from this folder")
-    module_name = f"metapath_user {Path(path).resolve()}"
+    # Without dots: they would name packages, where objects of its classes are pickled (processes send each other some).
+    module_name = f"metapath_user_{str(Path(path).resolve()).encode().hex()}"
     if module_name in sys.modules:
         return sys.modules[module_name]
     module_spec = spec_from_file_location(module_name, path)

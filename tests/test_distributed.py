@@ -1,16 +1,26 @@
 """Processes that share evaluations find what one process finds, evaluate nothing twice, and end together."""
 
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from search_together import search
+from test_user_block import BLOCK, SPACE
+
+from nas import distributed
+from supernet import user_block
+from supernet.elastic import ElasticSupernet
+from supernet.metapath import Supernet
+from supernet.space import SearchSpace
 
 TESTS = Path(__file__).parent
 
@@ -74,3 +84,40 @@ def test_where_one_process_dies_the_other_ends_and_what_is_known_is_kept(tmp_pat
     assert codes == [1, -signal.SIGKILL]
     assert said[0].splitlines()[-1] == "search: another process of this command has ended: the same command goes on from here"
     assert len((tmp_path / "died" / "evaluations.csv").read_text().splitlines()) > 1  # what came before the first exchange
+
+
+@pytest.mark.parametrize("kind", [Supernet, ElasticSupernet])
+def test_what_was_trained_reaches_the_others_with_blocks_of_a_users_own(
+    kind: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_blocks.py").write_text(BLOCK)
+    (tmp_path / "space.yaml").write_text(SPACE)
+    monkeypatch.chdir(tmp_path)
+    wire: list[bytes] = []
+
+    def broadcast(message: list[Any], _: int) -> None:
+        if message[0] is None:
+            message[0] = pickle.loads(wire.pop(0))
+        else:
+            wire.append(pickle.dumps(message[0]))
+
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
+    monkeypatch.setattr(distributed, "connected", nullcontext)
+    before = dict(user_block.loaded)
+    try:
+        user_block.loaded.clear()
+        net = kind(SearchSpace.load("space.yaml"))
+        distributed._tell("evaluator", net)
+
+        # In another process, which has not run the user's file.
+        user_block.loaded.clear()
+        for name in [name for name in sys.modules if name.startswith("metapath_user")]:
+            monkeypatch.delitem(sys.modules, name)
+        what, received = distributed._told()
+        assert what == "evaluator" and not wire
+        assert received.space.to_yaml() == net.space.to_yaml()
+        state = received.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
+    finally:
+        user_block.loaded.clear()
+        user_block.loaded.update(before)

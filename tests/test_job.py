@@ -239,7 +239,7 @@ def test_another_space_leaves_no_model_of_the_first_behind(folder: Path, work: W
         (["--device", "pretended-cpu", "--threads", "4"], "of another device and threads:"),
         (["--device", "pretended-cpu-b8", "--batch", "8", "--precision", "int8"], "of another device and precision and batch:"),
         ([], "of another device:"),
-        (["--device", "apple-m2-npu", "--format", "coreml"], "of another device and format and precision:"),
+        (["--device", "iphone15-npu", "--format", "coreml"], "of another device and format and precision:"),
     ],
 )
 def test_a_job_of_another_request_is_not_written_over(
@@ -281,6 +281,33 @@ def test_a_job_without_a_device_names_itself_there(folder: Path, monkeypatch: py
         cli.build_lut([*device, "--space", "space.yaml", "--export-job", name])
     assert json.loads(Path("a/manifest.json").read_text())["device"] is None
     assert Path("a/manifest.json").read_bytes() == Path("b/manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "settings"),
+    [
+        (["pi-cpu-4t"], "pi-cpu-4t", (4, None, 1)),
+        (["pi-cpu-4t", "--threads", "4", "--precision", "int8"], "pi-cpu-4t-int8", (4, "int8", 1)),
+        (["pi-cpu-b8", "--batch", "8", "--precision", "int8"], "pi-cpu-int8-b8", (1, "int8", 8)),
+        (["pi-cpu-int8-b8"], "pi-cpu-int8-b8", (1, "int8", 8)),
+        (["pi-cpu", "--threads", "2"], "pi-cpu-2t", (2, None, 1)),
+    ],
+)
+def test_what_an_id_says_of_settings_is_what_the_job_has(
+    arguments: list[str], named: str, settings: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SPACE.save("space.yaml")
+    asked: dict[str, Any] = {}
+
+    def noted(folder: Path, *_: object, **more: object) -> Path:
+        asked.update(more)
+        folder.mkdir()
+        return folder / "manifest.json"
+
+    monkeypatch.setattr("nas.remote.export_job", noted)
+    cli.build_lut(["--device", *arguments, "--space", "space.yaml", "--export-job", "x"])
+    assert asked["device"] == named
+    assert (asked["threads"], asked["precision"], asked["batch"]) == settings
 
 
 def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path, work: Work) -> None:
@@ -486,6 +513,12 @@ def test_an_address_keeps_the_names_that_ssh_knows() -> None:
         (["--device", "ssh://pi:x"], "is no address"),
         (["--device", "iphone-npu", "--batch", "8"], "at batch 1"),
         (["--import-results", "none.json"], "cannot be read"),
+        (["--import-results", "none.json", "--space", "micro"], "leave --space out"),
+        (["--device", "pi-cpu-4t", "--threads", "2", "--export-job", "x"], "says threads 4, but --threads 2 was given"),
+        (["--device", "apple-m2-npu", "--export-job", "x", "--format", "coreml"], "not on apple-m2-npu"),
+        (["--device", "iphone15-npu", "--export-job", "x", "--format", "coreml", "--batch", "8"], "one image a call"),
+        (["--device", "cpu", "--format", "onnx"], "add --export-job"),
+        (["--device", "cpu", "--team-id", "T"], "give --device iphone-npu"),
     ],
 )
 def test_nas_build_lut_refuses_jobs_in_one_line(

@@ -161,6 +161,8 @@ def test_a_timm_that_cannot_be_imported_counts_as_not_installed(
         (["small.yaml", "--layers", "--plot", "nowhere/picture.png"], "cannot be written"),
         (["nowhere.onnx", "--layers"], "does not exist"),
         (["small.onnx", "--device", "phone-npu"], "cannot be timed on phone-npu"),
+        (["small.yaml", "--device", "phone-npu", "--plot", "picture.png"], "leave --plot out"),
+        (["small.yaml", "--device", "this-cpu-int8", "--layers"], "`nas-build-lut --device this-cpu-int8`"),
     ],
 )
 def test_refusals(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
