@@ -206,8 +206,8 @@ def shifted(x: Tensor, shift: Tensor, mirrored: Tensor) -> Tensor:
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, images_per_epoch: int | None = None) -> Iterator[Tensor]:
     """Yield the index tensors (B,), int64, of one epoch (counted from 0) over `n` images.
 
-    The epochs walk through an endless row of seeded shuffles, each taking up where the last one ended: every image
-    is seen before any is repeated, whatever `images_per_epoch` (default `n`) is. An epoch is cut to whole batches
+    Epochs of one size (`images_per_epoch`, default `n`) walk through an endless row of seeded shuffles, each taking up
+    where the last one ended: every image is seen before any is repeated. Those of another size begin elsewhere. An epoch is cut to whole batches
     unless it is smaller than one; what is cut begins the next epoch. A pure function of its arguments, so that a
     resumed run sees the same order.
     """
