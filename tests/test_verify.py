@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 from test_cli import INIT_SETTINGS, TINY, additive_table, board_table, refused
 
 from nas import cli
+from nas.kept import Checks
 from nas.measure import CACHED, STREAMING, name_of
 from nas.pretrained import space_of
+from nas.profilers.timing import Measurement
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
 from supernet.model import build_model
@@ -145,6 +147,42 @@ def test_slack_is_given_back_only_to_a_network_that_was_verified(target: float) 
         cli.search(["--from", "run", "--verify", str(board_says(0.98 * target))])
         assert ArchConfig.load("run/searched.yaml") != before
     assert result()["met"]
+
+
+def measured(ms: float) -> Measurement:
+    return Measurement(ms, 0.99 * ms, 1.01 * ms, ms, ms, ms, ms, 20)
+
+
+def test_a_measurement_is_kept_with_all_its_digits(table: LatencyTable) -> None:
+    """The next budget follows from it: rounded, it would be another one after a kill, and a study would begin anew under it."""
+    arch = SearchSpace.load("micro.yaml").largest
+    checks = Checks(Path("m.csv"), table)
+    checks.add(arch, measured(1 / 3))
+    assert checks(arch).ms == 1 / 3
+    assert Checks(Path("m.csv"), table)(arch) == checks(arch)
+
+
+def test_processes_that_share_a_folder_use_each_other_s_measurements(
+    table: LatencyTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = SearchSpace.load("micro.yaml")
+    monkeypatch.setattr("nas.devices.profiler_of", lambda table: "here")
+    one, other = (Checks(Path("m.csv"), table) for _ in range(2))
+    asked: list[ArchConfig] = []
+
+    def measure(profiler: object, arch: ArchConfig, *_: object) -> Measurement:
+        asked.append(arch)
+        if arch == space.arch([8, 16], [["mb4d"] * 2] * 2):
+            other.add(arch, measured(3.0))  # it was measured there at the same time
+        return measured(float(len(asked)))
+
+    monkeypatch.setattr("nas.measure.measure_alone", measure)
+    for checks in (one, other):
+        assert checks(space.largest).ms == 1.0
+    assert other(space.smallest).ms == one(space.smallest).ms == 2.0
+    assert len(asked) == 2, "what one has measured the other one takes"
+    assert one(space.arch([8, 16], [["mb4d"] * 2] * 2)).ms == 3.0
+    assert len(Checks(Path("m.csv"), table).known) == 3, "and neither overwrites what it did not measure"
 
 
 def test_results_of_another_network_are_refused_and_nothing_is_lost(target: float, capsys: pytest.CaptureFixture[str]) -> None:
