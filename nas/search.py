@@ -151,7 +151,7 @@ def run_search(
         ended = folder / "result.json"
         if again or not ended.exists():
             (folder / REPORT).unlink(missing_ok=True)
-            carry_out(Work(devices, space, train_size, data, settings, request.strategy, request.seed, folder, given))
+            carry_out(Work(devices, space, train_size, data, settings, request.strategy, request.seed, folder, given, again))
         if not (folder / REPORT).exists():
             write_report(folder)
         do = "remove it, and give the same command again"

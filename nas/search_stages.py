@@ -73,6 +73,8 @@ class Work:
     seed: int
     folder: Path
     given: Pretrained | None
+    again: bool = False
+    """Whether the folder has a result, which this one's is to replace."""
 
     def checks(self) -> list[Checks]:
         """Return what is known of each device's networks, and measures them where it is this machine's."""
@@ -151,7 +153,7 @@ def _judged(work: Work) -> Judged:
 
 def _outcomes(work: Work, judged: Judged) -> dict[MultiplexSpec | None, Outcome]:
     """Search, and measure, for each way of grouping images: None, a pass for each, and for throughput those of the space."""
-    devices, space, settings, folder = work.devices, work.space, work.settings, work.folder
+    devices, space, settings = work.devices, work.space, work.settings
     ways: tuple[MultiplexSpec | None, ...] = (None,)
     if settings.objective == "throughput":
         ways = (None, *usable_ways(space, devices[0].table))
@@ -169,7 +171,7 @@ def _outcomes(work: Work, judged: Judged) -> dict[MultiplexSpec | None, Outcome]
 
         def search(budgets: tuple[float, ...], start: Trajectory | None, landing: float) -> Trajectory:
             within = [Budgeted(d.table, p, ms) for d, p, ms in zip(devices, predictors, budgets, strict=True)]
-            found = choose(
+            return choose(
                 work.strategy,
                 judged.scores,
                 within,
@@ -180,8 +182,6 @@ def _outcomes(work: Work, judged: Judged) -> dict[MultiplexSpec | None, Outcome]
                 study=study,
                 on_step=tell,
             )
-            write_csv(folder / "trajectory.csv", found.records(), found.columns)
-            return found
 
         def goal(at: int) -> Goal:
             predict_ms = predictors[at].predict_ms
@@ -204,14 +204,14 @@ def _outcomes(work: Work, judged: Judged) -> dict[MultiplexSpec | None, Outcome]
 
 
 def _write(work: Work, judged: Judged, outcome: Outcome, mux: MultiplexSpec | None, finalists: Sequence[Finalist]) -> None:
-    """Write what was found: the network, its inherited weights, `result.json`."""
+    """Write what was found: the network, its inherited weights, `result.json`.
+
+    All of it is computed before the first file is written, and the result comes last: a folder without one has not ended, and
+    the same command goes on in it.
+    """
     devices, space, data, settings, folder = work.devices, work.space, work.data, work.settings, work.folder
     first, trajectory, begin = devices[0], outcome.trajectory, judged.begin
-    write_csv(folder / "trajectory.csv", trajectory.records(), trajectory.columns)
     candidate = folder / CANDIDATE
-    candidate.unlink(missing_ok=True)
-    if outcome.candidate is not None:
-        space.multiplexed(outcome.candidate.arch, mux).without_identity().save(candidate)
     name = network_name(space.name, [device.target.ms for device in devices])
     deployed = replace(space.multiplexed(trajectory.arch, mux).without_identity(), name=name)
     if finalists:
@@ -224,8 +224,7 @@ def _write(work: Work, judged: Judged, outcome: Outcome, mux: MultiplexSpec | No
         model = found_network(judged.supernet, trajectory.arch, evaluator.recalibration, evaluator.kept, unchanged)
         loss, accuracy = accuracy_of(model, data.val)
     complexity = count(deployed)
-    deployed.save(folder / "searched.yaml")
-    write_atomically(folder / "weights.safetensors", save_safetensors(deployed_weights(model, deployed), note(data.classes)))
+    weights = save_safetensors(deployed_weights(model, deployed), note(data.classes))
     on_devices = [device.record(deployed, check) for device, check in zip(devices, outcome.checks, strict=True)]
     ms = on_devices[0]["measured_ms"] or on_devices[0]["predicted_ms"]
     mes = efficiency_of(settings)
@@ -270,9 +269,17 @@ def _write(work: Work, judged: Judged, outcome: Outcome, mux: MultiplexSpec | No
             "teacher": str(folder / "teacher.yaml"),
         }
     if finalists:
-        rows = records(finalists, best_of(finalists), first.table, settings.arrivals_per_second)
-        write_csv(folder / "throughput.csv", rows, THROUGHPUT_COLUMNS)
-        result["throughput"] = rows
+        result["throughput"] = records(finalists, best_of(finalists), first.table, settings.arrivals_per_second)
+    if work.again:  # what it says is not of the files that now take the place of its own
+        (folder / "result.json").unlink(missing_ok=True)
+    write_csv(folder / "trajectory.csv", trajectory.records(), trajectory.columns)
+    candidate.unlink(missing_ok=True)
+    if outcome.candidate is not None:
+        space.multiplexed(outcome.candidate.arch, mux).without_identity().save(candidate)
+    deployed.save(folder / "searched.yaml")
+    write_atomically(folder / "weights.safetensors", weights)
+    if finalists:
+        write_csv(folder / "throughput.csv", result["throughput"], THROUGHPUT_COLUMNS)
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
 
 
