@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +18,8 @@ from supernet.metapath import Noise
 Paths = Literal["single", "fair", "elastic"]
 
 COUNTS = ("accumulate", "score_images", "recalibration_images", "finalist_epochs", "init_epochs", "optuna_trials")
-FREE = ("cache_gb", "optuna_sampler", "optuna_trials", "optuna_storage", "additivity_networks")  # of a search that goes on
+UNBOUND = ("cache_gb", "optuna_storage")  # may be lowered where memory runs out; another address, with a password
+FREE = (*UNBOUND, "optuna_sampler", "optuna_trials", "additivity_networks")  # of a search with another one's supernet
 OBJECTIVES = ("latency", "mes", "throughput")
 MES = ("mes_size_unit", "mes_latency_unit_ms", "mes_size_alpha", "mes_latency_alpha")
 NOT_NEGATIVE = (
@@ -197,22 +198,19 @@ class SupernetSettings:
 
     def deciding(self) -> dict[str, Any]:
         """Return the settings that may change what a search finds: those that a run's folder is bound to."""
-        found = asdict(self)
-        del found["cache_gb"]  # it may be lowered where a search has run out of memory
-        del found["optuna_storage"]  # other processes may reach it by another address, with a password
-        return found
+        return {name: value for name, value in asdict(self).items() if name not in UNBOUND}
 
     @classmethod
-    def of_run(cls, decided: Mapping[str, Any], path: Path | None) -> SupernetSettings:
-        """Return the settings of a finished search, from its request; those that `path` gives too may be other ones.
+    def of_run(cls, decided: Mapping[str, Any], path: Path | None, free: Sequence[str] = FREE) -> SupernetSettings:
+        """Return the settings of a finished search, from its request; the `free` ones may be other ones, which `path` gives.
 
         Raises:
-            InputError: the file has a setting that the supernet or its scores depend on.
+            InputError: the file has a setting that the supernet or its scores depend on, or that the run's folder is bound to.
         """
         given = _given(path) if path is not None else {}
-        if bound := [name for name in given if name not in FREE]:
+        if bound := [name for name in given if name not in free]:
             raise InputError(
-                f"{path} gives {', '.join(bound)}, which the finished search has decided: give {', '.join(FREE)} alone, or "
+                f"{path} gives {', '.join(bound)}, which the finished search has decided: give {', '.join(free)} alone, or "
                 "search anew without --from"
             )
         with placed(f"the config file {path}" if path is not None else "the settings of the run"):

@@ -18,7 +18,7 @@ from nas.progress import say
 from nas.request import Finished, finished, interrupted
 from nas.search import Request, beginning, run_search
 from nas.search_stages import CANDIDATE, measurements_file
-from nas.settings import SupernetSettings
+from nas.settings import UNBOUND, SupernetSettings
 from nas.table import LatencyTable, Target
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
@@ -41,6 +41,7 @@ def verify(
         InputError: the folder holds no finished search, or the results are of another network.
     """
     held = finished(run, or_interrupted=True)
+    settings = SupernetSettings.of_run(held.request["settings"], config, UNBOUND)
     with alone(run):
         places = [OnDevice(Target(t["target_ms"]), LatencyTable.load(Path(t["table"])), Path(t["table"])) for t in held.targets]
         if interrupted(run):  # the network that the results are of may be replaced already; what they say is kept
@@ -58,7 +59,7 @@ def verify(
                 **beginning(held),
             ),
             space=held.space,
-            settings=SupernetSettings.of_run(held.request["settings"], config),
+            settings=settings,
             again=True,
         )
 

@@ -149,6 +149,21 @@ def test_slack_is_given_back_only_to_a_network_that_was_verified(target: float) 
     assert result()["met"]
 
 
+def test_settings_that_the_folder_is_bound_to_are_refused_before_anything_is_measured(
+    target: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for setting in ("optuna_trials: 9", "optuna_sampler: nsga2", "additivity_networks: 3"):
+        Path("more.yaml").write_text(f"{{{setting}}}")
+        capsys.readouterr()
+        said = refused(cli.search, ["--from", "run", "--verify", "--config", "more.yaml"], capsys)
+        assert f"{setting.split(':')[0]}, which the finished search has decided: give cache_gb, optuna_storage alone" in said
+        assert not Path("run/verify-job").exists()
+    Path("more.yaml").write_text("{cache_gb: 0.5, optuna_storage: other.journal}")
+    cli.search(["--from", "run", "--verify", "--config", "more.yaml"])
+    cli.search(["--from", "run", "--verify", str(board_says(0.985 * target)), "--config", "more.yaml"])
+    assert result()["met"]
+
+
 def measured(ms: float) -> Measurement:
     return Measurement(ms, 0.99 * ms, 1.01 * ms, ms, ms, ms, ms, 20)
 
