@@ -12,7 +12,7 @@ from nas.kept import Checks
 from nas.lookup import OnDevice
 from nas.measure import measure_alone, name_of, table_reference
 from nas.plan import Work
-from nas.profilers.bench import Plan
+from nas.profilers.bench import Plan, TooNoisy, refuse_noise
 from nas.profilers.timing import summarise
 from nas.progress import say
 from nas.request import Finished, finished, interrupted
@@ -40,6 +40,10 @@ def verify(
     Raises:
         InputError: the folder holds no finished search, or the results are of another network.
     """
+    if device is not None and results is not None:
+        raise InputError(
+            f"{results} is what a device has measured, --device {device} would measure anew: leave one of them out"
+        )
     held = finished(run, or_interrupted=True)
     settings = SupernetSettings.of_run(held.request["settings"], config, UNBOUND)
     with alone(run):
@@ -76,6 +80,8 @@ def _measured(run: Path, held: Finished, places: list[OnDevice], device: str | N
         if address is not None and len(elsewhere) > 1:
             names = " and ".join(place.name for place in elsewhere)
             raise InputError(f"{names} are elsewhere, and {device} is one machine: leave --device out for a job folder of each")
+        if address is not None and all(check.profiler is not None for check in checks.values()):
+            raise InputError(f"{' and '.join(checks)} is measured on this machine, nothing at {device}: leave --device out")
         for place in places:
             profiler = checks[place.name].profiler
             if profiler is not None:
@@ -117,6 +123,13 @@ def _take(results: Path, places: list[OnDevice], checks: dict[str, Checks], whic
     visits = visits_of(measured).get(which["network"])
     if visits is None:
         raise InputError(f"{results}: the device could not run the network ({measured['flags'][which['network']]})")
+    try:
+        refuse_noise(visits_of(measured))
+    except TooNoisy as error:
+        why = str(error).split(";")[0]
+        raise InputError(
+            f"{results} cannot be trusted: {why}: run its job again when the device has nothing else to do"
+        ) from error
     checks[place.name].add(arch, summarise(visits, table_reference(place.table)))
 
 

@@ -127,6 +127,34 @@ def test_results_of_another_machine_are_refused(
     assert "measured on Laptop, but the table of board-cpu on Board" in line
 
 
+def test_results_of_a_device_that_was_too_busy_are_refused(capsys: pytest.CaptureFixture[str], target: float) -> None:
+    cli.search(["--from", "run", "--verify"])
+    path = board_says(0.985 * target)
+    results = json.loads(path.read_text())
+    results["visits"] = {
+        name: [*made[:30], *([3 * ms for ms in v] for v in made[30:])] for name, made in results["visits"].items()
+    }
+    path.write_text(json.dumps(results))
+    capsys.readouterr()
+    line = refused(cli.search, ["--from", "run", "--verify", str(path)], capsys)
+    assert "its reference workload took 0.25 to 0.75 ms" in line and "run its job again" in line
+    assert result()["measured_ms"] is None
+
+
+def test_a_device_that_would_not_be_used_is_refused(
+    capsys: pytest.CaptureFixture[str], target: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = ["--device", "ssh://me@there"]
+    cli.search(["--from", "run", "--verify"])
+    capsys.readouterr()
+    line = refused(cli.search, ["--from", "run", "--verify", str(board_says(0.985 * target)), *there], capsys)
+    assert "--device ssh://me@there would measure anew: leave one of them out" in line
+    monkeypatch.setattr("nas.devices.profiler_of", lambda table: "here")
+    line = refused(cli.search, ["--from", "run", "--verify", *there], capsys)
+    assert "board-cpu is measured on this machine, nothing at ssh://me@there" in line
+    assert not Path("run/measurements.csv").exists()
+
+
 def test_a_device_that_could_not_run_the_network_is_told(capsys: pytest.CaptureFixture[str], target: float) -> None:
     cli.search(["--from", "run", "--verify"])
     path = board_says(target)
