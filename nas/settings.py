@@ -55,8 +55,8 @@ class SupernetSettings:
     batch_size: int = 64
     accumulate: int = 1
     """Parts in which a process's images of a step go through the supernet, one after the other, by the same path, where memory
-    is short. Batch norm sees each part by itself. With --init, of the training of the whole network; distillation and recovery
-    take a step's images at once."""
+    is short. Batch norm sees each part by itself. With --init, of the training of the whole network; of throughput, also of the
+    finalists, where a part is whole groups. Distillation and recovery take a step's images at once."""
     learning_rate: float = 2e-3
     """Of the weights, by AdamW; warm-up over a twentieth of the steps, then cosine to a hundredth."""
     weight_decay: float = 0.025
@@ -96,7 +96,8 @@ class SupernetSettings:
     compile: bool = False
     """Whether the supernet's layers and candidates are compiled, each by itself, for training (torch.compile): minutes before
     the first steps. On a CPU we saw no gain from it for a network; on GPUs it is untested. The same computation, rounded
-    otherwise. Not with `paths: elastic`. With --init, of the training of the whole network."""
+    otherwise. Not with `paths: elastic`. With --init, of the training of the whole network; of throughput, also of the
+    finalists."""
     importance: str = "auto"
     """Where slots' importance comes from: logits (the mixture's), drops (of single changes), or auto: the logits where a
     mixture was trained."""
