@@ -497,3 +497,22 @@ def layers_kept(arch: ArchConfig, found: ArchConfig) -> int:
     `arch`, nothing changed what enters them, so that their batch-norm statistics hold."""
     pairs = zip(arch.named_layers(), found.named_layers(), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def as_given(tensors: Mapping[str, Tensor], arch: ArchConfig, found: ArchConfig) -> dict[str, Tensor]:
+    """Return what depends on the image size in the layers that two networks of a space, their empty slots kept, have in common.
+
+    `tensors` are those of `arch` at the size that both are deployed at, returned under the names of `found`: attention biases
+    and position embeddings that went through a supernet of another size were resized twice.
+    """
+    own = {
+        name: (layer, written)
+        for (name, layer), (written, _) in zip(arch.named_layers(), arch.without_identity().named_layers(), strict=True)
+    }
+    kept = {}
+    for (name, layer), (written, _) in zip(found.named_layers(), found.without_identity().named_layers(), strict=True):
+        if name in own and own[name][0] == layer:
+            begin = f"{own[name][1]}."
+            names = [key for key in tensors if key.startswith(begin) and key.endswith(("attention_biases", "pos_embed"))]
+            kept.update({f"{written}.{key.removeprefix(begin)}": tensors[key] for key in names})
+    return kept

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from nas.about import note
@@ -28,7 +29,7 @@ from nas.judging import (
 )
 from nas.kept import Checks, Remembered, described, write_complexity, write_csv
 from nas.lookup import OnDevice
-from nas.pretrained import Pretrained, layers_kept, on_data, pretrained_supernet
+from nas.pretrained import Pretrained, as_given, layers_kept, on_data, pretrained_supernet
 from nas.progress import say
 from nas.recovery import Recovered
 from nas.settings import SupernetSettings
@@ -224,7 +225,10 @@ def _write(work: Work, judged: Judged, outcome: Outcome, mux: MultiplexSpec | No
         model = found_network(judged.supernet, trajectory.arch, evaluator.recalibration, evaluator.kept, unchanged)
         loss, accuracy = accuracy_of(model, data.val)
     complexity = count(deployed)
-    weights = save_safetensors(deployed_weights(model, deployed), note(data.classes))
+    weights = deployed_weights(model, deployed)
+    if begin is not None:
+        weights |= as_given(load_safetensors(folder / "teacher.safetensors"), begin, trajectory.arch)
+    saved = save_safetensors(weights, note(data.classes))
     on_devices = [device.record(deployed, check) for device, check in zip(devices, outcome.checks, strict=True)]
     ms = on_devices[0]["measured_ms"] or on_devices[0]["predicted_ms"]
     mes = efficiency_of(settings)
@@ -277,7 +281,7 @@ def _write(work: Work, judged: Judged, outcome: Outcome, mux: MultiplexSpec | No
     if outcome.candidate is not None:
         space.multiplexed(outcome.candidate.arch, mux).without_identity().save(candidate)
     deployed.save(folder / "searched.yaml")
-    write_atomically(folder / "weights.safetensors", weights)
+    write_atomically(folder / "weights.safetensors", saved)
     if finalists:
         write_csv(folder / "throughput.csv", result["throughput"], THROUGHPUT_COLUMNS)
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tables import plain_calibration
 
 from nas import cli
+from nas.export import with_ordinary_values
 from nas.parallel import Group
 from nas.pretrained import space_of
 from nas.profilers.ort_cpu import OrtCpu
@@ -454,6 +455,25 @@ def test_a_network_that_meets_the_target_as_it_is_stays_as_it_is(
     assert ArchConfig.load("run/searched.yaml").stages == whole.stages
     found, teacher = load_file("run/weights.safetensors"), load_file("run/teacher.safetensors")
     assert all((found[name] == teacher[name]).all() for name in teacher), "batch-norm statistics too"
+
+
+def test_at_a_smaller_supernet_too_it_is_written_as_it_was_given(
+    tmp_path: Path, settings_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its attention biases are not resized to the supernet's size and back."""
+    monkeypatch.setattr("nas.pretrained.accuracy_of", lambda *_: (0.5, 0.8))  # it knows the data
+    Path("mine.yaml").write_text(TINY)
+    settings_file.write_text(INIT_SETTINGS.replace("}", ", image_size: 16}").replace("steps: 30", "steps: 0"))
+    whole = ArchConfig.load("mine.yaml")
+    table = additive_table(space_of(whole), "phone-npu")
+    given = with_ordinary_values(build_model(whole), 0).state_dict()
+    save_file(given, "w.safetensors")
+    arguments = ["--init", "mine.yaml", "--weights", "w.safetensors", "--target-ms", "99", "--out", "run"]
+    arguments += ["--config", str(settings_file), "--device", "phone-npu", "--table", str(table.save(tmp_path / "phone"))]
+    cli.search(arguments)
+    found = load_file("run/weights.safetensors")
+    assert found.keys() == given.keys()
+    assert [name for name in given if not (found[name] == given[name]).all()] == []
 
 
 def test_with_init_settings_that_cannot_be_used_leave_the_folder_free(
