@@ -6,14 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from nas.about import note
+from nas.about import note, version_of
 from nas.data import ImageData
 from nas.distributed import in_all, shared
 from nas.evaluation import Evaluator, accuracy_of
@@ -262,7 +261,7 @@ def _write(work: Work, judged: Judged, outcome: Outcome, mux: MultiplexSpec | No
         "max_macs": settings.max_macs or None,
         "mes": mes.of(complexity.params, ms) if mes is not None else None,
         "additivity": judged.additivity,
-        "versions": {name: version(name) for name in ("metapath-nas", "torch")},
+        "versions": {name: version_of(name) for name in ("metapath-nas", "torch")},
     }
     if work.given is not None and begin is not None and judged.original is not None:
         result["init"] = {
