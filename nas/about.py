@@ -27,6 +27,14 @@ PREPARATION = (
 _OF_A_TARGET = ("device", "target_ms", "predicted_ms", "measured_ms", "table", "provenance", "batch")
 
 
+def version_of(package: str) -> str:
+    """Return the version of an installed package; of one that is not installed, such as a checkout of ours, unknown."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def note(classes: Sequence[str], targets: Sequence[Mapping[str, Any]] = ()) -> dict[str, str]:
     """Return the header of a weights file: the classes in the order of the logits, and the targets of the network's search."""
     return {NOTE: json.dumps({"classes": list(classes), **({"targets": list(targets)} if targets else {})})}
@@ -100,10 +108,6 @@ def metadata(
         targets: of its search; left out where there was none.
         more: further entries, such as int8.
     """
-    try:
-        ours = version("metapath-nas")
-    except PackageNotFoundError:  # a checkout that is not installed
-        ours = "unknown"
     entries: dict[str, Any] = {
         "input": INPUT,
         "output": OUTPUT,
@@ -118,6 +122,6 @@ def metadata(
         **({"targets": list(targets)} if targets else {}),
         **more,
         "arch": arch.to_yaml(),
-        "version": f"metapath-nas {ours}",
+        "version": f"metapath-nas {version_of('metapath-nas')}",
     }
     return {name: entry if isinstance(entry, str) else json.dumps(entry) for name, entry in entries.items()}

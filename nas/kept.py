@@ -76,50 +76,60 @@ class Checks:
         self.path = path
         self.table = table
         self.profiler = profiler_of(table)
-        self.known: dict[str, tuple[Check, str]] = {}
-        if path.exists():
+        self.known = self._read()
+
+    def _read(self) -> dict[str, tuple[Check, str]]:
+        """Return what the file holds."""
+        found: dict[str, tuple[Check, str]] = {}
+        if self.path.exists():
             do = "remove it, and what it held is measured again"
-            lines = read_csv(path, self.HEADER, "the file of measurements", do)
-            with reading(str(path), do):
+            lines = read_csv(self.path, self.HEADER, "the file of measurements", do)
+            with reading(str(self.path), do):
                 for line in lines:
                     ms, low_ms, high_ms = (float(line[name]) for name in self.HEADER[1:4])
                     if not 0 < low_ms <= ms <= high_ms < math.inf:
                         raise ValueError(f"{line['network']} has {ms} ms between {low_ms} and {high_ms}")
-                    self.known[line["network"]] = Check(ms, low_ms, high_ms), line["measured_at"]
+                    found[line["network"]] = Check(ms, low_ms, high_ms), line["measured_at"]
+        return found
 
     def __call__(self, arch: ArchConfig) -> Check:
         """Return how long a network takes, if it is known, or if the table's device is this machine's."""
-        from nas.measure import measure_alone, table_reference
-
-        name = described(arch.without_identity())
-        if name not in self.known:
-            if self.profiler is None:
-                return Check()
-            self.add(arch, measure_alone(self.profiler, arch, table_reference(self.table)))
-        return self.known[name][0]
+        return self._check(described(arch.without_identity()), arch)
 
     def group_ms(self, arch: ArchConfig) -> float | None:
         """Return how long a call of one group of images, or of one image, takes, if the table's device is this machine's."""
+        return self._check(f"{described(arch.without_identity())} | one group", arch, arch.group_size).ms
+
+    def _check(self, name: str, arch: ArchConfig, batch: int | None = None) -> Check:
         from nas.measure import measure_alone, table_reference
 
-        name = f"{described(arch.without_identity())} | one group"
-        if name not in self.known:
+        if not self._is_known(name):
             if self.profiler is None:
-                return None
-            self._keep(name, measure_alone(self.profiler, arch, table_reference(self.table), arch.group_size))
-        return self.known[name][0].ms
+                return Check()
+            found = measure_alone(self.profiler, arch, table_reference(self.table), batch)
+            if not self._is_known(name):  # else another process was first, and all go on from the same milliseconds
+                self._keep(name, found)
+        return self.known[name][0]
+
+    def _is_known(self, name: str) -> bool:
+        """Whether it was measured: by this process, or by another one of an Optuna study that shares the folder."""
+        if name not in self.known:
+            self.known = {**self._read(), **self.known}
+        return name in self.known
 
     def knows(self, arch: ArchConfig) -> bool:
         """Whether it was measured."""
-        return described(arch.without_identity()) in self.known
+        return self._is_known(described(arch.without_identity()))
 
     def add(self, arch: ArchConfig, found: Measurement) -> None:
         """Keep a measurement."""
         self._keep(described(arch.without_identity()), found)
 
     def _keep(self, name: str, found: Measurement) -> None:
-        self.known[name] = Check(found.ms, found.low_ms, found.high_ms), now()
-        records = ({"network": n, **asdict(check), "measured_at": at} for n, (check, at) in self.known.items())
+        self.known = {**self._read(), **self.known, name: (Check(found.ms, found.low_ms, found.high_ms), now())}
+        # With all digits: a budget that follows from a measurement is the same for whoever reads it.
+        of_each = {n: {k: repr(float(v)) for k, v in asdict(check).items()} for n, (check, _) in self.known.items()}
+        records = ({"network": n, **of_each[n], "measured_at": at} for n, (_, at) in self.known.items())
         write_csv(self.path, records, self.HEADER)
 
 

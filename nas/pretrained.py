@@ -30,7 +30,15 @@ from nas.parallel import ALONE, Group, connected, processes
 from nas.progress import progress, say
 from nas.recipe import Recipe
 from nas.settings import SupernetSettings
-from nas.steps import accelerator, cosine, mixed_precision, parameter_groups, training_batches
+from nas.steps import (
+    accelerator,
+    check_compiler,
+    check_parts,
+    cosine,
+    mixed_precision,
+    parameter_groups,
+    training_batches,
+)
 from nas.supernet_training import epoch_size
 from nas.taylor import calibration_batches, unit_scores
 from nas.training import train_network
@@ -143,6 +151,23 @@ def requested(network: str, weights: str, space: str | None, settings: SupernetS
     arch = load_arch(network)
     around = space_of(arch, SearchSpace.load(space) if space is not None else None)
     return load_pretrained(network, weights, arch), around
+
+
+def check_init(settings: SupernetSettings, data: ImageData, group: Group) -> None:
+    """Refuse settings that a given network cannot be trained by, or its replacements distilled, before anything is.
+
+    Whether it is trained, its accuracy decides, which is not known yet.
+
+    Raises:
+        InputError: the accelerator is not there, a step's images make no equal parts, or nothing can be compiled here.
+    """
+    device = group.device(accelerator(settings.accelerator))
+    rows = group.rows(min(settings.batch_size, epoch_size(settings, data)))
+    check_parts(rows.stop - rows.start, settings.accumulate)
+    if settings.distillation_steps:
+        group.rows(min(settings.batch_size, len(data.train)))
+    if settings.compile:
+        check_compiler(device)
 
 
 # -- The space ---------------------------------------------------------------------------------------------------------
@@ -472,3 +497,22 @@ def layers_kept(arch: ArchConfig, found: ArchConfig) -> int:
     `arch`, nothing changed what enters them, so that their batch-norm statistics hold."""
     pairs = zip(arch.named_layers(), found.named_layers(), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def as_given(tensors: Mapping[str, Tensor], arch: ArchConfig, found: ArchConfig) -> dict[str, Tensor]:
+    """Return what depends on the image size in the layers that two networks of a space, their empty slots kept, have in common.
+
+    `tensors` are those of `arch` at the size that both are deployed at, returned under the names of `found`: attention biases
+    and position embeddings that went through a supernet of another size were resized twice.
+    """
+    own = {
+        name: (layer, written)
+        for (name, layer), (written, _) in zip(arch.named_layers(), arch.without_identity().named_layers(), strict=True)
+    }
+    kept = {}
+    for (name, layer), (written, _) in zip(found.named_layers(), found.without_identity().named_layers(), strict=True):
+        if name in own and own[name][0] == layer:
+            begin = f"{own[name][1]}."
+            names = [key for key in tensors if key.startswith(begin) and key.endswith(("attention_biases", "pos_embed"))]
+            kept.update({f"{written}.{key.removeprefix(begin)}": tensors[key] for key in names})
+    return kept

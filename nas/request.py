@@ -73,15 +73,21 @@ class Finished:
         return None if self.request["data"] == "digits" else Path(self.request["data"])
 
 
-def finished(run: Path) -> Finished:
-    """Read the folder of a search that ended.
+def interrupted(run: Path) -> bool:
+    """Whether a search was killed while it wrote what it had found: the result, which comes last, is missing."""
+    return (run / "searched.yaml").exists() and not (run / "result.json").exists()
+
+
+def finished(run: Path, or_interrupted: bool = False) -> Finished:
+    """Read the folder of a search that ended, or also of one that was interrupted, whose result is then empty.
 
     Raises:
         InputError: it holds none.
     """
     with _finished(run):
         request = read_json(run / "request.json", "the request file", "it is written when a search begins")
-        result = read_json(run / "result.json", "the result file", "it is written when a search ends")
+        ended = not (or_interrupted and interrupted(run))
+        result = read_json(run / "result.json", "the result file", "it is written when a search ends") if ended else {}
         where = f"the space of {run}"
         space = SearchSpace.from_dict(parse_yaml(request["space"], where), where)
         held = Finished(run, request, result, space)
@@ -98,7 +104,7 @@ def finished(run: Path) -> Finished:
             raise ValueError("its seed or a limit is no whole number, or its score is none")
         for target in held.targets:
             Target(target["target_ms"])
-        for found in result.get("targets", [result]):
+        for found in result.get("targets", [result]) if ended else ():
             for ms in (found["target_ms"], found["predicted_ms"], found["measured_ms"] or 1.0):
                 Target(ms)
     return held

@@ -11,7 +11,7 @@ from nas.alone import alone
 from nas.data import load_data, natural_size, say_if_demonstration
 from nas.lookup import OnDevice, groups_of, places, resolve_device, usable_table
 from nas.parallel import joined
-from nas.pretrained import Pretrained, requested
+from nas.pretrained import Pretrained, check_init, requested
 from nas.report import NAME as REPORT
 from nas.report import write_report
 from nas.request import Finished, claim, finished
@@ -28,7 +28,6 @@ from supernet.files import read_json, reading, write_atomically
 from supernet.space import SearchSpace
 
 TRAINED = ("supernet.pt", "channels.json", "distillation.pt", "evaluations.csv")  # what another target changes nothing in
-CANDIDATE = "candidate.yaml"  # a network that might be better and is to be measured on a device that is elsewhere
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,9 @@ def run_search(
         refuse_below_smallest(space, devices)
     check_limits(space, limits_of(space, None, settings.max_params, settings.max_macs))
     accelerator(settings.accelerator)  # refuses one that this machine does not have
-    if given is None and trained is None:
+    if given is not None:
+        check_init(settings, data, joined())
+    elif trained is None:
         check_trainable(settings, data, joined())
     first = devices[0]
     several = [{"device": d.name, "target_ms": d.target.ms, "table": str(d.path.resolve())} for d in devices]
@@ -151,7 +152,7 @@ def run_search(
         ended = folder / "result.json"
         if again or not ended.exists():
             (folder / REPORT).unlink(missing_ok=True)
-            carry_out(Work(devices, space, train_size, data, settings, request.strategy, request.seed, folder, given))
+            carry_out(Work(devices, space, train_size, data, settings, request.strategy, request.seed, folder, given, again))
         if not (folder / REPORT).exists():
             write_report(folder)
         do = "remove it, and give the same command again"

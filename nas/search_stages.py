@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from nas.about import note
+from nas.about import note, version_of
 from nas.data import ImageData
 from nas.distributed import in_all, shared
 from nas.evaluation import Evaluator, accuracy_of
@@ -28,7 +28,7 @@ from nas.judging import (
 )
 from nas.kept import Checks, Remembered, described, write_complexity, write_csv
 from nas.lookup import OnDevice
-from nas.pretrained import Pretrained, layers_kept, on_data, pretrained_supernet
+from nas.pretrained import Pretrained, as_given, layers_kept, on_data, pretrained_supernet
 from nas.progress import say
 from nas.recovery import Recovered
 from nas.settings import SupernetSettings
@@ -73,6 +73,8 @@ class Work:
     seed: int
     folder: Path
     given: Pretrained | None
+    again: bool = False
+    """Whether the folder has a result, which this one's is to replace."""
 
     def checks(self) -> list[Checks]:
         """Return what is known of each device's networks, and measures them where it is this machine's."""
@@ -151,7 +153,7 @@ def _judged(work: Work) -> Judged:
 
 def _outcomes(work: Work, judged: Judged) -> dict[MultiplexSpec | None, Outcome]:
     """Search, and measure, for each way of grouping images: None, a pass for each, and for throughput those of the space."""
-    devices, space, settings, folder = work.devices, work.space, work.settings, work.folder
+    devices, space, settings = work.devices, work.space, work.settings
     ways: tuple[MultiplexSpec | None, ...] = (None,)
     if settings.objective == "throughput":
         ways = (None, *usable_ways(space, devices[0].table))
@@ -169,7 +171,7 @@ def _outcomes(work: Work, judged: Judged) -> dict[MultiplexSpec | None, Outcome]
 
         def search(budgets: tuple[float, ...], start: Trajectory | None, landing: float) -> Trajectory:
             within = [Budgeted(d.table, p, ms) for d, p, ms in zip(devices, predictors, budgets, strict=True)]
-            found = choose(
+            return choose(
                 work.strategy,
                 judged.scores,
                 within,
@@ -180,8 +182,6 @@ def _outcomes(work: Work, judged: Judged) -> dict[MultiplexSpec | None, Outcome]
                 study=study,
                 on_step=tell,
             )
-            write_csv(folder / "trajectory.csv", found.records(), found.columns)
-            return found
 
         def goal(at: int) -> Goal:
             predict_ms = predictors[at].predict_ms
@@ -204,14 +204,14 @@ def _outcomes(work: Work, judged: Judged) -> dict[MultiplexSpec | None, Outcome]
 
 
 def _write(work: Work, judged: Judged, outcome: Outcome, mux: MultiplexSpec | None, finalists: Sequence[Finalist]) -> None:
-    """Write what was found: the network, its inherited weights, `result.json`."""
+    """Write what was found: the network, its inherited weights, `result.json`.
+
+    All of it is computed before the first file is written, and the result comes last: a folder without one has not ended, and
+    the same command goes on in it.
+    """
     devices, space, data, settings, folder = work.devices, work.space, work.data, work.settings, work.folder
     first, trajectory, begin = devices[0], outcome.trajectory, judged.begin
-    write_csv(folder / "trajectory.csv", trajectory.records(), trajectory.columns)
     candidate = folder / CANDIDATE
-    candidate.unlink(missing_ok=True)
-    if outcome.candidate is not None:
-        space.multiplexed(outcome.candidate.arch, mux).without_identity().save(candidate)
     name = network_name(space.name, [device.target.ms for device in devices])
     deployed = replace(space.multiplexed(trajectory.arch, mux).without_identity(), name=name)
     if finalists:
@@ -224,8 +224,10 @@ def _write(work: Work, judged: Judged, outcome: Outcome, mux: MultiplexSpec | No
         model = found_network(judged.supernet, trajectory.arch, evaluator.recalibration, evaluator.kept, unchanged)
         loss, accuracy = accuracy_of(model, data.val)
     complexity = count(deployed)
-    deployed.save(folder / "searched.yaml")
-    write_atomically(folder / "weights.safetensors", save_safetensors(deployed_weights(model, deployed), note(data.classes)))
+    weights = deployed_weights(model, deployed)
+    if begin is not None:
+        weights |= as_given(load_safetensors(folder / "teacher.safetensors"), begin, trajectory.arch)
+    saved = save_safetensors(weights, note(data.classes))
     on_devices = [device.record(deployed, check) for device, check in zip(devices, outcome.checks, strict=True)]
     ms = on_devices[0]["measured_ms"] or on_devices[0]["predicted_ms"]
     mes = efficiency_of(settings)
@@ -259,7 +261,7 @@ def _write(work: Work, judged: Judged, outcome: Outcome, mux: MultiplexSpec | No
         "max_macs": settings.max_macs or None,
         "mes": mes.of(complexity.params, ms) if mes is not None else None,
         "additivity": judged.additivity,
-        "versions": {name: version(name) for name in ("metapath-nas", "torch")},
+        "versions": {name: version_of(name) for name in ("metapath-nas", "torch")},
     }
     if work.given is not None and begin is not None and judged.original is not None:
         result["init"] = {
@@ -270,9 +272,17 @@ def _write(work: Work, judged: Judged, outcome: Outcome, mux: MultiplexSpec | No
             "teacher": str(folder / "teacher.yaml"),
         }
     if finalists:
-        rows = records(finalists, best_of(finalists), first.table, settings.arrivals_per_second)
-        write_csv(folder / "throughput.csv", rows, THROUGHPUT_COLUMNS)
-        result["throughput"] = rows
+        result["throughput"] = records(finalists, best_of(finalists), first.table, settings.arrivals_per_second)
+    if work.again:  # what it says is not of the files that now take the place of its own
+        (folder / "result.json").unlink(missing_ok=True)
+    write_csv(folder / "trajectory.csv", trajectory.records(), trajectory.columns)
+    candidate.unlink(missing_ok=True)
+    if outcome.candidate is not None:
+        space.multiplexed(outcome.candidate.arch, mux).without_identity().save(candidate)
+    deployed.save(folder / "searched.yaml")
+    write_atomically(folder / "weights.safetensors", saved)
+    if finalists:
+        write_csv(folder / "throughput.csv", result["throughput"], THROUGHPUT_COLUMNS)
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +18,8 @@ from supernet.metapath import Noise
 Paths = Literal["single", "fair", "elastic"]
 
 COUNTS = ("accumulate", "score_images", "recalibration_images", "finalist_epochs", "init_epochs", "optuna_trials")
-FREE = ("cache_gb", "optuna_sampler", "optuna_trials", "optuna_storage", "additivity_networks")  # of a search that goes on
+UNBOUND = ("cache_gb", "optuna_storage")  # may be lowered where memory runs out; another address, with a password
+FREE = (*UNBOUND, "optuna_sampler", "optuna_trials", "additivity_networks")  # of a search with another one's supernet
 OBJECTIVES = ("latency", "mes", "throughput")
 MES = ("mes_size_unit", "mes_latency_unit_ms", "mes_size_alpha", "mes_latency_alpha")
 NOT_NEGATIVE = (
@@ -54,8 +55,8 @@ class SupernetSettings:
     batch_size: int = 64
     accumulate: int = 1
     """Parts in which a process's images of a step go through the supernet, one after the other, by the same path, where memory
-    is short. Batch norm sees each part by itself. With --init, of the training of the whole network; distillation and recovery
-    take a step's images at once."""
+    is short. Batch norm sees each part by itself. With --init, of the training of the whole network; of throughput, also of the
+    finalists, where a part is whole groups. Distillation and recovery take a step's images at once."""
     learning_rate: float = 2e-3
     """Of the weights, by AdamW; warm-up over a twentieth of the steps, then cosine to a hundredth."""
     weight_decay: float = 0.025
@@ -95,7 +96,8 @@ class SupernetSettings:
     compile: bool = False
     """Whether the supernet's layers and candidates are compiled, each by itself, for training (torch.compile): minutes before
     the first steps. On a CPU we saw no gain from it for a network; on GPUs it is untested. The same computation, rounded
-    otherwise. Not with `paths: elastic`. With --init, of the training of the whole network."""
+    otherwise. Not with `paths: elastic`. With --init, of the training of the whole network; of throughput, also of the
+    finalists."""
     importance: str = "auto"
     """Where slots' importance comes from: logits (the mixture's), drops (of single changes), or auto: the logits where a
     mixture was trained."""
@@ -197,22 +199,19 @@ class SupernetSettings:
 
     def deciding(self) -> dict[str, Any]:
         """Return the settings that may change what a search finds: those that a run's folder is bound to."""
-        found = asdict(self)
-        del found["cache_gb"]  # it may be lowered where a search has run out of memory
-        del found["optuna_storage"]  # other processes may reach it by another address, with a password
-        return found
+        return {name: value for name, value in asdict(self).items() if name not in UNBOUND}
 
     @classmethod
-    def of_run(cls, decided: Mapping[str, Any], path: Path | None) -> SupernetSettings:
-        """Return the settings of a finished search, from its request; those that `path` gives too may be other ones.
+    def of_run(cls, decided: Mapping[str, Any], path: Path | None, free: Sequence[str] = FREE) -> SupernetSettings:
+        """Return the settings of a finished search, from its request; the `free` ones may be other ones, which `path` gives.
 
         Raises:
-            InputError: the file has a setting that the supernet or its scores depend on.
+            InputError: the file has a setting that the supernet or its scores depend on, or that the run's folder is bound to.
         """
         given = _given(path) if path is not None else {}
-        if bound := [name for name in given if name not in FREE]:
+        if bound := [name for name in given if name not in free]:
             raise InputError(
-                f"{path} gives {', '.join(bound)}, which the finished search has decided: give {', '.join(FREE)} alone, or "
+                f"{path} gives {', '.join(bound)}, which the finished search has decided: give {', '.join(free)} alone, or "
                 "search anew without --from"
             )
         with placed(f"the config file {path}" if path is not None else "the settings of the run"):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nas.augmentation import steps_of
 from nas.checkpoints import load_weights
 from nas.data import ImageData, Images, normalise
 from nas.guarantee import Check
@@ -209,6 +210,7 @@ def train_finalists(
         images_per_epoch=epoch_size(settings, data),
         accelerator=settings.accelerator,
         precision=settings.precision,
+        compile=settings.compile,
     )
     everything: dict[ArchConfig, Found] = {}
     for one in found:
@@ -223,7 +225,9 @@ def train_finalists(
         # Its empty slots decide which weights it inherits.
         digest = hashlib.sha256(arch.to_yaml().encode()).hexdigest()[:12]
         small = replace(arch.without_identity(), name=f"{arch.name} ({name})")
-        train_network(small, data, recipe, folder / digest, seed, weights=inherited(arch.without_mux()))
+        parts = _parts(small, steps_of(len(data.train), recipe)[0], settings.accumulate)
+        own = replace(recipe, accumulate=parts)
+        train_network(small, data, own, folder / digest, seed, weights=inherited(arch.without_mux()))
         model = build_model(small)
         load_weights(model, folder / digest / "model.safetensors")
         model = model.to(accelerator(settings.accelerator))
@@ -240,6 +244,15 @@ def train_finalists(
             )
         )
     return finalists
+
+
+def _parts(arch: ArchConfig, batch: int, accumulate: int) -> int:
+    """Return in how many parts a step's images go through a network: `accumulate`, where each is whole groups, else 1."""
+    part, over = divmod(batch, accumulate)
+    if accumulate == 1 or (not over and part >= 2 and part % arch.group_size == 0):
+        return accumulate
+    say(f"{arch.name}: a step's {batch} images make no {accumulate} equal parts of whole groups (accumulate): at once instead")
+    return 1
 
 
 def best_of(finalists: Sequence[Finalist]) -> Finalist:

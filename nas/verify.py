@@ -12,13 +12,13 @@ from nas.kept import Checks
 from nas.lookup import OnDevice
 from nas.measure import measure_alone, name_of, table_reference
 from nas.plan import Work
-from nas.profilers.bench import Plan
+from nas.profilers.bench import Plan, TooNoisy, refuse_noise
 from nas.profilers.timing import summarise
 from nas.progress import say
-from nas.request import Finished, finished
+from nas.request import Finished, finished, interrupted
 from nas.search import Request, beginning, run_search
 from nas.search_stages import CANDIDATE, measurements_file
-from nas.settings import SupernetSettings
+from nas.settings import UNBOUND, SupernetSettings
 from nas.table import LatencyTable, Target
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
@@ -35,19 +35,44 @@ def verify(
     Where a table's device is this machine's, it is measured here; at `device`, `ssh://user@host`, there. For others a job
     folder each is written, and None returned; its `results` are given in a second call.
 
+    Called again after a kill, it first ends what was interrupted, and returns that.
+
     Raises:
         InputError: the folder holds no finished search, or the results are of another network.
     """
-    held = finished(run)
+    if device is not None and results is not None:
+        raise InputError(
+            f"{results} is what a device has measured, --device {device} would measure anew: leave one of them out"
+        )
+    held = finished(run, or_interrupted=True)
+    settings = SupernetSettings.of_run(held.request["settings"], config, UNBOUND)
     with alone(run):
-        return _verify(run, held, device, results, config)
+        places = [OnDevice(Target(t["target_ms"]), LatencyTable.load(Path(t["table"])), Path(t["table"])) for t in held.targets]
+        if interrupted(run):  # the network that the results are of may be replaced already; what they say is kept
+            say(f"a search in {run} was interrupted while it wrote what it had found: it ends first")
+        elif not _measured(run, held, places, device, results):
+            return None
+        return run_search(
+            Request(
+                targets=tuple((place.name, place.target.ms) for place in places),
+                table=tuple(place.path for place in places),
+                data=held.data,
+                strategy=held.request["strategy"],
+                out=run,
+                seed=held.request["seed"],
+                **beginning(held),
+            ),
+            space=held.space,
+            settings=settings,
+            again=True,
+        )
 
 
-def _verify(run: Path, held: Finished, device: str | None, results: Path | None, config: Path | None) -> dict[str, Any] | None:
+def _measured(run: Path, held: Finished, places: list[OnDevice], device: str | None, results: Path | None) -> bool:
+    """Measure the network, or keep what was measured of it; return False where jobs were written that are to be run first."""
     text = (run / "request.json").read_text(encoding="utf-8")
     arch = ArchConfig.load(_measured_network(run))
     which = {"request_sha256": hashlib.sha256(text.encode()).hexdigest(), "network": name_of(tuple(arch.layers()))}
-    places = [OnDevice(Target(t["target_ms"]), LatencyTable.load(Path(t["table"])), Path(t["table"])) for t in held.targets]
     checks = {place.name: Checks(run / measurements_file(places, at), place.table) for at, place in enumerate(places)}
     elsewhere = [place for place in places if checks[place.name].profiler is None and not checks[place.name].knows(arch)]
     if results is None:
@@ -55,6 +80,8 @@ def _verify(run: Path, held: Finished, device: str | None, results: Path | None,
         if address is not None and len(elsewhere) > 1:
             names = " and ".join(place.name for place in elsewhere)
             raise InputError(f"{names} are elsewhere, and {device} is one machine: leave --device out for a job folder of each")
+        if address is not None and all(check.profiler is not None for check in checks.values()):
+            raise InputError(f"{' and '.join(checks)} is measured on this machine, nothing at {device}: leave --device out")
         for place in places:
             profiler = checks[place.name].profiler
             if profiler is not None:
@@ -66,26 +93,13 @@ def _verify(run: Path, held: Finished, device: str | None, results: Path | None,
             if address is None:
                 _say_how(jobs[-1], place.table, run)
         if address is None and jobs:
-            return None
+            return False
         if jobs:
             assert address is not None
             results = run_over_ssh(address, jobs[0])
     if results is not None:
         _take(results, places, checks, which, arch)
-    return run_search(
-        Request(
-            targets=tuple((place.name, place.target.ms) for place in places),
-            table=tuple(place.path for place in places),
-            data=held.data,
-            strategy=held.request["strategy"],
-            out=run,
-            seed=held.request["seed"],
-            **beginning(held),
-        ),
-        space=held.space,
-        settings=SupernetSettings.of_run(held.request["settings"], config),
-        again=True,
-    )
+    return True
 
 
 def _say_how(job: Path, table: LatencyTable, run: Path) -> None:
@@ -109,6 +123,13 @@ def _take(results: Path, places: list[OnDevice], checks: dict[str, Checks], whic
     visits = visits_of(measured).get(which["network"])
     if visits is None:
         raise InputError(f"{results}: the device could not run the network ({measured['flags'][which['network']]})")
+    try:
+        refuse_noise(visits_of(measured))
+    except TooNoisy as error:
+        why = str(error).split(";")[0]
+        raise InputError(
+            f"{results} cannot be trusted: {why}: run its job again when the device has nothing else to do"
+        ) from error
     checks[place.name].add(arch, summarise(visits, table_reference(place.table)))
 
 

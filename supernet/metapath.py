@@ -4,7 +4,7 @@ Source: EfficientFormer (Li et al., NeurIPS 2022), section 4.2. The path is an a
 outside, by `sample_path`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -127,10 +127,6 @@ class Supernet(nn.Module):
         choices, slot = self.space.stages[stage], int(part.removeprefix("block")) - 1
         candidate = choices.kinds.index(choices.kind_of(layer.spec))  # type: ignore[arg-type]
         return self.get_submodule(f"stages.{stage}.{slot}.candidates.{candidate}")
-
-    def weights(self) -> Iterator[Parameter]:
-        """Return every parameter but the logits."""
-        return (p for name, p in self.named_parameters() if not name.startswith("logits."))
 
     def importance(self) -> list[dict[str, float]]:
         """Return, for every slot, each candidate's log-odds against identity: logit minus identity's logit."""

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,17 @@ def test_the_whole_search_for_another_target_trains_nothing_again(
     assert (Path("next") / "drops.csv").read_bytes() == (run / "drops.csv").read_bytes()
     assert "training the supernet" not in capsys.readouterr().err
     assert (Path("next") / "supernet.pt").read_bytes() == (run / "supernet.pt").read_bytes()
+
+
+def test_a_search_of_a_checkout_that_is_not_installed_ends_too(
+    run: Path, board: LatencyTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_installed(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("nas.about.version", none_installed)
+    cli.search(["--from", "run", "--target-ms", f"{0.6 * largest_ms(board):.6f}", "--verify", "--out", "next"])
+    assert read(Path("next/result.json"))["versions"] == {"metapath-nas": "unknown", "torch": "unknown"}
 
 
 def test_it_is_the_answer_of_a_search_from_scratch(run: Path, board: LatencyTable) -> None:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from tables import plain_calibration
 
 from nas import cli
+from nas.export import with_ordinary_values
+from nas.parallel import Group
 from nas.pretrained import space_of
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
@@ -455,6 +457,49 @@ def test_a_network_that_meets_the_target_as_it_is_stays_as_it_is(
     assert all((found[name] == teacher[name]).all() for name in teacher), "batch-norm statistics too"
 
 
+def test_at_a_smaller_supernet_too_it_is_written_as_it_was_given(
+    tmp_path: Path, settings_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its attention biases are not resized to the supernet's size and back."""
+    monkeypatch.setattr("nas.pretrained.accuracy_of", lambda *_: (0.5, 0.8))  # it knows the data
+    Path("mine.yaml").write_text(TINY)
+    settings_file.write_text(INIT_SETTINGS.replace("}", ", image_size: 16}").replace("steps: 30", "steps: 0"))
+    whole = ArchConfig.load("mine.yaml")
+    table = additive_table(space_of(whole), "phone-npu")
+    given = with_ordinary_values(build_model(whole), 0).state_dict()
+    save_file(given, "w.safetensors")
+    arguments = ["--init", "mine.yaml", "--weights", "w.safetensors", "--target-ms", "99", "--out", "run"]
+    arguments += ["--config", str(settings_file), "--device", "phone-npu", "--table", str(table.save(tmp_path / "phone"))]
+    cli.search(arguments)
+    found = load_file("run/weights.safetensors")
+    assert found.keys() == given.keys()
+    assert [name for name in given if not (found[name] == given[name]).all()] == []
+
+
+def test_with_init_settings_that_cannot_be_used_leave_the_folder_free(
+    tmp_path: Path, settings_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("mine.yaml").write_text(TINY)
+    whole = ArchConfig.load("mine.yaml")
+    table = additive_table(space_of(whole), "phone-npu")
+    save_file(build_model(whole.with_classes(3)).state_dict(), "three.safetensors")
+    arguments = ["--init", "mine.yaml", "--weights", "three.safetensors", "--target-ms", "99", "--out", "run"]
+    arguments += ["--config", str(settings_file), "--device", "phone-npu", "--table", str(table.save(tmp_path / "phone"))]
+    settings_file.write_text(INIT_SETTINGS.replace("}", ", accumulate: 3}"))
+    assert "accumulate 3 does not divide the 32 images" in refused(cli.search, arguments, capsys)
+
+    def nothing_compiles(*_: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr("torch.compile", nothing_compiles)
+    settings_file.write_text(INIT_SETTINGS.replace("}", ", compile: true}"))
+    assert "torch.compile does not work here (no C++ compiler)" in refused(cli.search, arguments, capsys)
+    settings_file.write_text(INIT_SETTINGS)
+    monkeypatch.setattr("nas.search.joined", lambda: Group(0, 3))
+    assert "a batch of 32 images cannot be divided among 3 processes" in refused(cli.search, arguments, capsys)
+    assert not Path("run").exists()
+
+
 def test_a_table_without_the_rows_of_a_network_names_the_command_that_measures_them(
     tmp_path: Path, space_file: Path, phone_table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -523,7 +568,7 @@ def test_a_network_that_misses_on_the_device_is_repaired(
     largest_ms = table.predict_ms(space.largest)
     asked: list[float] = []
 
-    def measure(profiler: object, arch: ArchConfig, reference: object) -> Measurement:
+    def measure(profiler: object, arch: ArchConfig, reference: object, batch: int | None = None) -> Measurement:
         ms = 1.2 * table.predict_ms(arch)
         asked.append(ms)
         return Measurement(ms, 0.99 * ms, 1.01 * ms, ms, ms, ms, ms, 20)

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,61 @@ def test_a_search_that_is_killed_at_every_file_finds_the_same(
     assert "measurements.csv" in killed_until_done(lambda: cli.search(["--from", "run", "--verify", str(results)]))
     assert json.loads(Path("run/result.json").read_text())["met"] is True
     assert not left_overs("run")
+
+
+def killed_at(name: str, after: bool, work: Callable[[], Any]) -> None:
+    """Kill the work where it writes the file of this name: before the file has it, or right after."""
+    real = os.replace
+
+    def write(temporary: str, path: Path) -> None:
+        if Path(path).name != name or after:
+            real(temporary, path)
+        if Path(path).name == name:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(files.os, "replace", write)
+        patch.setattr(files, "_remove", lambda temporary: None)
+        work()
+
+
+def test_a_verification_that_is_killed_leaves_the_old_network_or_the_new_one_and_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nas.report.device.published_networks", lambda run: ([], []))
+    table = board_table(tmp_path, monkeypatch)
+    ms = 0.8 * table.predict_ms(SearchSpace.load("micro.yaml").largest)
+    search = ["--target-ms", f"{ms:.6f}", "--device", "board-cpu", "--space", "micro.yaml", "--config", "settings.yaml"]
+    search += ["--out", "run"]
+    cli.search(search)
+    cli.search(["--from", "run", "--verify"])
+    verify = ["--from", "run", "--verify", str(board_says(1.3 * table.predict_ms(ArchConfig.load("run/searched.yaml"))))]
+    written = ("trajectory.csv", "searched.yaml", "weights.safetensors", "result.json")
+
+    def held() -> list[bytes]:
+        return [Path("run", name).read_bytes() for name in written]
+
+    old = held()
+    shutil.copytree("run", "before")
+    cli.search(verify)
+    new = held()
+    assert old[1] != new[1], "it missed, so that another network was found"
+    for name, after, command in (
+        ("trajectory.csv", False, search),
+        ("searched.yaml", True, search),
+        ("searched.yaml", True, verify),
+        ("weights.safetensors", True, search),
+    ):
+        shutil.rmtree("run")
+        shutil.copytree("before", "run")
+        killed_at(name, after, lambda: cli.search(verify))
+        cli.search(command)
+        assert held() == new, f"killed {'after' if after else 'at'} {name}"
+    shutil.rmtree("run")
+    shutil.copytree("before", "run")
+    killed_at("measurements.csv", True, lambda: cli.search(verify))
+    cli.search(search)
+    assert held() == old, "nothing was replaced yet"
 
 
 # -- Two processes -----------------------------------------------------------------------------------------------------

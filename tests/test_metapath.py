@@ -159,9 +159,6 @@ def test_one_mixture_step_reaches_every_weight_and_every_logit() -> None:
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), name
-    logits = set(map(id, net.logits))
-    assert not logits & set(map(id, net.weights()))
-    assert len(list(net.weights())) + len(logits) == len(list(net.parameters()))
     identities = [slot.candidates[1] for slot in net.get_submodule("stages.0").children() if isinstance(slot, MetaPath)]
     assert len(identities) == 2 and not any(list(module.parameters()) for module in identities)
 

@@ -20,6 +20,7 @@ from nas.evaluation import recalibrate
 from nas.export import with_ordinary_values
 from nas.pretrained import (
     Pretrained,
+    as_given,
     layers_kept,
     load_pretrained,
     on_data,
@@ -379,3 +380,17 @@ def test_statistics_hold_up_to_the_first_change(digits: ImageData) -> None:
     recalibrate(model, images(64, 16), unchanged=3)
     changed = {name.split(".")[0] for name, tensor in model.named_buffers() if not torch.equal(tensor, before[name])}
     assert changed == {"stage2_embedding", "stage2_block1"}
+
+
+def test_what_depends_on_the_image_size_is_the_given_network_s_own() -> None:
+    space = space_of(ARCH)
+    mb3d = space.stages[1].kind_of(MB3D_16)
+    smaller = space.stages[1].kind_of(replace(MB3D_16, key_dim=2))
+    tensors = network().state_dict()
+    biases = [f"stage2_block{number}.token_mixer.attention_biases" for number in (2, 3)]
+    found = space.arch((16, 16), (("identity", "mb4d"), ("identity", smaller, mb3d)))
+    kept = as_given(tensors, space.fit(ARCH), found)
+    assert list(kept) == [biases[0]], "the second of the blocks that are left"
+    assert torch.equal(kept[biases[0]], tensors[biases[1]])
+    assert sorted(as_given(tensors, space.fit(ARCH), space.fit(ARCH))) == biases
+    assert not as_given(tensors, space.fit(ARCH), space.arch((16, 8), (("mb4d", "mb4d"), ("mb4d", mb3d, mb3d))))

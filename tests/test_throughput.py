@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tables import plain_calibration
 
 import nas
@@ -23,10 +23,21 @@ from nas.measure import measure_alone
 from nas.plan import for_batch
 from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import Measurement, References, Visit
+from nas.recipe import Recipe
 from nas.search_stages import _finalists
 from nas.settings import SupernetSettings
 from nas.table import Calibration, LatencyTable, Row, measured_layers
-from nas.throughput import Accuracy, Finalist, GroupedPredictor, best_of, grouped_accuracy, usable_ways, wait_ms
+from nas.throughput import (
+    Accuracy,
+    Finalist,
+    Found,
+    GroupedPredictor,
+    best_of,
+    grouped_accuracy,
+    train_finalists,
+    usable_ways,
+    wait_ms,
+)
 from nas.training import train_network
 from nas.trajectory import Evaluation, Trajectory
 from supernet.arch import ArchConfig, MultiplexSpec
@@ -267,6 +278,29 @@ def test_finalists_inherit_the_weights_of_their_own_slots(
     assert not torch.equal(slots[0], slots[1])
     name = next(name for name in kept if name.startswith("stage2_block") and name.endswith("mlp.fc1.weight"))
     assert torch.equal(kept[name], slots[1])
+
+
+def test_finalists_are_trained_in_the_parts_that_the_settings_say_where_these_are_whole_groups(
+    space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = load_images(None, 16, seed=0)
+    recipes: dict[int, Recipe] = {}
+
+    def train(arch: ArchConfig, data: object, recipe: Recipe, folder: Path, seed: int, weights: object) -> None:
+        recipes[arch.group_size] = recipe
+        folder.mkdir(parents=True)
+        save_file(nas.build_model(arch).state_dict(), folder / "model.safetensors")
+
+    monkeypatch.setattr("nas.throughput.train_network", train)
+    settings = SupernetSettings(batch_size=12, accumulate=2, compile=True, accelerator="cpu", images_per_epoch=24)
+    found = [Found(space.multiplexed(space.largest, mux), Check(), None) for mux in (None, *space.mux)]
+    train_finalists(
+        found, lambda arch: tmp_path / "w", data, lambda arch: Check(), lambda arch: None, settings, tmp_path / "throughput", 0
+    )
+    assert {n: recipe.accumulate for n, recipe in recipes.items()} == {1: 2, 2: 2, 4: 1}
+    assert all(recipe.compile for recipe in recipes.values())
+    said = [line for line in capsys.readouterr().err.splitlines() if "whole groups" in line]
+    assert len(said) == 2 and all("groups of 4" in line and "make no 2 equal parts" in line for line in said), "and its control"
 
 
 def test_what_is_here_is_measured_in_whole_calls_and_by_the_group(space: SearchSpace, monkeypatch: pytest.MonkeyPatch) -> None:

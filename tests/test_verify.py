@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 from test_cli import INIT_SETTINGS, TINY, additive_table, board_table, refused
 
 from nas import cli
+from nas.kept import Checks
 from nas.measure import CACHED, STREAMING, name_of
 from nas.pretrained import space_of
+from nas.profilers.timing import Measurement
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
 from supernet.model import build_model
@@ -125,6 +127,34 @@ def test_results_of_another_machine_are_refused(
     assert "measured on Laptop, but the table of board-cpu on Board" in line
 
 
+def test_results_of_a_device_that_was_too_busy_are_refused(capsys: pytest.CaptureFixture[str], target: float) -> None:
+    cli.search(["--from", "run", "--verify"])
+    path = board_says(0.985 * target)
+    results = json.loads(path.read_text())
+    results["visits"] = {
+        name: [*made[:30], *([3 * ms for ms in v] for v in made[30:])] for name, made in results["visits"].items()
+    }
+    path.write_text(json.dumps(results))
+    capsys.readouterr()
+    line = refused(cli.search, ["--from", "run", "--verify", str(path)], capsys)
+    assert "its reference workload took 0.25 to 0.75 ms" in line and "run its job again" in line
+    assert result()["measured_ms"] is None
+
+
+def test_a_device_that_would_not_be_used_is_refused(
+    capsys: pytest.CaptureFixture[str], target: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = ["--device", "ssh://me@there"]
+    cli.search(["--from", "run", "--verify"])
+    capsys.readouterr()
+    line = refused(cli.search, ["--from", "run", "--verify", str(board_says(0.985 * target)), *there], capsys)
+    assert "--device ssh://me@there would measure anew: leave one of them out" in line
+    monkeypatch.setattr("nas.devices.profiler_of", lambda table: "here")
+    line = refused(cli.search, ["--from", "run", "--verify", *there], capsys)
+    assert "board-cpu is measured on this machine, nothing at ssh://me@there" in line
+    assert not Path("run/measurements.csv").exists()
+
+
 def test_a_device_that_could_not_run_the_network_is_told(capsys: pytest.CaptureFixture[str], target: float) -> None:
     cli.search(["--from", "run", "--verify"])
     path = board_says(target)
@@ -145,6 +175,57 @@ def test_slack_is_given_back_only_to_a_network_that_was_verified(target: float) 
         cli.search(["--from", "run", "--verify", str(board_says(0.98 * target))])
         assert ArchConfig.load("run/searched.yaml") != before
     assert result()["met"]
+
+
+def test_settings_that_the_folder_is_bound_to_are_refused_before_anything_is_measured(
+    target: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for setting in ("optuna_trials: 9", "optuna_sampler: nsga2", "additivity_networks: 3"):
+        Path("more.yaml").write_text(f"{{{setting}}}")
+        capsys.readouterr()
+        said = refused(cli.search, ["--from", "run", "--verify", "--config", "more.yaml"], capsys)
+        assert f"{setting.split(':')[0]}, which the finished search has decided: give cache_gb, optuna_storage alone" in said
+        assert not Path("run/verify-job").exists()
+    Path("more.yaml").write_text("{cache_gb: 0.5, optuna_storage: other.journal}")
+    cli.search(["--from", "run", "--verify", "--config", "more.yaml"])
+    cli.search(["--from", "run", "--verify", str(board_says(0.985 * target)), "--config", "more.yaml"])
+    assert result()["met"]
+
+
+def measured(ms: float) -> Measurement:
+    return Measurement(ms, 0.99 * ms, 1.01 * ms, ms, ms, ms, ms, 20)
+
+
+def test_a_measurement_is_kept_with_all_its_digits(table: LatencyTable) -> None:
+    """The next budget follows from it: rounded, it would be another one after a kill, and a study would begin anew under it."""
+    arch = SearchSpace.load("micro.yaml").largest
+    checks = Checks(Path("m.csv"), table)
+    checks.add(arch, measured(1 / 3))
+    assert checks(arch).ms == 1 / 3
+    assert Checks(Path("m.csv"), table)(arch) == checks(arch)
+
+
+def test_processes_that_share_a_folder_use_each_other_s_measurements(
+    table: LatencyTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = SearchSpace.load("micro.yaml")
+    monkeypatch.setattr("nas.devices.profiler_of", lambda table: "here")
+    one, other = (Checks(Path("m.csv"), table) for _ in range(2))
+    asked: list[ArchConfig] = []
+
+    def measure(profiler: object, arch: ArchConfig, *_: object) -> Measurement:
+        asked.append(arch)
+        if arch == space.arch([8, 16], [["mb4d"] * 2] * 2):
+            other.add(arch, measured(3.0))  # it was measured there at the same time
+        return measured(float(len(asked)))
+
+    monkeypatch.setattr("nas.measure.measure_alone", measure)
+    for checks in (one, other):
+        assert checks(space.largest).ms == 1.0
+    assert other(space.smallest).ms == one(space.smallest).ms == 2.0
+    assert len(asked) == 2, "what one has measured the other one takes"
+    assert one(space.arch([8, 16], [["mb4d"] * 2] * 2)).ms == 3.0
+    assert len(Checks(Path("m.csv"), table).known) == 3, "and neither overwrites what it did not measure"
 
 
 def test_results_of_another_network_are_refused_and_nothing_is_lost(target: float, capsys: pytest.CaptureFixture[str]) -> None:
