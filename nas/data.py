@@ -207,9 +207,9 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, images_per_epo
     """Yield the index tensors (B,), int64, of one epoch (counted from 0) over `n` images.
 
     Epochs of one size (`images_per_epoch`, default `n`) walk through an endless row of seeded shuffles, each taking up
-    where the last one ended: every image is seen before any is repeated. Those of another size begin elsewhere. An epoch is cut to whole batches
-    unless it is smaller than one; what is cut begins the next epoch. A pure function of its arguments, so that a
-    resumed run sees the same order.
+    where the last one ended: every image is seen before any is repeated. Those of another size begin elsewhere. An epoch
+    is cut to whole batches unless it is smaller than one; what is cut begins the next epoch. A pure function of its
+    arguments, so that a resumed run sees the same order.
     """
     if min(n, batch_size) < 1 or (images_per_epoch is not None and images_per_epoch < 1):
         raise InputError(f"{n} images, batch size {batch_size} and {images_per_epoch} images per epoch: all must be 1 or more")
