@@ -444,8 +444,8 @@ def _refitted(calibration: Calibration, old: LatencyTable, table: LatencyTable) 
         return calibration
     found = _calibration(calibration.space, calibration.space_sha256, table, networks)
     say(
-        f"the calibration for {calibration.space}, which shares rows, is fitted anew: off by {found.mean_error_percent:.1f} % on "
-        f"average (before, {calibration.mean_error_percent:.1f} %)"
+        f"the calibration for {calibration.space}, which shares rows, is fitted anew: off by {found.mean_error_percent:.1f} % "
+        f"on average (before, {calibration.mean_error_percent:.1f} %)"
     )
     return found
 
