@@ -43,7 +43,7 @@ from supernet.space import SearchSpace
 SCHEMA = 2
 FORMATS = ("onnx", "coreml")
 PROFILERS = Path(__file__).parent / "profilers"
-OURS = {"models", "nas", "run_job.py", "results.json", "imported"}  # in a job folder, beside its manifest
+OURS = {"models", "nas", "run_job.py", "run_job.lock", "results.json", "imported"}  # in a job folder, beside its manifest
 REQUEST = ("device", "format", "space", "seed", "verify", "threads", "precision", "batch")  # in a manifest and its settings
 LARGE = 256  # elements; a weight of more is made on the device
 TRAVELLING = ("__init__", "timing", "bench", "ort_session", "run_job")  # modules of nas.profilers

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -360,35 +362,114 @@ def test_a_job_runs_with_onnxruntime_and_numpy_alone(real_job: Path, tmp_path: P
 
 
 def test_a_job_whose_model_was_changed_is_refused_on_the_device(real_job: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(real_job, copy)
     model = sorted((copy / "models").iterdir())[3]
     model.write_bytes(model.read_bytes() + b"x")
     done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "is not the file that the manifest names" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def no_module(folder: Path) -> None:
+    (folder / "nas" / "profilers" / "bench.py").unlink()
+
+
+def half_a_module(folder: Path) -> None:
+    path = folder / "nas" / "profilers" / "bench.py"
+    path.write_text(path.read_text().replace("def carry_out(", "def carry_out((", 1))
+
+
+def no_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def half_a_manifest(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def no_model(folder: Path) -> None:
+    sorted((folder / "models").iterdir())[3].unlink()
+
+
+def damaged_samples(folder: Path) -> None:
+    import onnxruntime
+
+    job = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    name = f"samples-{job[:8]}-{onnxruntime.__version__}.csv"
+    header = "measured_at,model,raw_ms,cached_reference_ms,streaming_reference_ms"
+    (folder / name).write_text(f"{header}\n2026-01-01T00:00:00+00:00,empty,one,1,1\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (no_module, "nas/ beside it is not whole .*: copy the whole job folder again"),
+        (half_a_module, "nas/ beside it is not whole .*: copy the whole job folder again"),
+        (no_manifest, r"manifest\.json cannot be read .*: copy the whole job folder again"),
+        (half_a_manifest, r"manifest\.json is not whole: copy the job folder again"),
+        (no_model, r"models/.* cannot be read .*: copy the whole job folder again"),
+        (damaged_samples, "is damaged .*: remove it, and its visits are made again"),
+    ],
+)
+def test_half_a_copy_of_a_job_is_refused_on_the_device_in_one_line(
+    real_job: Path, tmp_path: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    copy = shutil.copytree(real_job, tmp_path / "copy", ignore=shutil.ignore_patterns("samples-*"))
+    damage(copy)
+    done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.search(f"^run_job.py: .*{said}$", done.stderr) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
+def test_two_runs_of_a_job_do_not_share_its_folder_and_a_killed_one_blocks_nobody(real_job: Path, tmp_path: Path) -> None:
+    from nas.profilers.run_job import locked
+
+    copy = shutil.copytree(real_job, tmp_path / "copy", ignore=shutil.ignore_patterns("samples-*"))
+    holds = "from pathlib import Path\nfrom run_job import locked\nlock = locked(Path('.'))\nprint('held', flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", holds], cwd=copy, stdin=-1, stdout=-1, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        second = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
+        first.kill()
+    assert second.returncode == 2
+    assert f"in use by another run_job.py (process {first.pid} on " in second.stderr and second.stderr.count("\n") == 1
+    assert not list(copy.glob("samples-*"))
+    locked(copy).close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
+def test_a_job_runs_where_nothing_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    from nas.profilers.run_job import locked
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows
+    locked(tmp_path).close()
+    monkeypatch.setitem(sys.modules, "fcntl", fcntl)
+
+    def unknown_here(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unknown_here)
+    locked(tmp_path).close()
 
 
 def test_a_job_of_more_threads_than_the_device_has_is_refused_there(real_job: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(real_job, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["settings"]["threads"] = 4096
     (copy / "manifest.json").write_text(json.dumps(manifest))
     done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "4096 threads, more than the CPUs that this process may use" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_a_runtime_that_the_processor_cannot_run_is_told_with_the_fix(real_job: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(real_job, copy)
     session = copy / "nas" / "profilers" / "ort_session.py"
