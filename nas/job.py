@@ -352,8 +352,16 @@ def visits_of(results: Mapping[str, Any]) -> dict[str, list[Visit]]:
 
 
 def place_of(results: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a table says of where the results were measured."""
-    place = {"runtime_version": "unknown", "warnings": [], **results["environment"], **manifest["settings"]}
+    """Return what a table says of where the results were measured.
+
+    An app that a person ran by hand leaves the warnings to whoever reads its results.
+    """
+    warnings = []
+    if manifest["format"] == "coreml":
+        from nas.profilers.iphone import warnings_about
+
+        warnings = warnings_about(results)
+    place = {"runtime_version": "unknown", "warnings": warnings, **results["environment"], **manifest["settings"]}
     return {**place, "job_sha256": results["job_sha256"], "started_at": results.get("started_at")}
 
 

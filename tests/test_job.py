@@ -1,6 +1,7 @@
 """A table by way of a job folder is the table that is built directly; what is not the job's own result is refused."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,11 +19,12 @@ from test_lut import cost, device_ms, small_space
 
 from nas import cli, job
 from nas.job import Address, export_job, run_over_ssh, without_weights
-from nas.lut import import_results
+from nas.lut import import_medians, import_results
 from nas.measure import CACHED, STREAMING, Model
 from nas.plan import Work, work_for
-from nas.profilers.bench import Failed
+from nas.profilers.bench import Failed, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
+from nas.remote import build_over_ssh
 from nas.table import LatencyTable
 from supernet.errors import InputError
 from supernet.space import SearchSpace
@@ -199,6 +201,76 @@ def test_results_that_are_not_the_jobs_are_refused_in_one_line(
         import_results(written(folder, results), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists(), "nothing is written"
+
+
+def too_noisy(results: dict[str, Any]) -> dict[str, Any]:
+    """The same results of a device that was four times as slow every other time."""
+    made = {name: [[ms * (1 + 3 * (i % 2)) for ms in v] for i, v in enumerate(v)] for name, v in results["visits"].items()}
+    return {**results, "visits": made}
+
+
+def test_results_of_a_device_that_was_too_busy_or_too_hot_make_no_table(folder: Path, work: Work, tmp_path: Path) -> None:
+    path = written(folder, too_noisy(pretended_results(folder, work)))
+    with pytest.raises(TooNoisy, match=r"too busy or too hot .* measure the job anew: python3 run_job\.py --again$"):
+        import_results(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_a_device_that_could_run_no_model_are_refused(folder: Path, work: Work, tmp_path: Path) -> None:
+    results = pretended_results(folder, work)
+    results["flags"] = dict.fromkeys(results["visits"], "load-error")
+    with pytest.raises(InputError, match=r"has no visits: the device could run none of the models \(load-error\)"):
+        import_results(written(folder, results), tmp_path / "out")
+
+
+def test_refused_results_are_measured_anew_but_not_those_that_have_no_place(
+    folder: Path, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other machine keeps what it has measured of a job, and gives it again."""
+    kept: dict[str, Any] = {}
+    noisy = True
+
+    def machine(address: Address, job: Path) -> Path:
+        results = {**pretended_results(job, work), "device": None}
+        return written(job, kept.setdefault(results["job_sha256"], too_noisy(results) if noisy else results))
+
+    monkeypatch.setattr("nas.remote.reach", lambda address: None)
+    monkeypatch.setattr("nas.remote.run_over_ssh", machine)
+    with pytest.raises(TooNoisy):
+        build_over_ssh("ssh://pi", SPACE, tmp_path / "out")
+    noisy = False
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"the folder .*file cannot be written"):
+        build_over_ssh("ssh://pi", SPACE, tmp_path / "file")
+    assert build_over_ssh("ssh://pi", SPACE, tmp_path / "out").serves(SPACE)
+    assert len(kept) == 2, "what was measured with no place for its table is taken from what was kept"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the test speaks POSIX")
+def test_an_import_waits_for_no_other_work_on_its_table_and_takes_nothing_from_it(
+    folder: Path, work: Work, tmp_path: Path
+) -> None:
+    path, out = written(folder, pretended_results(folder, work)), tmp_path / "out"
+    out.mkdir()
+    marker = out / "pretended-cpu.building.json"
+    marker.write_text("{}")
+    import_results(path, out)
+    assert marker.exists(), "a build that was killed goes on"
+    networks = list(itertools.islice(dict.fromkeys(work.networks), 3))
+    for number, arch in enumerate(networks):
+        arch.save(tmp_path / f"{number}.yaml")
+    lines = [f"{tmp_path / f'{number}.yaml'},{number + 1}" for number in range(3)]
+    (tmp_path / "medians.csv").write_text("\n".join(["network,ms", *lines]))
+    holds = f"with alone({str(out)!r}, 'pretended-cpu'): print(1, flush=True); time.sleep(60)"
+    imports = "import time\nfrom nas.alone import alone\n"
+    with subprocess.Popen([sys.executable, "-c", imports + holds], stdout=-1) as first:
+        assert first.stdout is not None and first.stdout.readline()
+        with pytest.raises(InputError, match="in use by another process"):
+            import_results(path, out)
+        with pytest.raises(InputError, match="in use by another process"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nas.lut.find_table", lambda device: out / f"{device}.csv")
+            import_medians(tmp_path / "medians.csv", None, "pretended-cpu")
+        first.kill()
 
 
 def test_a_cut_results_file_is_refused(folder: Path, work: Work, tmp_path: Path) -> None:
