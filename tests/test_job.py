@@ -27,6 +27,7 @@ from nas.profilers.ort_cpu import OrtCpu
 from nas.remote import build_over_ssh
 from nas.table import LatencyTable
 from supernet.errors import InputError
+from supernet.files import PART
 from supernet.space import SearchSpace
 from supernet.specs import MB3D, MB4D, Layer
 
@@ -365,6 +366,33 @@ def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path, work: Wo
     with pytest.raises(InputError, match="is no job folder"):
         export_job(tmp_path / "mine" / "thesis.tex", SPACE, work, device="pretended-cpu")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_kill_left_of_a_job_is_no_stranger(folder: Path, work: Work) -> None:
+    """Its manifest is written last, under another name first."""
+    manifest = folder / "manifest.json"
+    text = manifest.read_bytes()
+    manifest.rename(folder / f".manifest.json.abcdefgh{PART}")
+    (folder / "run_job.lock").touch()
+    export_job(folder, SPACE, work, device="pretended-cpu")
+    assert manifest.read_bytes() == text
+    assert not list(folder.glob(".*"))
+
+
+def test_a_core_ml_job_without_coremltools_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = work_for(SPACE, precision="fp16")
+    with monkeypatch.context() as patch:
+        patch.setattr("nas.profilers.coreml.coremltools", lambda: None)
+        patch.setattr("nas.profilers.coreml.save_package", lambda module, example, path, key: path.mkdir())
+        manifest = export_job(tmp_path / "job", SPACE, work, device="apple-m2-npu", form="coreml")
+    earlier = manifest.read_text().replace('"torch": "', '"torch": "1.')
+    manifest.write_text(earlier)
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    for name in ("job", "new"):
+        with pytest.raises(InputError, match="need coremltools"):
+            export_job(tmp_path / name, SPACE, work, device="apple-m2-npu", form="coreml")
+    assert manifest.read_text() == earlier
+    assert not (tmp_path / "new").exists()
 
 
 def test_results_cannot_say_of_themselves_that_they_were_measured_here(folder: Path, work: Work, tmp_path: Path) -> None:
