@@ -85,7 +85,8 @@ def quantised_products(model: bytes, inputs: Sequence[Array]) -> bytes:
             tempfile.TemporaryDirectory() as folder,
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),  # its own reports
-            progress("calibration", len(inputs)) as tick,
+            # One input is a table's, whose build has its own line and opens hundreds of models.
+            progress("calibration", len(inputs)) if len(inputs) > 1 else contextlib.nullcontext(lambda amount: None) as tick,
         ):
             warnings.simplefilter("ignore")
             plain, prepared, result = (Path(folder) / name for name in ("plain.onnx", "prepared.onnx", "result.onnx"))

@@ -37,13 +37,13 @@ from nas.profilers.timing import DISCARDED, MAX_CALLS, MIN_CALLS, VISIT_MS, Refe
 from nas.progress import Tick, progress, say
 from nas.table import space_sha256
 from supernet.errors import InputError, first_line
-from supernet.files import parse_yaml, read_json, write_atomically
+from supernet.files import PART, parse_yaml, read_json, write_atomically
 from supernet.space import SearchSpace
 
 SCHEMA = 2
 FORMATS = ("onnx", "coreml")
 PROFILERS = Path(__file__).parent / "profilers"
-OURS = {"models", "nas", "run_job.py", "results.json", "imported"}  # in a job folder, beside its manifest
+OURS = {"models", "nas", "run_job.py", "run_job.lock", "results.json", "imported"}  # in a job folder, beside its manifest
 REQUEST = ("device", "format", "space", "seed", "verify", "threads", "precision", "batch")  # in a manifest and its settings
 LARGE = 256  # elements; a weight of more is made on the device
 TRAVELLING = ("__init__", "timing", "bench", "ort_session", "run_job")  # modules of nas.profilers
@@ -118,10 +118,15 @@ def export_job(
     if before is not None and {**before, "models": {}} == asked and before["models"].keys() == work.models.keys():
         say(f"{folder} already holds this job")
         return folder / "manifest.json"
+    if form == "coreml":
+        from nas.profilers.coreml import coremltools
+
+        coremltools()  # it may be missing: before what is there goes
     known = before["models"] if before is not None and before["made_with"] == manifest["made_with"] else {}
     try:
         (folder / "models").mkdir(parents=True, exist_ok=True)
-        (folder / "manifest.json").unlink(missing_ok=True)
+        for left_over in [folder / "manifest.json", *folder.glob(f".*{PART}")]:
+            left_over.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be written ({error.strerror}): give another --export-job") from error
     models = work.models
@@ -154,7 +159,8 @@ def _manifest_there(folder: Path) -> dict[str, Any] | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     strangers = {path.name for path in folder.iterdir()} - OURS if folder.is_dir() else {folder.name}
-    if not (folder / "manifest.json").exists() and any(not name.startswith("samples-") for name in strangers):
+    strangers = {name for name in strangers if not name.startswith("samples-") and not name.endswith(PART)}
+    if not (folder / "manifest.json").exists() and strangers:
         raise InputError(f"{folder} is there and is no job folder: give --export-job a folder that is new or empty")
     try:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -352,8 +358,16 @@ def visits_of(results: Mapping[str, Any]) -> dict[str, list[Visit]]:
 
 
 def place_of(results: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a table says of where the results were measured."""
-    place = {"runtime_version": "unknown", "warnings": [], **results["environment"], **manifest["settings"]}
+    """Return what a table says of where the results were measured.
+
+    An app that a person ran by hand leaves the warnings to whoever reads its results.
+    """
+    warnings = []
+    if manifest["format"] == "coreml":
+        from nas.profilers.iphone import warnings_about
+
+        warnings = warnings_about(results)
+    place = {"runtime_version": "unknown", "warnings": warnings, **results["environment"], **manifest["settings"]}
     return {**place, "job_sha256": results["job_sha256"], "started_at": results.get("started_at")}
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ import torch
 
 from nas.alone import alone
 from nas.audit import NOISY, Doubt, doubts, flagged, say_if_untrue
+from nas.job import device_of, place_of, read_results, visits_of
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, PROTOCOL, Terms, Work, for_batch, terms_of, work_for
-from nas.profilers.bench import Bench, Damaged, Samples, TooNoisy, carry_out, now, read_samples, reference_of
+from nas.profilers.bench import Bench, Damaged, Samples, TooNoisy, carry_out, now, read_samples, reference_of, refuse_noise
 from nas.profilers.timing import Measurement, Visit, Workload, summarise
 from nas.progress import progress, say
 from nas.table import Calibration, CheckedNetwork, LatencyTable, Row, find_table, measured_layers, space_sha256
@@ -96,7 +98,11 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
             bench = Bench(samples, opened, profiler.stopwatch(), random.Random(seed), work.plan, say)
             carry_out(work.plan, bench, tick, profiler.between(work.plan.working_set_bytes))
     except TooNoisy:
-        marker.unlink()  # the next build begins anew
+        marker.unlink(missing_ok=True)  # the next build begins anew
+        raise
+    except InputError:
+        if not samples.visits:  # nothing to go on with
+            marker.unlink(missing_ok=True)
         raise
     finally:
         samples.close()
@@ -104,7 +110,10 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
     place["builds"] = [*(old.meta.get("builds", ()) if old is not None else ()), build]
     at_end = {name: value for name, value in profiler.environment().items() if value != place.get(name)}
     place = {**place, "at_end": at_end}
-    return write_table(profiler.id, space, work, samples.visits, place, old, folder, flags=flags.words)
+    table = write_table(profiler.id, space, work, samples.visits, place, old, folder, flags=flags.words)
+    for left_over in (marker, flags.path):
+        left_over.unlink(missing_ok=True)
+    return table
 
 
 def write_table(
@@ -152,8 +161,6 @@ def write_table(
     kept = [_refitted(c, old, table) for c in old.calibrations if c.space != space.name] if old is not None else []
     table = replace(table, calibrations=(*kept, calibration))
     written = table.save(folder)
-    for left_over in ("building", "flags"):
-        (folder / f"{device}.{left_over}.json").unlink(missing_ok=True)
     say(
         f"{written}: {len(table.rows)} rows; over {calibration.n_check} networks that took no part in the fit the prediction "
         f"is off by {calibration.mean_error_percent:.1f} % on average, {calibration.max_error_percent:.1f} % at most"
@@ -165,14 +172,39 @@ def write_table(
     return table
 
 
+class Unusable(InputError):
+    """The results of a device cannot be used. Reading them again changes nothing; measuring anew may."""
+
+
+@contextmanager
+def _judged() -> Iterator[None]:
+    """Say of the refusals of a block of code that they are about results."""
+    try:
+        yield
+    except InputError as error:
+        raise Unusable(str(error)) from error
+
+
 def import_results(path: Path, folder: Path, device: str | None = None) -> LatencyTable:
     """Make the table of a job's results, write it to `folder` and return it. `device`: the results must be of this one.
 
     Raises:
-        InputError: the results are not whole, not of their job, or not in milliseconds.
+        Unusable: the results are not whole, not of their job, not of `device`, or not in milliseconds.
+        TooNoisy: the device was too busy or too hot.
+        InputError: the folder cannot be written, or another process works on the device's table.
     """
-    from nas.job import device_of, place_of, read_results, visits_of
+    with _judged():
+        found, space, work, results, place = _results_of(path, device)
+    with alone(folder, found):
+        old = table_to_extend(folder / f"{found}.csv", place, only_missing=False, provenance="imported")
+        with _judged():
+            return write_table(
+                found, space, work, visits_of(results), place, old, folder, provenance="imported", flags=results["flags"]
+            )
 
+
+def _results_of(path: Path, device: str | None) -> tuple[str, SearchSpace, Work, dict[str, Any], dict[str, Any]]:
+    """Return whose the results of a job are, its space and work, the results, and where they were measured."""
     results, manifest = read_results(path)
     if manifest["verify"] is not None:
         raise InputError(f"{path} measures the network of a search: give it to nas-search --from RUN --verify")
@@ -181,7 +213,6 @@ def import_results(path: Path, folder: Path, device: str | None = None) -> Laten
         raise InputError(f"{path} is of {found}, not of {device}: leave --device out, or bring the results of {device}")
     space = SearchSpace.from_dict(parse_yaml(manifest["space"], "the job's space"), "the job's space")
     place = {**place_of(results, manifest), "protocol": PROTOCOL}
-    old = table_to_extend(folder / f"{found}.csv", place, only_missing=False, provenance="imported")
     layers = measured_layers(space.layers())
     named = {str(layer): layer for layer in layers}
     if not set(manifest["rows"]) <= set(named):
@@ -189,9 +220,15 @@ def import_results(path: Path, folder: Path, device: str | None = None) -> Laten
     work = work_for(space, [named[name] for name in manifest["rows"]], manifest["seed"], place["precision"])
     if list(work.plan.networks) != manifest["plan"]["networks"]:
         raise InputError(f"{path} is of a job that another version of this package exported: export and run it anew")
-    return write_table(
-        found, space, work, visits_of(results), place, old, folder, provenance="imported", flags=results.get("flags", {})
-    )
+    if not results["visits"]:
+        words = ", ".join(sorted(set(results["flags"].values())))
+        raise InputError(f"{path} has no visits: the device could run none of the models ({words})")
+    anew = "docs/coreml.md says how" if manifest["format"] == "coreml" else "python3 run_job.py --again"
+    refuse_noise(visits_of(results), f"End other work there, let it cool, and measure the job anew: {anew}")
+    if "warnings" not in results["environment"]:
+        for warning in place["warnings"]:
+            say(f"warning: {warning}")
+    return found, space, work, results, place
 
 
 def import_medians(path: Path, folder: Path | None, device: str | None) -> LatencyTable:
@@ -206,7 +243,12 @@ def import_medians(path: Path, folder: Path | None, device: str | None) -> Laten
     if device is None:
         raise InputError(f"say whose medians {path} holds: --device ID, of a table that is there (--list)")
     beside = find_table(device)
-    table = LatencyTable.load(beside)
+    folder = folder or beside.parent
+    with alone(folder, device):
+        return _on_medians(path, folder, device, LatencyTable.load(beside))
+
+
+def _on_medians(path: Path, folder: Path, device: str, table: LatencyTable) -> LatencyTable:
     do = "give a CSV file with the columns network,ms and numbers of milliseconds"
     with reading(str(path), do):
         lines = [(line["network"], float(line["ms"])) for line in read_csv(path, ("network", "ms"), "the file of medians", do)]
@@ -250,7 +292,7 @@ def import_medians(path: Path, folder: Path | None, device: str | None) -> Laten
     table = replace(
         table, calibrations=tuple(kept), meta={**table.meta, "calibrated_on_medians": [network for network, _ in lines]}
     )
-    written = table.save(folder or beside.parent)
+    written = table.save(folder)
     say(f"{written}: calibrated on {len(x)} networks; each one left out in turn, the others say it to {errors.mean():.1f} %")
     return table
 

@@ -88,7 +88,8 @@ def _timm_model(network: str) -> NamedModel:
             data = onnx_bytes(with_ordinary_values(model, seed=0), _image(tuple(model.pretrained_cfg["input_size"])))
     except Exception as error:  # each model fails in its own way
         raise InputError(
-            f"the timm model {name} cannot be exported to ONNX ({first_line(error)}): export it yourself and give the file"
+            f"the timm model {name} cannot be exported to ONNX ({first_line(error.__cause__ or error)}): export it yourself "
+            "and give the file"
         ) from error
     return NamedModel(data)
 

@@ -28,7 +28,7 @@ from nas.progress import say
 from nas.table import measured_layers
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
-from supernet.errors import InputError, unknown
+from supernet.errors import InputError, first_line, unknown
 from supernet.model import build_model
 from supernet.ports import Port
 from supernet.space import SearchSpace
@@ -222,8 +222,14 @@ def _macs(arch: ArchConfig) -> int:
 @cache
 def _layer_macs(layer: Layer) -> int:
     images = max(port.group.n if port.group else 1 for port in (layer.entering, layer.leaving))
-    with torch.device("meta"):
-        module, batch = build_layer(layer).eval(), torch.empty(input_shape((layer,), images))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(batch)
+    try:
+        with torch.device("meta"):
+            module, batch = build_layer(layer).eval(), torch.empty(input_shape((layer,), images))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(batch)
+    except (RuntimeError, TypeError) as error:  # a user's block that looks at the values of its tensors
+        raise InputError(
+            f"the operations of {layer} cannot be counted, because tensors have no values there ({first_line(error)}): write "
+            "its forward without values of tensors, such as .item()"
+        ) from error
     return counter.get_total_flops() // 2 // images

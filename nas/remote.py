@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nas.devices import settings_in
 from nas.job import FORMATS, Address, check_device_id, export_job, job_folder, reach, run_over_ssh
-from nas.lut import import_results
+from nas.lut import Unusable, import_results
 from nas.plan import for_batch, work_for
+from nas.profilers.bench import TooNoisy
 from nas.profilers.ort_cpu import suffix
 from nas.progress import say
 from nas.table import LatencyTable
@@ -91,9 +94,9 @@ def build_over_ssh(
     job = job_folder(space, f"-{address.host}{suffix(threads, precision, batch)}")
     work = work_for(space, precision=precision)
     export_job(job, space, work, device=None, threads=threads, precision=precision, batch=batch, run=_run(job), replaces=True)
-    table = import_results(run_over_ssh(address, job), folder)
-    _count(job)
-    return table
+    results = run_over_ssh(address, job)
+    with _counted(job):
+        return import_results(results, folder)
 
 
 def build_on_iphone(device: str, space: SearchSpace, folder: Path, team_id: str | None, udid: str | None) -> LatencyTable:
@@ -105,9 +108,8 @@ def build_on_iphone(device: str, space: SearchSpace, folder: Path, team_id: str 
     space = for_batch(space, 1)
     job = job_folder(space, f"-{found}")
     export_job(job, space, work_for(space, precision="fp16"), device=found, form="coreml", run=_run(job), replaces=True)
-    table = run_on_iphone(device, job, folder, team_id, udid)
-    _count(job)
-    return table
+    with _counted(job):
+        return run_on_iphone(device, job, folder, team_id, udid)
 
 
 def run_on_iphone(device: str, job: Path, folder: Path, team_id: str | None, udid: str | None) -> LatencyTable:
@@ -126,11 +128,23 @@ def _need_team(device: str, team_id: str | None) -> str:
 
 
 def _run(job: Path) -> int:
-    """Return how many tables were made of this job: the next one is measured anew, not taken from what the device kept."""
+    """Return how many results of this job were read: the next one is measured anew, not taken from what the device kept."""
     try:
         return int((job / "imported").read_text())
     except (OSError, ValueError):
         return 0
+
+
+@contextmanager
+def _counted(job: Path) -> Iterator[None]:
+    """Count the table that the block makes of a job's results. Results that cannot be used count too: the device has kept them,
+    and would give the same ones again. Those that a table's folder has no place for do not."""
+    try:
+        yield
+    except (Unusable, TooNoisy):
+        _count(job)
+        raise
+    _count(job)
 
 
 def _count(job: Path) -> None:

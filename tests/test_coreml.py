@@ -86,6 +86,11 @@ class Casting(nn.Module):
         return x.to(torch.int32).to(torch.float32) * 2.0
 
 
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
 class SingularValues(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.linalg.svdvals(x)
@@ -97,6 +102,7 @@ class SingularValues(nn.Module):
         (nn.BatchNorm2d(4), "batch_norm"),
         (Casting(), "cast"),
         (SingularValues(), "cannot convert"),
+        (Branching(), r"torch\.export cannot trace this module \(.*\): write its forward without values of tensors"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")  # coremltools leaves a folder to the collector
@@ -264,6 +270,21 @@ def test_a_mac_is_timed_as_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened == ["both"] * 3
     assert guarded[0] == ("CPU_AND_NE", "2 x mb4d(dim=64) at 16 px"), "every load is tried in another process first"
     assert mac.flags == {name_of((Layer(SMALL, 4),)): "off-npu"}
+
+
+def test_a_package_that_does_not_load_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def hangs(package: Path, units: str, name: str) -> None:
+        assert package.exists()
+        raise InputError(f"{name} did not load")
+
+    be_mac(monkeypatch)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(coreml, "coremltools", lambda: None)
+    monkeypatch.setattr(coreml, "save_package", lambda module, example, path, key: path.mkdir())
+    mac = replace(open_mac("mac-npu"), guard=SimpleNamespace(check=hangs))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="did not load"):
+        mac.open((Layer(SMALL, 4),))
+    assert not list(tmp_path.iterdir())
 
 
 def hang_or_fail(package: str, units: str) -> None:

@@ -549,6 +549,32 @@ def test_memory_that_does_not_suffice_and_outputs_that_are_not_finite_are_refuse
     cuda.refuse_infinite(torch.ones(2))
 
 
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def lacks_a_compiler(*_: object) -> Any:
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nor so")
+
+
+@pytest.mark.parametrize(
+    ("module", "backend", "said"),
+    [
+        (Branching(), "eager", r"cannot make one graph of this network \(Data-dependent branching\): write the forward"),
+        (nn.ReLU(), lacks_a_compiler, r"cannot compile this network \(Failed to find C compiler\. .*\): it needs a C compiler"),
+    ],
+)
+def test_what_torch_cannot_compile_is_refused_in_one_line(
+    module: nn.Module, backend: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeCuda()
+    monkeypatch.setattr(fake, "capture", lambda module, example: compiled(module, backend)(example))
+    with pytest.raises(InputError, match=said) as refused:
+        profiler(fake, "fp32").open_module(module, torch.ones(2, 3))
+    assert "\n" not in str(refused.value)
+
+
 def test_a_network_is_timed_end_to_end() -> None:
     fake = FakeCuda(ms=0.5)
     opened = profiler(fake)

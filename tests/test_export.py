@@ -458,6 +458,15 @@ def test_the_core_ml_table_s_package_is_the_exported_one(
     assert given[0] == given[1] == given[2]
 
 
+def test_calibration_is_told_of_many_inputs_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """A build quantises hundreds of models, each on one input, and has its own line."""
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    quantised(onnx_bytes(module, images(1)), [images(1).numpy()])
+    assert not capsys.readouterr().err
+    quantised(onnx_bytes(module, images(1)), list(images(3).numpy()[:, None]))
+    assert "calibration: done" in capsys.readouterr().err
+
+
 def test_int8_prints_and_keeps_what_it_costs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digits = UNFLAT.with_classes(10)
     digits.save("searched.yaml")

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from nas import cli
 from nas.export_forms import COREML
+from nas.job import export_job
+from nas.lut import import_results
 from nas.measure import CACHED, STREAMING
 from nas.plan import work_for
 from nas.profilers import coreml, iphone
@@ -117,9 +119,8 @@ def answer(result):
 
 
 def play(job_sha256):
-    (manifest_path,) = (home / "phone").rglob("manifest.json")
-    manifest = json.loads(manifest_path.read_text())
-    assert job_sha256 == hashlib.sha256(manifest_path.read_bytes()).hexdigest()
+    texts = [path.read_bytes() for path in (home / "phone").rglob("manifest.json")]
+    (manifest,) = [json.loads(text) for text in texts if hashlib.sha256(text).hexdigest() == job_sha256]
     out = home / "phone" / "Documents" / f"out-{{job_sha256[:12]}}"
     out.mkdir(exist_ok=True)
     progress = {{"schema": 1, "job_sha256": job_sha256, "done": 4, "total": 8, "about": "mb4d", "beat": 1}}
@@ -308,12 +309,9 @@ def test_a_job_goes_to_the_phone_and_its_results_come_back(xcode: FakeXcode, tmp
     assert len(xcode.commands) == before, "results that are there are not measured again"
 
 
-def test_the_command_makes_a_table_of_what_the_phone_says(
-    xcode: FakeXcode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    space = small_space()
-    work = work_for(space)
-    xcode.takes({name: [device_ms(m) for m in (model, CACHED, STREAMING)] for name, model in work.models.items()})
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of this test's, and packages that are not looked at."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nas.job._cache", lambda: tmp_path / "cache")
 
@@ -322,6 +320,12 @@ def test_the_command_makes_a_table_of_what_the_phone_says(
         (path / "Manifest.json").write_text(repr(example.shape))
 
     monkeypatch.setattr(coreml, "save_package", stub)
+
+
+def test_the_command_makes_a_table_of_what_the_phone_says(xcode: FakeXcode, here: None, tmp_path: Path) -> None:
+    space = small_space()
+    work = work_for(space)
+    xcode.takes({name: [device_ms(m) for m in (model, CACHED, STREAMING)] for name, model in work.models.items()})
     space.save("space.yaml")
     cli.build_lut(["--device", "iphone-npu", "--team-id", TEAM, "--space", "space.yaml", "--out", "out"])
     table = LatencyTable.load(tmp_path / "out" / "iphone15pro-npu.csv")
@@ -333,6 +337,46 @@ def test_the_command_makes_a_table_of_what_the_phone_says(
     groups = {"Settings": manifest["settings"], "Timing": manifest["timing"], "Plan": manifest["plan"], "Entry": entry}
     for struct, group in {"Manifest": manifest, **groups, "Input": entry["input"]}.items():
         assert needs(struct) <= set(group), "the app reads no field that is not there"
+
+
+def test_a_phone_that_was_too_hot_is_measured_anew_by_the_same_command(
+    xcode: FakeXcode, here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = small_space()
+    work = work_for(space)
+    cool = {name: [device_ms(m) for m in (model, CACHED, STREAMING)] for name, model in work.models.items()}
+    xcode.takes({name: [ms * (1 + 3 * (at % 2)) for ms in times] for at, (name, times) in enumerate(cool.items())})
+    space.save("space.yaml")
+    command = ["--device", "iphone-npu", "--team-id", TEAM, "--space", "space.yaml", "--out", "out"]
+    with pytest.raises(SystemExit) as ended:
+        cli.build_lut(command)
+    assert ended.value.code == 1
+    assert "too busy or too hot to be measured" in capsys.readouterr().err and not Path("out").exists()
+    xcode.takes(cool)
+    cli.build_lut(command)
+    assert LatencyTable.load(tmp_path / "out" / "iphone15pro-npu.csv").serves(space)
+
+
+def test_results_that_a_person_brings_from_a_phone_are_warned_of_too(
+    here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = small_space()
+    work = work_for(space, precision="fp16")
+    manifest = export_job(tmp_path / "job", space, work, device="iphone15pro-npu", form="coreml").read_bytes()
+    results = {
+        "schema": 2,
+        "unit": "ms",
+        "job_sha256": hashlib.sha256(manifest).hexdigest(),
+        "device": "iphone15pro-npu",
+        "environment": {"model": "iPhone16,1", "low_power_mode": True, "battery_state": "charging", "dropped_visits": 3},
+        "visits": {n: [[device_ms(m) for m in (model, CACHED, STREAMING)]] * 12 for n, model in work.models.items()},
+    }
+    path = tmp_path / "job" / "results.json"
+    path.write_text(json.dumps(results))
+    table = import_results(path, tmp_path / "out")
+    said = [line.removeprefix("warning: ") for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    for warning, words in zip(table.meta["warnings"], ("low power mode", "charging", "3 visits"), strict=True):
+        assert words in warning and warning in said
 
 
 def test_a_killed_command_finds_the_phones_results(xcode: FakeXcode, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """A table by way of a job folder is the table that is built directly; what is not the job's own result is refused."""
 
 import hashlib
+import itertools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,13 +19,15 @@ from test_lut import cost, device_ms, small_space
 
 from nas import cli, job
 from nas.job import Address, export_job, run_over_ssh, without_weights
-from nas.lut import import_results
+from nas.lut import import_medians, import_results
 from nas.measure import CACHED, STREAMING, Model
 from nas.plan import Work, work_for
-from nas.profilers.bench import Failed
+from nas.profilers.bench import Failed, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
+from nas.remote import build_over_ssh
 from nas.table import LatencyTable
 from supernet.errors import InputError
+from supernet.files import PART
 from supernet.space import SearchSpace
 from supernet.specs import MB3D, MB4D, Layer
 
@@ -199,6 +204,76 @@ def test_results_that_are_not_the_jobs_are_refused_in_one_line(
     assert not (tmp_path / "out").exists(), "nothing is written"
 
 
+def too_noisy(results: dict[str, Any]) -> dict[str, Any]:
+    """The same results of a device that was four times as slow every other time."""
+    made = {name: [[ms * (1 + 3 * (i % 2)) for ms in v] for i, v in enumerate(v)] for name, v in results["visits"].items()}
+    return {**results, "visits": made}
+
+
+def test_results_of_a_device_that_was_too_busy_or_too_hot_make_no_table(folder: Path, work: Work, tmp_path: Path) -> None:
+    path = written(folder, too_noisy(pretended_results(folder, work)))
+    with pytest.raises(TooNoisy, match=r"too busy or too hot .* measure the job anew: python3 run_job\.py --again$"):
+        import_results(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_a_device_that_could_run_no_model_are_refused(folder: Path, work: Work, tmp_path: Path) -> None:
+    results = pretended_results(folder, work)
+    results["flags"] = dict.fromkeys(results["visits"], "load-error")
+    with pytest.raises(InputError, match=r"has no visits: the device could run none of the models \(load-error\)"):
+        import_results(written(folder, results), tmp_path / "out")
+
+
+def test_refused_results_are_measured_anew_but_not_those_that_have_no_place(
+    folder: Path, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other machine keeps what it has measured of a job, and gives it again."""
+    kept: dict[str, Any] = {}
+    noisy = True
+
+    def machine(address: Address, job: Path) -> Path:
+        results = {**pretended_results(job, work), "device": None}
+        return written(job, kept.setdefault(results["job_sha256"], too_noisy(results) if noisy else results))
+
+    monkeypatch.setattr("nas.remote.reach", lambda address: None)
+    monkeypatch.setattr("nas.remote.run_over_ssh", machine)
+    with pytest.raises(TooNoisy):
+        build_over_ssh("ssh://pi", SPACE, tmp_path / "out")
+    noisy = False
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"the folder .*file cannot be written"):
+        build_over_ssh("ssh://pi", SPACE, tmp_path / "file")
+    assert build_over_ssh("ssh://pi", SPACE, tmp_path / "out").serves(SPACE)
+    assert len(kept) == 2, "what was measured with no place for its table is taken from what was kept"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the test speaks POSIX")
+def test_an_import_waits_for_no_other_work_on_its_table_and_takes_nothing_from_it(
+    folder: Path, work: Work, tmp_path: Path
+) -> None:
+    path, out = written(folder, pretended_results(folder, work)), tmp_path / "out"
+    out.mkdir()
+    marker = out / "pretended-cpu.building.json"
+    marker.write_text("{}")
+    import_results(path, out)
+    assert marker.exists(), "a build that was killed goes on"
+    networks = list(itertools.islice(dict.fromkeys(work.networks), 3))
+    for number, arch in enumerate(networks):
+        arch.save(tmp_path / f"{number}.yaml")
+    lines = [f"{tmp_path / f'{number}.yaml'},{number + 1}" for number in range(3)]
+    (tmp_path / "medians.csv").write_text("\n".join(["network,ms", *lines]))
+    holds = f"with alone({str(out)!r}, 'pretended-cpu'): print(1, flush=True); time.sleep(60)"
+    imports = "import time\nfrom nas.alone import alone\n"
+    with subprocess.Popen([sys.executable, "-c", imports + holds], stdout=-1) as first:
+        assert first.stdout is not None and first.stdout.readline()
+        with pytest.raises(InputError, match="in use by another process"):
+            import_results(path, out)
+        with pytest.raises(InputError, match="in use by another process"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nas.lut.find_table", lambda device: out / f"{device}.csv")
+            import_medians(tmp_path / "medians.csv", None, "pretended-cpu")
+        first.kill()
+
+
 def test_a_cut_results_file_is_refused(folder: Path, work: Work, tmp_path: Path) -> None:
     path = written(folder, pretended_results(folder, work))
     path.write_bytes(path.read_bytes()[:-100])
@@ -320,6 +395,33 @@ def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path, work: Wo
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+def test_what_a_kill_left_of_a_job_is_no_stranger(folder: Path, work: Work) -> None:
+    """Its manifest is written last, under another name first."""
+    manifest = folder / "manifest.json"
+    text = manifest.read_bytes()
+    manifest.rename(folder / f".manifest.json.abcdefgh{PART}")
+    (folder / "run_job.lock").touch()
+    export_job(folder, SPACE, work, device="pretended-cpu")
+    assert manifest.read_bytes() == text
+    assert not list(folder.glob(".*"))
+
+
+def test_a_core_ml_job_without_coremltools_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = work_for(SPACE, precision="fp16")
+    with monkeypatch.context() as patch:
+        patch.setattr("nas.profilers.coreml.coremltools", lambda: None)
+        patch.setattr("nas.profilers.coreml.save_package", lambda module, example, path, key: path.mkdir())
+        manifest = export_job(tmp_path / "job", SPACE, work, device="apple-m2-npu", form="coreml")
+    earlier = manifest.read_text().replace('"torch": "', '"torch": "1.')
+    manifest.write_text(earlier)
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    for name in ("job", "new"):
+        with pytest.raises(InputError, match="need coremltools"):
+            export_job(tmp_path / name, SPACE, work, device="apple-m2-npu", form="coreml")
+    assert manifest.read_text() == earlier
+    assert not (tmp_path / "new").exists()
+
+
 def test_results_cannot_say_of_themselves_that_they_were_measured_here(folder: Path, work: Work, tmp_path: Path) -> None:
     results = pretended_results(folder, work)
     results["environment"] |= {"provenance": "measured", "device": "other-cpu", "csv_sha256": "0", "calibrations": []}
@@ -387,35 +489,114 @@ def test_a_job_runs_with_onnxruntime_and_numpy_alone(real_job: Path, tmp_path: P
 
 
 def test_a_job_whose_model_was_changed_is_refused_on_the_device(real_job: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(real_job, copy)
     model = sorted((copy / "models").iterdir())[3]
     model.write_bytes(model.read_bytes() + b"x")
     done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "is not the file that the manifest names" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def no_module(folder: Path) -> None:
+    (folder / "nas" / "profilers" / "bench.py").unlink()
+
+
+def half_a_module(folder: Path) -> None:
+    path = folder / "nas" / "profilers" / "bench.py"
+    path.write_text(path.read_text().replace("def carry_out(", "def carry_out((", 1))
+
+
+def no_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def half_a_manifest(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def no_model(folder: Path) -> None:
+    sorted((folder / "models").iterdir())[3].unlink()
+
+
+def damaged_samples(folder: Path) -> None:
+    import onnxruntime
+
+    job = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    name = f"samples-{job[:8]}-{onnxruntime.__version__}.csv"
+    header = "measured_at,model,raw_ms,cached_reference_ms,streaming_reference_ms"
+    (folder / name).write_text(f"{header}\n2026-01-01T00:00:00+00:00,empty,one,1,1\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (no_module, "nas/ beside it is not whole .*: copy the whole job folder again"),
+        (half_a_module, "nas/ beside it is not whole .*: copy the whole job folder again"),
+        (no_manifest, r"manifest\.json cannot be read .*: copy the whole job folder again"),
+        (half_a_manifest, r"manifest\.json is not whole: copy the job folder again"),
+        (no_model, r"models/.* cannot be read .*: copy the whole job folder again"),
+        (damaged_samples, "is damaged .*: remove it, and its visits are made again"),
+    ],
+)
+def test_half_a_copy_of_a_job_is_refused_on_the_device_in_one_line(
+    real_job: Path, tmp_path: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    copy = shutil.copytree(real_job, tmp_path / "copy", ignore=shutil.ignore_patterns("samples-*"))
+    damage(copy)
+    done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.search(f"^run_job.py: .*{said}$", done.stderr) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
+def test_two_runs_of_a_job_do_not_share_its_folder_and_a_killed_one_blocks_nobody(real_job: Path, tmp_path: Path) -> None:
+    from nas.profilers.run_job import locked
+
+    copy = shutil.copytree(real_job, tmp_path / "copy", ignore=shutil.ignore_patterns("samples-*"))
+    holds = "from pathlib import Path\nfrom run_job import locked\nlock = locked(Path('.'))\nprint('held', flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", holds], cwd=copy, stdin=-1, stdout=-1, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        second = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
+        first.kill()
+    assert second.returncode == 2
+    assert f"in use by another run_job.py (process {first.pid} on " in second.stderr and second.stderr.count("\n") == 1
+    assert not list(copy.glob("samples-*"))
+    locked(copy).close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
+def test_a_job_runs_where_nothing_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    from nas.profilers.run_job import locked
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows
+    locked(tmp_path).close()
+    monkeypatch.setitem(sys.modules, "fcntl", fcntl)
+
+    def unknown_here(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unknown_here)
+    locked(tmp_path).close()
 
 
 def test_a_job_of_more_threads_than_the_device_has_is_refused_there(real_job: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(real_job, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["settings"]["threads"] = 4096
     (copy / "manifest.json").write_text(json.dumps(manifest))
     done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "4096 threads, more than the CPUs that this process may use" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_a_runtime_that_the_processor_cannot_run_is_told_with_the_fix(real_job: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(real_job, copy)
     session = copy / "nas" / "profilers" / "ort_session.py"

@@ -359,6 +359,7 @@ def test_a_machine_that_comes_and_goes_is_told_instead_of_measured(device: Devic
 
         def run_at_some_pace() -> None:
             device.slowness = 4.0 if device.rng.random() < 0.02 else 1.0 if device.rng.random() < 0.02 else device.slowness
+            (tmp_path / "pretended-cpu.building.json").unlink(missing_ok=True)  # as somebody does who gives up on a build
             run()
 
         return run_at_some_pace, size
@@ -369,6 +370,32 @@ def test_a_machine_that_comes_and_goes_is_told_instead_of_measured(device: Devic
     assert not (tmp_path / "pretended-cpu.csv").exists(), "nothing is written"
     device.open, device.slowness = plain, 1.0  # type: ignore[method-assign]
     assert build_table(device, small_space(), tmp_path).serves(small_space()), "the next build begins anew"
+
+
+def test_a_build_that_is_refused_before_its_first_visit_leaves_nothing_behind(device: Device, tmp_path: Path) -> None:
+    plain = device.open
+
+    def refuses(model: Model) -> tuple[Workload, int]:
+        if model not in (CACHED, STREAMING):
+            raise InputError("this block cannot be compiled")
+        return plain(model)
+
+    device.open = refuses  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="cannot be compiled"):
+        build_table(device, small_space(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+    opened = 0
+
+    def refuses_later(model: Model) -> tuple[Workload, int]:
+        nonlocal opened
+        opened += 1
+        return plain(model) if opened < 20 else refuses(model)
+
+    device.open = refuses_later  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="cannot be compiled"):
+        build_table(device, small_space(), tmp_path / "out")
+    assert (tmp_path / "out" / "pretended-cpu.building.json").exists(), "there is something to go on with"
 
 
 def test_what_disturbs_a_device_for_a_while_is_waited_for() -> None:

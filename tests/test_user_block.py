@@ -12,6 +12,8 @@ import nas
 from nas.export import onnx_bytes
 from nas.lut import build_table
 from nas.measure import Model
+from nas.plan import work_for
+from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.timing import Workload
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
@@ -220,6 +222,30 @@ def test_it_is_exported(space: SearchSpace) -> None:
     session = onnxruntime.InferenceSession(onnx_bytes(model, x), providers=["CPUExecutionProvider"])
     with torch.no_grad():
         assert torch.allclose(torch.from_numpy(session.run(None, {"image": x.numpy()})[0]), model(x), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        ("x * x.mean().item()", r"the operations of .*Gated.* cannot be counted, .* such as \.item\(\)"),
+        (
+            "x + torch.fft.rfft2(x).abs().mean()",
+            r"cannot be written as ONNX \(Exporting the operator .*fft_rfft2.*\): write the forward of its blocks with",
+        ),
+    ],
+)
+def test_a_forward_that_cannot_be_measured_is_refused_in_one_line(
+    forward: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("supernet.user_block.loaded", {})
+    (tmp_path / "my_blocks.py").write_text(BLOCK.replace("x + x * torch.sigmoid(self.norm(self.conv(x)))", forward))
+    (tmp_path / "space.yaml").write_text(SPACE)
+    monkeypatch.chdir(tmp_path)
+    space = SearchSpace.load("space.yaml")
+    with pytest.raises(InputError, match=said) as refused:
+        for model in work_for(space).models.values():
+            OrtCpu().onnx(model)
+    assert "\n" not in str(refused.value) and not capsys.readouterr().out
 
 
 def test_it_may_be_handed_to_a_space_in_python() -> None:

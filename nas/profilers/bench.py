@@ -106,6 +106,7 @@ class Samples:
     HEADER = ("measured_at", "model", "raw_ms", "cached_reference_ms", "streaming_reference_ms")
 
     def __init__(self, path: Path, since: str) -> None:
+        self.path = path
         self.visits: dict[str, list[Visit]] = {}
         self.since = now()  # of the first visit
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,11 @@ class Samples:
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file; one without a single line of visits goes."""
+        empty = self._file.tell() <= len(",".join(self.HEADER)) + 1
         self._file.close()
+        if empty:
+            self.path.unlink(missing_ok=True)
 
 
 def read_samples(path: Path, since: str = "", until: str = "9999") -> dict[str, list[Visit]]:
@@ -311,16 +316,21 @@ def carry_out(plan: Plan, bench: Bench, tick: Tick, touches: Touches | None) -> 
         refuse_noise(samples.visits)
 
 
-def refuse_noise(visits: Mapping[str, Sequence[Visit]]) -> None:
-    """Refuse visits between which the references, which are always the same work, varied too much."""
+def refuse_noise(
+    visits: Mapping[str, Sequence[Visit]], do: str = "End other work, wait, and give the same command again"
+) -> None:
+    """Refuse visits between which the references, which are always the same work, varied too much; `do` is what helps.
+
+    Raises:
+        TooNoisy: they did.
+    """
     for place, name in enumerate(References._fields):
         times = sorted(visit.reference[place] for of_model in visits.values() for visit in of_model)
         low, high = times[len(times) // 10], times[9 * len(times) // 10]
         if high > TOO_NOISY * low:
             raise TooNoisy(
                 f"the device is too busy or too hot to be measured: its reference workload took {low:.3g} to {high:.3g} ms "
-                f"({name}, 10th to 90th percentile, of {median(times):.3g}); nothing is written. End other work, wait, and "
-                "give the same command again"
+                f"({name}, 10th to 90th percentile, of {median(times):.3g}); nothing is written. {do}"
             )
 
 

@@ -37,7 +37,7 @@ from nas.profilers.bench import now
 from nas.profilers.iphone import COMPUTE_UNITS, run
 from nas.profilers.ort_session import cpu_id, cpu_name, environment, touches
 from nas.profilers.timing import DISCARDED, DISCARDED_MS, MAX_CALLS, MIN_CALLS, VISIT_MS, Stopwatch, Touches, Workload
-from supernet.errors import InputError
+from supernet.errors import InputError, first_line
 from supernet.files import unwritten
 
 WARM_UP_MS = 300.0  # the Neural Engine's clock takes so long to rise,
@@ -72,12 +72,19 @@ def convert(module: nn.Module, example: Tensor, input_name: str = "x", output_na
     throughout, inputs and outputs too, for iOS 16 or macOS 13 and later.
 
     Raises:
-        InputError: coremltools cannot convert it, or what it made pays for casts or norms that the network does not have.
+        InputError: torch.export cannot trace it, coremltools cannot convert it, or what it made pays for casts or norms that
+            the network does not have.
     """
     ct = coremltools()
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
         warnings.simplefilter("ignore")
-        exported = torch.export.export(module.eval(), (example,)).run_decompositions({})
+        try:
+            exported = torch.export.export(module.eval(), (example,)).run_decompositions({})
+        except Exception as error:  # torch.export has no one base for what it cannot trace
+            raise InputError(
+                f"torch.export cannot trace this module ({first_line(error)}): write its forward without values of "
+                "tensors, such as .item() or a branch on one"
+            ) from error
         try:
             model = ct.convert(
                 exported,
@@ -437,12 +444,16 @@ class CoreMlMac:
         name = name_of(model)
         folder = tempfile.mkdtemp()
         package = Path(folder) / "model.mlpackage"
-        save_package(module, example, package, name)
-        self.guard.check(package, self.compute_units, name)
-        has_plans = self.unit == "npu" and (macos_version() or (0, 0)) >= OLDEST_MACOS_WITH_PLANS
-        if has_plans and off_npu(package):
-            self.flags[name] = "off-npu"
-        loaded = ct.models.MLModel(str(package), compute_units=ct.ComputeUnit[self.compute_units])
+        try:
+            save_package(module, example, package, name)
+            self.guard.check(package, self.compute_units, name)
+            has_plans = self.unit == "npu" and (macos_version() or (0, 0)) >= OLDEST_MACOS_WITH_PLANS
+            if has_plans and off_npu(package):
+                self.flags[name] = "off-npu"
+            loaded = ct.models.MLModel(str(package), compute_units=ct.ComputeUnit[self.compute_units])
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return CoreMlModel(loaded, tuple(example.shape), folder=folder), package_bytes(package)
 
     def stopwatch(self) -> Stopwatch:

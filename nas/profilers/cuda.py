@@ -40,7 +40,7 @@ from nas.measure import CACHED, STREAMING, Model, build_module
 from nas.profilers.bench import Disturbed, now
 from nas.profilers.nvidia import Driver, Gpu, Watch, find_gpu, state, warnings_about
 from nas.profilers.timing import Stopwatch, Workload
-from supernet.errors import InputError, unknown
+from supernet.errors import InputError, first_line, unknown
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISION, BATCH = "fp16", 64  # the usual settings, which an id does not name
@@ -312,7 +312,7 @@ class NvidiaGpu:
         """Return any module, captured with this input, and the bytes of both. The module itself stays as and where it is.
 
         Raises:
-            InputError: its output is not finite, or the GPU's memory does not suffice.
+            InputError: it cannot be compiled as one graph, its output is not finite, or the GPU's memory does not suffice.
         """
         return (run := self._capture(copy.deepcopy(module), example)), run.bytes
 
@@ -322,6 +322,20 @@ class NvidiaGpu:
             return Captured(self.cuda.capture(*held), self.cuda, held)
         except torch.cuda.OutOfMemoryError as error:
             raise InputError(f"the GPU's memory does not suffice for {tuple(example.shape)}: give a smaller --batch") from error
+        except RuntimeError as error:
+            from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException  # takes seconds to import
+
+            if not isinstance(error, TorchDynamoException):
+                raise
+            if isinstance(error, BackendCompilerFailed):
+                raise InputError(
+                    f"torch.compile cannot compile this network ({first_line(error.inner_exception)}): it needs a C compiler "
+                    "(gcc) and Python's headers (python3-dev); else see what it says"
+                ) from error
+            raise InputError(
+                f"torch.compile cannot make one graph of this network ({first_line(error)}): write the forward of its blocks "
+                "without values of tensors, such as .item() or a branch on one, and without what is no operation of torch"
+            ) from error
 
     def stopwatch(self) -> Stopwatch:
         bursts = Bursts(self.cuda, self.watch)

@@ -10,12 +10,13 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import random
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 if sys.version_info < (3, 10):  # noqa: UP036  the device may have less than this package needs
     sys.exit("run_job.py needs Python 3.10 or newer: this is " + sys.version.split()[0])
@@ -25,25 +26,75 @@ try:
 except ImportError as error:
     sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): python3 -m pip install onnxruntime numpy")
 
-from nas.profilers.bench import Bench, Plan, Samples, TooNoisy, carry_out, now, usable_cpus
-from nas.profilers.ort_session import OrtModel, environment, pinned, throttle_state, touches, warnings_about
-from nas.profilers.timing import Stopwatch, Workload
+try:
+    from nas.profilers.bench import Bench, Damaged, Plan, Samples, TooNoisy, carry_out, now, usable_cpus
+    from nas.profilers.ort_session import OrtModel, environment, pinned, throttle_state, touches, warnings_about
+    from nas.profilers.timing import Stopwatch, Workload
+except (ImportError, SyntaxError) as error:  # a copy that was cut
+    print(f"run_job.py: nas/ beside it is not whole ({error}): copy the whole job folder again", file=sys.stderr)
+    sys.exit(2)
 
 SCHEMA = 2
+LOCK = "run_job.lock"
+
+
+def refuse(why: str) -> NoReturn:
+    """End as the package's commands do where they cannot use what they are given: one line, exit code 2."""
+    print(f"run_job.py: {' '.join(why.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a job folder; its models must be the ones that it names."""
-    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    if manifest["schema"] != SCHEMA or manifest["format"] != "onnx":
-        raise SystemExit(
-            f"run_job.py reads ONNX jobs of schema {SCHEMA}, this one is {manifest['format']} {manifest['schema']}"
-        )
-    for entry in manifest["models"].values():
-        found = hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()
-        if found != entry["sha256"]:
-            raise SystemExit(f"{entry['file']} is not the file that the manifest names: copy the job folder again")
+    path = folder / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        schema, form = manifest["schema"], manifest["format"]
+        expected = {entry["file"]: entry["sha256"] for entry in manifest["models"].values()}
+    except OSError as error:
+        refuse(f"{path} cannot be read ({error.strerror}): copy the whole job folder again")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        refuse(f"{path} is not whole: copy the job folder again")
+    if schema != SCHEMA or form != "onnx":
+        refuse(f"it reads ONNX jobs of schema {SCHEMA}, this one is {form} {schema}: export the job anew")
+    for file, sha256 in expected.items():
+        try:
+            found = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        except OSError as error:
+            refuse(f"{file} cannot be read ({error.strerror}): copy the whole job folder again")
+        if found != sha256:
+            refuse(f"{file} is not the file that the manifest names: copy the job folder again")
     return manifest
+
+
+def locked(folder: Path) -> TextIO:
+    """Return the lock of a job folder, held until it is closed: two runs would slow each other and share one samples file.
+
+    The lock is the operating system's, so a process that is killed loses it. The file stays: whoever removes one that another
+    process has opened lets two of them in. Windows has no such lock.
+    """
+    try:
+        file = (folder / LOCK).open("a+")
+    except OSError as error:
+        refuse(f"{folder} cannot be written ({error.strerror}): copy the job folder to where you may write")
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: POSIX allows both
+        file.seek(0)
+        refuse(
+            f"{folder} is in use by another run_job.py ({file.read(200) or 'it has just begun'}): wait until it ends, or stop "
+            "it; the same command then goes on"
+        )
+    except OSError as error:
+        print(f"warning: {folder} cannot be locked ({error.strerror}): start no second run_job.py there meanwhile", flush=True)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def open_model(folder: Path, manifest: dict[str, Any], name: str) -> tuple[OrtModel, int]:
@@ -105,13 +156,20 @@ def main() -> None:
     if given.probe:
         open_model(folder, manifest, manifest["references"][0])[0]()
         return
-    settings, plan = manifest["settings"], Plan(**manifest["plan"])
+    settings = manifest["settings"]
     if settings["threads"] > usable_cpus():
-        raise SystemExit(
-            f"run_job.py: the job is of {settings['threads']} threads, more than the CPUs that this process may use: run it on "
+        refuse(
+            f"the job is of {settings['threads']} threads, more than the CPUs that this process may use: run it on "
             f"a device that has as many, or export it with --threads {usable_cpus()} at most"
         )
-    probe(folder)
+    with locked(folder):
+        probe(folder)
+        measure(folder, manifest, given.again)
+
+
+def measure(folder: Path, manifest: dict[str, Any], again: bool) -> None:
+    """Carry out the plan of a job, or what is left of it, and write its results; `again` begins anew."""
+    settings, plan = manifest["settings"], Plan(**manifest["plan"])
     place = environment(settings["threads"], settings["precision"], settings["batch"])
     place["warnings"] = warnings_about(place)
     for warning in place["warnings"]:
@@ -127,9 +185,12 @@ def main() -> None:
 
     job = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     kept = folder / f"samples-{job[:8]}-{onnxruntime.__version__}.csv"
-    if given.again:
+    if again:
         kept.unlink(missing_ok=True)
-    samples = Samples(kept, "")
+    try:
+        samples = Samples(kept, "")
+    except Damaged as error:
+        refuse(str(error))
     if samples.visits:
         print(f"going on from {kept.name}; --again begins anew", flush=True)
     with pinned(settings["threads"]):
