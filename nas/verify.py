@@ -12,7 +12,7 @@ from nas.kept import Checks
 from nas.lookup import OnDevice
 from nas.measure import measure_alone, name_of, table_reference
 from nas.plan import Work
-from nas.profilers.bench import Plan, TooNoisy, refuse_noise
+from nas.profilers.bench import Plan, refuse_noise
 from nas.profilers.timing import summarise
 from nas.progress import say
 from nas.request import Finished, finished, interrupted
@@ -39,6 +39,7 @@ def verify(
 
     Raises:
         InputError: the folder holds no finished search, or the results are of another network.
+        TooNoisy: the device was too busy or too hot.
     """
     if device is not None and results is not None:
         raise InputError(
@@ -123,13 +124,7 @@ def _take(results: Path, places: list[OnDevice], checks: dict[str, Checks], whic
     visits = visits_of(measured).get(which["network"])
     if visits is None:
         raise InputError(f"{results}: the device could not run the network ({measured['flags'][which['network']]})")
-    try:
-        refuse_noise(visits_of(measured))
-    except TooNoisy as error:
-        why = str(error).split(";")[0]
-        raise InputError(
-            f"{results} cannot be trusted: {why}: run its job again when the device has nothing else to do"
-        ) from error
+    refuse_noise(visits_of(measured), f"Run the job of {results} again when the device has nothing else to do")
     checks[place.name].add(arch, summarise(visits, table_reference(place.table)))
 
 

@@ -136,8 +136,11 @@ def test_results_of_a_device_that_was_too_busy_are_refused(capsys: pytest.Captur
     }
     path.write_text(json.dumps(results))
     capsys.readouterr()
-    line = refused(cli.search, ["--from", "run", "--verify", str(path)], capsys)
-    assert "its reference workload took 0.25 to 0.75 ms" in line and "run its job again" in line
+    with pytest.raises(SystemExit) as ended:
+        cli.search(["--from", "run", "--verify", str(path)])
+    line = capsys.readouterr().err
+    assert ended.value.code == 1 and line.count("\n") == 1
+    assert "its reference workload took 0.25 to 0.75 ms" in line and f"Run the job of {path} again" in line
     assert result()["measured_ms"] is None
 
 
