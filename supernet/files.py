@@ -63,8 +63,7 @@ def write_together(contents: Mapping[Path, str | bytes]) -> None:
         raise unwritten(path, error) from error
     finally:
         for left_over in temporary.values():
-            with suppress(OSError):
-                os.unlink(left_over)
+            _remove(left_over)
 
 
 def unwritten(path: str | Path, error: OSError) -> InputError | OSError:
@@ -74,6 +73,11 @@ def unwritten(path: str | Path, error: OSError) -> InputError | OSError:
             error.errno, f"{path} cannot be written ({error.strerror}): make room; what was there before is as it was"
         )
     return InputError(f"{path} cannot be written ({error.strerror or error}): choose another place")
+
+
+def _remove(temporary: str) -> None:
+    with suppress(OSError):
+        os.unlink(temporary)
 
 
 def read_text(path: str | Path, what: str, do: str = "give another file") -> str:
