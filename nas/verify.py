@@ -149,7 +149,8 @@ def _refuse_another_device(path: Path, results: dict[str, Any], table: LatencyTa
 
 def _export(folder: Path, arch: ArchConfig, table: LatencyTable, space: SearchSpace, which: dict[str, str]) -> Path:
     name = which["network"]
-    if "-cpu" not in table.device and "-npu" not in table.device:
+    on_mac = table.meta.get("runtime") == "coreml" and not table.device.startswith("iphone")
+    if on_mac or ("-cpu" not in table.device and "-npu" not in table.device):
         raise InputError(f"networks for {table.device} are measured by nas-search on the machine with it, not by a job")
     plan = Plan(pieces=(), networks=(name,), rows=(), smallest=name, working_set_bytes=0, passes=VISITS)
     export_job(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from nas.measure import CACHED, STREAMING, name_of
 from nas.pretrained import space_of
 from nas.profilers.timing import Measurement
 from nas.table import LatencyTable
+from nas.verify import _export
 from supernet.arch import ArchConfig
+from supernet.errors import InputError
 from supernet.model import build_model
 from supernet.space import SearchSpace
 
@@ -156,6 +159,14 @@ def test_a_device_that_would_not_be_used_is_refused(
     line = refused(cli.search, ["--from", "run", "--verify", *there], capsys)
     assert "board-cpu is measured on this machine, nothing at ssh://me@there" in line
     assert not Path("run/measurements.csv").exists()
+
+
+def test_a_mac_measures_its_networks_itself(table: LatencyTable, tmp_path: Path) -> None:
+    mac = replace(table, device="apple-m2-npu", meta={**table.meta, "runtime": "coreml"})
+    space = SearchSpace.load("micro.yaml")
+    with pytest.raises(InputError, match="apple-m2-npu are measured by nas-search on the machine with it"):
+        _export(tmp_path / "job", space.largest, mac, space, {"request_sha256": "", "network": ""})
+    assert not (tmp_path / "job").exists()
 
 
 def test_a_device_that_could_not_run_the_network_is_told(capsys: pytest.CaptureFixture[str], target: float) -> None:
