@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from nas.calibration import kendall_tau, least_absolute
 from nas.devices import profiler_of
-from nas.lut import kendall_tau, least_absolute
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import random_network
 from nas.profilers.bench import Bench, Goal, Plan, Samples

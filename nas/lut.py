@@ -15,32 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from nas.alone import alone
 from nas.audit import NOISY, Doubt, doubts, flagged, say_if_untrue
+from nas.calibration import calibrate, kendall_tau, least_absolute, refitted
 from nas.job import device_of, place_of, read_results, visits_of
 from nas.measure import Model, Profiler, name_of, table_reference
-from nas.plan import CHECK_NETWORKS, FEWEST_NETWORKS, FIT_NETWORKS, PROTOCOL, Terms, Work, for_batch, terms_of, work_for
+from nas.plan import FEWEST_NETWORKS, PROTOCOL, Terms, Work, for_batch, terms_of, work_for
 from nas.profilers.bench import Bench, Damaged, Samples, TooNoisy, carry_out, now, read_samples, reference_of, refuse_noise
 from nas.profilers.timing import Measurement, Visit, Workload, summarise
 from nas.progress import progress, say
-from nas.table import Calibration, CheckedNetwork, LatencyTable, Row, find_table, measured_layers, space_sha256
-from supernet.arch import ArchConfig
+from nas.table import LatencyTable, Row, find_table, measured_layers, space_sha256
 from supernet.errors import InputError, placed
 from supernet.files import parse_yaml, read_csv, read_json, reading, write_atomically
 from supernet.space import SearchSpace
 from supernet.specs import Layer, is_block
 from supernet.zoo import load_arch
 
-Array = npt.NDArray[np.float64]
-
 FEWEST_MEDIANS = 3  # typed from elsewhere, to calibrate on
 SAME_MS = 0.005  # a row farther from what its visits say was changed by hand; samples have six digits
 FLAG_FLOOR = 0.005  # of a typical network's milliseconds: narrower intervals of rows do not matter
-BENDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # how much longer the longest network is than its line, tried
-REPETITIONS = 6
 SAME = ("runtime", "runtime_version", "threads", "precision", "batch", "export", "protocol")  # in all rows of a table
 
 
@@ -158,7 +153,7 @@ def write_table(
     measured = [summarise(visits[name_of(tuple(arch.layers()))], reference) for arch in networks]
     table = replace(table, rows=flagged(rows, FLAG_FLOOR * float(np.median([m.ms for m in measured]))))
     calibration = calibrate(space, table, networks, measured)
-    kept = [_refitted(c, old, table) for c in old.calibrations if c.space != space.name] if old is not None else []
+    kept = [refitted(c, old, table) for c in old.calibrations if c.space != space.name] if old is not None else []
     table = replace(table, calibrations=(*kept, calibration))
     written = table.save(folder)
     say(
@@ -404,149 +399,3 @@ def row_of(layer: Layer, terms: Terms, found: Mapping[Model, Measurement]) -> Ro
         visits=min(m.visits for m in found.values()),
         isolated_ms=alone.ms if alone else None,
     )
-
-
-def calibrate(
-    space: SearchSpace, table: LatencyTable, networks: Sequence[ArchConfig], measured: Sequence[Measurement]
-) -> Calibration:
-    """Fit a calibration to about four networks in seven, spread over the latencies, and tell its error on the others.
-
-    The fit minimises the sum of absolute relative errors, which a network that was disturbed cannot pull.
-    """
-    order = sorted(range(len(networks)), key=lambda i: table.sum_ms(networks[i]))
-    check = np.zeros(len(order), dtype=bool)
-    held_out = len(order) * CHECK_NETWORKS // (FIT_NETWORKS + CHECK_NETWORKS)
-    check[np.linspace(1, len(order) - 2, held_out).round().astype(int)] = True  # the ends belong to the fit
-    found = [(networks[i], measured[i].ms, measured[i].half_width_ms, not told) for i, told in zip(order, check, strict=True)]
-    return _calibration(space.name, space_sha256(space), table, found)
-
-
-def _calibration(
-    space: str, sha256: str, table: LatencyTable, networks: Sequence[tuple[ArchConfig, float, float, bool]]
-) -> Calibration:
-    """Fit a calibration to networks with their milliseconds, half the width of their interval, and whether they are to be
-    fitted; the others tell its error."""
-    archs = [arch for arch, _, _, _ in networks]
-    x, between = np.array([table.sums_ms(arch) for arch in archs]).T
-    y = np.array([ms for _, ms, _, _ in networks])
-    check = np.array([not fitted for _, _, _, fitted in networks])
-    coefficients = fit(x[~check], between[~check], y[~check])
-    predicted = _predicted(coefficients, x, between)
-    signed = 100 * (predicted - y)[check] / y[check]
-    error = np.abs(signed)
-    by_stage, by_kind = _shares(table, [arch for arch, told in zip(archs, check, strict=True) if told])
-    return Calibration(
-        space=space,
-        space_sha256=sha256,
-        image_size=archs[0].image_size,
-        strides=archs[0].strides,
-        offset_ms=float(coefficients[0]),
-        scale=float(coefficients[1]),
-        scale_between=float(coefficients[2]),
-        bend=float(coefficients[3]),
-        sum_low_ms=float(x.min()),
-        sum_high_ms=float(x.max()),
-        n_fit=int((~check).sum()),
-        n_check=int(check.sum()),
-        mean_error_percent=float(error.mean()),
-        max_error_percent=float(error.max()),
-        within_5_percent=float(100 * (error <= 5).mean()),
-        within_10_percent=float(100 * (error <= 10).mean()),
-        kendall_tau=kendall_tau(predicted[check], y[check]),
-        error_by_stage_percent=tuple(float(np.average(signed, weights=w)) if w.any() else 0.0 for w in by_stage),
-        error_by_kind_percent={k: float(np.average(signed, weights=w)) for k, w in by_kind.items() if w.sum() > 0},
-        networks=tuple(
-            CheckedNetwork(arch.to_yaml(), ms, half_width_ms, float(said), fitted)
-            for (arch, ms, half_width_ms, fitted), said in zip(networks, predicted, strict=True)
-        ),
-    )
-
-
-def _refitted(calibration: Calibration, old: LatencyTable, table: LatencyTable) -> Calibration:
-    """Return another space's calibration, fitted anew to its networks where rows of theirs were measured anew.
-
-    Rows are measured in the working set of a typical network of the space that is built, so those that spaces share change with
-    it by more than chance. The networks' milliseconds were measured at the table's pace, and stay.
-    """
-    changed = {layer for layer, row in old.rows.items() if layer not in table.rows or table.rows[layer].ms != row.ms}
-    how = f"fit it anew with nas-build-lut --space {calibration.space}"
-    try:
-        networks = [(n.network(), n.ms, n.half_width_ms, n.fitted) for n in calibration.networks]
-    except InputError:  # blocks of a user's own, from a file that was not given now
-        networks = []
-    if not networks:
-        if changed:
-            say(f"warning: the calibration for {calibration.space} may be of rows that were measured anew: {how}")
-        return calibration
-    used = set(measured_layers(layer for arch, *_ in networks for layer in arch.layers()))
-    if not used & changed:
-        return calibration
-    if table.missing(used):
-        say(f"warning: the calibration for {calibration.space} is of rows that are no longer there: {how}")
-        return calibration
-    found = _calibration(calibration.space, calibration.space_sha256, table, networks)
-    say(
-        f"the calibration for {calibration.space}, which shares rows, is fitted anew: off by {found.mean_error_percent:.1f} % "
-        f"on average (before, {calibration.mean_error_percent:.1f} %)"
-    )
-    return found
-
-
-def fit(sums: Array, between: Array, measured: Array) -> Array:
-    """Return offset_ms, scale, scale_between and bend, from networks' sums of rows, of stems and embeddings among them, and
-    milliseconds, each (n,).
-
-    The bend is the one of a grid by which the others fit best; for each, the line that they make is found by repetition. Where
-    the line does not rise, there is none.
-    """
-    columns = np.stack([np.ones(len(sums)), sums, between], axis=1)
-    straight = np.append(least_absolute(columns, measured), 0.0)
-    tried = [straight]
-    for bent in BENDS:
-        found = straight
-        for _ in range(REPETITIONS):
-            line = columns[:, 1:] @ found[1:3]
-            if line.max() <= 0:
-                break
-            bend = bent / line.max()
-            factors = columns * np.stack([np.ones(len(line)), *2 * [1 + bend * line.clip(0)]], axis=1)
-            found = np.append(least_absolute(factors, measured), bend)
-        else:
-            tried.append(found)
-    return min(tried, key=lambda found: float(np.abs(_predicted(found, sums, between) / measured - 1).sum()))
-
-
-def _predicted(fitted: Array, sums: Array, between: Array) -> Array:
-    """Return the milliseconds that a fit says of networks, as `Calibration.predict_ms` does."""
-    line = fitted[1] * sums + fitted[2] * between
-    return np.asarray(fitted[0] + line * (1 + fitted[3] * line.clip(0)))
-
-
-def kendall_tau(predicted: Array, measured: Array) -> float:
-    """Return the rank correlation of two samples (n,): pairs in the same order less pairs in the other, over all pairs."""
-    pairs = np.sign(np.subtract.outer(predicted, predicted)) * np.sign(np.subtract.outer(measured, measured))
-    return float(pairs.sum() / (len(pairs) * (len(pairs) - 1)))
-
-
-def _shares(table: LatencyTable, networks: Sequence[ArchConfig]) -> tuple[list[Array], dict[str, Array]]:
-    """Return each network's share of its milliseconds in every stage, and in every kind of layer: arrays (networks,)."""
-    by_stage = [np.zeros(len(networks)) for _ in networks[0].stages]
-    by_kind: dict[str, Array] = {}
-    for number, arch in enumerate(networks):
-        total = table.sum_ms(arch)
-        for name, layer in arch.named_layers():
-            share = max(0.0, table.layer_ms(layer)) / total
-            by_kind.setdefault(layer.spec.kind, np.zeros(len(networks)))[number] += share
-            if name.startswith("stage"):
-                by_stage[int(name.removeprefix("stage").split("_")[0]) - 1][number] += share
-    return by_stage, by_kind
-
-
-def least_absolute(design: Array, y: Array) -> Array:
-    """Return the coefficients (k,) that minimise sum |design @ c - y| / y; design (n, k), y (n,). Reweighted least squares."""
-    relative = design / y[:, None]
-    weights = np.ones(len(y))
-    for _ in range(100):
-        found, *_ = np.linalg.lstsq(relative * weights[:, None], weights, rcond=None)
-        weights = 1 / np.sqrt(np.maximum(np.abs(relative @ found - 1), 1e-6))
-    return np.asarray(found)

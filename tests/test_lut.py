@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nas.lut import build_table, fit, rows_off_their_visits
+from nas.calibration import fit
+from nas.lut import build_table, rows_off_their_visits
 from nas.measure import CACHED, EMPTY, STREAMING, Model, name_of
 from nas.plan import requested_space, slope, stratified, terms_of, work_for
 from nas.profilers.bench import Bench, Calm, Goal, Plan, Samples, TooNoisy
