@@ -233,6 +233,10 @@ def test_random_search_scores_as_many_as_it_may_and_takes_the_best_that_fits() -
     assert best_scored(draws, loss_of, ms_of, 1.0, 3).name == "0.98"
     assert asked == ["1.2", "0.99", "0.98"]
     assert best_scored(iter([named(1.2)]), loss_of, ms_of, 1.0, 3) is None
+    # One near the target goes before a better one that is far under it, which is taken where there is no other.
+    losses |= {"0.8": 0.0, "0.7": 0.1}
+    assert best_scored(iter([named(0.8), named(0.99)]), loss_of, ms_of, 1.0, 3).name == "0.99"
+    assert best_scored(iter([named(1.2), named(0.7), named(0.8)]), loss_of, ms_of, 1.0, 3).name == "0.8"
 
 
 def rows_of_cost(space: SearchSpace, cost: Callable[[Layer], float]) -> dict[Layer, Row]:
