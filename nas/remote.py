@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nas.devices import settings_in
-from nas.job import FORMATS, Address, check_device_id, export_job, job_folder, reach, run_over_ssh
+from nas.job import FORMATS, Address, check_device_id, export_job, job_folder, reach, read_results, run_over_ssh
 from nas.lut import Unusable, import_results
 from nas.plan import for_batch, work_for
 from nas.profilers.bench import TooNoisy
@@ -109,16 +110,24 @@ def build_on_iphone(device: str, space: SearchSpace, folder: Path, team_id: str 
     job = job_folder(space, f"-{found}")
     export_job(job, space, work_for(space, precision="fp16"), device=found, form="coreml", run=_run(job), replaces=True)
     with _counted(job):
-        return run_on_iphone(device, job, folder, team_id, udid)
+        return import_results(_measured_on_iphone(device, job, team_id, udid), folder)
 
 
-def run_on_iphone(device: str, job: Path, folder: Path, team_id: str | None, udid: str | None) -> LatencyTable:
-    """Run a job folder, which somebody may have brought, on a connected iPhone, and make the table of what comes back."""
+def run_on_iphone(device: str, job: Path, folder: Path, team_id: str | None, udid: str | None) -> None:
+    """Run a job folder, which somebody may have brought, on a connected iPhone, and make the table of what comes back; where the
+    job measures the network of a search, say what reads its results."""
+    results = _measured_on_iphone(device, job, team_id, udid)
+    if read_results(results)[1]["verify"] is None:
+        import_results(results, folder)
+    else:
+        print(f"{results}: bring it to the search: nas-search --from RUN --verify {shlex.quote(str(results))}")
+
+
+def _measured_on_iphone(device: str, job: Path, team_id: str | None, udid: str | None) -> Path:
     from nas.profilers.iphone import measure_on_iphone
 
     team = _need_team(device, team_id)
-    results = measure_on_iphone(job, unit=device.removeprefix("iphone-"), team_id=team, udid=udid, say=say)
-    return import_results(results, folder)
+    return measure_on_iphone(job, unit=device.removeprefix("iphone-"), team_id=team, udid=udid, say=say)
 
 
 def _need_team(device: str, team_id: str | None) -> str:

@@ -21,10 +21,10 @@ from nas import cli
 from nas.export_forms import COREML
 from nas.job import export_job
 from nas.lut import import_results
-from nas.measure import CACHED, STREAMING
-from nas.plan import work_for
+from nas.measure import CACHED, STREAMING, name_of
+from nas.plan import Work, work_for
 from nas.profilers import coreml, iphone
-from nas.profilers.bench import Disturbed
+from nas.profilers.bench import Disturbed, Plan
 from nas.profilers.coreml_check import check
 from nas.profilers.iphone import iphone_id, measure_on_iphone
 from nas.table import LatencyTable
@@ -337,6 +337,19 @@ def test_the_command_makes_a_table_of_what_the_phone_says(xcode: FakeXcode, here
     groups = {"Settings": manifest["settings"], "Timing": manifest["timing"], "Plan": manifest["plan"], "Entry": entry}
     for struct, group in {"Manifest": manifest, **groups, "Input": entry["input"]}.items():
         assert needs(struct) <= set(group), "the app reads no field that is not there"
+
+
+def test_a_job_of_a_search_is_run_too_and_its_results_are_for_the_search(
+    xcode: FakeXcode, here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = small_space()
+    which = {"request_sha256": "0" * 64, "network": name_of(tuple(space.largest.layers()))}
+    plan = Plan(pieces=(), networks=(which["network"],), rows=(), smallest=which["network"], working_set_bytes=0)
+    work = Work({}, [space.largest], space.largest, plan)
+    export_job(tmp_path / "job", space, work, device="iphone15pro-npu", form="coreml", verify=which)
+    cli.build_lut(["--device", "iphone-npu", "--team-id", TEAM, "--import-results", "job", "--out", "out"])
+    assert "nas-search --from RUN --verify job/results.json" in capsys.readouterr().out
+    assert json.loads(Path("job/results.json").read_text())["visits"][which["network"]] and not Path("out").exists()
 
 
 def test_a_phone_that_was_too_hot_is_measured_anew_by_the_same_command(
