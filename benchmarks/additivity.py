@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from studies import claim_supernet
 
 from nas.data import load_data, natural_size
 from nas.judging import evaluator_of
@@ -53,6 +54,8 @@ def main() -> None:
     size = training_size(space, natural_size(source), settings.image_size)
     data = load_data(source, size, seed, settings.score_images)
     space = space.with_classes(len(data.classes))
+    if given.run is None:
+        claim_supernet(folder, "benchmarks/additivity.py", space, settings, seed, data)
     supernet = train_supernet(space.at(size), data, settings, seed, folder)
     logits = logits_of(supernet, settings)
     base = space.largest if logits is None else start_network(space, logits)

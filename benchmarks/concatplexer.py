@@ -5,25 +5,25 @@
 Trains a small token network on an image folder (without one, on the embedded digits) with N = 1, 2, 4 images a group, and for
 each N > 1 the control: the same reduction, segments and demultiplexers with every image a sequence of its own. Prints, side by
 side: accuracy over random groupings of the validation images (mean and standard deviation), in groups of one class, and by
-slot; and latency in ONNX Runtime on this CPU (one thread), all visited in shuffled rounds of one run, with the same number of
-images in flight. A ragged last group is filled, never dropped.
+slot; and latency in ONNX Runtime on this CPU (one thread), all visited in shuffled rounds of one run and opened anew every 8
+rounds, with the same number of images in flight. A ragged last group is filled, never dropped.
 """
 
 import argparse
-import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from latency_analysis import Opener, side_by_side
 
 from nas.checkpoints import load_weights
 from nas.data import ImageData, Images, load_images
 from nas.export import onnx_bytes
-from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import OrtModel, cpu_name
-from nas.profilers.timing import Measurement, Visit, median_reference, summarise, visit_in_rounds
+from nas.profilers.timing import Measurement, median_reference, summarise
 from nas.progress import say
 from nas.recipe import RECIPES
 from nas.throughput import GROUPINGS, Accuracy, grouped_accuracy, wait_ms
@@ -59,21 +59,11 @@ def latencies(
     models: dict[str, torch.nn.Module], groups: dict[str, int], in_flight: int, visits: int
 ) -> dict[str, Measurement]:
     """Return the time of `in_flight` images (`name`) and of one group (`name, one group`) of every network, in one run."""
-    cpu = OrtCpu()
-    made: dict[str, list[Visit]] = {}
-    with cpu.exclusive():
-        runs = {}
-        for name, model in models.items():
-            for key, batch in ((name, in_flight), (f"{name}, one group", groups[name])):
-                runs[key] = OrtModel(onnx_bytes(model, torch.randn(batch, 3, SIZE, SIZE)))
-                made[key] = []
-        visit_in_rounds(
-            runs,
-            cpu.stopwatch(),
-            lambda: [key for key, done in made.items() if len(done) < visits],
-            lambda key, visit: made[key].append(visit),
-            random.Random(0),
-        )
+    entries: dict[str, Opener] = {}
+    for name, model in models.items():
+        for key, batch in ((name, in_flight), (f"{name}, one group", groups[name])):
+            entries[key] = partial(OrtModel, onnx_bytes(model, torch.randn(batch, 3, SIZE, SIZE)))
+    made = side_by_side("networks", entries, visits)
     reference = median_reference([visit for done in made.values() for visit in done])
     return {key: summarise(done, reference) for key, done in made.items()}
 

@@ -11,13 +11,13 @@ have had, with activations of the size that they have at an image size. Flat and
 """
 
 import argparse
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from guarantee import Worth
+from studies import claim_supernet
 
 from nas.data import load_data
 from nas.evaluation import Evaluator
@@ -31,6 +31,7 @@ from nas.supernet_training import logits_of, train_supernet, training_size
 from nas.table import LatencyTable
 from nas.trajectory import Evaluation, Trajectory, evaluations
 from supernet.arch import ArchConfig
+from supernet.errors import InputError
 from supernet.space import SearchSpace
 
 Evaluate = Callable[[ArchConfig], Evaluation]
@@ -85,6 +86,8 @@ def trained(given: argparse.Namespace) -> None:
     data = load_data(given.data, size, given.seed, settings.score_images)
     space = space.with_classes(len(data.classes))
     table = LatencyTable.load(given.table).calibrated_for(space)
+    if given.run is not None:
+        claim_supernet(given.run, "benchmarks/evaluation_cache.py", space, settings, given.seed, data)
     with tempfile.TemporaryDirectory() as folder:
         net = train_supernet(space.at(size), data, settings, given.seed, given.run or Path(folder))
         logits = logits_of(net, settings)
@@ -124,7 +127,7 @@ def arithmetic(given: argparse.Namespace) -> None:
     for seed in range(given.seed, given.seed + given.runs):
         worth = Worth(space, seed)
         for target_ms in targets(space, table, given.targets):
-            once = Once(lambda arch, worth=worth: Evaluation(worth(arch), math.nan))
+            once = Once(worth)
             search(space, once, table, target_ms, None)
             runs.append(once.batches)
     print(f"{space.name}: {len(runs)} runs, {sum(len(batch) for batches in runs for batch in batches)} networks")
@@ -206,4 +209,7 @@ def settings_of(text: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(str(error)) from None

@@ -51,7 +51,9 @@ class Worth:
         for (i, j), worth in zip(self.space.slots, self.kinds, strict=True):
             block = arch.stages[i].blocks[j]
             loss -= 0.0 if isinstance(block, Identity) else 0.1 * worth[block.kind]
-        loss -= sum(0.2 * w * s.width / c.widths[-1] for w, s, c in zip(self.widths, arch.stages, self.space.stages, strict=True))
+        loss -= sum(
+            0.2 * w * s.width / c.widths[-1] for w, s, c in zip(self.widths, arch.stages, self.space.stages, strict=True)
+        )
         return Evaluation(loss, 0.0)
 
     @property

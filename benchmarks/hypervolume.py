@@ -88,6 +88,7 @@ def of_run(folder: Path) -> tuple[SearchSpace, LatencyTable, Drops, Callable[[Ar
     """Return the space of a run, its table, its drops, and how its supernet does on a network."""
     from nas.data import load_data, natural_size
     from nas.judging import evaluator_of
+    from nas.recovery import Recovered
     from nas.slimming import start_network
 
     try:
@@ -105,9 +106,10 @@ def of_run(folder: Path) -> tuple[SearchSpace, LatencyTable, Drops, Callable[[Ar
     logits = logits_of(supernet, settings)
     base = space.largest if logits is None else start_network(space, logits)
     kept, of_search = folder / "hypervolume-evaluations.csv", folder / "evaluations.csv"
-    if of_search.exists() and not kept.exists() and not settings.recovery_steps:  # the search evaluated in the same way
+    if of_search.exists() and not kept.exists():  # the search evaluated in the same way
         write_atomically(kept, of_search.read_text())
-    evaluate = Remembered(evaluator_of(supernet, base, data, settings, folder), kept)
+    evaluator = evaluator_of(supernet, base, data, settings, folder)
+    evaluate = Remembered(Recovered(evaluator, data, settings, seed) if settings.recovery_steps else evaluator, kept)
     if (folder / "drops.csv").exists():
         drops = Drops.load(folder / "drops.csv", space)
     else:

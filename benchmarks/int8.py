@@ -5,8 +5,8 @@
 `trained` is a folder of nas-train, PATH the images that it was trained on. Prints a Markdown table: the network as nas-export
 writes it, in fp32 and in int8; int8 with the float GELU; and int8 as ONNX Runtime's quantiser does it by default, with every
 operator that it knows, per channel, ranges from the smallest to the largest value. All are timed side by side in shuffled
-rounds on one thread; a ratio is the median over rounds of the ratio of two visits of a round, each by the references timed
-around it, with the 95 % interval of that median. A minute or two; leave the machine alone meanwhile.
+rounds on one thread, opened anew every 8 rounds; a ratio is the median over rounds of the ratio of two visits of a round, each
+by the references timed around it, with the 95 % interval of that median. A minute or two; leave the machine alone meanwhile.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import contextlib
 import io
 import math
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def main() -> None:
     }
     images = data.val.shuffled(given.seed)
     accuracies = dict(zip(models, onnx_accuracy(list(models.values()), images, arch.group_size), strict=True))
-    visits = side_by_side("int8", {name: OrtModel(model) for name, model in models.items()}, given.rounds)
+    visits = side_by_side("int8", {name: partial(OrtModel, model) for name, model in models.items()}, given.rounds)
     print(f"{arch.name} at {arch.image_size} px, form {given.form}, on {cpu_name()} (VNNI: {has_vnni()}), one thread; ", end="")
     print(f"{len(images):,} validation images, ranges from {inputs.images} training images")
     rows = []

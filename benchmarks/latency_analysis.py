@@ -2,10 +2,10 @@
 
     python benchmarks/latency_analysis.py > analysis.md
 
-Prints Markdown tables. In each table all variants are timed side by side in shuffled rounds; a ratio is the median over
-rounds of the ratio of two visits of the same round, each divided by the references timed around it, with the 95 % interval
-of that median. Shares of operators come from traces; their spread is the range over repeated traces. timm networks are left
-out where timm is not installed. A few minutes; leave the machine alone meanwhile.
+Prints Markdown tables. In each table all variants are timed side by side in shuffled rounds, their sessions opened anew every
+8 rounds; a ratio is the median over rounds of the ratio of two visits of the same round, each divided by the references timed
+around it, with the 95 % interval of that median. Shares of operators come from traces; their spread is the range over repeated
+traces. timm networks are left out where timm is not installed. A few minutes; leave the machine alone meanwhile.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 
 import onnxruntime
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from nas.export import onnx_bytes, with_ordinary_values
+from nas.measure import SESSION_VISITS
 from nas.networks import find_arch, load_model
 from nas.operators import Breakdown, bound_model, profile_operators
 from nas.profilers.ort_cpu import OrtCpu
-from nas.profilers.ort_session import OrtModel, cpu_name, pinned
+from nas.profilers.ort_session import OrtModel, cpu_name
 from nas.profilers.timing import Visit, median_interval, summarise, visit_in_rounds
 from nas.progress import progress, say
 from supernet.blocks import build_layer
@@ -45,13 +47,16 @@ NETWORKS = (
     "timm:efficientvit_m4",
 )
 
+Opener = Callable[[], OrtModel]
+"""Opens a session of a model anew."""
+
 
 class LinearMlpBlock(nn.Module):
     """Layer norm over channels, linear, GELU, linear, on tokens: (N, L, C) to the same, with a shortcut."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(dim), Mlp(dim, 4 * dim)
+        self.norm, self.mlp = nn.LayerNorm(dim), Mlp(dim, 4 * dim, "gelu")
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.norm(x))
@@ -63,7 +68,7 @@ class ConvMlpBlock(nn.Module):
     def __init__(self, dim: int, *, group_norm: bool = False) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(1, dim) if group_norm else nn.Identity()
-        self.mlp = ConvMlp(dim, 4 * dim)
+        self.mlp = ConvMlp(dim, 4 * dim, "gelu")
         if group_norm:
             self.mlp.norm1 = self.mlp.norm2 = nn.Identity()  # type: ignore[assignment]
 
@@ -83,25 +88,33 @@ def layers(*chain: Layer) -> nn.Module:
     return nn.Sequential(*(build_layer(layer) for layer in chain))
 
 
-def session(module: nn.Module, *shape: int) -> OrtModel:
-    """Return the session of a module with ordinary weights, for one input of this shape."""
+def opener(module: nn.Module, *shape: int) -> Opener:
+    """Return what opens a module with ordinary weights, for one input of this shape."""
     example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-    return bound_model(onnx_bytes(with_ordinary_values(module, seed=0), example), type(module).__name__)
+    return partial(bound_model, onnx_bytes(with_ordinary_values(module, seed=0), example), type(module).__name__)
 
 
-def side_by_side(what: str, entries: Mapping[str, OrtModel], rounds: int) -> dict[str, list[Visit]]:
-    """Visit every entry once a round, in shuffled order."""
+def side_by_side(what: str, entries: Mapping[str, Opener], rounds: int) -> dict[str, list[Visit]]:
+    """Visit every entry once a round, in shuffled order.
+
+    All are opened anew every 8 rounds, in another order: where a session's memory happens to lie moves its times by some
+    percent.
+    """
     visits: dict[str, list[Visit]] = {name: [] for name in entries}
-    with pinned(), progress(what, rounds * len(entries)) as tick:
+    cpu, rng = OrtCpu(), random.Random(0)
+    with cpu.exclusive(), progress(what, rounds * len(entries)) as tick:
+        watch = cpu.stopwatch()
 
         def record(name: str, visit: Visit) -> None:
             visits[name].append(visit)
             tick(1)
 
-        def open_entries() -> list[str]:
-            return [name for name, done in visits.items() if len(done) < rounds]
+        def short_of(number: int) -> list[str]:
+            return [name for name, made in visits.items() if len(made) < number]
 
-        visit_in_rounds(entries, OrtCpu().stopwatch(), open_entries, record, random.Random(0))
+        for done in range(0, rounds, SESSION_VISITS):
+            runs = {name: entries[name]() for name in rng.sample(list(entries), len(entries))}
+            visit_in_rounds(runs, watch, partial(short_of, min(rounds, done + SESSION_VISITS)), record, rng)
     return visits
 
 
@@ -146,7 +159,7 @@ def patch_embedding(rounds: int) -> None:
             "16x16 stride 16": (nn.Conv2d(3, 192, 16, 16), 14**2 * 768 * 192),
         },
     }
-    entries = {f"{out} / {how}": session(m, 3, 224, 224) for out, ways in groups.items() for how, (m, _) in ways.items()}
+    entries = {f"{out} / {how}": opener(m, 3, 224, 224) for out, ways in groups.items() for how, (m, _) in ways.items()}
     visits = side_by_side("patch embeddings", entries, rounds)
     rows = []
     for out, ways in groups.items():
@@ -168,7 +181,7 @@ def by_stage(
         for how, (block, tokens) in variants.items():
             chain = nn.Sequential(*(block(dim) for _ in range(CHAIN)))
             shape = (side * side, dim) if tokens else (dim, side, side)
-            entries[f"{side} {how}"] = session(chain, *shape)
+            entries[f"{side} {how}"] = opener(chain, *shape)
     visits = side_by_side(title, entries, rounds)
     rows = []
     for dim, side in STAGES:
@@ -179,12 +192,12 @@ def by_stage(
 
 def dimensions(rounds: int) -> None:
     print("\n## Feature dimension: maps (4D) and tokens (3D) in turn, or each once")
-    entries: dict[str, OrtModel] = {}
+    entries: dict[str, Opener] = {}
     for dim, side in STAGES[2:]:
         pool, attention = Layer(MB4D(dim), side), Layer(MB3D(dim), side)
         flat, unflat = Layer(Flat(dim), side), Layer(Unflat(dim), side)
-        entries[f"{side} once"] = session(layers(pool, pool, pool, flat, *[attention] * 3, unflat), dim, side, side)
-        entries[f"{side} turn"] = session(layers(*[pool, flat, attention, unflat] * 3), dim, side, side)
+        entries[f"{side} once"] = opener(layers(pool, pool, pool, flat, *[attention] * 3, unflat), dim, side, side)
+        entries[f"{side} turn"] = opener(layers(*[pool, flat, attention, unflat] * 3), dim, side, side)
     visits = side_by_side("feature dimensions", entries, rounds)
     rows = []
     for dim, side in STAGES[2:]:
@@ -209,7 +222,7 @@ def whole_networks(rounds: int, repeats: int) -> None:
             models[network.removeprefix("timm:")] = load_model(network, find_arch(network))
         except InputError as refusal:
             say(f"left out: {refusal}")
-    visits = side_by_side("networks", {name: bound_model(model.onnx, name) for name, model in models.items()}, rounds)
+    visits = side_by_side("networks", {name: partial(bound_model, model.onnx, name) for name, model in models.items()}, rounds)
     base = next(iter(models))
     traces: dict[str, list[Breakdown]] = {name: [] for name in models}
     with progress("tracing", repeats * len(models)) as tick:
@@ -252,7 +265,7 @@ def whole_networks(rounds: int, repeats: int) -> None:
     print("\nEfficientFormer-L1's one attention block, % of its time:")
     blocks = [layer for b in traces[base] for layer in b.layers if layer.name == "stage4_block4"]
     groups = {
-        "linear layers (Gemm)": ("Gemm",),
+        "linear layers (Gemm; in the deploy form also Conv)": ("Gemm", "Conv"),
         "products of attention (MatMul)": ("MatMul", "FusedMatMul"),
         "reshapes": RESHAPES,
         "softmax, norms, GELU, sums, scales": (),

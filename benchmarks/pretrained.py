@@ -1,4 +1,4 @@
-"""A trained network made faster: slimmed from its own weights, beside what else one might do in the same time.
+"""A trained network made faster: slimmed from its own weights, beside what else one might do.
 
     python benchmarks/pretrained.py --data cifar10 --table latency_tables/my-cpu.csv --out pretrained
 
@@ -9,15 +9,17 @@ Trains a network on the images, then, for each share of its measured latency:
 - uniform, magnitude: every stage at one share of its width, the channels of largest norm, tuned the same way
 - Torch-Pruning: its MagnitudePruner at one ratio, tuned the same way (where `pip install torch-pruning` is there)
 
-The last two are as slow as they may be: the widest whose latency is at or under the target. Prints milliseconds at the pace
-that the table was built at, parameters, and top-1 on the validation images before and after tuning, mean over the seeds; by n
-images an accuracy p is known to about sqrt(p (1 - p) / n). Where the table lacks rows of the network's space, the command that
-measures them is named. Goes on where it was killed.
+The last two are as slow as they may be: the widest whose latency meets the target as a search's network does, by the upper
+end of its 95 % interval. Prints milliseconds at the pace that the table was built at, parameters, and top-1 on the validation
+images before and after tuning, mean over the seeds, with the range of the ratios and epochs that the seeds have; by n images an
+accuracy p is known to about sqrt(p (1 - p) / n). Where the table lacks rows of the network's space, the command that measures
+them is named. Goes on where it was killed.
 """
 
 import argparse
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,17 +29,20 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from rivals import cpu_of
 from safetensors.torch import save as save_safetensors
-from studies import train_model
+from studies import content_of, train_model
 from torch import nn
 
 from nas.checkpoints import load_weights
 from nas.data import ImageData, load_images
-from nas.devices import profiler_of
+from nas.devices import measuring
 from nas.evaluation import accuracy_of, recalibrate
 from nas.export import onnx_bytes
-from nas.measure import Profiler, measure_alone, table_reference
+from nas.measure import Reopened, measure_alone, table_reference
+from nas.pretrained import space_of
 from nas.profilers.ort_session import OrtModel
+from nas.profilers.timing import Measurement
 from nas.progress import say
 from nas.recipe import RECIPES
 from nas.request import claim
@@ -59,6 +64,7 @@ from supernet.zoo import load_arch
 CALIBRATION_IMAGES = 256
 PROBE_IMAGES = (1280, 5120)  # of two short epochs that tell how long one from nothing takes
 PRUNING_STEP = 0.025
+HEARTBEAT_S = 30.0
 SHARES_OF_WIDTH = [1 - number / 16 for number in range(1, 12)]
 
 
@@ -67,11 +73,14 @@ class Outcome:
     """One network of the comparison."""
 
     name: str
+    """With {} for `chosen`, where there is one."""
     ms: float
     params: int
     before: float | None
     """Top-1 (0 to 1) before it was tuned; None for a training from nothing."""
     after: float
+    chosen: float | None = None
+    """Epochs, a share, a ratio: what another seed may have chosen otherwise."""
 
 
 def default_network() -> ArchConfig:
@@ -82,7 +91,10 @@ def default_network() -> ArchConfig:
 
 
 class Seconds:
-    """How long parts of the work took, in a file: a part that was killed is added to by what goes on with it."""
+    """How long parts of the work took, in a file: a part that was killed is added to by what goes on with it.
+
+    The file is written every half a minute, so that a kill of any kind loses no more than that.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -94,22 +106,35 @@ class Seconds:
 
     def of(self, part: str, work: Callable[[], Any]) -> Any:
         """Do the work and add its seconds to its part."""
-        began = time.monotonic()
+        before, began, ended = self.parts.get(part, 0.0), time.monotonic(), threading.Event()
+
+        def write() -> None:
+            self.parts[part] = before + time.monotonic() - began
+            # Not by write_atomically: it sets the umask, which all threads share, for a moment.
+            unfinished = self.path.with_name(f".{self.path.name}")
+            unfinished.write_text(json.dumps(self.parts) + "\n")
+            unfinished.replace(self.path)
+
+        def beat() -> None:
+            while not ended.wait(HEARTBEAT_S):
+                write()
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beating = threading.Thread(target=beat, daemon=True)
+        beating.start()
         try:
             return work()
         finally:
-            self.parts[part] = self.parts.get(part, 0.0) + time.monotonic() - began
-            write_atomically(self.path, json.dumps(self.parts) + "\n")
+            ended.set()
+            beating.join()
+            write()
 
 
 class Comparison:
     """One seed's networks, each kept in its own folder when it is finished."""
 
     def __init__(self, arch: ArchConfig, data: ImageData, table: LatencyTable, given: argparse.Namespace, seed: int) -> None:
-        profiler = profiler_of(table)
-        if profiler is None:
-            raise InputError(f"the table is of {table.device}, which is not this machine: give one that was measured here")
-        self.profiler: Profiler = profiler
+        self.profiler = cpu_of(table)
         self.data, self.table, self.given, self.seed = data, table, given, seed
         self.folder = given.out / f"seed{seed}"
         self.recipe = replace(RECIPES["quick"], epochs=given.epochs)
@@ -128,11 +153,11 @@ class Comparison:
         load_weights(model, weights)
         return model.eval()
 
-    def ms(self, model: nn.Module, arch: ArchConfig) -> float:
+    def timed(self, model: nn.Module, arch: ArchConfig) -> Measurement:
         """Return the time of a call of the deploy form, at the pace that the machine had when the table was built."""
         side = arch.image_size
-        workload = OrtModel(onnx_bytes(deployed(model.eval().cpu(), arch), torch.randn(1, 3, side, side)))
-        return measure_alone(self.profiler, workload, table_reference(self.table)).ms
+        graph = onnx_bytes(deployed(model.eval().cpu(), arch), torch.randn(1, 3, side, side))
+        return measure_alone(self.profiler, Reopened(partial(OrtModel, graph)), table_reference(self.table))
 
     def kept(self, name: str, make: Callable[[], Outcome]) -> Outcome:
         """Return an outcome, made now or read from its file."""
@@ -143,7 +168,7 @@ class Comparison:
 
     def whole(self) -> Outcome:
         accuracy = accuracy_of(self.original, self.data.val)[1]
-        return Outcome("as it is", self.ms(self.original, self.arch), parameters(self.original), accuracy, accuracy)
+        return Outcome("as it is", self.timed(self.original, self.arch).ms, parameters(self.original), accuracy, accuracy)
 
     def slimmed(self, target_ms: float, name: str) -> Outcome:
         """Search from the original's weights, tune what is found; `seconds.json` says how long both took."""
@@ -164,7 +189,7 @@ class Comparison:
         tuned = took.of("tuning", lambda: self.tuned(arch, weights, folder / "tuned"))
         return Outcome(
             "slimmed",
-            self.ms(tuned, arch.without_identity()),
+            self.timed(tuned, arch.without_identity()).ms,
             parameters(tuned),
             result["accuracy"],
             accuracy_of(tuned, self.data.val)[1],
@@ -194,10 +219,8 @@ class Comparison:
         say(f"{name}: {seconds:.0f} s are {recipe.epochs} epochs")
         train_network(arch, self.data, recipe, self.folder / name / "trained", self.seed)
         model = self.loaded(arch.without_identity(), self.folder / name / "trained" / "model.safetensors")
-        what = f"from nothing ({recipe.epochs} epochs)"
-        return Outcome(
-            what, self.ms(model, arch.without_identity()), parameters(model), None, accuracy_of(model, self.data.val)[1]
-        )
+        ms, accuracy = self.timed(model, arch.without_identity()).ms, accuracy_of(model, self.data.val)[1]
+        return Outcome("from nothing ({} epochs)", ms, parameters(model), None, accuracy, recipe.epochs)
 
     def uniform(self, target_ms: float, name: str) -> Outcome:
         """Narrow all stages by one share, to the widest network whose latency is at or under the target."""
@@ -207,7 +230,7 @@ class Comparison:
             model = build_model(target)
             model.load_state_dict(narrowed(self.original.state_dict(), self.arch, target, self.scores))
             recalibrate(model, self.images)
-            if self.ms(model, target) <= target_ms:
+            if self.timed(model, target).high_ms <= target_ms:
                 break
         else:
             raise InputError(f"no uniform width is as fast as {target_ms:g} ms: give larger --shares")
@@ -216,8 +239,8 @@ class Comparison:
         start.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(start, save_safetensors({n: t.contiguous() for n, t in model.state_dict().items()}))
         tuned = self.tuned(replace(target, name=name), start, self.folder / name / "tuned")
-        what = f"uniform, magnitude ({share:g} of the width)"
-        return Outcome(what, self.ms(tuned, target), parameters(tuned), before, accuracy_of(tuned, self.data.val)[1])
+        ms, after = self.timed(tuned, target).ms, accuracy_of(tuned, self.data.val)[1]
+        return Outcome("uniform, magnitude ({} of the width)", ms, parameters(tuned), before, after, share)
 
     def torch_pruned(self, target_ms: float) -> Outcome:
         """Prune by Torch-Pruning's magnitude at one ratio, to the slowest network at or under the target, and tune it."""
@@ -243,14 +266,14 @@ class Comparison:
                 scale.shape = (len(scale.gamma), *scale.shape[1:])
             recalibrate(model, self.images)
             arch = at_widths(self.arch, widths_of(model, self.arch))
-            if self.ms(model, arch) <= target_ms:
+            if self.timed(model, arch).high_ms <= target_ms:
                 break
         else:
             raise InputError(f"Torch-Pruning finds no network as fast as {target_ms:g} ms: give larger --shares")
         before = accuracy_of(model, self.data.val)[1]
         train_model(model, "Torch-Pruning", self.data, self.tuning, self.seed, None, self.teacher)
-        what = f"Torch-Pruning (ratio {ratio:g})"
-        return Outcome(what, self.ms(model, arch), parameters(model), before, accuracy_of(model, self.data.val)[1])
+        ms, after = self.timed(model, arch).ms, accuracy_of(model, self.data.val)[1]
+        return Outcome("Torch-Pruning (ratio {})", ms, parameters(model), before, after, ratio)
 
 
 def widths_of(model: nn.Module, arch: ArchConfig) -> list[int]:
@@ -266,6 +289,13 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def label(found: Sequence[Outcome]) -> str:
+    """Return what to call the outcomes of one way, one a seed, with the range of what the seeds chose."""
+    chosen = [o.chosen for o in found if o.chosen is not None] or [0.0]
+    low, high = (f"{end(chosen):g}" for end in (min, max))
+    return found[0].name.format(low if low == high else f"{low} to {high}")
+
+
 def print_table(rows: Sequence[tuple[str, list[Outcome]]]) -> None:
     print("\n| target | network | ms | M parameters | top-1 before tuning, % | top-1, % |\n|---|---|---:|---:|---:|---:|")
     for target, found in rows:
@@ -273,15 +303,25 @@ def print_table(rows: Sequence[tuple[str, list[Outcome]]]) -> None:
         after = [100 * o.after for o in found]
         spread = f" ± {stdev(after):.1f}" if len(after) > 1 else ""
         print(
-            f"| {target} | {found[0].name} | {mean(o.ms for o in found):.3f} | {mean(o.params for o in found) / 1e6:.2f} | "
+            f"| {target} | {label(found)} | {mean(o.ms for o in found):.3f} | {mean(o.params for o in found) / 1e6:.2f} | "
             f"{f'{mean(before):.1f}' if before else ''} | {mean(after):.1f}{spread} |"
         )
+
+
+def require_rows(table: LatencyTable, arch: ArchConfig, data: ImageData, given: argparse.Namespace) -> None:
+    """Refuse a table without the rows that the searches need. That is before the claim: with them it is another file."""
+    space = space_of(arch).with_classes(len(data.classes))
+    if table.missing(space.layers()):
+        file = Path(f"{given.out}-space.yaml")
+        space.save(file)
+        table.require(space.layers(), measuring(table, f"--space {file} --out {given.table.parent}"))
+    table.predict_ms(space.smallest)  # refuses one without a calibration for such networks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="an image folder")
-    parser.add_argument("--table", type=Path, required=True, help="a table that was measured on this machine")
+    parser.add_argument("--table", type=Path, required=True, help="the latency table (CSV) of this machine's CPU")
     parser.add_argument("--network", help="a YAML file or a network of the zoo (default: a large one of efficientformer-tiny)")
     parser.add_argument("--epochs", type=int, default=15, help="of the original's training")
     parser.add_argument("--tune", type=int, default=5, help="epochs of tuning")
@@ -292,6 +332,8 @@ def main() -> None:
     arch = load_arch(given.network) if given.network else default_network()
     data = load_images(given.data, arch.image_size, seed=0, score_images=512)
     table = LatencyTable.load(given.table)
+    cpu_of(table)  # refuses another device's
+    require_rows(table, arch, data, given)
     claim(
         given.out,
         {
@@ -300,6 +342,7 @@ def main() -> None:
             "network": arch.to_yaml(),
             "epochs": given.epochs,
             "tune": given.tune,
+            **content_of(given.table, table),
         },
     )
     by_name: dict[tuple[str, str], list[Outcome]] = {}
@@ -328,5 +371,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:  # a training that diverged is told in one line, too
         raise SystemExit(str(error)) from None

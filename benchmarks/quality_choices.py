@@ -43,6 +43,7 @@ from nas.slimming import start_network
 from nas.supernet_training import logits_of, train_supernet, training_size
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
+from supernet.errors import InputError
 from supernet.space import SearchSpace
 
 
@@ -108,8 +109,16 @@ class Study:
 
 
 def settings_of(config: Path | None, images: int) -> SupernetSettings:
-    """Return the supernet's settings; its weights, or its mixtures where there is nothing else, see `images` in all."""
+    """Return the supernet's settings; its weights, or its mixtures where there is nothing else, see `images` in all.
+
+    Raises:
+        InputError: they ask for more than a latency, which no rival of the searches is held to.
+    """
     settings = SupernetSettings.load(config)
+    if settings.objective != "latency" or settings.max_params or settings.max_macs:
+        raise InputError(
+            f"{config} sets objective, max_params or max_macs, but networks are compared at equal latency alone: leave them out"
+        )
     epochs = settings.weight_epochs or settings.mixture_epochs / 4  # an epoch of mixtures sees a quarter
     return replace(settings, images_per_epoch=round(images / epochs)) if images else settings
 
@@ -198,12 +207,12 @@ def search_at_random(study: Study, seed: int, target_ms: float, evaluations: int
     draws = random_at_target(space, study.own_table, check, target_ms, rng)
     with progress(f"random search at {target_ms:g} ms", evaluations) as tick:
 
-        def loss_of(arch: ArchConfig) -> float:
-            loss = evaluate(arch).loss
+        def charge_of(arch: ArchConfig) -> float:
+            charge = evaluate(arch).charge(settings.score)  # what the searches rank by
             tick(1)
-            return loss
+            return charge
 
-        arch = best_scored(draws, loss_of, check, target_ms, evaluations)
+        arch = best_scored(draws, charge_of, check, target_ms, evaluations)
     if arch is None:
         say(f"warning: no random network that meets {target_ms:g} ms was found: random search has no part in that comparison")
         return []

@@ -59,15 +59,19 @@ class Trained:
 
 
 Scores = Mapping[int | None, float]
-"""Top-1 in percent by training seed; None: a figure that stands for many networks."""
+"""Top-1 in percent by seed; None: a figure that stands for many networks."""
 
 
 def scores_of(trained: Sequence[Trained]) -> dict[tuple[str, float], Scores]:
-    """Return, for every method at every target, the top-1 of each training seed (the mean over a method's networks that were
-    trained with it); of random networks the median and the best."""
+    """Return, for every method at every target, the top-1 of each seed; of random networks the median and the best.
+
+    The seed is that of a search, or, where nothing was searched, of the training. Trainings of one search's network with other
+    seeds too (--crossed) count once, by their mean: they have a supernet in common.
+    """
     by_seed: dict[tuple[str, float], dict[int | None, list[float]]] = {}
     for one in trained:
-        by_seed.setdefault((one.chosen.method, one.chosen.target_ms), {}).setdefault(one.seed, []).append(one.top1)
+        seed = one.seed if one.chosen.seed is None else one.chosen.seed
+        by_seed.setdefault((one.chosen.method, one.chosen.target_ms), {}).setdefault(seed, []).append(one.top1)
     found: dict[tuple[str, float], Scores] = {}
     for (method, target_ms), values in by_seed.items():
         if method == RANDOM:
@@ -114,12 +118,17 @@ def report(trained: Sequence[Trained], given: argparse.Namespace, expected: int,
     ours = [s for s in given.strategies if any((s, ms) in scores for ms in given.targets)]
     val_images = facts["val_images"]
     per_epoch = given.images_per_epoch or facts["train_images"]
+    over = "over training seeds (of random networks: over networks)"
+    if given.crossed:
+        over = (
+            "over searches, each the mean of its network's trainings (of scaled networks: over training seeds; of random ones: "
+            "over networks)"
+        )
     lines = [
         f"{facts['machine']}; {facts['software']}; {today}. Space {given.space}; {given.epochs} epochs of {per_epoch:,} images "
-        f"a training, top-1 on {val_images:,} held-out images; ± is the standard deviation over training seeds (of random "
-        "networks: over networks), intervals are 95 % bootstrap over seeds. Under the target is the "
-        "upper end of the measurement's 95 % interval. Evaluations are the different networks that a search scored to choose "
-        "one.",
+        f"a training, top-1 on {val_images:,} held-out images; ± is the standard deviation {over}, "
+        "intervals are 95 % bootstrap over seeds. Under the target is the upper end of the measurement's 95 % interval. "
+        "Evaluations are the different networks that a search scored to choose one.",
         "",
     ]
     if len(trained) < expected:
@@ -189,7 +198,7 @@ def _table_of_differences(
 ) -> list[str]:
     rivals = [r for r in RIVALS if any((r, ms) in scores for ms in given.targets)]
     lines = [
-        "Points of top-1 above each rival, paired by training seed:",
+        f"Points of top-1 above each rival, paired by {'search' if given.crossed else 'training'} seed:",
         "",
         f"| ours | target, ms | {' | '.join(rivals)} |",
         f"|---|---:|{'---:|' * len(rivals)}",

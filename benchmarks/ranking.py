@@ -9,7 +9,7 @@ scores the networks by each. Prints for every way of scoring: Kendall's tau-b wi
 supernets' seeds, with a bootstrap interval over the networks), the regret of taking the best of ten by the score, and how far
 supernets of other seeds agree; beside them what needs no supernet (MACs, parameters, a shuffled score), and the ceiling: how
 far two seeds of the same training agree. Everything is kept under --out: the same command goes on after a kill, and --part
-divides the work among processes.
+divides the work among processes. A report is of what the study in --out was asked for.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from studies import last_row, train_alone, with_larger_val
+from studies import last_row, part_of, table_sha256, take_claimed, train_alone, with_larger_val
 
 from nas.data import ImageData, load_images
 from nas.judging import evaluator_of
@@ -51,6 +51,8 @@ VAL_IMAGES = 10_000  # of CIFAR-10's 50,000: accuracy is known to half a point
 SCORE_IMAGES = 2000  # that supernets are scored on, and nothing else sees
 EPOCHS = 4  # of each phase of a supernet's training: how often it is checkpointed
 RECOVERY_STEPS = 20
+NETWORKS_SEED = 0  # of the draws within the band
+MEDIAN_SEED = 1  # of those whose median latency is the band's middle
 
 WAYS: dict[str, dict[str, Any]] = {
     "mixture, uniform noise (the paper's)": {"weight_epochs": 0, "mixture_epochs": EPOCHS, "noise": "uniform"},
@@ -68,7 +70,7 @@ def networks_in_band(space: SearchSpace, table: LatencyTable, ms: float, count: 
     Raises:
         InputError: there are too few.
     """
-    rng = random.Random(0)
+    rng = random.Random(NETWORKS_SEED)
     found: dict[ArchConfig, None] = {}
     for _ in range(TRIES):
         arch = space.sample(rng)
@@ -207,10 +209,14 @@ def folder_of(out: Path, way: str, seed: int) -> Path:
     return out / "supernets" / f"{''.join(c if c.isalnum() else '-' for c in way)}-seed{seed}"
 
 
+ASKED = ("space", "ms", "networks", "seeds", "epochs", "supernet_seeds", "supernet_images")
+"""Settings that decide what is done; a report takes them from the study's folder."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="an image folder")
-    parser.add_argument("--table", type=Path, required=True, help="of the device whose milliseconds are to be equal")
+    parser.add_argument("--table", type=Path, required=True, help="CSV file of the device whose milliseconds are to be equal")
     parser.add_argument("--space", default="efficientformer-tiny")
     parser.add_argument("--ms", type=float, help="the networks' latency (default: the median of 1,000 random networks)")
     parser.add_argument("--networks", type=int, default=32)
@@ -224,8 +230,11 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", metavar="K/N", help="do only every N-th piece of work, from the K-th on")
     parser.add_argument("--out", type=Path, default=Path("ranking"))
     given = parser.parse_args()
-    part, parts = (int(number) for number in given.part.split("/"))
+    part, parts = part_of(given.part)
     table = LatencyTable.load(given.table)
+    sha256 = table_sha256(given.table)
+    if given.report and take_claimed(given, ASKED).get("table_sha256") != sha256:
+        raise InputError(f"{given.table} is not the table that the networks in {given.out} were drawn by: give that one")
     files = [given.out / "networks" / f"{i:02d}.yaml" for i in range(given.networks)]
     if given.report:
         print_report([ArchConfig.load(file) for file in files], table, given)
@@ -233,15 +242,24 @@ def main() -> None:
 
     data = with_larger_val(load_images(given.data, 32, seed=0, score_images=SCORE_IMAGES), VAL_IMAGES)
     space = SearchSpace.load(given.space).with_classes(len(data.classes))
-    rng = random.Random(1)
+    rng = random.Random(MEDIAN_SEED)
     median_ms = sorted(table.predict_ms(space.sample(rng)) for _ in range(1000))[500]
-    if not files[-1].exists():
-        for file, arch in zip(files, networks_in_band(space, table, given.ms or median_ms, given.networks), strict=True):
-            arch.save(file)
+    # Drawn before the claim, which a latency that has too few networks would stand in the way of another one; written after it.
+    drawn = [] if files[-1].exists() else networks_in_band(space, table, given.ms or median_ms, given.networks)
+    asked = {name: value for name, value in vars(given).items() if name in ASKED}
+    constants = {
+        "score_images": SCORE_IMAGES,
+        "val_images": VAL_IMAGES,
+        "recovery_steps": RECOVERY_STEPS,
+        "networks_seed": NETWORKS_SEED,
+        "median_seed": MEDIAN_SEED,
+        "ways": WAYS,
+    }
+    request = {"command": "benchmarks/ranking.py", "data": data.fingerprint, "table_sha256": sha256}
+    claim(given.out, {**request, **asked, **constants})
+    for file, arch in zip(files, drawn, strict=False):
+        arch.save(file)
     archs = [ArchConfig.load(file) for file in files]
-    asked = {name: value for name, value in vars(given).items() if name in ("space", "networks", "epochs", "supernet_images")}
-    constants = {"score_images": SCORE_IMAGES, "val_images": VAL_IMAGES, "recovery_steps": RECOVERY_STEPS, "ways": WAYS}
-    claim(given.out, {"command": "benchmarks/ranking.py", "data": data.fingerprint, **asked, **constants})
     recipe = replace(RECIPES["quick"], epochs=given.epochs)
 
     work: list[Callable[[], None]] = []
@@ -261,5 +279,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:  # a training that diverged is told in one line, too
         raise SystemExit(str(error)) from None

@@ -212,8 +212,8 @@ def best_scored(
     n: int,
 ) -> ArchConfig | None:
     """Return, of `n` draws, the one of least loss whose measured latency meets the target and is at most 3 % under it, as a
-    search gives back what it has left. Where there is none among the 30 that score best, the one of least loss of those that meet
-    it; None where none of all does."""
+    search gives back what it has left. Where there is none among the 30 that score best, the one of least loss of those that
+    meet it; None where none of all does."""
     scored = sorted(((loss_of(arch), number, arch) for number, arch in zip(range(n), draws, strict=False)), key=lambda s: s[:2])
     faster = None
     for number, (_, _, arch) in enumerate(scored):

@@ -1,8 +1,8 @@
 """Does a search find better networks than what one would pick instead, at equal measured latency?
 
     python benchmarks/search_quality.py --data cifar10 --table latency_tables/my-cpu.csv --targets 0.35 0.5 0.8 --out quality
-    python benchmarks/search_quality.py ... --choose     # find and measure the networks, train none: for a quiet hour
-    python benchmarks/search_quality.py ... --part 1/2   # and 2/2 beside it
+    python benchmarks/search_quality.py ... --choose     # first: find and measure the networks, train none, in a quiet hour
+    python benchmarks/search_quality.py ... --part 1/2   # then, with 2/2 beside it: train them
     python benchmarks/search_quality.py ... --report     # print what is finished
 
 At each target, by one recipe, top-1 on images that no search saw, of:
@@ -14,35 +14,32 @@ At each target, by one recipe, top-1 on images that no search saw, of:
 
 Every network is timed whole on this CPU, at the pace that the table was built at, and counts as meeting a target where the
 upper end of its 95 % interval is at most the target. docs/search-quality.md has the protocol. Everything is kept under --out:
-the same command goes on after a kill, and --part divides the work among processes.
+the same command goes on after a kill, and --part divides the trainings among processes. Networks are chosen by one process
+alone: several would time theirs on the same core at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from quality_choices import Study, choose_at_random, choose_by_search, choose_l1, choose_mobilenet
 from quality_estimate import EVALUATIONS, PROBE_STEPS, Pace, hours_left, probe, trainings_at_a_target
 from quality_report import RANDOM, Chosen, Trained, report, rows_of
 from rivals import Network, cpu_of
-from studies import last_row, new_model, train_alone, train_model
+from studies import content_of, last_row, new_model, part_of, take_claimed, train_alone, train_model
 
 from nas.kept import write_csv
-from nas.measure import table_reference
 from nas.progress import duration, say
 from nas.request import claim
 from nas.strategies import STRATEGIES
-from nas.table import LatencyTable
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
 from supernet.files import write_atomically
@@ -179,18 +176,34 @@ def print_report(groups: Sequence[Group], given: argparse.Namespace) -> None:
     print(text, end="")
 
 
-def part_of(text: str) -> tuple[int, int]:
-    """Return K and N of `K/N`."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise InputError(f"--part must be K/N, K from 1 to N, such as 1/2, but is {text!r}")
-    return int(found[1]), int(found[2])
+def check_chosen(groups: Sequence[Group], out: Path) -> None:
+    """Refuse a part of the work in which networks are still to be chosen."""
+    if missing := [group.name for group in groups if not group.is_chosen(out)]:
+        raise InputError(
+            f"networks are not chosen yet ({', '.join(missing)}), and processes beside each other would disturb what is timed: "
+            "choose first, with --choose and without --part"
+        )
 
 
-def content_of(file: Path, table: LatencyTable) -> dict[str, Any]:
-    """Return what identifies a table, and the pace that measurements are brought to: what is kept was measured for both."""
-    reference = table_reference(table)._asdict()
-    return {"table_sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "reference_ms": reference}
+def begin(study: Study) -> None:
+    """Claim the study's folder."""
+    given, images = study.given, study.out / "images"
+    held_out_before = images.is_dir()
+    try:
+        claim(
+            given.out,
+            {
+                "command": "benchmarks/search_quality.py",
+                "data": study.data.fingerprint,
+                **{name: value for name, value in vars(given).items() if name in ASKED},
+                "settings": asdict(study.settings),
+                **content_of(given.table, study.own_table),  # refuses one without the space's layers, before the claim
+            },
+        )
+    except InputError:
+        if not held_out_before:  # else the corrected command would find what this one held out
+            shutil.rmtree(images, ignore_errors=True)
+        raise
 
 
 ASKED = ("space", "targets", "strategies", "seeds", "crossed", "epochs", "images_per_epoch", "random", "val_images")
@@ -240,30 +253,20 @@ def main() -> None:
             raise unknown("strategy", strategy, STRATEGIES)
     part, parts = part_of(given.part)
     if given.report:
-        file = given.out / "request.json"
-        if not file.exists():
-            raise InputError(f"{given.out} holds no study: give the --out of one")
-        vars(given).update({name: value for name, value in json.loads(file.read_text()).items() if name in ASKED})
+        take_claimed(given, ASKED)
         print_report(groups_of(given), given)
         return
     if given.data is None or given.table is None:
         raise InputError("give --data, an image folder, and --table, the latency table of this CPU")
 
+    groups = groups_of(given)
+    mine = [groups[at] for at in shared_out([group.work for group in groups], parts)[part - 1]]
+    if parts > 1:
+        check_chosen(mine, given.out)
     study = Study(given)
     cpu_of(study.table)
-    claim(
-        given.out,
-        {
-            "command": "benchmarks/search_quality.py",
-            "data": study.data.fingerprint,
-            **{name: value for name, value in vars(given).items() if name in ASKED},
-            "settings": asdict(study.settings),
-            **content_of(given.table, study.own_table),  # refuses one without the space's layers, before anything is claimed
-        },
-    )
-    groups = groups_of(given)
+    begin(study)
     say_estimate(study, groups)
-    mine = [groups[at] for at in shared_out([group.work for group in groups], parts)[part - 1]]
     for number, group in enumerate(mine, 1):
         say(f"piece {number} of {len(mine)}: {group.name}")
         found = group.chosen(study)
@@ -276,5 +279,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:  # a training that diverged is told in one line, too
         raise SystemExit(str(error)) from None

@@ -8,7 +8,8 @@ space; over `--instances` instances of it, half of them with random drops and ha
 losses are computed anew; and the gap of the greedy loop with the same drops as its evaluation.
 
 A gap is a share of what can be gained: (the loss that greedy ends with - the exact least loss) / (the loss of the
-smallest network of the space - the exact least loss), all of them as the drops predict.
+smallest network of the space - the exact least loss), all of them as the drops predict. Where nothing can be gained, there is
+none.
 """
 
 import argparse
@@ -227,7 +228,8 @@ def main() -> None:
     measured = Drops.load(given.drops, space) if given.drops else None
     times(given.repeats)
 
-    spent, sizes, equal, gaps, two = [], [], 0, [], []
+    spent, sizes, equal, two = [], [], 0, []
+    gaps: dict[bool, list[float]] = {False: [], True: []}
     with progress("instances", given.instances) as tick:
         for seed in range(given.instances):
             like_a_run = seed % 2 == 1
@@ -244,7 +246,9 @@ def main() -> None:
             if not same:
                 print(f"instance {seed}: milp {loss}, exact {found}, at most {target_ms!r} ms", file=sys.stderr)
             greedy = slim(space, drops.importance(), drops.evaluation_for, table, target_ms, only_better=True)
-            gaps.append((greedy.evaluation.loss - found) / (drops.sum_for(space.smallest) - found))
+            gain = drops.sum_for(space.smallest) - found
+            if gain > 1e-9:
+                gaps[like_a_run].append((greedy.evaluation.loss - found) / gain)
             if seed < given.repeats:
                 params = Budget.params(0.8 * count_params(best(space, drops, table, target_ms)[0].arch))
                 two.append(seconds(lambda: solutions(space, drops, table, [target_ms, params])))  # noqa: B023
@@ -254,7 +258,10 @@ def main() -> None:
         f"{min(sizes)} to {max(sizes)} networks; with a second budget, parameters, at most {max(two):.2f} s"
     )
     print(f"equal to milp: {equal} of {given.instances}")
-    for name, part in (("random drops", gaps[0::2]), ("a run's drops" if measured else "drops like a run's", gaps[1::2])):
+    for like_a_run, part in gaps.items():
+        if not part:
+            continue
+        name = "random drops" if not like_a_run else "a run's drops" if measured else "drops like a run's"
         median, tenth, largest = (100 * np.quantile(part, q) for q in (0.5, 0.9, 1.0))
         print(
             f"greedy's gap, {name}, as a share of what the exact answer gains over the smallest network: "

@@ -1,12 +1,19 @@
-"""What several studies share: images that are held out, and trainings of single networks of any kind, which are kept."""
+"""What several studies share: what a folder was claimed for, parts of the work, images that are held out, and trainings of
+single networks of any kind, which are kept."""
 
+import argparse
 import csv
+import hashlib
+import json
+import math
 import os
 import random
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,13 +22,76 @@ from nas.augmentation import augmented, draw, step_generator, steps_of, training
 from nas.checkpoints import load_checkpoint, save_checkpoint
 from nas.data import SUFFIXES, ImageData, Images
 from nas.evaluation import accuracy_of
+from nas.measure import table_reference
 from nas.progress import progress, say
 from nas.recipe import Recipe
+from nas.request import claim
+from nas.settings import SupernetSettings
 from nas.steps import accelerator, parameter_groups, set_layer_scale
+from nas.table import LatencyTable
 from nas.teacher import Teacher
 from nas.training import History, train_network, train_step
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
+from supernet.files import read_json, write_atomically
+from supernet.space import SearchSpace
+
+NOTE = "held_out.json"  # of which images a folder of `hold_out` was made
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Return K and N of `K/N`."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"--part must be K/N, K from 1 to N, such as 1/2, but is {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def table_sha256(file: Path) -> str:
+    """Return what identifies a table's rows."""
+    if not file.is_file():  # a table is found by its device's id, too
+        raise InputError(f"--table must be the CSV file of a latency table, but is {file}")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def content_of(file: Path, table: LatencyTable) -> dict[str, Any]:
+    """Return what identifies a table, and the pace that measurements are brought to: what is kept was measured for both."""
+    return {"table_sha256": table_sha256(file), "reference_ms": table_reference(table)._asdict()}
+
+
+def take_claimed(given: argparse.Namespace, names: Collection[str]) -> dict[str, Any]:
+    """Take these settings from the study in `given.out`, whose request is returned: a report is of what was done, whatever
+    flags it is given."""
+    file = given.out / "request.json"
+    if not file.exists():
+        raise InputError(f"{given.out} holds no study: give the --out of one")
+    held = read_json(file, "the request file")
+    vars(given).update({name: value for name, value in held.items() if name in names})
+    return held
+
+
+def claim_supernet(
+    folder: Path, command: str, space: SearchSpace, settings: SupernetSettings, seed: int, data: ImageData
+) -> None:
+    """Make `folder` the place of a supernet, unless it is the folder of a nas-search that trains the same one.
+
+    Raises:
+        InputError: it holds another supernet.
+    """
+    request = {
+        "space": space.to_yaml(),
+        "settings": settings.deciding(),
+        "seed": seed,
+        "data_fingerprint": data.fingerprint,
+    }
+    file = folder / "request.json"
+    held = read_json(file, "the request file") if file.exists() else {}
+    if held.get("command") != "nas-search":
+        claim(folder, {"command": command, **request})
+        return
+    held["settings"] = {**SupernetSettings().deciding(), **held["settings"]}  # an earlier version had fewer
+    if differing := [name for name, value in request.items() if held.get(name) != value]:
+        raise InputError(f"{folder} is of a search with another {' and '.join(differing)}: give its own, or another folder")
 
 
 def with_larger_val(data: ImageData, images: int) -> ImageData:
@@ -41,10 +111,15 @@ def with_larger_val(data: ImageData, images: int) -> ImageData:
 
 def hold_out(source: Path, folder: Path, images: int) -> Path:
     """Return a folder with the images of `source` as `train/` and `val/`: about `images` of them, of each class its share,
-    are in `val/`, which searches and trainings look at when they are finished. Where `source` has a `val/`, it is `source`."""
+    are in `val/`, which searches and trainings look at when they are finished. Where `source` has a `val/`, it is `source`.
+
+    Raises:
+        InputError: there are not so many images, or the folder was made of other ones, or with another number held out.
+    """
     if (source / "val").is_dir():
         return source
-    if folder.is_dir():
+    note = folder / NOTE
+    if folder.is_dir() and not note.exists():  # an earlier version's
         return folder
     root = source / "train" if (source / "train").is_dir() else source
     if not root.is_dir():
@@ -55,6 +130,15 @@ def hold_out(source: Path, folder: Path, images: int) -> Path:
     total = sum(map(len, files))
     if not 0 < images < total:
         raise InputError(f"--val-images must be from 1 to {total - 1}, as there are {total} images, but is {images}")
+    listing = "".join(f"{f.parent.name}/{f.name}\0{f.stat().st_size}\n" for of_class in files for f in of_class)
+    made_of = {"images": hashlib.sha256(os.fsencode(listing)).hexdigest(), "val_images": images}
+    if folder.is_dir():
+        if read_json(note, "the note") != made_of:
+            raise InputError(
+                f"{folder} was made of other images than those of {source}, or with another --val-images: give those again, or "
+                "another --out"
+            )
+        return folder
     partial_folder = folder.with_name(f"{folder.name}.{os.getpid()}")  # another part may be doing the same
     rng = random.Random(0)
     with progress("holding images out", total) as tick:
@@ -63,6 +147,7 @@ def hold_out(source: Path, folder: Path, images: int) -> Path:
             for file in of_class:
                 link(file, partial_folder / ("val" if file in held else "train") / file.parent.name / file.name)
                 tick(1)
+    write_atomically(partial_folder / NOTE, json.dumps(made_of) + "\n")
     try:
         partial_folder.rename(folder)
     except OSError:
@@ -101,6 +186,9 @@ def train_model(
     """Train a network that no ArchConfig describes as `nas.training.train_network` would.
 
     With a `folder`: from its `checkpoint.pt` on where there is one, and `metrics.csv` has a row an epoch.
+
+    Raises:
+        FloatingPointError: the loss, or its gradient, is no longer finite. A checkpoint, if there is one yet, is of before.
     """
     device = accelerator(recipe.accelerator)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -110,6 +198,8 @@ def train_model(
     history, first = History(), 0
     if folder is not None:
         first = load_checkpoint(folder / "checkpoint.pt", net=model, optimizer=optimizer, history=history)
+        if first:  # a kill may have come between that checkpoint and this file
+            history.write(folder / "metrics.csv")
     batch, per_epoch = steps_of(len(data.train), recipe)
     steps, step = per_epoch * recipe.epochs, per_epoch * first
     with progress(name, steps, step) as tick:
@@ -126,6 +216,11 @@ def train_model(
                 x = x.contiguous(memory_format=torch.channels_last)
                 losses.append(train_step(model, optimizer, x, y, recipe, teacher))
                 step += 1
+                if not math.isfinite(losses[-1]):
+                    raise FloatingPointError(
+                        f"the loss of {name} is not finite in epoch {epoch + 1}, at step {step}: train with a recipe of a "
+                        "lower learning_rate"
+                    )
                 tick(1)
             loss, accuracy = accuracy_of(model, data.val)
             history.rows.append(

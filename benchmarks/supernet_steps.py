@@ -140,15 +140,21 @@ def _one_by_one(setup: Setup) -> tuple[nn.Module, Callable[[], None]]:
     return modules, step
 
 
+def finish(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was told: it goes on while the host does."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def timed(setup: Setup, run: Callable[[], object]) -> float:
     """Return the milliseconds that a call takes."""
     now = time.perf_counter if setup.clock == "wall" else time.process_time
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize()
+    finish(setup.device)
     began = now()
     run()
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize()
+    finish(setup.device)
     return 1000 * (now() - began)
 
 

@@ -4,7 +4,8 @@
 
 The networks are drawn evenly from ten equal bins of predicted latency. Beside the table stand what naive tables would say, in
 the same run: the sum of every layer timed alone in its own session (the median of many calls), calibrated the same way and not
-at all; and the sum of single calls of every layer, the first of its session.
+at all; and the sum of single calls of every layer, the first of its session. All of them are at the pace that the machine
+had when the table was built, as the references tell it.
 """
 
 import argparse
@@ -17,14 +18,15 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from nas.calibration import kendall_tau, least_absolute
+from nas.calibration import least_absolute
 from nas.devices import profiler_of
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import random_network
 from nas.profilers.bench import Bench, Goal, Plan, Samples
 from nas.profilers.ort_cpu import OrtCpu
-from nas.profilers.timing import summarise
+from nas.profilers.timing import References, Visit, summarise
 from nas.progress import progress
+from nas.statistics import kendall_tau
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
 from supernet.space import SearchSpace
@@ -44,15 +46,19 @@ def figures(predicted: Sequence[float], measured: Sequence[float]) -> str:
     )
 
 
-def single_calls(profiler: Profiler, layers: Sequence[Layer]) -> dict[Layer, float]:
-    """Milliseconds of the first call of each layer's session."""
+def single_calls(profiler: Profiler, layers: Sequence[Layer], reference: References) -> dict[Layer, float]:
+    """Milliseconds of the first call of each layer's session, at the pace at which the references take `reference`."""
     found = {}
     with profiler.exclusive(), progress("single calls", len(layers)) as tick:
+        watch = profiler.stopwatch()
         for layer in layers:
             run = profiler.open((layer,))[0]
             start = time.perf_counter_ns()
             run()
-            found[layer] = (time.perf_counter_ns() - start) / 1e6
+            raw_ms = (time.perf_counter_ns() - start) / 1e6
+            watch.pause()  # the references are timed now, after the call: before it they would have filled the caches
+            now = watch.visit(watch.references[0]).reference
+            found[layer] = summarise([Visit(raw_ms, now)], reference).ms
             tick(1)
     return found
 
@@ -88,7 +94,7 @@ def main() -> None:
     stages_seen = {arch.stages for arch in seen}
     networks = [a for a in unseen(space, table, given.networks, given.seed) if a.stages not in stages_seen]
     alone = list(dict.fromkeys(layer for arch in networks for layer in arch.layers()))
-    once = single_calls(profiler, alone)
+    once = single_calls(profiler, alone, reference)
 
     # One shuffled order for everything, in rounds: a machine that is slower for a minute slows all of it.
     models: dict[str, Model] = {name_of((layer,)): (layer,) for layer in alone}

@@ -186,13 +186,16 @@ def main() -> None:
     parser.add_argument("--recover", type=int, default=0, help="epochs of training after the cut, at half the learning rate")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="the budgets")
-    parser.add_argument("--what", nargs="+", choices=("width", "ffn", "key"), default=["width", "ffn", "key"])
+    parser.add_argument("--what", nargs="+", choices=("width", *KNOBS), help="is cut, of a network (default: all three)")
     parser.add_argument("--calibration-images", type=int, default=256)
     parser.add_argument("--val-images", type=int, default=0, help="0: all")
     parser.add_argument("--out", type=Path, required=True, help="where it is kept, and gone on with by the same command")
     given = parser.parse_args()
     if (given.network is None) == (given.space is None):
         parser.error("give either --network or --space")
+    if given.space and given.what:
+        parser.error("--what is of a --network: of a --space, the widths of its stages are cut")
+    given.what = given.what or ["width", *KNOBS]
     run(given)
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from nas.plan import CHECK_NETWORKS, FIT_NETWORKS
 from nas.profilers.timing import Measurement
 from nas.progress import say
+from nas.statistics import kendall_tau
 from nas.table import Calibration, CheckedNetwork, LatencyTable, measured_layers, space_sha256
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
@@ -67,7 +68,7 @@ def _calibration(
         max_error_percent=float(error.max()),
         within_5_percent=float(100 * (error <= 5).mean()),
         within_10_percent=float(100 * (error <= 10).mean()),
-        kendall_tau=kendall_tau(predicted[check], y[check]),
+        kendall_tau=sidecar_tau(predicted[check], y[check]),
         error_by_stage_percent=tuple(float(np.average(signed, weights=w)) if w.any() else 0.0 for w in by_stage),
         error_by_kind_percent={k: float(np.average(signed, weights=w)) for k, w in by_kind.items() if w.sum() > 0},
         networks=tuple(
@@ -137,10 +138,9 @@ def _predicted(fitted: Array, sums: Array, between: Array) -> Array:
     return np.asarray(fitted[0] + line * (1 + fitted[3] * line.clip(0)))
 
 
-def kendall_tau(predicted: Array, measured: Array) -> float:
-    """Return the rank correlation of two samples (n,): pairs in the same order less pairs in the other, over all pairs."""
-    pairs = np.sign(np.subtract.outer(predicted, predicted)) * np.sign(np.subtract.outer(measured, measured))
-    return float(pairs.sum() / (len(pairs) * (len(pairs) - 1)))
+def sidecar_tau(predicted: Array, measured: Array) -> float:
+    """Return Kendall's tau-b of two samples (n,) for a table's sidecar: 0 where there is no order, as JSON has no NaN."""
+    return float(np.nan_to_num(kendall_tau(predicted, measured)))
 
 
 def _shares(table: LatencyTable, networks: Sequence[ArchConfig]) -> tuple[list[Array], dict[str, Array]]:

@@ -19,7 +19,7 @@ import torch
 
 from nas.alone import alone
 from nas.audit import NOISY, Doubt, doubts, flagged, say_if_untrue
-from nas.calibration import calibrate, kendall_tau, least_absolute, refitted
+from nas.calibration import calibrate, least_absolute, refitted, sidecar_tau
 from nas.job import device_of, place_of, read_results, visits_of
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import FEWEST_NETWORKS, PROTOCOL, Terms, Work, for_batch, terms_of, work_for
@@ -274,7 +274,7 @@ def _on_medians(path: Path, folder: Path, device: str, table: LatencyTable) -> L
         "n_check": len(x),
         "sum_low_ms": float(x.min()),
         "sum_high_ms": float(x.max()),
-        "kendall_tau": kendall_tau(left_out, y),
+        "kendall_tau": sidecar_tau(left_out, y),
         "mean_error_percent": float(errors.mean()),
         "max_error_percent": float(errors.max()),
         "within_5_percent": float(100 * (errors <= 5).mean()),

@@ -114,8 +114,8 @@ def build_on_iphone(device: str, space: SearchSpace, folder: Path, team_id: str 
 
 
 def run_on_iphone(device: str, job: Path, folder: Path, team_id: str | None, udid: str | None) -> None:
-    """Run a job folder, which somebody may have brought, on a connected iPhone, and make the table of what comes back; where the
-    job measures the network of a search, say what reads its results."""
+    """Run a job folder, which somebody may have brought, on a connected iPhone, and make the table of what comes back; where
+    the job measures the network of a search, say what reads its results."""
     results = _measured_on_iphone(device, job, team_id, udid)
     if read_results(results)[1]["verify"] is None:
         import_results(results, folder)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nas.calibration import fit
+from nas import cli
+from nas.calibration import fit, sidecar_tau
 from nas.lut import build_table, rows_off_their_visits
 from nas.measure import CACHED, EMPTY, STREAMING, Model, name_of
 from nas.plan import requested_space, slope, stratified, terms_of, work_for
@@ -342,6 +343,12 @@ def test_a_calibration_knows_that_larger_networks_push_more_out_of_the_caches() 
     assert fit(sums, between, 0.02 + line + bend * line**2) == pytest.approx([0.02, 0.8, 0.2, bend], rel=0.02)
 
 
+def test_a_calibration_without_an_order_to_tell_has_a_tau_that_json_can_hold() -> None:
+    x = np.array([1.0, 3.0, 2.0])
+    assert sidecar_tau(x, np.array([0.1, 0.2, 0.3])) == pytest.approx(1 / 3)
+    assert sidecar_tau(np.ones(3), x) == sidecar_tau(x[:1], x[:1]) == sidecar_tau(x[:0], x[:0]) == 0
+
+
 def test_a_table_tells_its_error_by_stage_and_kind_of_layer(device: Device, tmp_path: Path) -> None:
     table = build_table(device, small_space(), tmp_path)
     (found,) = table.calibrations
@@ -352,8 +359,23 @@ def test_a_table_tells_its_error_by_stage_and_kind_of_layer(device: Device, tmp_
     assert max(100 * abs(n.predicted_ms / n.ms - 1) for n in checked) == pytest.approx(found.max_error_percent)
 
 
-def test_a_machine_that_comes_and_goes_is_told_instead_of_measured(device: Device, tmp_path: Path) -> None:
-    plain = device.open
+def test_a_machine_that_comes_and_goes_is_waited_for_then_told_instead_of_measured(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, pause = device.open, Stopwatch.pause
+    visits: list[Visit] = []
+    paused_after: list[int] = []
+
+    def waited_for(calm: Calm, visit: Visit) -> bool:
+        visits.append(visit)
+        return len(visits) == 3
+
+    def noted(stopwatch: Stopwatch) -> None:
+        paused_after.append(len(visits))
+        pause(stopwatch)
+
+    monkeypatch.setattr("nas.profilers.bench.Calm.waited_for", waited_for)
+    monkeypatch.setattr(Stopwatch, "pause", noted)
 
     def swinging(model: Model) -> tuple[Workload, int]:
         run, size = plain(model)
@@ -369,6 +391,8 @@ def test_a_machine_that_comes_and_goes_is_told_instead_of_measured(device: Devic
     with pytest.raises(TooNoisy, match="too busy or too hot"):
         build_table(device, small_space(), tmp_path)
     assert not (tmp_path / "pretended-cpu.csv").exists(), "nothing is written"
+    assert len(visits) == len((tmp_path / "pretended-cpu.samples.csv").read_text().splitlines()) - 1, "each is looked at"
+    assert 3 in paused_after, "the references' timing of before the wait does not serve the visit after it"
     device.open, device.slowness = plain, 1.0  # type: ignore[method-assign]
     assert build_table(device, small_space(), tmp_path).serves(small_space()), "the next build begins anew"
 
@@ -537,6 +561,38 @@ def test_settings_are_part_of_the_device_id(settings: dict[str, Any], end: str, 
     from nas.devices import open_profiler
 
     assert open_profiler(profiler.id) == profiler, "and an id gives the settings back"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "folder", "only_missing"),
+    [
+        ([], (1, "fp32", 1), "tables", False),
+        (["--threads", "2"], (2, "fp32", 1), "tables", False),
+        (["--precision", "int8", "--batch", "8"], (1, "int8", 8), "tables", False),
+        (["--missing"], (1, "fp32", 1), "tables", True),
+        (["--out", "out"], (1, "fp32", 1), "out", False),
+    ],
+)
+def test_what_the_command_is_given_is_what_is_built(
+    arguments: list[str],
+    settings: tuple[int, str, int],
+    folder: str,
+    only_missing: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.devices.usable_cpus", lambda: 2)
+    monkeypatch.setattr("nas.table.user_folder", lambda: Path("tables"))
+    small_space().save("space.yaml")
+    asked: list[object] = []
+
+    def noted(profiler: OrtCpu, space: SearchSpace, folder: Path, *, only_missing: bool) -> None:
+        asked.extend([(profiler.threads, profiler.precision, profiler.batch), space, folder, only_missing])
+
+    monkeypatch.setattr("nas.lut.build_table", noted)
+    cli.build_lut(["--device", "cpu", "--space", "space.yaml", *arguments])
+    assert asked == [settings, small_space(), Path(folder), only_missing]
 
 
 def test_more_threads_than_cpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import random
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import date
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import search_quality
 import studies
 import torch
 from mobilenet_v2 import SMALL_IMAGE_STRIDES, MobileNetV2, rounded
@@ -42,26 +44,22 @@ from rivals import (
     random_networks,
     scaled_l1,
 )
-from search_quality import (
-    content_of,
-    groups_of,
-    part_of,
-    shared_out,
-    training_seeds,
-)
+from search_quality import groups_of, shared_out, training_seeds
 from small_spaces import stage_space
-from studies import hold_out, last_row, new_model, train_model
+from studies import claim_supernet, content_of, hold_out, new_model, part_of, take_claimed, train_model
 from tables import plain_calibration
 from test_lut import Device
 
 import nas
-from nas.data import load_images
+from nas.data import load_data, load_images
 from nas.kept import Remembered, described, read_evaluations, write_csv
 from nas.measure import CACHED, SESSION_VISITS, Reopened, measure_alone
+from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.timing import Workload
 from nas.recipe import Recipe
 from nas.request import claim
 from nas.scores import measure_drops
+from nas.settings import SupernetSettings
 from nas.table import LatencyTable, Row, measured_layers
 from nas.training import train_network
 from nas.trajectory import Evaluation
@@ -317,6 +315,20 @@ def test_what_is_held_out_is_seen_by_no_search(tmp_path: Path) -> None:
         hold_out(tmp_path / "all", tmp_path / "third", 60)
 
 
+def test_what_was_held_out_is_not_taken_for_other_images(tmp_path: Path) -> None:
+    write_images(tmp_path / "all", 30)
+    write_images(tmp_path / "others", 31)
+    folder = hold_out(tmp_path / "all", tmp_path / "images", 20)
+    (tmp_path / "all").rename(tmp_path / "moved")
+    assert hold_out(tmp_path / "moved", folder, 20) == folder
+    for source, images in (("moved", 10), ("others", 20)):
+        with pytest.raises(InputError, match=r"made of other images .* another --out"):
+            hold_out(tmp_path / source, folder, images)
+    (folder / studies.NOTE).unlink()  # an earlier version's
+    assert hold_out(tmp_path / "others", folder, 10) == folder
+    assert len(list((folder / "val").glob("*/*"))) == 20
+
+
 def test_any_network_is_trained_by_the_same_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "images", 40)
     data = load_images(tmp_path / "images", 8, 0, score_images=8)
@@ -338,7 +350,23 @@ def test_any_network_is_trained_by_the_same_recipe(tmp_path: Path, monkeypatch: 
     again = new_model(lambda: build_model(arch), recipe, 9)
     train_model(again, "again", data, recipe, 3, tmp_path / "killed")
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True))
-    assert last_row(tmp_path / "killed" / "metrics.csv", 2) == last_row(tmp_path / "any" / "metrics.csv", 2)
+    metrics = (tmp_path / "any" / "metrics.csv").read_text()
+    assert (tmp_path / "killed" / "metrics.csv").read_text() == metrics
+    # Killed between the last checkpoint and the metrics, it is finished, and has them all the same.
+    (tmp_path / "killed" / "metrics.csv").unlink()
+    train_model(new_model(lambda: build_model(arch), recipe, 9), "ended", data, recipe, 3, tmp_path / "killed")
+    assert (tmp_path / "killed" / "metrics.csv").read_text() == metrics
+
+
+def test_a_training_that_diverges_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "images", 40)
+    data = load_images(tmp_path / "images", 8, 0, score_images=8)
+    recipe = Recipe(epochs=2, batch_size=16, learning_rate=2e-3, layer_scale=0.1, clip_norm=5.0)
+    arch = ArchConfig("small", 8, 2, (Stage(16, 2, (MB4D(16),)),))
+    monkeypatch.setattr(studies, "train_step", lambda *_: float("nan"))
+    with pytest.raises(FloatingPointError, match=r"epoch 1, at step 1: .*learning_rate"):
+        train_model(new_model(lambda: build_model(arch), recipe, 0), "small", data, recipe, 0, tmp_path / "out")
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
 def nas_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -405,6 +433,73 @@ def test_another_table_is_another_study(tmp_path: Path) -> None:
         claim(tmp_path / "out", content_of(file, table))
 
 
+def test_a_supernet_goes_on_in_its_own_folder_alone(tmp_path: Path) -> None:
+    space, data = SearchSpace.load("efficientformer-tiny"), load_data(None, 8, 0)
+    settings = SupernetSettings(weight_epochs=1)
+    for _ in range(2):
+        claim_supernet(tmp_path / "own", "a benchmark", space, settings, 0, data)
+    with pytest.raises(InputError, match="seed 0, now 1"):
+        claim_supernet(tmp_path / "own", "a benchmark", space, settings, 1, data)
+    request = {
+        "command": "nas-search",
+        "target_ms": 1.0,
+        "space": space.to_yaml(),
+        "settings": {"weight_epochs": 1},  # an earlier version had fewer
+        "seed": 0,
+        "data_fingerprint": data.fingerprint,
+    }
+    claim(tmp_path / "run", request)
+    claim_supernet(tmp_path / "run", "a benchmark", space, settings, 0, data)
+    with pytest.raises(InputError, match="another settings and seed"):
+        claim_supernet(tmp_path / "run", "a benchmark", space, SupernetSettings(), 1, data)
+
+
+def test_a_report_is_of_what_was_asked_for(tmp_path: Path) -> None:
+    given = argparse.Namespace(out=tmp_path, epochs=4, other=1)
+    with pytest.raises(InputError, match="holds no study"):
+        take_claimed(given, ["epochs"])
+    claim(tmp_path, {"epochs": 9, "other": 2})
+    assert take_claimed(given, ["epochs"]) == {"epochs": 9, "other": 2}
+    assert (given.epochs, given.other) == (9, 1)
+
+
+def of_this_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """What gives the study a command, with a made-up table of this machine's CPU."""
+    space = SearchSpace.load("efficientformer-tiny")
+    place = {**OrtCpu().environment(), "reference_ms": {"cached_ms": 1.0, "streaming_ms": 2.0}}
+    table = LatencyTable(OrtCpu().id, rows_of_cost(space, lambda layer: 0.1), (plain_calibration(space),), meta=place)
+    file = table.save(folder)
+
+    def command(*flags: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["search_quality.py", "--table", str(file), "--out", str(folder / "out"), *flags])
+        search_quality.main()
+
+    return command
+
+
+def test_a_refused_command_leaves_the_images_to_the_corrected_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "images", 30)
+    command = of_this_cpu(tmp_path, monkeypatch)
+    monkeypatch.setattr(search_quality, "say_estimate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # it begins
+    with pytest.raises(InputError, match="training images"):
+        command("--data", str(tmp_path / "images"), "--val-images", "58")
+    assert not (tmp_path / "out" / "images").exists()
+    with pytest.raises(KeyboardInterrupt):
+        command("--data", str(tmp_path / "images"), "--val-images", "20")
+    assert len(list((tmp_path / "out" / "images" / "val").glob("*/*"))) == 20
+    with pytest.raises(InputError, match="another request"):
+        command("--data", str(tmp_path / "images"), "--val-images", "20", "--epochs", "9")
+    assert (tmp_path / "out" / "images").is_dir(), "it is the study's"
+
+
+def test_networks_are_chosen_by_one_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = of_this_cpu(tmp_path, monkeypatch)
+    for flags in ([], ["--choose"]):
+        with pytest.raises(InputError, match=r"not chosen yet .*seed1.*: choose first, with --choose and without --part"):
+            command("--data", str(tmp_path / "images"), "--part", "1/2", *flags)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- what is done, and how long it takes
 
 
@@ -457,6 +552,13 @@ def test_supernet_images_are_divided_over_the_epochs(tmp_path: Path) -> None:
     assert settings_of(tmp_path / "mixture.yaml", 60_000).images_per_epoch == 60_000  # of which each epoch sees a quarter
 
 
+@pytest.mark.parametrize("setting", ["max_params: 1000000", "max_macs: 1000000", "objective: mes"])
+def test_networks_are_compared_at_equal_latency_alone(tmp_path: Path, setting: str) -> None:
+    (tmp_path / "config.yaml").write_text(setting + "\n")
+    with pytest.raises(InputError, match=r"config\.yaml sets .*: leave them out"):
+        settings_of(tmp_path / "config.yaml", 0)
+
+
 # ---- the report
 
 
@@ -497,11 +599,17 @@ def test_scores_are_paired_by_the_seed_of_the_training() -> None:
     assert differences({}, scores[L1, 0.5]) == {}
 
 
-def test_networks_that_share_a_training_seed_count_once_by_their_mean() -> None:
-    both = [
+def test_trainings_that_share_a_supernet_count_once_by_their_mean(given: argparse.Namespace) -> None:
+    crossed = [
         Trained(chosen("greedy", seed=s), k, top1) for s, k, top1 in ((0, 0, 60.0), (1, 0, 62.0), (0, 1, 70.0), (1, 1, 72.0))
     ]
-    assert scores_of(both)["greedy", 0.5] == {0: 61.0, 1: 71.0}
+    alone = [Trained(chosen(L1), k, top1) for k, top1 in ((0, 60.0), (1, 64.0))]
+    scores = scores_of([*crossed, *alone])
+    assert scores["greedy", 0.5] == {0: 65.0, 1: 67.0}  # two searches, not two trainings
+    assert scores[L1, 0.5] == {0: 60.0, 1: 64.0}
+    facts = {"machine": "a machine", "software": "a runtime", "val_images": 100, "train_images": 400}
+    text = report([*crossed, *alone], argparse.Namespace(**{**vars(given), "crossed": True}), 6, facts, date(2026, 1, 2))
+    assert "over searches, each the mean of its network's trainings" in text and "paired by search seed" in text
 
 
 def test_a_mean_over_targets_has_an_interval_over_seeds() -> None:
