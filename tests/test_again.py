@@ -94,6 +94,15 @@ def test_another_target_is_answered_by_the_drops(run: Path, board: LatencyTable,
     assert [float(p["ms"]) for p in points] == sorted(float(p["ms"]) for p in points)
 
 
+def test_fifty_networks_say_how_far_the_drops_add_up(
+    run: Path, board: LatencyTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads((run / "result.json").read_text())["additivity"]
+    assert found["networks"] == len((run / "additivity.csv").read_text().splitlines()) - 1 == 50
+    cli.search(["--from", "run", "--target-ms", f"{0.6 * largest_ms(board):.6f}"])
+    assert f"(R2) is {found['r_squared']:.2f} on 50 random networks" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("nothing_is_evaluated")
 def test_that_nothing_is_evaluated_would_be_seen(run: Path, board: LatencyTable) -> None:
     with pytest.raises(AssertionError, match="evaluated, or a supernet trained"):

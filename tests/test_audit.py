@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tables import plain_calibration
 
-from nas.audit import contradicted_rows, doubts, flagged, odd_rows
+from nas.audit import contradicted_rows, doubts, flagged, odd_rows, say_if_untrue
 from nas.table import CheckedNetwork, LatencyTable, Row, measured_layers
 from supernet.arch import ArchConfig
 from supernet.space import SearchSpace
@@ -129,3 +129,11 @@ def test_wide_intervals_and_spreads_are_flagged_where_they_matter() -> None:
     assert [row.flag for row in rows.values()] == ["noisy", "noisy", "", "", "off-npu"]
     table = LatencyTable("toy-cpu", rows)
     assert [d.why for d in doubts(table)] == ["noisy", "noisy", "off-npu"]
+
+
+@pytest.mark.parametrize(("percent", "said"), [(9.0, ""), (12.0, "are off by 12 % on average for efficientformer-s: measure")])
+def test_a_table_that_is_far_off_warns(percent: float, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    far_off = replace(plain_calibration(SMALL), mean_error_percent=percent)
+    say_if_untrue(replace(table_of(), calibrations=(far_off,)))
+    err = capsys.readouterr().err
+    assert said in err and bool(err) is bool(said)

@@ -14,13 +14,18 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tables import plain_calibration
+from test_lut import device_ms
+from test_tutorial import pretend
 
 from nas import cli
 from nas.export import with_ordinary_values
+from nas.lookup import places, usable_table
+from nas.measure import Profiler
 from nas.parallel import Group
 from nas.pretrained import space_of
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
+from nas.profilers.timing import Measurement
 from nas.scores import Drops
 from nas.table import LatencyTable, Row, measured_layers
 from supernet.arch import ArchConfig
@@ -61,6 +66,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
     monkeypatch.setattr("nas.lookup.user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr("nas.report.device.published_networks", lambda run: ([], []))  # reading the zoo takes a second
 
 
 def cost(layer: Layer) -> float:
@@ -83,6 +89,7 @@ def board_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatencyTable
     monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
     monkeypatch.setattr("nas.lookup.user_folder", lambda: tmp_path / "tables")
     monkeypatch.setattr("nas.job._cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("nas.report.device.published_networks", lambda run: ([], []))  # reading the zoo takes a second
     monkeypatch.setattr(OrtCpu, "onnx", lambda self, model: b"")
     Path("micro.yaml").write_text(SPACE)
     Path("settings.yaml").write_text(SETTINGS)
@@ -188,14 +195,21 @@ def test_nas_search_refuses_in_one_line(arguments: list[str], said: str, capsys:
         ("weigth_epochs: 3", "did you mean weight_epochs"),
         ("tau_end: 0", "tau_end must be a positive number"),
         ("noise: gumble", "did you mean gumbel"),
-        ("accelerator: cuda", "cuda"),
+        ("accelerator: cuda", "finds no cuda device"),
         ("[1, 2]", "must hold a mapping"),
         ("a: [", "not valid YAML"),
     ],
 )
 def test_a_bad_config_file_is_refused(
-    settings: str, said: str, tmp_path: Path, space_file: Path, phone_table: Path, capsys: pytest.CaptureFixture[str]
+    settings: str,
+    said: str,
+    tmp_path: Path,
+    space_file: Path,
+    phone_table: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "bad.yaml").write_text(settings)
     arguments = ["--target-ms", "9", "--space", space_file, "--table", phone_table, "--device", "phone-npu"]
     assert said in refused(cli.search, [*map(str, arguments), "--config", str(tmp_path / "bad.yaml"), "--out", "out"], capsys)
@@ -556,24 +570,29 @@ def test_a_target_that_the_largest_network_meets_ends_with_it(
     assert ArchConfig.load("run/searched.yaml").widths == (16, 32)
 
 
+def this_machine_takes(factor: float, table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let networks take so many times what the table says where they are measured; return those milliseconds as they come."""
+    asked: list[float] = []
+
+    def measure(profiler: object, arch: ArchConfig, reference: object, batch: int | None = None) -> Measurement:
+        ms = factor * table.predict_ms(arch)
+        asked.append(ms)
+        return Measurement(ms, 0.99 * ms, 1.01 * ms, ms, ms, ms, ms, 20)
+
+    for module in ("measure", "verify"):
+        monkeypatch.setattr(f"nas.{module}.measure_alone", measure)
+    return asked
+
+
 def test_a_network_that_misses_on_the_device_is_repaired(
     space_file: Path, settings_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table says half of what the device takes at first: the budget is tightened until the device agrees."""
-    from nas.profilers.timing import Measurement
-
     space = SearchSpace.load(space_file)
     table = additive_table(space, cpu_id())
     path = table.save(tmp_path / "tables")
     largest_ms = table.predict_ms(space.largest)
-    asked: list[float] = []
-
-    def measure(profiler: object, arch: ArchConfig, reference: object, batch: int | None = None) -> Measurement:
-        ms = 1.2 * table.predict_ms(arch)
-        asked.append(ms)
-        return Measurement(ms, 0.99 * ms, 1.01 * ms, ms, ms, ms, ms, 20)
-
-    monkeypatch.setattr("nas.measure.measure_alone", measure)
+    asked = this_machine_takes(1.2, table, monkeypatch)
     target = 0.8 * largest_ms
     arguments = ["--target-ms", f"{target:.6f}", "--space", str(space_file), "--config", str(settings_file), "--out", "run"]
     cli.search([*arguments, "--table", str(path)])
@@ -581,6 +600,88 @@ def test_a_network_that_misses_on_the_device_is_repaired(
     assert 2 <= len(asked) <= 4
     assert result["measured_high_ms"] <= target
     assert result["measured_high_ms"] == pytest.approx(1.01 * 1.2 * result["predicted_ms"])
+
+
+def test_a_target_that_no_network_meets_on_the_device_ends_with_exit_code_1(
+    space_file: Path,
+    settings_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The table says a thousandth of what the device takes. What was found is written all the same."""
+    space = SearchSpace.load(space_file)
+    table = additive_table(space, cpu_id())
+    path = table.save(tmp_path / "tables")
+    this_machine_takes(1e3, table, monkeypatch)
+    target = f"{0.8 * table.predict_ms(space.largest):.6f}"
+    search = ["--target-ms", target, "--space", str(space_file), "--config", str(settings_file), "--table", str(path)]
+    for command in ([*search, "--out", "run"], ["--from", "run", "--verify"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.search(command)
+        assert ended.value.code == 1
+        assert "THE TARGET IS MISSED" in capsys.readouterr().out
+        assert json.loads(Path("run/result.json").read_text())["met"] is False
+        for name in ("searched.yaml", "weights.safetensors", "trajectory.csv", "report.html"):
+            assert Path("run", name).stat().st_size > 0
+
+
+def test_where_this_machine_has_no_table_one_is_measured_first(
+    photos: Path,
+    space_file: Path,
+    settings_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretend(monkeypatch)
+    monkeypatch.setattr("nas.profilers.ort_cpu.cpu_id", lambda: "this-cpu")
+    space = SearchSpace.load(space_file)
+    search = ["--space", str(space_file), "--config", str(settings_file), "--data", str(photos), "--out", "run"]
+    cli.search([*search, "--target-ms", f"{0.8 * device_ms(tuple(space.largest.layers())):.6f}"])
+    assert "this machine's table (this-cpu) is not there yet: measuring it first\n" in capsys.readouterr().err
+    path = tmp_path / "tables" / "this-cpu.csv"
+    assert LatencyTable.load(path).serves(space), "with any number of classes"
+    result = json.loads(Path("run/result.json").read_text())
+    assert (result["table"], result["provenance"], result["met"]) == (str(path), "measured", True)
+
+    monkeypatch.setattr("nas.lut.build_table", lambda *_, **__: pytest.fail("the table is there"))
+    assert "give at least" in refused(cli.search, [*search, "--target-ms", "0.000001"], capsys), "nothing else is said"
+
+
+@pytest.mark.parametrize(
+    ("there", "folder"), [("tables", "tables"), ("latency_tables", "latency_tables"), ("shipped", "tables")]
+)
+def test_what_a_table_of_this_machine_lacks_is_measured_beside_it_unless_it_ships(
+    there: str,
+    folder: str,
+    space_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("nas.profilers.ort_cpu.cpu_id", lambda: "this-cpu")
+    monkeypatch.setattr("nas.table._SHIPPED", tmp_path / "shipped")
+    other = additive_table(SearchSpace.load("efficientformer-tiny"), "this-cpu")
+    replace(other, meta={**other.meta, "runtime": "onnxruntime", "runtime_version": "1.0"}).save(there)
+    asked: list[tuple[str, int, Path, bool]] = []
+
+    def build(profiler: Profiler, space: SearchSpace, into: Path, *, only_missing: bool) -> LatencyTable:
+        asked.append((profiler.id, space.num_classes, tmp_path / into, only_missing))
+        return additive_table(space, profiler.id)
+
+    monkeypatch.setattr("nas.lut.build_table", build)
+    for classes, measured in ((2, 10), (1001, 1001)):  # fewer than 1000 lie between the heads of 10 and 1000
+        space = SearchSpace.load(space_file).with_classes(classes)
+        (place,) = places([(None, 1.0)])
+        assert place.table is not None
+        table, path = usable_table(place, space, "micro.yaml")
+        assert asked.pop() == ("this-cpu", measured, tmp_path / folder, True)
+        assert tmp_path / path == tmp_path / folder / "this-cpu.csv" and table.serves(space)
+        err = capsys.readouterr().err
+        assert "this machine's table lacks rows of micro: measuring it first\n" in err
+        anew = f"`nas-build-lut --device this-cpu --space micro.yaml --out {place.table.parent}` measures it anew"
+        assert f"measured with onnxruntime 1.0, this is {onnxruntime.__version__}: {anew}\n" in err
 
 
 def test_nas_profile_without_a_table_names_the_command_that_makes_one(
@@ -613,6 +714,19 @@ def test_nas_profile_predicts_by_layer_for_a_device_that_is_not_here(
     shown = capsys.readouterr().out
     assert "stage1_block1" in shown
     assert "predicted" in shown
+
+
+@pytest.mark.parametrize(("percent", "said"), [(9.0, ""), (12.0, "are off by 12 % on average for micro")])
+def test_nas_profile_warns_of_a_table_that_is_far_off(
+    percent: float, said: str, tmp_path: Path, space_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = SearchSpace.load(space_file)
+    far_off = replace(plain_calibration(space), mean_error_percent=percent)
+    replace(additive_table(space, "phone-npu"), calibrations=(far_off,)).save(tmp_path / "tables")
+    space.largest.save("net.yaml")
+    cli.profile(["net.yaml", "--device", "phone-npu"])
+    err = capsys.readouterr().err
+    assert said in err and bool(err) is bool(said)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from hosts import be_mac
 from PIL import Image
 from refusals import refusal
 from safetensors.torch import save_file
@@ -30,7 +31,9 @@ from nas.data import load_images, normalise
 from nas.export import (
     checked_onnx,
     expectations,
+    export_coreml,
     export_network,
+    export_torch,
     onnx_bytes,
     onnx_session,
     torch_program,
@@ -129,6 +132,48 @@ def test_a_file_that_computes_something_else_is_our_fault_and_not_written(
     (line,) = capsys.readouterr().err.splitlines()
     assert ended.value.code == 1 and "please report it" in line
     assert not out.exists()
+
+
+def test_a_program_that_computes_something_else_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = with_ordinary_values(build_model(MAP_HEAD), seed=1)
+    other = torch_program(with_ordinary_values(build_model(MAP_HEAD), seed=2), torch.zeros(1, 3, 32, 32))
+    monkeypatch.setattr("nas.export.torch_program", lambda *_, **__: other)
+    out = tmp_path / "m.pt2"
+    out.write_text("old")
+    with pytest.raises(Failed, match="differs from eager"):
+        export_torch(model, expectations(model, 32), out, {})
+    assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_package_that_computes_something_else_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a Mac, where Core ML runs it: here everything of Core ML is made up."""
+    model = with_ordinary_values(build_model(MAP_HEAD), seed=1)
+    expected = expectations(model, 32)
+    logits = expected[0][1]
+    off = 0.06 * max(1.0, float(np.abs(logits).max()))  # a little more than fp16 explains
+
+    def save(path: str) -> None:
+        Path(path).mkdir()
+        Path(path, "Manifest.json").write_text("new")
+
+    def load(path: str) -> SimpleNamespace:
+        assert Path(path, "Manifest.json").read_text() == "new", "what would be written is what is checked"
+        return SimpleNamespace(predict=lambda given: {"logits": (logits + off).astype(np.float16)})
+
+    be_mac(monkeypatch)
+    monkeypatch.setattr(coreml, "convert", lambda *_: SimpleNamespace(user_defined_metadata={}, save=save))
+    monkeypatch.setattr(coreml, "_make_reproducible", lambda package: None)
+    monkeypatch.setattr(coreml, "coremltools", lambda: SimpleNamespace(models=SimpleNamespace(MLModel=load)))
+    out = tmp_path / "m.mlpackage"
+    out.mkdir()
+    (out / "Manifest.json").write_text("old")
+    with pytest.raises(Failed, match="differs from eager"):
+        export_coreml(model, expected, out, {})
+    assert (out / "Manifest.json").read_text() == "old" and list(tmp_path.iterdir()) == [out]
+    off = 0.0
+    difference = export_coreml(model, expected, out, {})
+    assert difference is not None and difference < 0.01
+    assert (out / "Manifest.json").read_text() == "new"
 
 
 def test_what_a_file_holds_is_told_where_there_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

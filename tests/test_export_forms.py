@@ -30,6 +30,7 @@ def test_a_table_of_an_earlier_form_is_only_shown_or_replaced(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
     runtime, _, precision = kind.rpartition(" ")
     settings = {"runtime": runtime, "precision": precision, "runtime_version": "1", "threads": 1, "batch": 1}
     now = {**settings, "export": current_form(settings)}

@@ -178,7 +178,6 @@ def test_a_table_that_is_killed_at_every_file_is_the_same() -> None:
 def test_a_search_that_is_killed_at_every_file_finds_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("nas.report.device.published_networks", lambda run: ([], []))  # reading the zoo takes a second
     table = board_table(tmp_path, monkeypatch)
     ms = 0.8 * table.predict_ms(SearchSpace.load("micro.yaml").largest)
     search = ["--target-ms", f"{ms:.6f}", "--device", "board-cpu", "--space", "micro.yaml", "--config", "settings.yaml"]
@@ -229,7 +228,6 @@ def killed_at(name: str, after: bool, work: Callable[[], Any]) -> None:
 def test_a_verification_that_is_killed_leaves_the_old_network_or_the_new_one_and_no_mixture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("nas.report.device.published_networks", lambda run: ([], []))
     table = board_table(tmp_path, monkeypatch)
     ms = 0.8 * table.predict_ms(SearchSpace.load("micro.yaml").largest)
     search = ["--target-ms", f"{ms:.6f}", "--device", "board-cpu", "--space", "micro.yaml", "--config", "settings.yaml"]
@@ -271,17 +269,18 @@ def test_a_verification_that_is_killed_leaves_the_old_network_or_the_new_one_and
 @posix
 def test_a_second_process_is_refused_and_a_killed_one_blocks_nobody(capsys: pytest.CaptureFixture[str]) -> None:
     cli.train([*TRAIN, "--out", "whole"])
-    slow = (
-        "import time, nas.training as t; from nas import cli; step = t.train_step\n"
-        "t.train_step = lambda *a, **k: (time.sleep(0.5), step(*a, **k))[1]\n"
+    waits = (
+        "import time, nas.training as t; from nas import cli; from pathlib import Path; step = t.train_step\n"
+        "t.train_step = lambda *a, **k: (time.sleep(60 * Path('run/checkpoint.pt').exists()), step(*a, **k))[1]\n"
         f"cli.train({[*TRAIN, '--out', 'run']!r})"
     )
-    first = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=OWN)
+    first = subprocess.Popen([sys.executable, "-c", waits], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=OWN)
     try:
-        for _ in range(1200):
+        for _ in range(6000):
             if Path("run/checkpoint.pt").exists() or first.poll() is not None:
                 break
             time.sleep(0.02)
+        assert Path("run/checkpoint.pt").exists()
         os.kill(first.pid, signal.SIGSTOP)  # it has begun, and has not ended
         capsys.readouterr()
         said = refused(cli.train, [*TRAIN, "--out", "run"], capsys)
@@ -382,6 +381,17 @@ def test_an_output_that_cannot_be_written_is_told() -> None:
         command = [sys.executable, "-c", "from nas import cli; cli.build_lut(['--list'])"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=OWN)
     assert (done.returncode, done.stderr) == (1, "nas-build-lut: No space left on device\n")
+
+
+@posix
+def test_a_reader_that_has_gone_ends_a_command_without_a_word() -> None:
+    """As `head` does when it has seen enough."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone:
+        command = [sys.executable, "-c", "from nas import cli; cli.build_lut(['--list'])"]
+        done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True, env=OWN)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize(

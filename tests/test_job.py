@@ -484,8 +484,12 @@ def test_a_job_runs_with_onnxruntime_and_numpy_alone(real_job: Path, tmp_path: P
     assert table.device == OrtCpu().id, "the device named itself"
     assert table.serves(SearchSpace.load(real_job.parent / "micro.yaml"))
     assert table.meta["runtime"] == "onnxruntime"
+    (samples,) = real_job.glob("samples-*.csv")
+    visits = samples.read_bytes()
     again = subprocess.run([sys.executable, "run_job.py"], cwd=real_job, capture_output=True, text=True, env=environment)
-    assert again.returncode == 0, "a finished job has nothing left to time, and says its results again"
+    assert again.returncode == 0, again.stderr
+    assert f"going on from {samples.name}; --again begins anew" in again.stdout
+    assert samples.read_bytes() == visits, "a finished job has nothing left to time, and says its results again"
 
 
 def test_a_job_whose_model_was_changed_is_refused_on_the_device(real_job: Path, tmp_path: Path) -> None:

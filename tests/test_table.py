@@ -121,7 +121,7 @@ def test_a_network_of_another_geometry_is_not_predicted() -> None:
 
 def test_of_several_calibrations_the_nearest_in_latency_counts() -> None:
     high = replace(CALIBRATION, space="larger", offset_ms=1.0, sum_low_ms=5.0, sum_high_ms=9.0)
-    table = table_of(TINY, CALIBRATION, high)
+    table = table_of(TINY, high, CALIBRATION)
     total = table.sum_ms(TINY.smallest)
     assert table.predict_ms(TINY.smallest) == pytest.approx(CALIBRATION.predict_ms(*table.sums_ms(TINY.smallest)))
     assert total < 5

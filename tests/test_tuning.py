@@ -74,12 +74,17 @@ class Evaluator:
     file: Path | None = None
     seconds: float = 0.0
     hang_at: int | None = None
+    beside: Path | None = None  # the file of another process: the first candidate waits, for a minute, until that one has one
 
     def __call__(self, arch: ArchConfig) -> Evaluation:
         self.asked.append(arch)
         if self.file is not None:
             with self.file.open("a") as file:
                 file.write(described(arch) + "\n")
+        if self.beside is not None and len(self.asked) == 2:
+            until = time.monotonic() + 60
+            while time.monotonic() < until and not (self.beside.exists() and self.beside.read_text().count("\n") >= 2):
+                time.sleep(0.02)
         time.sleep(3600.0 if len(self.asked) == self.hang_at else self.seconds)
         return Evaluation(loss_of(arch), 1 / loss_of(arch))
 
@@ -367,9 +372,12 @@ def test_a_study_ends_where_nothing_keeps_target_and_limits_together(storage: In
 # -- Many processes ----------------------------------------------------------------------------------------------------
 
 
-def work(storage: Path, log: Path, seconds: float, hang_at: int | None, trials: int, seed: int) -> None:
+def work(
+    storage: Path, log: Path, seconds: float, hang_at: int | None, trials: int, seed: int, beside: Path | None = None
+) -> None:
     """What a process of its own does: its part of the study, and what it found."""
-    found = tuned(storage, Evaluator(file=log, seconds=seconds, hang_at=hang_at), trials=trials, seed=seed, known=SEEDS)
+    evaluate = Evaluator(file=log, seconds=seconds, hang_at=hang_at, beside=beside)
+    found = tuned(storage, evaluate, trials=trials, seed=seed, known=SEEDS)
     log.with_suffix(".found").write_text(found.arch.to_yaml())
 
 
@@ -381,7 +389,7 @@ def started(*args: object) -> multiprocessing.process.BaseProcess:
 
 def test_two_processes_finish_a_study_together(tmp_path: Path) -> None:
     logs = [tmp_path / "a.log", tmp_path / "b.log"]
-    processes = [started(tmp_path / "s", log, 0.05, None, 30, 0) for log in logs]
+    processes = [started(tmp_path / "s", log, 0.05, None, 30, 0, other) for log, other in zip(logs, logs[::-1], strict=True)]
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
