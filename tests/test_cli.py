@@ -66,7 +66,6 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
     monkeypatch.setattr("nas.lookup.user_folder", lambda: tmp_path / "tables")
-    monkeypatch.setattr("nas.report.device.published_networks", lambda run: ([], []))  # reading the zoo takes a second
 
 
 def cost(layer: Layer) -> float:
@@ -89,7 +88,6 @@ def board_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatencyTable
     monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
     monkeypatch.setattr("nas.lookup.user_folder", lambda: tmp_path / "tables")
     monkeypatch.setattr("nas.job._cache", lambda: tmp_path / "cache")
-    monkeypatch.setattr("nas.report.device.published_networks", lambda run: ([], []))  # reading the zoo takes a second
     monkeypatch.setattr(OrtCpu, "onnx", lambda self, model: b"")
     Path("micro.yaml").write_text(SPACE)
     Path("settings.yaml").write_text(SETTINGS)
@@ -671,7 +669,7 @@ def test_what_a_table_of_this_machine_lacks_is_measured_beside_it_unless_it_ship
         return additive_table(space, profiler.id)
 
     monkeypatch.setattr("nas.lut.build_table", build)
-    for classes, measured in ((2, 10), (1001, 1001)):  # fewer than 1000 lie between the heads of 10 and 1000
+    for classes, measured in ((2, 10), (1001, 1001)):  # up to 1000 lie between the rows of 10 and 1000
         space = SearchSpace.load(space_file).with_classes(classes)
         (place,) = places([(None, 1.0)])
         assert place.table is not None

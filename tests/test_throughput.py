@@ -71,7 +71,6 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
     monkeypatch.setattr("nas.lookup.user_folder", lambda: tmp_path / "tables")
-    monkeypatch.setattr("nas.report.device.published_networks", lambda run: ([], []))  # reading the zoo takes a second
 
 
 @pytest.fixture
