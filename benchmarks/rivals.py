@@ -44,7 +44,8 @@ CORRECTING = 5  # random networks that are measured to correct the table
 BEST_SCORED = 30  # random networks, by their score, of which one near the target is looked for
 MEASURED = 10  # times as many random networks are measured at most as are wanted
 NOISY = 0.03  # half an interval, as a share of the milliseconds: more, and networks are not compared at equal latency
-BEYOND = 2  # scaled networks that are tried beyond the first that misses: latency does not rise with every step
+BEYOND = 2  # scaled networks that are tried beyond the first that misses: latency does not rise with every step,
+BEYOND_WIDTHS = 25  # least of all with a width: runtimes like multiples of 16, which all four widths of L1 seldom are at once
 L1_SHARES = [number / 100 for number in range(10, 151)]
 MOBILENET_WIDTHS = [number / 100 for number in range(5, 151)]
 
@@ -246,18 +247,18 @@ def scaled_l1(share: float, depth_share: float, strides: Sequence[int], image_si
     return ArchConfig(f"l1 x {share:g}", image_size, num_classes, tuple(stages))
 
 
-def largest_that_fits(candidates: Sequence[T], fits: Callable[[T], bool]) -> T | None:
+def largest_that_fits(candidates: Sequence[T], fits: Callable[[T], bool], beyond: int = BEYOND) -> T | None:
     """Return the last of the candidates, which grow, that fits; None where none does.
 
     Found by halving, as if each that is larger than one that misses missed too; then the next larger ones are tried until
-    two in a row miss.
+    1 + `beyond` in a row miss.
     """
     known, missing = -1, len(candidates)
     while missing - known > 1:
         middle = (known + missing) // 2
         known, missing = (middle, missing) if fits(candidates[middle]) else (known, middle)
     at = missing
-    while at < min(missing + BEYOND, len(candidates) - 1):
+    while at < min(missing + beyond, len(candidates) - 1):
         at += 1
         if fits(candidates[at]):
             known = missing = at
@@ -275,8 +276,8 @@ def different(archs: Iterable[ArchConfig]) -> list[ArchConfig]:
 def largest_l1(space: SearchSpace, fits: Callable[[ArchConfig], bool]) -> ArchConfig | None:
     """Return the largest uniformly scaled EfficientFormer-L1 that fits.
 
-    A block more in a stage can be a large step: between the largest network that fits and the next one, the depths stay and
-    the widths go on growing alone.
+    A step of width or a block more in a stage can be a large step: from the largest network that fits on, the widths go on
+    growing alone, and the depths alone, and of what fits the network with the most multiply-adds is taken.
     """
 
     def scaled(share: float, depth_share: float) -> ArchConfig:
@@ -288,7 +289,9 @@ def largest_l1(space: SearchSpace, fits: Callable[[ArchConfig], bool]) -> ArchCo
         return None
     share = max(share for share, arch in uniform.items() if arch.stages == found.stages)
     wider = different(scaled(width, share) for width in L1_SHARES if width >= share)
-    return largest_that_fits(wider, fits) or found
+    deeper = different(scaled(share, depth) for depth in L1_SHARES if depth >= share)
+    grown = (largest_that_fits(wider, fits, BEYOND_WIDTHS), largest_that_fits(deeper, fits))
+    return max((found, *filter(None, grown)), key=lambda arch: complexity(arch).macs)
 
 
 def largest_mobilenet(image_size: int, num_classes: int, fits: Callable[[MobileNetV2], bool]) -> MobileNetV2 | None:

@@ -3,6 +3,7 @@
 import gc
 import re
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +156,8 @@ def test_a_package_is_reproducible_and_says_what_it_is(tmp_path: Path) -> None:
     assert metadata["metapath.key"] == "2 x mb4d(dim=64) at 16 px"
     assert metadata["metapath.weights_sha256"] == coreml.weights_sha256(module)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mlpackage", "b"], "nothing temporary is left"
+    modes = {path.stat().st_mode & 0o777 for path in paths[0].rglob("*") if path.is_dir()}
+    assert modes == {0o755}, "an app on a phone is another user"
     with torch.no_grad():
         next(module.parameters()).add_(1.0)
     assert save_package(module, example, paths[0]) != hashes[0], "a package is replaced, and other weights are seen"
@@ -205,7 +208,9 @@ def test_what_a_mac_cannot_do_is_refused(
 
 
 class FakeModel:
-    """Predicts on a clock that the test reads; the counter says less than the clock, as conversions are outside it."""
+    """Predicts on a clock that the test reads; the counter says less than the clock, as some of a call is outside it."""
+
+    __proxy__ = object()
 
     def __init__(self, nanoseconds: list[int]) -> None:
         self.nanoseconds = nanoseconds
@@ -222,7 +227,12 @@ class FakeModel:
 def test_predictions_are_timed_by_the_frameworks_counter() -> None:
     fake = FakeModel([900_000] * 5 + [200_000, 100_000, 800_000])
     assert counted_calls(CoreMlModel(fake, (1, 4))) == pytest.approx(0.2), "in ms; the first five are discarded"
-    assert fake.inputs["x"].dtype == "float16"
+    assert fake.inputs["x"].dtype == "float32", "coremltools would convert any other at every call"
+
+
+def test_an_input_outlives_its_model() -> None:
+    first = CoreMlModel(FakeModel([1]), (1, 4)).inputs["x"]
+    assert CoreMlModel(FakeModel([1]), (1, 4)).inputs["x"] is first, "Core ML may hold it longer than the model is there"
 
 
 def test_a_slow_models_caches_are_warm_sooner() -> None:
@@ -256,8 +266,7 @@ def test_a_mac_is_timed_as_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
         return FakeModel([250_000])
 
     be_mac(monkeypatch)
-    units = {"CPU_AND_NE": "both", "CPU_ONLY": "cpu"}
-    monkeypatch.setattr(coreml, "coremltools", lambda: SimpleNamespace(models=SimpleNamespace(MLModel=load), ComputeUnit=units))
+    monkeypatch.setattr(coreml, "coremltools", fake_coremltools(load))
     monkeypatch.setattr(coreml, "save_package", lambda module, example, path, key: path.mkdir())
     monkeypatch.setattr(coreml, "off_npu", lambda package: ["softmax"] if len(opened) == 2 else [])
     guard = SimpleNamespace(check=lambda package, units, name: guarded.append((units, name)))
@@ -270,6 +279,43 @@ def test_a_mac_is_timed_as_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened == ["both"] * 3
     assert guarded[0] == ("CPU_AND_NE", "2 x mb4d(dim=64) at 16 px"), "every load is tried in another process first"
     assert mac.flags == {name_of((Layer(SMALL, 4),)): "off-npu"}
+
+
+class RefusedModel:
+    """What coremltools makes of a package that Core ML does not load: it warns, and there is nothing to predict with."""
+
+    __proxy__ = None
+    _framework_error = RuntimeError("Error in declaring network\nor so")
+
+    def __init__(self, package: str, compute_units: str) -> None:
+        warnings.warn("You will not be able to run predict()", RuntimeWarning, stacklevel=1)
+
+
+def fake_coremltools(model: Any) -> Any:
+    units = {"CPU_AND_NE": "both", "CPU_ONLY": "cpu"}
+    return lambda: SimpleNamespace(models=SimpleNamespace(MLModel=model), ComputeUnit=units)
+
+
+def test_a_package_that_core_ml_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_mac(monkeypatch)
+    monkeypatch.setattr(coreml, "coremltools", fake_coremltools(RefusedModel))
+    monkeypatch.setattr(coreml, "save_package", lambda module, example, path, key: path.mkdir())
+    with pytest.raises(RuntimeError, match="Error in declaring network"):
+        coreml.load_once("m.mlpackage", "CPU_ONLY")
+    guard = SimpleNamespace(check=lambda package, units, name: None)
+    mac = replace(open_mac("mac-cpu"), guard=guard)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"does not load with CPU_ONLY \(Error in declaring network or so\)"):
+        mac.open((Layer(SMALL, 4),))
+
+
+def test_what_is_tried_first_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeModel([1])
+    port = SimpleNamespace(name="image", type=SimpleNamespace(multiArrayType=SimpleNamespace(shape=[1, 3, 8, 8])))
+    fake.get_spec = lambda: SimpleNamespace(description=SimpleNamespace(input=[port]))  # type: ignore[attr-defined]
+    monkeypatch.setattr(coreml, "coremltools", fake_coremltools(lambda package, compute_units: fake))
+    coreml.load_once("m.mlpackage", "CPU_AND_NE")
+    assert fake.calls == 1, "some models load, and end the process when they run"
+    assert {name: image.shape for name, image in fake.inputs.items()} == {"image": (1, 3, 8, 8)}
 
 
 def test_a_package_that_does_not_load_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -300,7 +346,7 @@ def test_a_load_that_hangs_ends_with_its_process() -> None:
     with pytest.raises(InputError, match=r"mb3d does not load with CPU_AND_NE \(Error in declaring network or so\)"):
         guard.check(Path("broken.mlpackage"), "CPU_AND_NE", "mb3d")
     guard.seconds = 0.05
-    with pytest.raises(InputError, match=r"mb3d did not load within 0.05 s"):
+    with pytest.raises(InputError, match=r"mb3d did not load and run within 0.05 s"):
         guard.check(Path("hangs.mlpackage"), "CPU_AND_NE", "mb3d")
     assert guard._pool is None, "the next load gets a new process"
 

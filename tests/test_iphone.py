@@ -6,9 +6,12 @@ import os
 import plistlib
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hosts import be_linux, be_mac
@@ -30,6 +33,9 @@ from supernet.errors import InputError
 
 UDID = "00008130-000A1B2C3D4E001E"
 TEAM = "ABCDE12345"
+# The part of a certificate that names its team (OID 2.5.4.11), between others: here the issuer's unit and the owner's name.
+NAMES = (b"\x0b\x13\x02G3", b"\x03\x0c\x2aApple Development: Someone (XYZ9876543)", b"\x0b\x0c\x0a" + TEAM.encode())
+CERTIFICATE = ssl.DER_cert_to_PEM_cert(b"".join(b"\x30\x11\x06\x03\x55\x04" + name for name in NAMES))
 
 
 # --- the app, as text -----------------------------------------------------------------------------------------------------
@@ -133,6 +139,10 @@ if command[0] == "xcodebuild":
         fail("** BUILD FAILED **\nerror: No Account for Team \"ABCDE12345\". Add a new account in Accounts settings.")
     else:
         (Path(given["-derivedDataPath"]) / "Build/Products/Release-iphoneos/Harness.app").mkdir(parents=True)
+elif command[0] == "xcode-select":
+    print("/Applications/Xcode.app/Contents/Developer")
+elif command[:2] == ["security", "find-certificate"]:
+    print({certificate!r})
 elif command[0] == "security":
     print('  1) 0123456789ABCDEF "Apple Development: Someone (XYZ9876543)"\n     1 valid identities found')
 elif command[:2] == ["xcrun", "--find"]:
@@ -142,12 +152,15 @@ elif command[1:4] == ["devicectl", "list", "devices"]:
     ios = "16.7" if mode == "old" else "18.1"
     answer({{"devices": [
         {{
-            "identifier": "ID", "connectionProperties": {{"pairingState": "paired", "tunnelState": "connected"}},
+            "identifier": "ID", "connectionProperties": {{"pairingState": "paired", "tunnelState": "disconnected"}},
             "deviceProperties": {{"name": "Mine", "osVersionNumber": ios, "developerModeStatus": "enabled"}},
             "hardwareProperties": {{"udid": udid, "deviceType": "iPhone", "marketingName": "iPhone 15 Pro"}},
         }}
         for udid in phones
-    ] + [{{"hardwareProperties": {{"deviceType": "appleWatch", "udid": "W"}}}}]}})
+    ] + [
+        {{"hardwareProperties": {{"deviceType": "appleWatch", "udid": "W"}}}},
+        {{"hardwareProperties": {{"deviceType": "iPhone", "udid": "S", "reality": "simulated"}}}},
+    ]}})
 elif command[2:5] == ["device", "info", "lockState"]:
     answer({{"passcodeRequired": mode == "locked", "unlockedSinceBoot": True}})
 elif command[2:5] == ["device", "copy", "to"]:
@@ -199,8 +212,10 @@ def xcode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeXcode:
     monkeypatch.setattr(iphone, "POLL_S", 0.0)
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("xcrun", "xcodebuild", "security"):
-        (tools / name).write_text(FAKE.format(python=sys.executable, home=str(tmp_path / "fake"), udid=UDID))
+    for name in ("xcrun", "xcodebuild", "xcode-select", "security"):
+        (tools / name).write_text(
+            FAKE.format(python=sys.executable, home=str(tmp_path / "fake"), udid=UDID, certificate=CERTIFICATE)
+        )
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     return FakeXcode(tmp_path / "fake")
@@ -285,6 +300,8 @@ def test_a_job_goes_to_the_phone_and_its_results_come_back(xcode: FakeXcode, tmp
     assert xcode.did("install", "app", UDID)[0][-3].endswith("Harness.app")
     (copied,) = xcode.did("copy", "to")
     assert copied[copied.index("--domain-type") + 1] == "appDataContainer"
+    for command in xcode.did("copy"):
+        assert command[command.index("--user") + 1] == "mobile", "whom apps run as, who must read and write it"
     assert all("--json-output" in command for command in xcode.commands if "devicectl" in command)
     assert not xcode.did("--remove-existing-content"), "it empties the app's whole container"
     before = len(xcode.commands)
@@ -407,6 +424,9 @@ def test_an_app_that_fails_or_never_answers_ends_the_command(
     with pytest.raises(Disturbed, match="the app on the phone ended: mb4d"):
         measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print)
     assert not (folder / "results.json").exists()
+    with pytest.raises(Disturbed, match="the app on the phone ended: mb4d"):
+        measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print)
+    assert len(xcode.did("copy", "to")) == 2, "what had not arrived may be why"
     monkeypatch.setattr(iphone, "_fetch", lambda *_: None)
     with pytest.raises(Disturbed, match="does not answer"):
         measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print)
@@ -485,19 +505,42 @@ def test_check_off_a_mac_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_check_with_everything_there(xcode: FakeXcode, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(coreml, "phone_with_runner", lambda udid, team: (udid, team))
-    monkeypatch.setattr(coreml, "off_npu", lambda package, device: asked.append((package.name, device)) or [])
+    asked: list[Any] = []
+    runner = SimpleNamespace(session=SimpleNamespace(stop=lambda: asked.append("stopped")))
+    monkeypatch.setattr(coreml, "phone_with_runner", lambda udid, team: asked.append((udid, team)) or runner)
+    monkeypatch.setattr(coreml, "off_npu", lambda package, device=None: asked.append((package.name, device)) or [])
     lines = check("iphone-npu", TEAM, UDID)
     assert all(ok for _, ok, _ in lines), lines
     assert [line[0] for line in lines][2:6] == ["Xcode 16.2", "devicectl", "iPhone 15 Pro connected", "iOS 18.1"]
-    assert asked == [("model.mlpackage", (UDID, TEAM))]
-    monkeypatch.setattr(coreml, "off_npu", lambda package, device: ["gather", "gather"])
+    assert asked == [(UDID, TEAM), ("model.mlpackage", runner), "stopped"]
+    monkeypatch.setattr(coreml, "off_npu", lambda package: ["gather", "gather"])
     assert check("mac-npu", None, None)[-1] == (
         "one model on the Neural Engine",
         False,
         "gather do not run there: the table would not be the Neural Engine's",
     )
+
+
+def test_a_system_that_cannot_tell_where_operations_run_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_mac(monkeypatch, "14.3")
+    what, ok, _ = check("mac-npu", None, None)[-1]
+    assert ok and what == "one model on the Neural Engine: only macOS 14.4 and iOS 17.4 or later can tell"
+
+
+def test_coremltools_finds_a_phone_whose_tunnel_was_closed(xcode: FakeXcode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """coremltools knows a phone only while its tunnel is open, which CoreDevice closes where nothing uses it."""
+    from coremltools.models.ml_program.experimental import remote_device
+
+    async def prepare(credentials: Any) -> str:
+        return str(credentials.development_team)
+
+    phone = SimpleNamespace(udid=UDID, prepare_for_model_debugging=prepare)
+    monkeypatch.setattr(
+        remote_device.Device,
+        "get_connected_devices",
+        lambda kind: [phone] if xcode.did("devicectl", "device", "info", "details", UDID) else [],
+    )
+    assert coreml.phone_with_runner(UDID, TEAM) == TEAM
 
 
 @pytest.mark.parametrize(
@@ -507,6 +550,7 @@ def test_check_with_everything_there(xcode: FakeXcode, monkeypatch: pytest.Monke
         ("old", TEAM, "iOS 16.7", "devicectl knows no older phones"),
         ("locked", TEAM, "phone unlocked", "unlock the phone"),
         ("well", None, "signing team", "give --team-id"),
+        ("well", "XYZ9876543", "signing team XYZ9876543", f"are of {TEAM}: give one of them"),
     ],
 )
 def test_check_names_the_fix(xcode: FakeXcode, mode: str, team: str | None, bad: str, fix: str) -> None:

@@ -22,19 +22,20 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from nas.export_forms import COREML
 from nas.measure import CACHED, STREAMING, Model, build_module, name_of
 from nas.profilers.bench import now
-from nas.profilers.iphone import COMPUTE_UNITS, run
+from nas.profilers.iphone import COMPUTE_UNITS, devicectl, run
 from nas.profilers.ort_session import cpu_id, cpu_name, environment, touches
 from nas.profilers.timing import DISCARDED, DISCARDED_MS, MAX_CALLS, MIN_CALLS, VISIT_MS, Stopwatch, Touches, Workload
 from supernet.errors import InputError, first_line
@@ -199,6 +200,8 @@ def _make_reproducible(package: Path) -> None:
     manifest["itemInfoEntries"] = {new[name]: item for name, item in manifest["itemInfoEntries"].items()}
     manifest["rootModelIdentifier"] = new[manifest["rootModelIdentifier"]]
     (package / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
+    for folder in (path for path in package.rglob("*") if path.is_dir()):
+        folder.chmod(0o755)  # that of the weights was its owner's alone, who is another one on a phone
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -274,6 +277,8 @@ def phone_with_runner(udid: str, team_id: str) -> Any:
     """
     coremltools()
     os.environ["PATH"] += f"{os.pathsep}{run(['xcode-select', '-p']).strip()}/usr/bin"  # it calls a bare `devicectl`
+    # It knows a phone only while its tunnel is open; an idle one closes it, and any question opens it.
+    devicectl("device", "info", "details", "--device", udid)
     from coremltools.models.ml_program.experimental.remote_device import AppSigningCredentials, Device, DeviceType
 
     phones = [device for device in Device.get_connected_devices(DeviceType.IPHONE) if device.udid == udid]
@@ -308,7 +313,8 @@ def _need_mac(oldest: tuple[int, int], what: str) -> None:
 
 
 class LoadGuard:
-    """Loads each package in a child process first: one that never ends compiling for the Neural Engine ends there.
+    """Loads each package and runs it once in a child process first: one that never ends compiling for the Neural Engine, or
+    that ends its process, ends there.
 
     A thread would not do: Core ML's load does not let go of the interpreter.
     """
@@ -319,7 +325,7 @@ class LoadGuard:
         self._pool: Any = None
 
     def check(self, package: Path, units: str, what: str) -> None:
-        """Raise InputError if the package does not load, or not in time; `what` names it."""
+        """Raise InputError if the package does not load and run, or not in time; `what` names it."""
         if self._pool is None:
             self._pool = multiprocessing.get_context("spawn").Pool(1)
             self._pool.apply(_be_ready)  # imports are not the package's time
@@ -328,12 +334,13 @@ class LoadGuard:
         except multiprocessing.TimeoutError:
             self.close()
             raise InputError(
-                f"{what} did not load within {self.seconds:g} s with {units}: leave it out, or choose --device mac-cpu"
+                f"{what} did not load and run within {self.seconds:g} s with {units}: choose --device mac-cpu, or a --space "
+                "without it"
             ) from None
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"{what} does not load with {units} ({' '.join(str(error).split())[:200]})") from error
+            raise _not_loaded(what, units, error) from error
 
     def close(self) -> None:
         """End the child process."""
@@ -348,20 +355,51 @@ def _be_ready() -> None:
 
 
 def load_once(package: str, units: str) -> None:
-    """Load a package, in the process that may hang."""
+    """Load a package and run it once, in the process that may hang or die."""
+    model = loaded(package, units)
+    (port,) = model.get_spec().description.input
+    CoreMlModel(model, tuple(port.type.multiArrayType.shape), port.name)()
+
+
+def loaded(package: str, units: str) -> Any:
+    """Return a package as an `MLModel` that can predict.
+
+    Raises:
+        RuntimeError: Core ML does not load it, of which coremltools would only warn.
+    """
     ct = coremltools()
-    ct.models.MLModel(package, compute_units=ct.ComputeUnit[units])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = ct.models.MLModel(package, compute_units=ct.ComputeUnit[units])
+    if model.__proxy__ is None:
+        raise RuntimeError(str(model._framework_error or "this system does not know programs of its version"))
+    return model
+
+
+def _not_loaded(what: str, units: str, error: Exception) -> InputError:
+    return InputError(f"{what} does not load with {units} ({' '.join(str(error).split())[:200]})")
+
+
+@cache
+def _input(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return a random input, which is kept while the process lives.
+
+    Core ML lets go of an input a second after the call, on a thread of its own that does not hold the interpreter's lock: where
+    it is the last to hold it, the process may crash (coremltools #2827). Single precision, as coremltools would convert half
+    precision anew at every call.
+    """
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 class CoreMlModel:
-    """One loaded model and a random input. Calling it is one prediction; returns the framework's own nanoseconds of it,
-    which the conversion of NumPy's arrays is not in."""
+    """One loaded model and a random input. Calling it is one prediction; returns the framework's own nanoseconds of it, which
+    are with its conversion of the input to fp16: coremltools gives it no other than single precision."""
 
     def __init__(self, model: Any, shape: Sequence[int], name: str = "x", folder: str | None = None) -> None:
         self.model = model
         if folder is not None:  # what the package is in goes when the model goes
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self.inputs = {name: np.random.default_rng(0).standard_normal(shape).astype(np.float16)}
+        self.inputs = {name: _input(tuple(shape))}
 
     def __call__(self) -> int:
         self.model.predict(self.inputs)
@@ -432,6 +470,7 @@ class CoreMlMac:
             "threads": self.threads,
             "export": COREML,
             "compute_units": self.compute_units,
+            "input": "float32, converted to fp16 by Core ML within the time of a call",
             "warm_up_ms": WARM_UP_MS,
             "warm_up_calls": WARM_UP_CALLS,
             "warnings": found,
@@ -439,7 +478,6 @@ class CoreMlMac:
         }
 
     def open(self, model: Model) -> tuple[Workload, int]:
-        ct = coremltools()
         module, example = build_module(model, self.batch, deploy=True)
         name = name_of(model)
         folder = tempfile.mkdtemp()
@@ -450,11 +488,14 @@ class CoreMlMac:
             has_plans = self.unit == "npu" and (macos_version() or (0, 0)) >= OLDEST_MACOS_WITH_PLANS
             if has_plans and off_npu(package):
                 self.flags[name] = "off-npu"
-            loaded = ct.models.MLModel(str(package), compute_units=ct.ComputeUnit[self.compute_units])
+            try:
+                ready = loaded(str(package), self.compute_units)
+            except RuntimeError as error:
+                raise _not_loaded(name, self.compute_units, error) from error
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return CoreMlModel(loaded, tuple(example.shape), folder=folder), package_bytes(package)
+        return CoreMlModel(ready, tuple(example.shape), folder=folder), package_bytes(package)
 
     def stopwatch(self) -> Stopwatch:
         cached, streaming = self.open(CACHED)[0], self.open(STREAMING)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import ssl
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +19,8 @@ Line = tuple[str, bool, str]  # what is needed, whether it is there, what to do 
 
 KINDS = ("iphone-npu", "iphone-cpu", "mac-npu", "mac-cpu")
 FIRST = "the lines above come first"
+OLDEST_IOS_WITH_PLANS = (17, 4)
+_UNIT_OF_TEN = rb"\x06\x03\x55\x04\x0b[\x0c\x13]\x0a([A-Z0-9]{10})"  # DER of an organizational unit (OID 2.5.4.11)
 
 
 def check(device_kind: str, team_id: str | None = None, udid: str | None = None) -> list[Line]:
@@ -115,22 +118,46 @@ def _check_signing(team_id: str | None) -> Line:
         return "signing team", False, FIRST
     try:
         check_team(team_id)
-        found = run(["security", "find-identity", "-v", "-p", "codesigning"])
+        valid = run(["security", "find-identity", "-v", "-p", "codesigning"])
+        if not re.search(r"Apple Development", valid):
+            return f"signing team {team_id}", False, "make a certificate: Xcode > Settings > Accounts > Manage Certificates > +"
+        teams = teams_of(run(["security", "find-certificate", "-a", "-c", "Apple Development", "-p"]))
     except InputError as error:
         return "signing team", False, str(error)
-    has = re.search(r"Apple Development|iPhone Developer", found) is not None
-    return f"signing team {team_id}", has, "make a certificate: Xcode > Settings > Accounts > Manage Certificates > +"
+    fix = f"the certificates on this Mac are of {', '.join(sorted(teams)) or 'no team'}: give one of them, or make another"
+    return f"signing team {team_id}", team_id in teams, fix
+
+
+def teams_of(certificates: str) -> set[str]:
+    """Return the ids of the teams that certificates (PEM, one after the other) were made for: their organizational units.
+
+    The ten characters in the name of a free account's certificate are another id.
+    """
+    found = re.findall(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", certificates, re.DOTALL)
+    units = (re.findall(_UNIT_OF_TEN, ssl.PEM_cert_to_DER_cert(pem)) for pem in found)
+    return {unit.decode() for of_one in units for unit in of_one}
 
 
 def _check_neural_engine(possible: bool, phone: Phone | None, team_id: str) -> Line:
     what = "one model on the Neural Engine"
     if not possible:
         return what, False, FIRST
+    mac, ios = coreml.macos_version() or (0, 0), OLDEST_IOS_WITH_PLANS if phone is None else phone.ios
+    if mac < coreml.OLDEST_MACOS_WITH_PLANS or ios < OLDEST_IOS_WITH_PLANS:
+        return f"{what}: only macOS 14.4 and iOS 17.4 or later can tell", True, ""
     try:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "model.mlpackage"
             coreml.save_package(*build_module(CACHED, deploy=True), package)
-            off = coreml.off_npu(package, None if phone is None else coreml.phone_with_runner(phone.udid, team_id))
+            off = coreml.off_npu(package) if phone is None else _off_npu_of_phone(package, phone, team_id)
     except Exception as error:  # coremltools' remote interface is experimental and raises what it likes
         return what, False, f"the compute plan cannot be read ({' '.join(str(error).split())[:200]})"
     return what, not off, f"{', '.join(sorted(set(off)))} do not run there: the table would not be the Neural Engine's"
+
+
+def _off_npu_of_phone(package: Path, phone: Phone, team_id: str) -> list[str]:
+    device = coreml.phone_with_runner(phone.udid, team_id)
+    try:
+        return coreml.off_npu(package, device)
+    finally:
+        device.session.stop()  # else a devicectl process stays

@@ -33,7 +33,10 @@ OLDEST_IOS = 17
 POLL_S = 20.0  # asking a phone how far it is wakes it: seldom
 STALLED_POLLS = 30  # so many answers without a change, and the app is started again,
 RESTARTS = 3  # so often
-TEAM_HELP = "Xcode > Settings > Accounts names it, ten letters and digits"
+TEAM_HELP = (  # Xcode shows it nowhere, and the letters in the name of a free account's certificate are another id
+    "it is the OU, ten letters and digits, that this prints: "
+    "security find-certificate -c 'Apple Development' -p | openssl x509 -noout -subject"
+)
 
 FIXES = (  # what a tool's message speaks of -> what to do
     (r"license", "run: sudo xcodebuild -license accept"),
@@ -188,7 +191,7 @@ def measure_on_iphone(job_folder: Path, *, unit: str, team_id: str, udid: str | 
         with tempfile.TemporaryDirectory() as folder:
             app = build_app(Path(folder), phone, team_id)
             devicectl("device", "install", "app", "--device", phone.udid, str(app), timeout_s=300)
-        if before is None:
+        if before is None or before.get("state") == "failed":  # it may have failed because something did not arrive
             size = sum(file.stat().st_size for file in Path(job_folder).rglob("*") if file.is_file())
             say(f"copying {len(manifest['models'])} models to the phone, {size / 1e6:.0f} MB")
             devicectl(*copy_to(phone, bundle, Path(job_folder), f"Documents/job-{job[:12]}"), timeout_s=600 + size / 1e6)
@@ -285,7 +288,9 @@ def launch(phone: Phone, bundle: str, job: str) -> list[str]:
 
 
 def _container(phone: Phone, bundle: str) -> list[str]:
-    return ["--device", phone.udid, "--domain-type", "appDataContainer", "--domain-identifier", bundle]
+    """Return the arguments that name the app's container, and the user that apps run as, who must be able to read it."""
+    domain = ["--domain-type", "appDataContainer", "--domain-identifier", bundle]
+    return ["--device", phone.udid, *domain, "--user", "mobile"]
 
 
 def _fetch(phone: Phone, bundle: str, job: str, name: str) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ struct HarnessApp: App {
         }
         .onChange(of: phase) { _, now in
             status.inFront = now == .active
-            if now != .active { status.interrupted = true }
+            if now != .active { status.interrupted = true } else { status.start() }  // after a failure: again
         }
     }
 }
@@ -59,14 +59,16 @@ final class Status: ObservableObject {
         environment = describePhone()
         let thread = Thread {
             let documents = FileManager.default.urls(for: .documentDirectory, in: .userDomainMask)[0]
-            var job: Job?
+            var place: (sha256: String, out: URL)?
             do {
-                clearTemporaryFolder()
-                let found = try Job.find(in: documents, wanted: Job.wanted)
-                job = found
-                try Bench(found, self).run()
+                clearLeftOvers()
+                if let wanted = Job.wanted { place = (wanted, try Job.outFolder(in: documents, of: wanted)) }
+                let job = try Job.find(in: documents, wanted: Job.wanted)
+                place = (job.sha256, job.out)
+                try Bench(job, self).run()
             } catch {
-                self.report("failed", "\(error)", done: 0, total: 1, job: job)
+                self.report("failed", "\(error)", done: 0, total: 1, place: place)
+                DispatchQueue.main.async { self.started = false }
             }
         }
         thread.qualityOfService = .userInteractive
@@ -76,7 +78,7 @@ final class Status: ObservableObject {
 
     /// Shows the state and leaves it in progress.json for the computer to fetch, every two seconds at most while it stays
     /// the same: files that are written while something is timed are work that is timed.
-    func report(_ state: String, _ about: String, done: Int, total: Int, job: Job?) {
+    func report(_ state: String, _ about: String, done: Int, total: Int, place: (sha256: String, out: URL)?) {
         if state == lastState && Date().timeIntervalSince(lastWritten) < 2 { return }
         lastState = state
         lastWritten = Date()
@@ -86,17 +88,23 @@ final class Status: ObservableObject {
             self.about = about
             self.fraction = Double(done) / Double(max(1, total))
         }
-        guard let job = job else { return }
+        guard let place = place else { return }
         let progress: [String: Any] = [
-            "schema": 1, "job_sha256": job.sha256, "state": state, "about": about, "done": done, "total": total,
+            "schema": 1, "job_sha256": place.sha256, "state": state, "about": about, "done": done, "total": total,
             "beat": beat, "written_at": timestamp(),
         ]
-        try? jsonLine(progress).write(to: job.out.appendingPathComponent("progress.json"), options: .atomic)
+        try? jsonLine(progress).write(to: place.out.appendingPathComponent("progress.json"), options: .atomic)
     }
 }
 
-/// Removes the compiled models that a killed run left.
-private func clearTemporaryFolder() {
+/// Removes the compiled models that a killed run left, and what Core ML keeps of models that were compiled before: each is
+/// compiled to a new place, so nothing of it is found again, and it fills the phone.
+private func clearLeftOvers() {
+    if let caches = FileManager.default.urls(for: .cachesDirectory, in: .userDomainMask).first,
+        let app = Bundle.main.bundleIdentifier
+    {
+        try? FileManager.default.removeItem(at: caches.appendingPathComponent("\(app)/com.apple.e5rt.e5bundlecache"))
+    }
     let folder = FileManager.default.temporaryDirectory
     for url in (try? FileManager.default.contentsOfDirectory(at: folder, includingPropertiesForKeys: nil)) ?? [] {
         try? FileManager.default.removeItem(at: url)

@@ -199,7 +199,7 @@ final class Bench {
         return total
     }
 
-    /// Compiles and loads a model, each within the time limit; nil: it did not, and is flagged.
+    /// Compiles and loads a model and runs it once, each within the time limit; nil: it did not, and is flagged.
     private func load(_ name: String) throws -> LoadedModel? {
         guard let entry = job.manifest.models[name] else { throw Trouble("the manifest has no model \(name)") }
         if log.deaths(in: name) >= 2 {
@@ -208,6 +208,9 @@ final class Bench {
         }
         let seconds = job.manifest.timing.load_timeout_s
         let package = job.folder.appendingPathComponent(entry.file)
+        guard try packageSHA256(package) == entry.sha256 else {  // tools that copy may leave a file out, and say nothing
+            throw Trouble("\(entry.file) did not arrive whole: copy the job again")
+        }
         try log.add(["model": name, "loading": true])
         defer { try? log.add(["model": name, "loading": false]) }
         do {
@@ -218,8 +221,13 @@ final class Bench {
                 return nil
             }
             let loaded = try LoadedModel(model: model, compiled: compiled, input: entry.input)
+            guard try limited(seconds, { try loaded.call() }) != nil else {  // some models load, and hang or die when they run
+                try log.add(["model": name, "flag": "timeout"])
+                return nil
+            }
             if #available(iOS 17.4, *), configuration.computeUnits == .cpuAndNeuralEngine, log.flags[name] == nil {
-                let falls = try limitedAsync(seconds) { try await fallsOffNeuralEngine(compiled, self.configuration) }
+                // A plan that cannot be read says nothing about the model.
+                let falls = try? limitedAsync(seconds) { try await fallsOffNeuralEngine(compiled, self.configuration) }
                 if falls == true { try log.add(["model": name, "flag": "off-npu"]) }
             }
             return loaded
@@ -309,7 +317,7 @@ final class Bench {
     private func report(_ state: String, _ about: String) {
         let names = job.manifest.plan.pieces + job.manifest.plan.networks
         let done = names.reduce(0) { $0 + (isMeasurable($1) ? min(count($1), rounds) : rounds) }
-        status.report(state, about, done: done, total: names.count * rounds, job: job)
+        status.report(state, about, done: done, total: names.count * rounds, place: (job.sha256, job.out))
     }
 
     private func writeResults() throws {

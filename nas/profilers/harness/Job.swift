@@ -44,6 +44,7 @@ struct Manifest: Decodable {
 
     struct Entry: Decodable {
         let file: String
+        let sha256: String
         let input: Input
     }
 
@@ -81,7 +82,7 @@ struct Job {
         }
         for candidate in candidates.sorted(by: { $0.date > $1.date }) {
             let data = try Data(contentsOf: candidate.url)
-            let sha256 = SHA256.hash(data: data).map { String(format: "%02x", $0) }.joined()
+            let sha256 = hex(SHA256.hash(data: data))
             if wanted != nil && wanted != sha256 { continue }
             let kind = try JSONDecoder().decode(Manifest.Kind.self, from: data)
             guard kind.schema == 2, kind.format == "coreml" else {
@@ -89,17 +90,37 @@ struct Job {
             }
             let manifest = try JSONDecoder().decode(Manifest.self, from: data)
             guard manifest.references.count == 2 else { throw Trouble("the job has no two references") }
-            let out = documents.appendingPathComponent("out-\(sha256.prefix(12))")
-            try FileManager.default.createDirectory(at: out, withIntermediateDirectories: true)
+            let out = try outFolder(in: documents, of: sha256)
             return Job(manifest: manifest, sha256: sha256, folder: candidate.url.deletingLastPathComponent(), out: out)
         }
         throw Trouble("there is no job on this phone: copy the job folder into the app's documents, then start the app again")
+    }
+
+    /// Makes the folder of what is said about a job.
+    static func outFolder(in documents: URL, of sha256: String) throws -> URL {
+        let out = documents.appendingPathComponent("out-\(sha256.prefix(12))")
+        try FileManager.default.createDirectory(at: out, withIntermediateDirectories: true)
+        return out
     }
 
     /// The SHA-256 that the app was launched with.
     static var wanted: String? {
         ProcessInfo.processInfo.arguments.dropFirst().first { $0.count == 64 && $0.allSatisfy(\.isHexDigit) }
     }
+}
+
+func hex(_ digest: SHA256.Digest) -> String { digest.map { String(format: "%02x", $0) }.joined() }
+
+/// The SHA-256 over a package's files, as `package_sha256` of nas/profilers/coreml.py has it.
+func packageSHA256(_ package: URL) throws -> String {
+    var lines = ""
+    for name in (FileManager.default.subpaths(atPath: package.path) ?? []).sorted() where !name.hasSuffix(".DS_Store") {
+        let url = package.appendingPathComponent(name)
+        guard try url.resourceValues(forKeys: [.isRegularFileKey]).isRegularFile == true else { continue }
+        let data = try Data(contentsOf: url)
+        lines += "\(name) \(hex(SHA256.hash(data: data)))\n"
+    }
+    return hex(SHA256.hash(data: Data(lines.utf8)))
 }
 
 /// A JSON object as the bytes of one line.
