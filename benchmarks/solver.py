@@ -224,7 +224,7 @@ def main() -> None:
     space = SearchSpace.load(given.space)
     table = LatencyTable.load(given.table).calibrated_for(space)
     if not table.calibrations:
-        raise InputError(f"the table {given.table} has no calibration of {space.name}")
+        raise InputError(f"the table {given.table} has no calibration of {space.name}: nas-build-lut --space {space.name}")
     measured = Drops.load(given.drops, space) if given.drops else None
     times(given.repeats)
 

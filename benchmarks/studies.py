@@ -95,10 +95,17 @@ def claim_supernet(
 
 
 def with_larger_val(data: ImageData, images: int) -> ImageData:
-    """Return the data with training images moved to the validation part until it has `images`."""
+    """Return the data with training images moved to the validation part until it has `images`.
+
+    Raises:
+        InputError: that would leave none to train on.
+    """
     missing = images - len(data.val)
     if missing <= 0:
         return data
+    if missing >= len(data.train):
+        total = len(data.train) + len(data.val)
+        raise InputError(f"{images} images are to validate, and there are {total} in all: give a larger image folder")
     shuffled = data.train.shuffled(1)
     moved, kept = slice(missing), slice(missing, None)
     val = Images(
