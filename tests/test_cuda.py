@@ -1,5 +1,6 @@
 """NVIDIA GPUs without one: a fake of the driver and of CUDA's few calls, and everything above them as it is."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from test_profile import stand_in_for_timm
 from torch import Tensor, nn
 
+from nas import cli
 from nas.devices import open_profiler
 from nas.lut import SAME, build_table
 from nas.measure import CACHED, EMPTY, build_module, measure_alone
@@ -653,6 +656,48 @@ def test_every_kind_of_layer_compiles_into_one_graph_for_model_after_model() -> 
             expected = module(example)
             module, example = placed(module, example, torch.float32, torch.device("cpu"))
             assert torch.allclose(compiled(module, backend="eager")(example), expected, atol=1e-4)
+
+
+@pytest.fixture
+def at_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeCuda:
+    """A machine with a GPU and timm, and without tables."""
+    fake = FakeCuda()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr(cuda, "WARM_UP_MS", 0.0)
+    monkeypatch.setattr(cuda, "open_gpu", lambda *_: NvidiaGpu(A100, "fp16", 4, FakeDriver(), fake))
+    monkeypatch.setitem(sys.modules, "timm", stand_in_for_timm())
+    return fake
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_timm_model_is_profiled_on_a_gpu(at_a_gpu: FakeCuda, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.profile(["timm:smallnet", "--device", "cuda", "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert (record["device"], record["batch"]) == ("a100-sxm4-80gb-b4", 4)
+    assert (record["predicted_ms"], record["measured_ms"]) == (None, pytest.approx(0.5))
+    shapes = [tuple(example.shape) for _, example in at_a_gpu.captured]
+    assert shapes.count((4, 3, 8, 8)) == 1, "compiled once"
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (["timm:smallnet", "--layers"], "the layers of timm:smallnet are measured on this CPU alone"),
+        (["timm:mobilenot_xs"], "timm cannot make its model mobilenot_xs (this model cannot be made)"),
+        (["timm:nothing"], "unknown network"),
+        (["some.onnx"], "networks given as YAML or by a zoo name, and timm's, are known"),
+    ],
+)
+def test_what_a_gpu_does_not_profile(
+    network: list[str], said: str, at_a_gpu: FakeCuda, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.profile([*network, "--device", "cuda"])
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line
 
 
 def test_the_module_needs_no_gpu_and_wakes_none() -> None:
