@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_deploy import LAYERS
 from test_profile import stand_in_for_timm
 from torch import Tensor, nn
 
@@ -22,9 +23,11 @@ from nas.profilers import cuda, nvidia
 from nas.profilers.bench import Disturbed
 from nas.profilers.cuda import BURST_MS, Bursts, Captured, Cuda, Found, Graph, NvidiaGpu, compiled, open_gpu, placed
 from nas.profilers.nvidia import Driver, Gpu, Watch, find_gpu, query, state, warnings_about
+from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
+from supernet.model import build_model
 from supernet.space import SearchSpace, StageSpace
-from supernet.specs import MB3D, MB4D, Embedding, Flat, Head, Identity, Layer, Stem
+from supernet.specs import MB3D, MB4D, Identity, Layer
 
 UUID = "GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77"
 SLICE = "MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f"
@@ -630,29 +633,28 @@ def test_a_table_is_named_after_the_gpu_and_its_sidecar_describes_it(tmp_path: P
     table = build_table(opened, space, tmp_path)
     assert table.device == "a100-sxm4-80gb" and (tmp_path / "a100-sxm4-80gb.csv").exists()
     block = Layer(MB4D(16), 8)
-    params = sum(p.numel() for p in build_module((block,), deploy=True)[0].parameters())
+    params = sum(p.numel() for p in build_module((block,), deploy=False)[0].parameters())
     assert table.layer_ms(block) == pytest.approx(params / 1e4, rel=1e-3)
     assert (table.meta["batch"], table.meta["precision"]) == (64, "fp16")
     for key in ("name", "max_sm_mhz", "temperature_c", "power_limit_w", "throttle_reasons", "mig_mode", "other_processes"):
         assert table.meta["gpu"][key] is not None, key
 
 
-NETWORK = (
-    Layer(Stem(16, 4), 32),
-    Layer(MB4D(16), 8),
-    Layer(Embedding(32, 16), 8),
-    Layer(MB4D(32), 4),
-    Layer(Flat(32), 4),
-    Layer(MB3D(32), 4),
-    Layer(Head(32, 10, tokens=True), 4),
-)
+ARCH = ArchConfig("small", 32, 10, (Stage(16, 4, (MB4D(16),)), Stage(32, 2, (MB4D(32), MB3D(32)))))
+
+
+def test_what_is_timed_is_the_network_that_build_model_returns() -> None:
+    fake = FakeCuda()
+    profiler(fake).open(tuple(ARCH.layers()))
+    timed, ours = ([type(part) for part in module.modules()] for module in (fake.captured[0][0], build_model(ARCH)))
+    assert timed == ours and nn.BatchNorm2d in timed
 
 
 def test_every_kind_of_layer_compiles_into_one_graph_for_model_after_model() -> None:
     """`fullgraph` raises at the first break; after eight models torch would refuse the ninth, were they not forgotten."""
     with torch.inference_mode():
-        for model in (NETWORK, *((Layer(MB4D(width), 4),) for width in range(16, 160, 16))):
-            module, example = build_module(model, 2, deploy=True)
+        for model in (tuple(ARCH.layers()), *((layer,) for layer in LAYERS.values())):
+            module, example = build_module(model, 4, deploy=False)
             expected = module(example)
             module, example = placed(module, example, torch.float32, torch.device("cpu"))
             assert torch.allclose(compiled(module, backend="eager")(example), expected, atol=1e-4)

@@ -7,9 +7,14 @@ A model is compiled as one graph, whole (`fullgraph=True, dynamic=False`, induct
   compiles quickly anyway: equal kernels have equal source and are built once;
 - in the default mode: `max-autotune` tries dozens of kernels for every matrix product, minutes a network. cuDNN and cuBLAS
   compute convolutions and products here, and cuDNN's choice of algorithm is measured (`benchmark`);
-- in the deploy form, as nas-export writes it: batch norms are folded before the compilation, and the folded weights are
-  inputs of the compiled graph, so that inductor's cache on disk holds for any weights. The cache is kept between runs
-  (TORCHINDUCTOR_CACHE_DIR).
+- in the plain form, that of `nas.build_model` and of `nas-export --form plain`. Inductor makes one kernel of what follows a
+  convolution (bias, batch norm, layer scale, activation, residual sum), and one of a pool mixer with the scale and the sum
+  around it. The deploy form is made for ONNX Runtime on CPUs: there depthwise 1x1 convolutions stand for the mixer's scales,
+  which would each be a kernel of cuDNN's that nothing fuses with, and linear layers as 1x1 convolutions want a copy to another
+  layout. (For a CPU, inductor makes 5 fused kernels and 4 convolutions of two MB4D blocks, of their deploy form 8 and 8.) On a
+  GPU that is not measured yet: `benchmarks/gpu_claims.py --forms` does it;
+- with the weights as inputs of the compiled graph, so that inductor's cache on disk holds for any weights. The cache is kept
+  between runs (TORCHINDUCTOR_CACHE_DIR).
 
 Python and the launches then have no part in the time: a captured graph is replayed. All graphs share one memory pool, for they
 never run at once, and nobody reads what they computed.
@@ -300,7 +305,7 @@ class NvidiaGpu:
         A build opens every model twice; what was captured is kept for that as long as it fits into a quarter of the memory.
         """
         if model not in self._kept:
-            module, example = build_module(model, self.batch, deploy=True)
+            module, example = build_module(model, self.batch, deploy=False)
             # A graph must have a kernel; the smallest stands for the price of a call.
             run = self._capture(module if model else nn.ReLU(), example)
             if sum(kept.bytes for kept in self._kept.values()) + run.bytes > KEPT_SHARE * self.cuda.device().memory_bytes:
