@@ -468,7 +468,7 @@ def export(arguments: Sequence[str] | None = None) -> None:
         default="deploy",
         metavar="F",
         help="deploy: rewritten to run fast, the function unchanged (default); fastest: the same, with each layer's forms "
-        "timed on this CPU (onnx); plain: the operators as they were trained",
+        "timed on this CPU (onnx); plain: the operators as they were trained, of which tables of NVIDIA GPUs are",
     )
     parser.add_argument(
         "--batch",

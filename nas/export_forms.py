@@ -16,7 +16,7 @@ ONNX = {
     "int8": "torchscript, opset 20, deploy form, static QDQ per channel of products with weights, mixers float",
 }
 COREML = "mlprogram, iOS 16, fp16 in and out, deploy form"
-CUDA = "deploy form, torch.compile (default mode, one graph), channels-last, TF32 off"
+CUDA = "plain form, torch.compile (default mode, one graph), channels-last, TF32 off"
 CUDA_RUNTIME = "torch inductor, CUDA graphs"
 
 

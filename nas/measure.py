@@ -63,8 +63,8 @@ def input_shape(model: Model, batch: int = 1) -> tuple[int, ...]:
 
 
 def build_module(model: Model, batch: int = 1, *, deploy: bool) -> tuple[nn.Module, Tensor]:
-    """Return the module of a model, with `deploy` in its deploy form, which every device times, and an input for it. Its
-    weights are distinct ordinary values."""
+    """Return the module of a model, with `deploy` in its deploy form, and an input for it. Its weights are distinct ordinary
+    values. CPUs and Core ML time the deploy form, NVIDIA GPUs the plain one (`nas.profilers.cuda` says why)."""
     example = torch.randn(input_shape(model, batch), generator=torch.Generator().manual_seed(0))
     module = nn.Sequential(*(build_layer(layer) for layer in model)) if model else nn.Identity()
     with_ordinary_values(module.eval(), seed=0)
@@ -132,9 +132,10 @@ def measure_alone(
     visits.
 
     A network is opened anew every 8 visits: where a session's memory happens to lie moves its times by some percent, for a
-    small network by more. A workload stays as it is. `reference` is what the references take in the table that the result is
-    to be compared with; without it, what they take now, which leaves the result as it was measured. `batch`: the images of a
-    call, where they are not the profiler's; the references keep to its own.
+    small network by more. (On a GPU it is the same capture again where memory suffices: see `NvidiaGpu.open`.) A workload stays
+    as it is. `reference` is what the references take in the table that the result is to be compared with; without it, what they
+    take now, which leaves the result as it was measured. `batch`: the images of a call, where they are not the profiler's; the
+    references keep to its own.
     """
     opening: Any = profiler
     opening = opening if batch is None else replace(opening, batch=batch)

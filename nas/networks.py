@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from nas.export import onnx_bytes, with_ordinary_values
 from supernet.arch import ArchConfig
@@ -62,12 +63,40 @@ def load_model(network: str, arch: ArchConfig | None) -> NamedModel:
     return _timm_model(network)
 
 
-def _image(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+def _image(shape: tuple[int, ...], batch: int = 1) -> torch.Tensor:
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def timm_module(network: str, batch: int) -> tuple[nn.Module, torch.Tensor]:
+    """Return a timm model, `timm:NAME` or a bare name, in eval mode, and `batch` images of its own input size. Its weights are
+    ordinary values: nothing is downloaded.
+
+    Raises:
+        InputError: timm is missing, has no such model, or cannot make it.
+    """
+    timm, name = _known_to_timm(network)
+    try:
+        return _made_by_timm(timm, name, batch)
+    except Exception as error:  # each model fails in its own way
+        raise InputError(f"timm cannot make its model {name} ({first_line(error)}): choose another one") from error
 
 
 def _timm_model(network: str) -> NamedModel:
-    """Export a timm model, `timm:NAME` or a bare name, at its own input size, with ordinary weights: nothing is downloaded."""
+    """Export a timm model, `timm:NAME` or a bare name, at its own input size."""
+    timm, name = _known_to_timm(network)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return NamedModel(onnx_bytes(*_made_by_timm(timm, name)))
+    except Exception as error:  # each model fails in its own way
+        raise InputError(
+            f"the timm model {name} cannot be exported to ONNX ({first_line(error.__cause__ or error)}): export it yourself "
+            "and give the file"
+        ) from error
+
+
+def _known_to_timm(network: str) -> tuple[Any, str]:
+    """Return timm, and what it calls this model."""
     name = network.removeprefix("timm:")
     timm, why_not = import_timm()
     if timm is None:
@@ -81,17 +110,14 @@ def _timm_model(network: str) -> NamedModel:
             f"unknown network {network!r}: {_nearest(name, names)}give a YAML file, an ONNX file, {', '.join(zoo_names())}, "
             "or a model that timm.list_models() names"
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = timm.create_model(name, pretrained=False).eval()
-            data = onnx_bytes(with_ordinary_values(model, seed=0), _image(tuple(model.pretrained_cfg["input_size"])))
-    except Exception as error:  # each model fails in its own way
-        raise InputError(
-            f"the timm model {name} cannot be exported to ONNX ({first_line(error.__cause__ or error)}): export it yourself "
-            "and give the file"
-        ) from error
-    return NamedModel(data)
+    return timm, name
+
+
+def _made_by_timm(timm: Any, name: str, batch: int = 1) -> tuple[nn.Module, torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = timm.create_model(name, pretrained=False).eval()
+    return with_ordinary_values(model, seed=0), _image(tuple(model.pretrained_cfg["input_size"]), batch)
 
 
 def import_timm() -> tuple[Any, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,22 +53,27 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
             say(str(error))
             table = None
     plain = profiler == open_profiler()  # ONNX Runtime on this CPU, one thread, fp32, batch 1: what runs any ONNX model
+    settings = table.meta if table is not None else profiler.environment() if profiler is not None else {}
+    batch, threads = int(settings.get("batch", 1)), int(settings.get("threads", 1))
     arch = find_arch(network)
     if arch is not None:
         from nas.measure import input_shape
 
-        batch = int(table.meta.get("batch", 1)) if table is not None else profiler.environment()["batch"] if profiler else 1
         input_shape(tuple(arch.layers()), batch)  # refuses a network whose groups of images the batch is not made of
-    if arch is None and not plain:
+    open_module = getattr(profiler, "open_module", None)  # a GPU times any module
+    of_timm = arch is None and open_module is not None and not network.endswith(".onnx")
+    if arch is None and not plain and not of_timm:
+        known = "networks given as YAML or by a zoo name" + (", and timm's," if open_module is not None else "")
         raise InputError(
-            f"{network} cannot be timed on {wanted}: there only networks given as YAML or by a zoo name are known; leave "
-            "--device out to measure it on this CPU"
+            f"{network} cannot be timed on {wanted}: there only {known} are known; leave --device out to measure it on this CPU"
         )
     if plot is not None and not plain:
         raise InputError(
             f"a picture is drawn of what runs on one thread of this CPU, not of what the table of {wanted} says: leave --plot "
             "out, or --device"
         )
+    if layers and of_timm:
+        raise InputError(f"the layers of {network} are measured on this CPU alone: leave --device out, or --layers")
     if layers and not plain and table is None:
         raise InputError(
             f"the milliseconds of layers on {wanted} are those of its table, and there is none: make it with `nas-build-lut "
@@ -80,7 +86,7 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
     predicted_ms = None if arch is None else _predict(table, arch, wanted, network, measured=profiler is not None)
     measured = breakdown = None
     if profiler is not None:
-        from nas.measure import measure_alone, table_reference
+        from nas.measure import Reopened, measure_alone, table_reference
 
         reference = table_reference(table) if table is not None else None
         if plain:
@@ -90,11 +96,15 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
             measured = measure_alone(profiler, bound_model(model.onnx, network), reference)
             if layers:
                 breakdown = profile_operators(model.onnx, network, measured.ms, model.layers)
-        else:
-            assert arch is not None
+        elif arch is not None:
             measured = measure_alone(profiler, arch, reference)
-    settings = table.meta if table is not None else profiler.environment() if profiler is not None else {}
-    batch, threads = int(settings.get("batch", 1)), int(settings.get("threads", 1))
+        else:
+            from nas.networks import timm_module
+
+            assert open_module is not None
+            module, example = timm_module(network, batch)
+            # Inside measure_alone, whose settings hold for the compilation; and once, as each would be another.
+            measured = measure_alone(profiler, Reopened(cache(lambda: open_module(module, example)[0])), reference)
     record: dict[str, Any] = {
         "network": network,
         "predicted_ms": predicted_ms,

@@ -1,27 +1,46 @@
 """NVIDIA GPUs without one: a fake of the driver and of CUDA's few calls, and everything above them as it is."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from test_deploy import LAYERS
+from test_profile import stand_in_for_timm
 from torch import Tensor, nn
 
+from nas import cli
 from nas.devices import open_profiler
 from nas.lut import SAME, build_table
 from nas.measure import CACHED, EMPTY, build_module, measure_alone
 from nas.profilers import cuda, nvidia
 from nas.profilers.bench import Disturbed
-from nas.profilers.cuda import BURST_MS, Bursts, Captured, Cuda, Found, Graph, NvidiaGpu, compiled, open_gpu, placed
+from nas.profilers.cuda import (
+    ASK_EVERY_S,
+    BURST_MS,
+    Bursts,
+    Captured,
+    Cuda,
+    Found,
+    Graph,
+    NvidiaGpu,
+    compiled,
+    open_gpu,
+    placed,
+)
 from nas.profilers.nvidia import Driver, Gpu, Watch, find_gpu, query, state, warnings_about
+from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
+from supernet.model import build_model
 from supernet.space import SearchSpace, StageSpace
-from supernet.specs import MB3D, MB4D, Embedding, Flat, Head, Identity, Layer, Stem
+from supernet.specs import MB3D, MB4D, Identity, Layer
 
 UUID = "GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77"
 SLICE = "MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f"
@@ -55,6 +74,8 @@ class FakeDriver(Driver):
     gpus: str = f"GPU 0: NVIDIA A100-SXM4-80GB (UUID: {UUID})\n"
     apps: str = ""
     nvml: Callable[[], int] | None = lambda: 0
+    mhz: Callable[[], int] = lambda: 1410
+    watts: float = 250.0
     installed: bool = True
     asked: list[tuple[str, ...]] = field(default_factory=list)
 
@@ -76,16 +97,53 @@ class FakeDriver(Driver):
         return None if self.nvml is None else self.nvml()
 
     def sm_mhz(self, uuid: str) -> int | None:
-        return None if self.nvml is None else 1410
+        return None if self.nvml is None else self.mhz()
+
+    def power_w(self, uuid: str) -> float | None:
+        return None if self.nvml is None else self.watts
+
+    def temperature_c(self, uuid: str) -> int | None:
+        return None if self.nvml is None else 61
+
+
+@dataclass
+class Line:
+    """The time line of a GPU and of the process that feeds it, in milliseconds. The process hands over in no time, and its time
+    passes only while it waits."""
+
+    now: float = 0.0
+    done: float = 0.0  # when the GPU will have done all that it was given
+
+    @property
+    def at_work(self) -> bool:
+        return self.now < self.done
 
 
 class FakeGraph:
-    def __init__(self, ms: float) -> None:
+    def __init__(self, ms: float, line: Line) -> None:
         self.ms = ms
-        self.replays = 0
+        self.line = line
 
     def replay(self) -> None:
-        self.replays += 1
+        self.line.done = max(self.line.done, self.line.now) + self.ms
+
+
+class FakeEvent:
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = max(self.line.done, self.line.now)
+
+    def synchronize(self) -> None:
+        self.line.now = max(self.line.now, self.at)
+
+    def query(self) -> bool:
+        return self.line.now >= self.at
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.at - self.at
 
 
 class FakeCuda(Cuda):
@@ -97,6 +155,7 @@ class FakeCuda(Cuda):
         super().__init__()
         self.found = Found(name, uuid and uuid.split("-", 1)[1], int(gib * GIB), (8, 0))
         self.ms = ms
+        self.line = Line()
         self.bursts: list[tuple[int, int]] = []  # discarded and timed replays
         self.captured: list[tuple[nn.Module, Tensor]] = []
 
@@ -111,21 +170,24 @@ class FakeCuda(Cuda):
         return self.found
 
     def in_use(self) -> bool:
-        return False
+        return bool(self.captured)
 
     def wait(self) -> None:
-        pass
+        self.line.now = max(self.line.now, self.line.done)
+
+    def rest(self) -> None:
+        self.line.now += 1000 * ASK_EVERY_S
+
+    def event(self) -> FakeEvent:
+        return FakeEvent(self.line)
 
     def capture(self, module: nn.Module, example: Tensor) -> Graph:
         self.captured.append((module, example))
-        return FakeGraph(self.ms)
+        return FakeGraph(self.ms, self.line)
 
-    def elapsed_ms(self, graph: Graph, discarded: int, times: int, meanwhile: Callable[[], Any]) -> tuple[float, Any]:
-        assert isinstance(graph, FakeGraph)
+    def elapsed_ms(self, graph: Graph, discarded: int, times: int, ask: Callable[[], object]) -> float:
         self.bursts.append((discarded, times))
-        for _ in range(discarded + times):
-            graph.replay()
-        return graph.ms * times, meanwhile()
+        return super().elapsed_ms(graph, discarded, times, ask)
 
 
 def gpu(name: str, gib: float, mig: str | None = None) -> Gpu:
@@ -136,7 +198,7 @@ A100 = gpu("NVIDIA A100-SXM4-80GB", 79.2)
 
 
 def captured(ms: float, fake: FakeCuda) -> Captured:
-    return Captured(FakeGraph(ms), fake, (nn.Identity(), torch.zeros(1)))
+    return Captured(FakeGraph(ms, fake.line), fake, (nn.Identity(), torch.zeros(1)))
 
 
 # --- which GPU it is ---------------------------------------------------------------------------------------------------
@@ -302,6 +364,24 @@ def test_a_gpu_that_cuda_cannot_open(monkeypatch: pytest.MonkeyPatch) -> None:
         Cuda().device()
 
 
+def test_a_gpu_beside_the_one_in_use_that_cudnn_is_too_new_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [SimpleNamespace(name="NVIDIA H100 PCIe", major=9, minor=0), SimpleNamespace(name="Tesla V100", major=7, minor=0)]
+
+    def refuse() -> int:
+        raise RuntimeError("cuDNN version 91900 is not compatible with devices with SM < 7.5. Please install\nanother")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: gpus[i])
+    monkeypatch.setattr(torch.backends.cudnn, "version", refuse)
+    with pytest.raises(InputError, match=r"too new for GPU 1 \(Tesla V100\), .* set CUDA_VISIBLE_DEVICES") as refused:
+        Cuda().device()
+    assert "\n" not in str(refused.value) and "H100" not in str(refused.value)
+    del gpus[1]
+    with pytest.raises(InputError, match=r"cannot use its cuDNN \(cuDNN version 91900 .* install\)"):
+        Cuda().device()
+
+
 def test_gpus_that_are_too_old() -> None:
     fake = FakeCuda("Tesla P100-PCIE-16GB", 15.9)
     fake.found = fake.found._replace(capability=(6, 0))
@@ -422,19 +502,32 @@ def test_nvml_is_called_by_the_name_it_has(monkeypatch: pytest.MonkeyPatch) -> N
             value._obj.value = 1410
             return 0 if kind.value == 1 else 2
 
+        def nvmlDeviceGetPowerUsage(self, handle: Any, value: Any) -> int:
+            value._obj.value = 250_500  # milliwatts
+            return 0
+
+        def nvmlDeviceGetTemperature(self, handle: Any, sensor: Any, value: Any) -> int:
+            value._obj.value = 61
+            return 0 if sensor.value == 0 else 2
+
     monkeypatch.setattr("ctypes.CDLL", lambda name: OldNvml())
     driver = Driver()
     assert (driver.reasons(UUID), driver.sm_mhz(UUID)) == (0x40, 1410)
-    assert (driver.reasons(OTHER), driver.sm_mhz(OTHER)) == (None, None)
+    assert (driver.power_w(UUID), driver.temperature_c(UUID)) == (250.5, 61)
+    assert {driver.reasons(OTHER), driver.sm_mhz(OTHER), driver.power_w(OTHER), driver.temperature_c(OTHER)} == {None}
 
 
 # --- bursts ------------------------------------------------------------------------------------------------------------
 
 
+def bursts_of(fake: FakeCuda, driver: FakeDriver | None = None, sleep: Callable[[float], object] = lambda _: None) -> Bursts:
+    return Bursts(fake, Watch(driver or FakeDriver(), A100), sleep)
+
+
 @pytest.mark.parametrize("ms", [0.003, 0.5, 3.0, 40.0])
 def test_a_burst_has_enough_replays_for_5_ms_and_discards_some_first(ms: float) -> None:
     fake = FakeCuda()
-    bursts = Bursts(fake, Watch(FakeDriver(), A100), sleep=lambda seconds: None)
+    bursts = bursts_of(fake)
     run = captured(ms, fake)
     assert bursts(run) == pytest.approx(ms)
     discarded, times = fake.bursts[-1]
@@ -447,33 +540,95 @@ def test_a_burst_has_enough_replays_for_5_ms_and_discards_some_first(ms: float) 
 
 @pytest.mark.parametrize("reason", [0x4, 0x8, 0x20, 0x40, 0x80])
 def test_a_burst_under_throttling_is_dropped_and_repeated_after_a_pause(reason: int) -> None:
-    said = iter([0, 0, reason, reason | 0x1, 0])
+    said = [0, 0, reason, reason | 0x1, 0]
     fake, pauses = FakeCuda(), list[float]()
-    watch = Watch(FakeDriver(nvml=lambda: next(said)), A100)
-    bursts = Bursts(fake, watch, pauses.append)
+    bursts = bursts_of(fake, FakeDriver(nvml=lambda: said[len(fake.bursts) - 1]), pauses.append)
     run = captured(6.0, fake)
     assert [bursts(run), bursts(run), bursts(run)] == [6.0, 6.0, 6.0]
-    assert watch.bursts == {"kept": 3, "dropped": 2}
+    assert bursts.watch.bursts == {"kept": 3, "kept_at_power_cap": 0, "dropped": 2}
     assert len(pauses) == 2 and pauses[1] > pauses[0] > 0
-    assert len(watch.dropped_for) == 1
+    assert len(bursts.watch.dropped_for) == 1
     assert fake.bursts[3][0] * 6.0 >= 50, "the clock rises again before the next try is timed"
-    assert watch.summary()["sm_mhz"]["last"] == 1410
+
+
+@pytest.mark.parametrize(
+    ("begins", "ends", "dropped"),
+    [
+        (12, 18, 1),  # all of the timed part: one call of 6 ms, after two that do not count
+        (12, 12.5, 1),
+        (14.5, 16.5, 1),  # in its middle alone
+        (17, 18.5, 1),
+        (0, 12, 0),  # before it: the clock has risen again
+        (22, 99, 0),  # well after it
+    ],
+)
+def test_the_reasons_that_count_are_those_of_the_timed_part(begins: float, ends: float, dropped: int) -> None:
+    fake = FakeCuda()
+    bursts = bursts_of(fake, FakeDriver(nvml=lambda: 0x40 if begins <= fake.line.now < ends else 0))
+    assert bursts(captured(6.0, fake)) == 6.0
+    assert bursts.watch.bursts == {"kept": 1, "kept_at_power_cap": 0, "dropped": dropped}
+
+
+def test_clock_power_and_temperature_are_those_of_a_gpu_at_work() -> None:
+    fake = FakeCuda()
+    driver = FakeDriver(mhz=lambda: 1410 if fake.line.at_work and fake.line.now >= 12 else 210)
+    bursts = bursts_of(fake, driver)
+    bursts.watch.clock = lambda: fake.line.now  # a second here: every burst is looked at
+    run = captured(6.0, fake)
+    for watts in (250.0, 310.0, 290.0):
+        driver.watts = watts
+        bursts(run)
+        fake.line.now += 1000
+    found = bursts.watch.summary()
+    assert found["sm_mhz"] == {"first": 1410, "lowest": 1410, "highest": 1410, "last": 1410}
+    assert found["power_w"] == {"first": 250, "lowest": 250, "highest": 310, "last": 290}
+    assert found["temperature_c"]["highest"] == 61
 
 
 @pytest.mark.parametrize("reason", [0x1, 0x2, 0x10, 0x100])
 def test_idling_and_clocks_that_somebody_set_are_no_throttling(reason: int) -> None:
     fake = FakeCuda()
-    watch = Watch(FakeDriver(nvml=lambda: reason), A100)
-    assert Bursts(fake, watch, sleep=lambda seconds: None)(captured(6.0, fake)) == 6.0
-    assert watch.bursts == {"kept": 1, "dropped": 0}
+    bursts = bursts_of(fake, FakeDriver(nvml=lambda: reason))
+    assert bursts(captured(6.0, fake)) == 6.0
+    assert bursts.watch.bursts == {"kept": 1, "kept_at_power_cap": 0, "dropped": 0}
 
 
-def test_a_gpu_that_stays_throttled_cannot_be_measured() -> None:
+@pytest.mark.parametrize("reasons", [(0x20,), (0x24,), (0x4, 0x20)])
+def test_a_gpu_that_stays_throttled_cannot_be_measured(reasons: tuple[int, ...]) -> None:
+    """By heat, at its power cap besides, or in turn with it."""
     fake = FakeCuda()
-    bursts = Bursts(fake, Watch(FakeDriver(nvml=lambda: 0x20), A100), sleep=lambda seconds: None)
-    with pytest.raises(Disturbed, match=r"throttled \(thermal \(software\)\) in 20 bursts in a row") as caught:
+    bursts = bursts_of(fake, FakeDriver(nvml=lambda: reasons[len(fake.bursts) % len(reasons)]))
+    with pytest.raises(Disturbed, match=r"throttled \(.*\) in 20 bursts in a row") as caught:
         bursts(captured(6.0, fake))
     assert "\n" not in str(caught.value)
+
+
+def test_a_network_that_reaches_the_power_cap_whatever_ran_before_is_timed_at_it(capsys: pytest.CaptureFixture[str]) -> None:
+    fake, pauses, at_cap = FakeCuda(), list[float](), True
+    bursts = bursts_of(fake, FakeDriver(nvml=lambda: 0x4 if at_cap else 0), pauses.append)
+    heavy, other = captured(6.0, fake), captured(7.0, fake)
+    assert bursts(heavy) == 6.0
+    assert len(pauses) == 3, "first it is given a chance to cool"
+    assert [bursts(heavy), bursts(heavy)] == [6.0, 6.0]
+    assert len(pauses) == 3, "once is enough"
+    assert bursts(other) == 7.0
+    assert len(pauses) == 6, "another network may need less power"
+    at_cap = False
+    assert bursts(heavy) == 6.0
+    at_cap = True
+    assert bursts(heavy) == 6.0
+    assert len(pauses) == 9, "it does not always reach the cap, so pauses may help"
+    assert bursts.watch.summary() | {"power_w": {}} == {
+        "kept": 6,
+        "kept_at_power_cap": 5,
+        "dropped": 9,
+        "dropped_for": ["power cap"],
+        "sm_mhz": {"first": 1410, "lowest": 1410, "highest": 1410, "last": 1410},
+        "power_w": {},
+        "temperature_c": {"first": 61, "lowest": 61, "highest": 61, "last": 61},
+    }
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "power cap even after pauses" in said[0]
 
 
 def test_without_nvml_nvidia_smi_is_asked_every_half_second_and_until_it_is_well_again() -> None:
@@ -616,7 +771,7 @@ def test_a_table_is_named_after_the_gpu_and_its_sidecar_describes_it(tmp_path: P
         """A graph takes as long as its module has parameters."""
 
         def capture(self, module: nn.Module, example: Tensor) -> Graph:
-            return FakeGraph(1.0 + sum(p.numel() for p in module.parameters()) / 1e4)
+            return FakeGraph(1.0 + sum(p.numel() for p in module.parameters()) / 1e4, self.line)
 
     def stage(stride: int, widths: tuple[int, ...]) -> StageSpace:
         return StageSpace(widths, stride, 2, (MB4D(widths[-1]), Identity(widths[-1])))
@@ -627,32 +782,83 @@ def test_a_table_is_named_after_the_gpu_and_its_sidecar_describes_it(tmp_path: P
     table = build_table(opened, space, tmp_path)
     assert table.device == "a100-sxm4-80gb" and (tmp_path / "a100-sxm4-80gb.csv").exists()
     block = Layer(MB4D(16), 8)
-    params = sum(p.numel() for p in build_module((block,), deploy=True)[0].parameters())
+    params = sum(p.numel() for p in build_module((block,), deploy=False)[0].parameters())
     assert table.layer_ms(block) == pytest.approx(params / 1e4, rel=1e-3)
     assert (table.meta["batch"], table.meta["precision"]) == (64, "fp16")
     for key in ("name", "max_sm_mhz", "temperature_c", "power_limit_w", "throttle_reasons", "mig_mode", "other_processes"):
         assert table.meta["gpu"][key] is not None, key
+    at_end = table.meta["at_end"]["gpu"]
+    assert (table.meta["gpu"]["power_w"], at_end["power_w"]) == (71.42, 250), "at the end it is that of a GPU at work"
+    assert at_end["bursts"]["power_w"]["highest"] == 250 and table.meta["gpu"]["bursts"]["power_w"] == {}
 
 
-NETWORK = (
-    Layer(Stem(16, 4), 32),
-    Layer(MB4D(16), 8),
-    Layer(Embedding(32, 16), 8),
-    Layer(MB4D(32), 4),
-    Layer(Flat(32), 4),
-    Layer(MB3D(32), 4),
-    Layer(Head(32, 10, tokens=True), 4),
-)
+def test_in_a_container_this_process_is_no_other_once_it_is_at_work() -> None:
+    opened = open_gpu("cuda", driver=FakeDriver(apps=f"{UUID}, 4000001\n"), cuda=FakeCuda())
+    assert opened.environment()["gpu"]["other_processes"] == 1
+    opened.open(CACHED)
+    assert opened.environment()["gpu"]["other_processes"] == 0
+
+
+ARCH = ArchConfig("small", 32, 10, (Stage(16, 4, (MB4D(16),)), Stage(32, 2, (MB4D(32), MB3D(32)))))
+
+
+def test_what_is_timed_is_the_network_that_build_model_returns() -> None:
+    fake = FakeCuda()
+    profiler(fake).open(tuple(ARCH.layers()))
+    timed, ours = ([type(part) for part in module.modules()] for module in (fake.captured[0][0], build_model(ARCH)))
+    assert timed == ours and nn.BatchNorm2d in timed
 
 
 def test_every_kind_of_layer_compiles_into_one_graph_for_model_after_model() -> None:
     """`fullgraph` raises at the first break; after eight models torch would refuse the ninth, were they not forgotten."""
     with torch.inference_mode():
-        for model in (NETWORK, *((Layer(MB4D(width), 4),) for width in range(16, 160, 16))):
-            module, example = build_module(model, 2, deploy=True)
+        for model in (tuple(ARCH.layers()), *((layer,) for layer in LAYERS.values())):
+            module, example = build_module(model, 4, deploy=False)
             expected = module(example)
             module, example = placed(module, example, torch.float32, torch.device("cpu"))
             assert torch.allclose(compiled(module, backend="eager")(example), expected, atol=1e-4)
+
+
+@pytest.fixture
+def at_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeCuda:
+    """A machine with a GPU and timm, and without tables."""
+    fake = FakeCuda()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr(cuda, "WARM_UP_MS", 0.0)
+    monkeypatch.setattr(cuda, "open_gpu", lambda *_: NvidiaGpu(A100, "fp16", 4, FakeDriver(), fake))
+    monkeypatch.setitem(sys.modules, "timm", stand_in_for_timm())
+    return fake
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_timm_model_is_profiled_on_a_gpu(at_a_gpu: FakeCuda, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.profile(["timm:smallnet", "--device", "cuda", "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert (record["device"], record["batch"]) == ("a100-sxm4-80gb-b4", 4)
+    assert (record["predicted_ms"], record["measured_ms"]) == (None, pytest.approx(0.5))
+    shapes = [tuple(example.shape) for _, example in at_a_gpu.captured]
+    assert shapes.count((4, 3, 8, 8)) == 1, "compiled once"
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (["timm:smallnet", "--layers"], "the layers of timm:smallnet are measured on this CPU alone"),
+        (["timm:mobilenot_xs"], "timm cannot make its model mobilenot_xs (this model cannot be made)"),
+        (["timm:nothing"], "unknown network"),
+        (["some.onnx"], "networks given as YAML or by a zoo name, and timm's, are known"),
+    ],
+)
+def test_what_a_gpu_does_not_profile(
+    network: list[str], said: str, at_a_gpu: FakeCuda, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.profile([*network, "--device", "cuda"])
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line
 
 
 def test_the_module_needs_no_gpu_and_wakes_none() -> None:

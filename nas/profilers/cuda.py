@@ -7,9 +7,14 @@ A model is compiled as one graph, whole (`fullgraph=True, dynamic=False`, induct
   compiles quickly anyway: equal kernels have equal source and are built once;
 - in the default mode: `max-autotune` tries dozens of kernels for every matrix product, minutes a network. cuDNN and cuBLAS
   compute convolutions and products here, and cuDNN's choice of algorithm is measured (`benchmark`);
-- in the deploy form, as nas-export writes it: batch norms are folded before the compilation, and the folded weights are
-  inputs of the compiled graph, so that inductor's cache on disk holds for any weights. The cache is kept between runs
-  (TORCHINDUCTOR_CACHE_DIR).
+- in the plain form, that of `nas.build_model` and of `nas-export --form plain`. Inductor makes one kernel of what follows a
+  convolution (bias, batch norm, layer scale, activation, residual sum), and one of a pool mixer with the scale and the sum
+  around it. The deploy form is made for ONNX Runtime on CPUs: there depthwise 1x1 convolutions stand for the mixer's scales,
+  which would each be a kernel of cuDNN's that nothing fuses with, and linear layers as 1x1 convolutions want a copy to another
+  layout. (For a CPU, inductor makes 5 fused kernels and 4 convolutions of two MB4D blocks, of their deploy form 8 and 8.) On a
+  GPU that is not measured yet: `benchmarks/gpu_claims.py --forms` does it;
+- with the weights as inputs of the compiled graph, so that inductor's cache on disk holds for any weights. The cache is kept
+  between runs (TORCHINDUCTOR_CACHE_DIR).
 
 Python and the launches then have no part in the time: a captured graph is replayed. All graphs share one memory pool, for they
 never run at once, and nobody reads what they computed.
@@ -29,7 +34,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import platformdirs
 import torch
@@ -38,8 +43,9 @@ from torch import Tensor, nn
 from nas.export_forms import CUDA, CUDA_RUNTIME
 from nas.measure import CACHED, STREAMING, Model, build_module
 from nas.profilers.bench import Disturbed, now
-from nas.profilers.nvidia import Driver, Gpu, Watch, find_gpu, state, warnings_about
+from nas.profilers.nvidia import POWER_CAP, Driver, Gpu, Watch, find_gpu, state, warnings_about
 from nas.profilers.timing import Stopwatch, Workload
+from nas.progress import say
 from supernet.errors import InputError, first_line, unknown
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -49,13 +55,13 @@ WARM_UP_MS = 200.0  # clocks rise for so long
 EAGER_CALLS = 3  # before a capture: cuDNN chooses its algorithms and the allocator gets its memory
 BURST_MS = 5.0  # at least: events tell half a microsecond apart
 DISCARDED = 2  # replays before those that are timed
+ASK_EVERY_S = 0.002  # during a burst, why the GPU is throttled
 TRIES = 20  # of a burst, while the GPU is throttled
 PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0  # after a throttled burst; doubled after each further one
+PAUSES_AT_CAP = 3  # in vain, before a burst that only the power cap throttles is kept
 RAMP_MS = 50.0  # of replays after a pause, in which clocks fell
 KEPT_SHARE = 0.25  # of the GPU's memory, for captured models that will be visited again
-
-
-Said = TypeVar("Said")
+OLDEST_OF_CUDNN = (7, 5)  # compute capability that cuDNN 9.11 and later take
 
 
 class Found(NamedTuple):
@@ -106,13 +112,25 @@ class Cuda:
         """Return the device that CUDA uses first.
 
         Raises:
-            InputError: CUDA cannot open it, because another process has it for itself, for one.
+            InputError: CUDA cannot open it, because another process has it for itself, for one; or cuDNN cannot be used.
         """
         try:
             found = torch.cuda.get_device_properties(torch.cuda.current_device())
         except RuntimeError as error:
             why = str(error).splitlines()[0][:200]
             raise InputError(f"CUDA cannot open the GPU ({why}): see what `nvidia-smi` says, or use another device") from error
+        try:
+            torch.backends.cudnn.version()
+        except RuntimeError as error:
+            # torch refuses cuDNN where it is too new for any visible GPU, be that the one in use or not.
+            visible = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+            old = [f"GPU {i} ({gpu.name})" for i, gpu in enumerate(visible) if (gpu.major, gpu.minor) < OLDEST_OF_CUDNN]
+            if not old:
+                raise InputError(f"PyTorch cannot use its cuDNN ({first_line(error)}): install PyTorch anew") from error
+            raise InputError(
+                f"PyTorch's cuDNN is too new for {', '.join(old)}, and is then used on no GPU: set CUDA_VISIBLE_DEVICES to "
+                "the others (`nvidia-smi -L`), or install a PyTorch with cuDNN 9.10 or earlier"
+            ) from error
         uuid = getattr(found, "uuid", None)
         return Found(found.name, str(uuid) if uuid else None, found.total_memory, (found.major, found.minor))
 
@@ -149,20 +167,33 @@ class Cuda:
         self._newest = graph
         return graph
 
-    def elapsed_ms(self, graph: Graph, discarded: int, times: int, meanwhile: Callable[[], Said]) -> tuple[float, Said]:
-        """Replay a graph `discarded` times, then `times` times; return the milliseconds of the latter on the GPU's clock, and
-        what `meanwhile` returned: it is called once all of it has been handed over and the GPU is at work.
+    def elapsed_ms(self, graph: Graph, discarded: int, times: int, ask: Callable[[], object]) -> float:
+        """Replay a graph `discarded` times, then `times` times; return the milliseconds of the latter on the GPU's clock.
+
+        `ask` is called once the timed part has begun, and again every 2 ms until it is over; the last call may come that much
+        later. Before the timed part the GPU may still be idle, because replays are only handed over.
         """
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = self.event(), self.event()
         for _ in range(discarded):
             graph.replay()
         start.record()
         for _ in range(times):
             graph.replay()
         end.record()
-        said = meanwhile()
-        end.synchronize()
-        return start.elapsed_time(end), said
+        start.synchronize()
+        ask()
+        while not end.query():
+            self.rest()
+            ask()
+        return float(start.elapsed_time(end))
+
+    def event(self) -> Any:
+        """Return an event that knows when the GPU came to it."""
+        return torch.cuda.Event(enable_timing=True)
+
+    def rest(self) -> None:
+        """Wait between two questions about a burst that goes on."""
+        time.sleep(ASK_EVERY_S)
 
     def wait(self) -> None:
         torch.cuda.synchronize()
@@ -177,7 +208,8 @@ def compiled(module: nn.Module, backend: str = "inductor") -> Callable[[Tensor],
     """Return the module compiled as one graph for the shapes of its first input.
 
     What was compiled before is forgotten: models share their code (`Sequential.forward`), and torch refuses to compile the
-    same code for many of them. Graphs that were captured do not need it any longer.
+    same code for many of them. Graphs that were captured stay valid all the same: their kernels belong to the modules that
+    inductor generated, and those stay in its `PyCodeCache`. (A Triton kernel is unloaded when nothing refers to it any more.)
     """
     torch._dynamo.reset()
     return torch.compile(module, fullgraph=True, dynamic=False, backend=backend)
@@ -207,26 +239,39 @@ class Captured:
 
 
 class Bursts:
-    """Times a captured network in bursts of at least 5 ms; drops those during which the GPU was throttled."""
+    """Times a captured network in bursts of at least 5 ms; drops those during which the GPU was throttled.
+
+    A network that draws as much as the power cap allows would be dropped for ever, pauses or not. So after a few pauses in vain
+    its bursts are kept, as long as nothing but the cap throttles them, and counted as such. The references run under the same
+    cap, each at the clock that is left for it.
+    """
 
     def __init__(self, cuda: Cuda, watch: Watch, sleep: Callable[[float], object] = time.sleep) -> None:
         self.cuda = cuda
         self.watch = watch
         self.sleep = sleep
         self._times: weakref.WeakKeyDictionary[Captured, int] = weakref.WeakKeyDictionary()
+        self._at_cap: weakref.WeakKeyDictionary[Captured, int] = weakref.WeakKeyDictionary()  # bursts in a row, cap alone
 
     def __call__(self, run: Workload, between: Workload | None = None) -> float:
         """Return the milliseconds of one call. Replays follow one another without a gap, so nothing runs `between` them.
 
         Raises:
-            Disturbed: the GPU was throttled in 20 bursts in a row.
+            Disturbed: the GPU was throttled in 20 bursts in a row, not by its power cap alone.
         """
         assert isinstance(run, Captured) and between is None
         discarded = DISCARDED
         for attempt in range(TRIES):
             ms, why = self._timed(run, discarded)
-            self.watch.record(why)
-            if not why:
+            self._at_cap[run] = self._at_cap.get(run, 0) + 1 if why == [POWER_CAP] else 0
+            kept = not why or self._at_cap[run] > PAUSES_AT_CAP
+            self.watch.record(why, kept=kept)
+            if kept:
+                if why and self.watch.bursts["kept_at_power_cap"] == 1:
+                    say(
+                        "warning: the GPU reaches its power cap even after pauses: such bursts are kept, and counted in the "
+                        "sidecar; clocks held lower (`sudo nvidia-smi -lgc MHZ`) would be steadier"
+                    )
                 return ms
             if attempt < TRIES - 1:
                 self.sleep(min(PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
@@ -240,11 +285,23 @@ class Bursts:
         """Return the milliseconds of a call in one burst that was long enough, and why the GPU was throttled meanwhile."""
         times = self._times.get(run, 1)
         while True:
-            total, why = self.cuda.elapsed_ms(run.graph, discarded, times, self.watch.throttled)
+            total, why = self._burst(run, discarded, times)
             if total >= BURST_MS:
                 self._times[run] = times
                 return total / times, why
             times = max(2 * times, math.ceil(1.2 * times * BURST_MS / max(total, 1e-3)))
+
+    def _burst(self, run: Captured, discarded: int, times: int) -> tuple[float, list[str]]:
+        """Return the milliseconds of so many calls, and every reason for which the GPU was throttled at any moment of them."""
+        answers: list[list[str]] = []
+
+        def ask() -> None:
+            if not answers:  # the GPU is at work now; the last time it may just have ended
+                self.watch.look()
+            answers.append(self.watch.throttled())
+
+        total = self.cuda.elapsed_ms(run.graph, discarded, times, ask)
+        return total, sorted({reason for answer in answers for reason in answer})
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,9 +330,10 @@ class NvidiaGpu:
         return Watch(self.driver, self.gpu)
 
     def environment(self) -> dict[str, Any]:
-        """Return what is measured where. `gpu` is the GPU's state at this moment; its `bursts` says how many bursts were kept
-        and dropped so far, and the clock while they ran."""
-        found = state(self.driver, self.gpu, self.cuda.in_use())
+        """Return what is measured where. `gpu` is the GPU's state at this moment, after bursts with the clock, power and
+        temperature of when it was last looked at during one: it has idled since. Its `bursts` says how many were kept and
+        dropped so far, and the ranges of these three meanwhile."""
+        found = {**state(self.driver, self.gpu, self.cuda.in_use()), **self.watch.last()}
         driver = found["driver"]
         return {
             "gpu": {**found, "bursts": self.watch.summary()},
@@ -297,10 +355,12 @@ class NvidiaGpu:
     def open(self, model: Model) -> tuple[Captured, int]:
         """Return a model with distinct ordinary weights, captured, and the bytes of its weights and input.
 
-        A build opens every model twice; what was captured is kept for that as long as it fits into a quarter of the memory.
+        A build opens every model once a pass, and other measurements every few visits; what was captured is kept for that as
+        long as it fits into a quarter of the memory. So, unlike on a CPU, visits do not sample where its memory happens to lie:
+        every opening would be another compilation.
         """
         if model not in self._kept:
-            module, example = build_module(model, self.batch, deploy=True)
+            module, example = build_module(model, self.batch, deploy=False)
             # A graph must have a kernel; the smallest stands for the price of a call.
             run = self._capture(module if model else nn.ReLU(), example)
             if sum(kept.bytes for kept in self._kept.values()) + run.bytes > KEPT_SHARE * self.cuda.device().memory_bytes:
@@ -346,7 +406,11 @@ class NvidiaGpu:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Let cuDNN measure which algorithm is fastest, and keep fp32 from being computed as TF32, meanwhile."""
+        """Let cuDNN measure which algorithm is fastest, and keep fp32 from being computed as TF32, meanwhile.
+
+        At the end all that was captured is let go, as the memory may be wanted for training. So each measurement captures the
+        references anew: two small graphs, whose kernels are in inductor's cache by then, beside the network's own.
+        """
         matmul_tf32 = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = False
         try:

@@ -39,13 +39,15 @@ REASONS = {
 THROTTLING = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 """The reasons for which a burst is dropped: heat and power. The power cap is one of them, although it is no fault: how far it
 lowers the clock depends on what ran just before, so a network's time would depend on its neighbours in the shuffled round.
-A pause before the next try lets the average power fall. A GPU that reaches its cap even so is to be timed at a lower, locked
-clock. Idling is no reason to drop anything, and neither are clocks that somebody set: they are the same all the time."""
+A pause before the next try lets the average power fall; a network that reaches the cap even so, by itself, is timed at it (see
+`Bursts`). Idling is no reason to drop anything, and neither are clocks that somebody set: they are the same all the time."""
+POWER_CAP = REASONS[0x4]
 
 NOMINAL_GB = (2, 3, 4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 72, 80, 94, 96, 141, 144, 180, 192, 288)
 """Sizes that GPUs are sold with. Drivers report less: error correction and the firmware take a part."""
 
 SMI_EVERY_S = 0.5  # a call of nvidia-smi takes 20 to 50 ms
+LOOK_EVERY_S = 0.5  # at clock, power and temperature, which change slowly
 
 
 class Driver:
@@ -79,6 +81,17 @@ class Driver:
         value = ctypes.c_uint()
         sm = ctypes.c_int(1)  # NVML_CLOCK_SM
         return value.value if self._nvml("nvmlDeviceGetClockInfo", uuid, sm, ctypes.byref(value)) else None
+
+    def power_w(self, uuid: str) -> float | None:
+        """Return what a whole GPU draws, in watts (of most GPUs over the last second). None: NVML cannot tell."""
+        value = ctypes.c_uint()  # milliwatts
+        return value.value / 1000 if self._nvml("nvmlDeviceGetPowerUsage", uuid, ctypes.byref(value)) else None
+
+    def temperature_c(self, uuid: str) -> int | None:
+        """Return a whole GPU's temperature, in degrees Celsius. None: NVML cannot tell."""
+        value = ctypes.c_uint()
+        die = ctypes.c_int(0)  # NVML_TEMPERATURE_GPU
+        return value.value if self._nvml("nvmlDeviceGetTemperature", uuid, die, ctypes.byref(value)) else None
 
     def _nvml(self, function: str, uuid: str, *arguments: Any) -> bool:
         """Call a function of NVML on a GPU; return whether that worked."""
@@ -309,18 +322,20 @@ def warnings_about(found: Mapping[str, Any]) -> list[str]:
 class Watch:
     """Watches one GPU for throttling while bursts run on it, at a price that a burst can bear.
 
-    NVML answers in microseconds and is asked at every burst. Without it nvidia-smi is asked, every half second at most: then
-    the burst during which it is asked stands for those since the last time.
+    NVML answers in microseconds and is asked several times a burst. Without it nvidia-smi is asked, every half second at most:
+    then the burst during which it is asked stands for those since the last time.
     """
 
     def __init__(self, driver: Driver, gpu: Gpu, clock: Callable[[], float] = time.monotonic) -> None:
         self.driver = driver
         self.gpu = gpu
         self.clock = clock
-        self.bursts = {"kept": 0, "dropped": 0}
+        self.bursts = {"kept": 0, "kept_at_power_cap": 0, "dropped": 0}
         self.dropped_for: set[str] = set()
-        self.sm_mhz: dict[str, int] = {}  # first, lowest, highest, last while bursts ran
+        # The first, lowest, highest and last while bursts ran, of what the driver has methods of these names for.
+        self.seen: dict[str, dict[str, float]] = {"sm_mhz": {}, "power_w": {}, "temperature_c": {}}
         self._asked = -SMI_EVERY_S
+        self._looked = -LOOK_EVERY_S
         self._failed_last = False
 
     def throttled(self) -> list[str]:
@@ -329,26 +344,39 @@ class Watch:
             return []
         mask = self.driver.reasons(self.gpu.uuid)
         now = self.clock()
-        if now - self._asked >= SMI_EVERY_S or (mask is None and self._failed_last):
+        if mask is None and (now - self._asked >= SMI_EVERY_S or self._failed_last):
             self._asked = now
-            if mask is None:
-                mask = reasons(self.driver, self.gpu)
-            self._note(self.driver.sm_mhz(self.gpu.uuid))
+            mask = reasons(self.driver, self.gpu)
         found = _names((mask or 0) & THROTTLING)
         self._failed_last = bool(found)
         return found
 
-    def record(self, why: Sequence[str]) -> None:
-        """Count a burst that was kept, or dropped for these reasons."""
-        self.bursts["dropped" if why else "kept"] += 1
-        self.dropped_for.update(why)
+    def look(self) -> None:
+        """Note clock, power and temperature, every half second at most. To be called while the GPU is at work: an idle one's
+        say nothing."""
+        now = self.clock()
+        if self.gpu.uuid is None or now - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = now
+        for name, seen in self.seen.items():
+            value: float | None = getattr(self.driver, name)(self.gpu.uuid)
+            if value is not None:
+                low, high = min(value, seen.get("lowest", value)), max(value, seen.get("highest", value))
+                seen.update({"first": seen.get("first", value), "lowest": low, "highest": high, "last": value})
+
+    def record(self, why: Sequence[str], *, kept: bool) -> None:
+        """Count a burst during which the GPU was throttled for these reasons, if for any, and which was kept or dropped."""
+        self.bursts["kept" if kept else "dropped"] += 1
+        if kept and why:
+            self.bursts["kept_at_power_cap"] += 1
+        if not kept:
+            self.dropped_for.update(why)
+
+    def last(self) -> dict[str, float]:
+        """Return clock, power and temperature when they were last looked at; nothing that never was."""
+        return {name: seen["last"] for name, seen in self.seen.items() if seen}
 
     def summary(self) -> dict[str, Any]:
         """Return what a sidecar has about the bursts."""
-        return {**self.bursts, "dropped_for": sorted(self.dropped_for), "sm_mhz": dict(self.sm_mhz)}
-
-    def _note(self, mhz: int | None) -> None:
-        if mhz is not None:
-            seen = self.sm_mhz
-            low, high = min(mhz, seen.get("lowest", mhz)), max(mhz, seen.get("highest", mhz))
-            seen.update({"first": seen.get("first", mhz), "lowest": low, "highest": high, "last": mhz})
+        ranges = {name: dict(seen) for name, seen in self.seen.items()}
+        return {**self.bursts, "dropped_for": sorted(self.dropped_for), **ranges}
