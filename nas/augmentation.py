@@ -164,6 +164,8 @@ def augmented(
     In this order: resized crop or shift, flip, RandAugment, colour jitter, normalisation, erasing, mixup or cutmix.
     """
     size = size or pixels.shape[2]
+    # Before anything waits for the accelerator, which may be busy with the step before.
+    noise = erasing_noise(draws.erased, draws.noise, pixels.shape[1], pixels.device.type == "cuda") if recipe.erasing else None
     if recipe.crop_scale < 1 or size != pixels.shape[2]:
         x = resized_crops(pixels.float() / 255, draws.crop, size)
         x = torch.where(draws.mirrored.to(x.device)[:, None, None, None], x.flip(3), x)
@@ -175,8 +177,8 @@ def augmented(
         x = jittered(x, draws.jitter)
     mean, std = (torch.tensor(figures, device=x.device).view(3, 1, 1) for figures in (IMAGENET_MEAN, IMAGENET_STD))
     x = (x - mean) / std
-    if recipe.erasing:
-        x = erased(x, draws.erased, draws.noise)
+    if noise is not None:
+        x = erased(x, draws.erased, noise)
     if not recipe.mixes:
         return x, labels
     return mixed(x, F.one_hot(labels, classes).float(), draws.share, draws.box)
@@ -188,10 +190,9 @@ def resized_crops(x: Tensor, crop: Tensor, size: int) -> Tensor:
 
     Columns and rows are resampled one after the other, each by a matrix product, which every device has.
     """
-    top, left, height, width = crop.float().unbind(1)
-    rows, columns = (
-        _resampling(first, length, size, x.shape[2]).to(x.device) for first, length in ((top, height), (left, width))
-    )
+    # Moved first: what is made of these few numbers is larger than the images.
+    top, left, height, width = crop.to(x.device).float().unbind(1)
+    rows, columns = (_resampling(first, length, size, x.shape[2]) for first, length in ((top, height), (left, width)))
     return _in_levels(rows[:, None] @ _in_levels(x @ columns[:, None].transpose(2, 3)))
 
 
@@ -205,7 +206,8 @@ def _resampling(first: Tensor, length: Tensor, size: int, side: int) -> Tensor:
     (B,) on are the crop: the cubic kernel with a = -0.5."""
     first, length = first[:, None, None], length[:, None, None]
     scale = length / size
-    source, target = torch.arange(side)[None, None] + 0.5, torch.arange(size)[None, :, None] + 0.5
+    source = torch.arange(side, device=first.device)[None, None] + 0.5
+    target = torch.arange(size, device=first.device)[None, :, None] + 0.5
     distance = ((source - first - target * scale) / scale.clamp_min(1)).abs()
     near = (1.5 * distance - 2.5) * distance.square() + 1
     far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
@@ -228,17 +230,30 @@ def jittered(x: Tensor, factors: Tensor) -> Tensor:
     return adjust_saturation_with_gray_subtraction(x, saturation)
 
 
-def erased(x: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
-    """Return normalised images (B, 3, S, S) with normal noise in the boxes (B, 4); an image's noise follows from its seed (B,).
+def erasing_noise(boxes: Tensor, seeds: Tensor, channels: int, pinned: bool) -> Tensor:
+    """Return the normal noise of the boxes (B, 4) in images of so many channels: one vector on the CPU, box after box.
+
+    An image's noise follows from its seed (B,). `pinned`: whether the vector is in memory that a GPU copies from by itself.
+    """
+    sizes = (channels * boxes[:, 2] * boxes[:, 3]).tolist()
+    noise, generator = torch.empty(sum(sizes), pin_memory=pinned), torch.Generator()
+    for own, seed in zip(noise.split(sizes), seeds.tolist(), strict=True):
+        own.normal_(generator=generator.manual_seed(seed))
+    return noise
+
+
+def erased(x: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
+    """Return normalised images (B, 3, S, S) with noise, of `erasing_noise`, in the boxes (B, 4).
 
     Source: random erasing (Zhong et al., AAAI 2020), each pixel with noise of its own, as timm's mode `pixel`.
     """
-    x = x.clone()
-    generator = torch.Generator()
-    for image, ((top, left, height, width), seed) in enumerate(zip(boxes.tolist(), seeds.tolist(), strict=True)):
+    x, noise = x.clone(), noise.to(x.device, non_blocking=noise.is_pinned())
+    begin = 0
+    for image, (top, left, height, width) in enumerate(boxes.tolist()):
         if height:
-            noise = torch.randn(x.shape[1], height, width, generator=generator.manual_seed(seed))
-            x[image, :, top : top + height, left : left + width] = noise.to(x.device, non_blocking=True)
+            end = begin + x.shape[1] * height * width
+            x[image, :, top : top + height, left : left + width] = noise[begin:end].view(-1, height, width)
+            begin = end
     return x
 
 

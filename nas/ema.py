@@ -28,11 +28,13 @@ class MovingAverage:
         """Take in the weights of `model`, after a step of its training."""
         self.steps += 1
         share = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for mine, given in zip(self.network.state_dict().values(), model.state_dict().values(), strict=True):
-            if mine.is_floating_point():
-                mine.lerp_(given, share)
-            else:  # how many batches a batch norm has seen
-                mine.copy_(given)
+        pairs = list(zip(self.network.state_dict().values(), model.state_dict().values(), strict=True))
+        values = [pair for pair in pairs if pair[0].is_floating_point()]
+        counts = [pair for pair in pairs if not pair[0].is_floating_point()]  # how many batches a batch norm has seen
+        # All at once, as torch.optim.swa_utils does it: a GPU needs a few kernels instead of one for each tensor.
+        torch._foreach_lerp_([mine for mine, _ in values], [given for _, given in values], share)
+        for mine, given in counts:
+            mine.copy_(given)
 
     def state_dict(self) -> dict[str, Any]:
         return {"network": self.network.state_dict(), "steps": self.steps}

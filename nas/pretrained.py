@@ -37,6 +37,7 @@ from nas.steps import (
     cosine,
     mixed_precision,
     parameter_groups,
+    repeated_shapes,
     training_batches,
 )
 from nas.supernet_training import epoch_size
@@ -394,7 +395,7 @@ def _distil(
         f"block-wise distillation: {len(wanted)} blocks that may replace others learn for {steps} steps of {batch} images what "
         "those give"
     )
-    with progress("distillation", steps, min(steps, ROUND * first)) as tick, connected():
+    with progress("distillation", steps, min(steps, ROUND * first)) as tick, connected(), repeated_shapes(device):
         for number in range(first, rounds):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             here = min(ROUND, steps - ROUND * number)
@@ -407,8 +408,8 @@ def _distil(
                 group.average_gradients(extras.parameters())
                 group.average_statistics(extras)
                 optimizer.step()
-                error = group.mean(torch.tensor(sum(errors) / len(errors))).item()
                 tick(1)
+            error = group.mean(torch.stack(errors).mean()).item()  # of the round's last step: none is waited for before
             if not math.isfinite(error):
                 raise FloatingPointError("block-wise distillation diverged: a block's output is not finite")
             if group.first:
@@ -425,7 +426,7 @@ def _errors(
     x: Tensor,
     precision: str,
     group: Group,
-) -> list[float]:
+) -> list[Tensor]:
     """Send images (B, 3, S, S) through the network; add to the gradients of all replacements and return their errors."""
     errors = []
     with torch.no_grad():
@@ -441,7 +442,7 @@ def _errors(
                 found = module(x, index)
             error = relative_error(found.to(y.dtype), y, group)
             error.backward()
-            errors.append(error.item())
+            errors.append(error.detach())
         x = y
     return errors
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,11 @@ from torch import Tensor, nn
 from nas.data import ImageData, augment, normalise
 from nas.parallel import ALONE, Group
 from nas.pixels import loaded
+from nas.progress import say
 from supernet.blocks.efficientformer import LayerScale
 from supernet.errors import InputError, first_line
+
+T = TypeVar("T")
 
 PRECISIONS = ("auto", "fp32", "bf16")
 UNDECAYED = ("attention_biases", "cls_token", "pos_embed", "segments", "pair_biases")  # beside vectors
@@ -33,13 +38,17 @@ def accelerator(wanted: str = "auto") -> torch.device:
 def mixed_precision(device: torch.device, precision: str = "auto") -> torch.autocast:
     """Return the context in which a loss is computed: matrix products in bfloat16 by `precision` bf16, in fp32 by fp32.
 
-    auto is bf16 on CUDA, and on a CPU with instructions for it (AVX-512 or AMX); elsewhere bfloat16 is emulated, so
-    auto is fp32.
+    auto is bf16 on a GPU that multiplies it (NVIDIA's from Ampere on), and on a CPU with instructions for it (AVX-512 or AMX);
+    elsewhere bfloat16 is emulated, so auto is fp32.
     """
-    on = precision == "bf16"
-    if precision == "auto":
-        on = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
+    on = precision == "bf16" or (precision == "auto" and _multiplies_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and _cpu_has_bfloat16()
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -48,6 +57,20 @@ def _cpu_has_bfloat16() -> bool:
     except AttributeError:  # an older torch cannot say
         return False
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+@contextmanager
+def repeated_shapes(device: torch.device) -> Iterator[None]:
+    """Let cuDNN try its kernels for every new shape of a convolution and keep to the fastest; afterwards it chooses as before.
+
+    For work of few shapes that come again and again: each costs time when it is new. Elsewhere than on CUDA nothing changes.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def set_layer_scale(model: nn.Module, value: float) -> None:
@@ -94,6 +117,15 @@ def check_compiler(device: torch.device) -> None:
         raise InputError(f"torch.compile does not work here ({first_line(error)}): set compile to false") from error
 
 
+def say_if_hardly_compiled(model: nn.Module) -> None:
+    """Say so where `torch.compile` compiles next to nothing of a network, which it does not say itself."""
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        say(
+            "compile does next to nothing here: PyTorch's compiler stops at every batch norm over several GPUs (SyncBatchNorm, "
+            "PyTorch issue 161302): set compile to false, or train on one GPU"
+        )
+
+
 def clip_by_weights(parameters: Iterable[nn.Parameter], factor: float, least: float = 1e-3) -> None:
     """Shorten the gradient of every unit to at most `factor` times the norm of its weights, or of `least` where that is more.
 
@@ -109,6 +141,25 @@ def clip_by_weights(parameters: Iterable[nn.Parameter], factor: float, least: fl
         )
         most = weights.clamp_min(least) * factor
         parameter.grad.mul_(torch.where(gradient > most, most / gradient.clamp_min(1e-6), 1.0))
+
+
+class Ahead(Generic[T]):
+    """An iterator whose next item can be made before it is asked for, while an accelerator is busy with the last one."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items = iter(items)
+        self._made: list[T] = []
+
+    def make(self) -> None:
+        """Make the next item, if there is one and it is not made yet."""
+        if not self._made:
+            self._made.extend(itertools.islice(self._items, 1))
+
+    def __iter__(self) -> Ahead[T]:
+        return self
+
+    def __next__(self) -> T:
+        return self._made.pop() if self._made else next(self._items)
 
 
 def training_batches(

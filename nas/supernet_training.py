@@ -34,6 +34,8 @@ from nas.steps import (
     cosine,
     mixed_precision,
     parameter_groups,
+    repeated_shapes,
+    say_if_hardly_compiled,
     set_layer_scale,
     training_batches,
 )
@@ -274,9 +276,9 @@ def train_supernet(
     `paths: elastic`, else a Supernet.
 
     A checkpoint is written to `folder/supernet.pt` after each epoch, and every ten minutes in a long one; the next call with
-    the same arguments goes on from it, to the same weights as if it had never stopped. On one machine with one number of
-    threads, the same seed gives the same weights. The processes of a `group` all call this, and each has its rows of every
-    batch; they run the same networks, so they have gradients of the same parameters.
+    the same arguments goes on from it, to the same weights as if it had never stopped. On CPUs, on one machine with one number
+    of threads, the same seed gives the same weights; on a GPU they are the same up to rounding. The processes of a `group` all
+    call this, and each has its rows of every batch; they run the same networks, so they have gradients of the same parameters.
     """
 
     group.alike(
@@ -327,6 +329,8 @@ def train_supernet(
             f"{steps - mixture_steps} steps of {settings.batch_size}{networks}, then {mixture_steps} of mixtures, on "
             f"{device.type}{f', in {group.size} processes' if group.size > 1 else ''}"
         )
+        if compiled:
+            say_if_hardly_compiled(net)
     indices_of_all = (
         indices
         for epoch in range(first, epochs)
@@ -343,6 +347,7 @@ def train_supernet(
         curves(folder, begun) as draw,
         connected(),
         _compiling(compiled),
+        repeated_shapes(device) if isinstance(net, Supernet) else contextlib.nullcontext(),  # not where widths are drawn
     ):
         for epoch in range(first, epochs):
             generator.manual_seed(seed * 1_000_003 + epoch)

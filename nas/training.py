@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,12 +31,15 @@ from nas.progress import LINE_EVERY_S, Tick, duration, progress, say
 from nas.recipe import Recipe
 from nas.request import claim
 from nas.steps import (
+    Ahead,
     accelerator,
     check_compiler,
     check_parts,
     clip_by_weights,
     mixed_precision,
     parameter_groups,
+    repeated_shapes,
+    say_if_hardly_compiled,
     set_layer_scale,
 )
 from nas.teacher import Teacher
@@ -88,8 +91,8 @@ def train_network(
     is smoothed) and `checkpoint.pt`, written before and after each validation, and every ten minutes in a long epoch; and the
     curves of `nas.curves`. The next call with the same arguments goes on from there, to the same weights as if it had never
     stopped; if the training is finished, it returns its result. The weights name their classes, and the `targets` of the
-    network's search (see `nas.about`), for nas-export. On one machine with one number of threads, the same seed gives the same
-    weights.
+    network's search (see `nas.about`), for nas-export. On CPUs, on one machine with one number of threads, the same seed gives
+    the same weights; on a GPU they are the same up to rounding.
     The processes of a `group` all call this; each has its rows of every batch, and the first one alone writes.
 
     Raises:
@@ -245,6 +248,7 @@ def _run_epochs(run: _Run, first: int) -> None:
     devices = [run.device] if run.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices),
+        repeated_shapes(run.device),
         progress(run.arch.name, steps, done + len(history.losses)) as tick,
         curves(run.checkpoint.parent, done) as draw_curves,
     ):
@@ -280,6 +284,8 @@ def _introduce(run: _Run, first: int) -> None:
             f"the recipe's learning rate, {recipe.learning_rate:g} for {recipe.learning_rate_batch} images a step, comes to "
             f"{recipe.highest_rate(run.batch):g} for {run.batch}"
         )
+    if recipe.compile:
+        say_if_hardly_compiled(run.model)
     if recipe.distillation_head and run.teacher is None:
         say("the recipe is for a student of a teacher, but none is given (--teacher): it learns from the labels alone")
 
@@ -324,14 +330,14 @@ def _run_epoch(run: _Run, epoch: int, step_taken: Callable[[], None]) -> None:
     history, began, before = run.history, time.monotonic(), run.history.seconds
     saved = began
     run.model.train()
-    order = itertools.islice(training_indices(len(run.data.train), run.recipe, run.seed, epoch), len(history.losses), None)
-    own = (indices[run.group.rows(len(indices))] for indices in order)
-    for at, (pixels, labels) in enumerate(loaded(run.data.train, own, run.device), len(history.losses)):
+    batches = Ahead(_batches(run, epoch))
+    for at, (x, y, seed) in enumerate(batches, len(history.losses)):
         step = run.per_epoch * epoch + at
         for parameters in run.optimizer.param_groups:
             parameters["lr"] = run.rate(step)
-        x, y = _batch(run, epoch, at, pixels, labels)
-        loss = train_step(run.model, run.optimizer, x, y, run.recipe, run.teacher, run.network, run.group)
+        torch.manual_seed(seed)
+        # While an accelerator computes the step, the images of the next one are made.
+        loss = train_step(run.model, run.optimizer, x, y, run.recipe, run.teacher, run.network, run.group, batches.make)
         if not math.isfinite(loss):
             kept = f" and --weights {run.checkpoint}, which is of before" if run.checkpoint.exists() else ""
             raise FloatingPointError(
@@ -349,16 +355,23 @@ def _run_epoch(run: _Run, epoch: int, step_taken: Callable[[], None]) -> None:
             saved = now
 
 
-def _batch(run: _Run, epoch: int, at: int, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the images and targets of this process's rows of a step. All that is random in the step follows from the seed, the
-    epoch and the step's place in it; what is drawn for an image does not depend on the number of processes."""
-    generator, size = step_generator(run.seed, epoch, at), run.arch.image_size
-    rows = run.group.rows(len(labels) * run.group.size)
-    draws = draw(len(labels) * run.group.size, pixels.shape[2], run.recipe, run.data.flips, generator, size)
-    # For what the network itself draws, drop path: each process for its own images.
-    torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)) + run.group.rank)
-    x, y = augmented(pixels, labels, draws.of(rows.start, rows.stop), run.recipe, len(run.data.classes), size)
-    return x.contiguous(memory_format=torch.channels_last), y
+def _batches(run: _Run, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield, for each step of an epoch that the history has no losses of yet, the images and targets of this process's rows,
+    and the seed of what the network itself draws, drop path.
+
+    All that is random in the step follows from the seed, the epoch and the step's place in it; what is drawn for an image does
+    not depend on the number of processes.
+    """
+    first, size = len(run.history.losses), run.arch.image_size
+    order = itertools.islice(training_indices(len(run.data.train), run.recipe, run.seed, epoch), first, None)
+    own = (indices[run.group.rows(len(indices))] for indices in order)
+    for at, (pixels, labels) in enumerate(loaded(run.data.train, own, run.device), first):
+        generator, whole = step_generator(run.seed, epoch, at), len(labels) * run.group.size
+        draws = draw(whole, pixels.shape[2], run.recipe, run.data.flips, generator, size)
+        seed = int(torch.randint(2**62, (1,), generator=generator)) + run.group.rank  # each process for its own images
+        rows = run.group.rows(whole)
+        x, y = augmented(pixels, labels, draws.of(rows.start, rows.stop), run.recipe, len(run.data.classes), size)
+        yield x.contiguous(memory_format=torch.channels_last), y, seed
 
 
 def _finish_epoch(run: _Run, epoch: int, val: Images, draw_curves: Callable[[Points], None]) -> None:
@@ -399,11 +412,13 @@ def train_step(
     teacher: Teacher | None = None,
     network: nn.Module | None = None,
     group: Group = ALONE,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> float:
     """Take one step on the normalised images `x` (B, 3, S, S) with targets `y`, labels (B,) or shares of the classes
     (B, classes); return the loss before it. Where the loss or its gradient is not finite, no step is taken and nan returned.
 
-    `network`: the model as `group.divided` returns it, where the images are this process's of a larger batch.
+    `network`: the model as `group.divided` returns it, where the images are this process's of a larger batch. `meanwhile` is
+    called while an accelerator is still busy, before its loss is waited for.
     """
     network = network if network is not None else model
     optimizer.zero_grad(set_to_none=True)
@@ -427,13 +442,15 @@ def train_step(
     parameters = dict(model.named_parameters())
     # Of infinity, nothing is shortened.
     norm = nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm or math.inf)
-    if not (norm + loss).isfinite():  # a loss can be infinite where its gradient is not
+    meanwhile()
+    value = loss.item()
+    if not (norm.isfinite() and math.isfinite(value)):  # a loss can be infinite where its gradient is not
         return math.nan
     if recipe.clip_agc:
         # All but the classifier, as in the source.
         clip_by_weights((p for name, p in parameters.items() if not name.startswith("head.fc.")), recipe.clip_agc)
     optimizer.step()
-    return loss.item()
+    return value
 
 
 def training_loss(

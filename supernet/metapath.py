@@ -40,7 +40,10 @@ class MetaPath(nn.Module):
         first, *others = choice.unbind()
         mixture = first * self._run(0, x)
         for index, weight in enumerate(others, 1):
-            mixture = mixture.addcmul(self._run(index, x), weight)
+            y = self._run(index, x)
+            if y.device.type != "cpu":  # where autocast widens all that addcmul takes to the widest: to the weights' fp32
+                weight = weight.to(torch.promote_types(mixture.dtype, y.dtype))
+            mixture = mixture.addcmul(y, weight)
         return mixture
 
     def _run(self, index: int, x: Tensor) -> Tensor:

@@ -231,14 +231,15 @@ def subnetwork(supernet: AnySupernet, arch: ArchConfig, kept: UnitScores | None 
     A narrowed stage, and what is inside its blocks, keeps the units that score highest in `kept`, the same channels whatever
     blocks it has (`supernet.units.kept_channels`). Without `kept` every tensor is the leading slice of the supernet's, as an
     elastic supernet is trained. Batch-norm statistics are sliced too and do not fit a narrowed network until they are
-    recomputed. `arch` has the supernet's image size.
+    recomputed. `arch` has the supernet's image size. The network is on the supernet's device.
     """
     space = supernet.space
     if arch.image_size != space.image_size:
         raise ValueError(f"{arch.name} is for {arch.image_size} px, the supernet for {space.image_size} px: use arch.at")
     member = space.fit(arch.without_mux())
     named = member.named_layers()[begin:]
-    model = nn.Sequential(OrderedDict((name, build_layer(layer)) for name, layer in named))
+    with next(supernet.parameters()).device:  # where its weights are: nothing goes over the host
+        model = nn.Sequential(OrderedDict((name, build_layer(layer)) for name, layer in named))
     if kept is None:
         for (name, layer), module in zip(named, model.children(), strict=True):
             module.load_state_dict(_leading(supernet.source(name, layer).state_dict(), module.state_dict()))

@@ -5,10 +5,22 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from elsewhere import Traffic
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from nas.augmentation import Draws, augmented, draw, jittered, mixed, resized_crops, step_generator, training_indices
+from nas.augmentation import (
+    Draws,
+    augmented,
+    draw,
+    erased,
+    erasing_noise,
+    jittered,
+    mixed,
+    resized_crops,
+    step_generator,
+    training_indices,
+)
 from nas.data import epoch_batches, normalise
 from nas.randaugment import OPERATIONS, operated
 from nas.recipe import RECIPES, Recipe
@@ -125,6 +137,16 @@ def test_a_crop_is_resized_as_pillow_does_it(side: int, size: int, crop: tuple[i
     assert (found - torch.from_numpy(np.asarray(cut).astype(int))).abs().max() <= 1
 
 
+def test_the_weights_of_crops_are_made_where_the_images_are() -> None:
+    """They are larger than the images, of which there are thousands a second on a GPU."""
+    crop = draw(8, 32, replace(PLAIN, crop_scale=0.2), True, step_generator(0, 0, 0)).crop
+    pixels = torch.empty(8, 3, 32, 32, device="meta")
+    with Traffic() as traffic:
+        found = resized_crops(pixels, crop, 24)
+    assert found.device.type == "meta" and found.shape == (8, 3, 24, 24)
+    assert traffic.largest <= crop.numel(), "nothing larger than the draws is on the CPU"
+
+
 # -- RandAugment -------------------------------------------------------------------------------------------------------
 
 FILL = (124, 116, 104)  # ImageNet's mean
@@ -215,6 +237,22 @@ def test_erasing_puts_normal_noise_into_a_share_of_a_share_of_the_images() -> No
         assert torch.equal(changed[image], expected), "it is one rectangle"
     noise = torch.cat([x[i][:, changed[i]].flatten() for i in some.nonzero()[:, 0].tolist()])
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+def test_noise_follows_from_its_images_seed_and_is_sent_at_once() -> None:
+    boxes = torch.tensor([[1, 2, 5, 4], [0, 0, 0, 0], [3, 0, 2, 2], [0, 1, 7, 7]])
+    seeds = torch.tensor([11, 12, 13, 14])
+    x, noise = torch.zeros(4, 3, 8, 8), erasing_noise(boxes, seeds, 3, pinned=False)
+    found = erased(x, boxes, noise)
+    for image, ((top, left, height, width), seed) in enumerate(zip(boxes.tolist(), seeds.tolist(), strict=True)):
+        expected = torch.zeros(3, 8, 8)
+        drawn = torch.randn(3, height, width, generator=torch.Generator().manual_seed(seed))
+        expected[:, top : top + height, left : left + width] = drawn
+        assert torch.equal(found[image], expected), image
+    elsewhere = x.to("meta")
+    with Traffic() as traffic:
+        erased(elsewhere, boxes, noise)
+    assert traffic.sent == 1
 
 
 def test_mixup_blends_neighbours_and_their_targets_by_the_same_share() -> None:

@@ -9,10 +9,13 @@ import pytest
 import torch
 from small_spaces import stage_space
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from supernet.elastic import ElasticSupernet
 from supernet.metapath import MetaPath, Noise, Supernet, sample_path
 from supernet.space import SearchSpace
+from supernet.specs import Identity, Layer
+from supernet.units import UnitScores
 from supernet.weights import subnetwork
 
 EULER = 0.5772  # the mean of Gumbel noise
@@ -220,6 +223,18 @@ def test_importance_is_the_log_odds_against_identity() -> None:
     assert math.exp(net.importance()[1]["mb3d"]) == pytest.approx((odds[1] / odds[2]).item())
 
 
+def test_a_mixture_in_bfloat16_on_a_gpu_stays_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are fp32, and autocast on GPUs widens all that addcmul takes: twice the memory for every slot."""
+    slot = MetaPath([Layer(Identity(8), 4), Layer(Identity(8), 4)])
+    # Tensors that say they are on a GPU, where there may be none.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
+        x, weights = torch.empty(2, 8, 4, 4, dtype=torch.bfloat16, device="cuda"), torch.empty(2, device="cuda")
+        assert slot(x, weights).dtype == torch.bfloat16
+        assert slot(x.float(), weights).dtype == torch.float32
+
+
 # -- Sampled paths -----------------------------------------------------------------------------------------------------
 
 
@@ -337,3 +352,14 @@ def test_every_slot_inherits_from_its_own_candidate() -> None:
     for slot in (1, 2):
         own = net.state_dict()[f"stages.1.{slot - 1}.candidates.0.mlp.fc1.weight"]
         assert torch.equal(weight_of(model, f"stage2_block{slot}.mlp.fc1.weight"), own)
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_network_is_made_on_the_supernet_s_device(scored: bool) -> None:
+    """PyTorch's meta device stands in for a GPU: what was made on the CPU could not be filled from it."""
+    net = supernet(NARROWABLE).to("meta")
+    scores = UnitScores(tuple(torch.arange(stage.widths[-1]) for stage in NARROWABLE.stages), {}) if scored else None
+    model = subnetwork(net, NARROWABLE.arch((8, 16), (("mb4d",), ("identity", "mb3d"))), scores)
+    names = [name for name, _ in model.named_buffers()]
+    assert "stage2_block2.token_mixer.offsets" in names, "what is in no state dict, too"
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))

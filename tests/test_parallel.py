@@ -210,6 +210,24 @@ def test_the_network_is_compiled_where_the_recipe_says_so(tmp_path: Path, monkey
     assert isinstance(seen[-1], torch.nn.Module)
 
 
+def test_where_compilation_does_next_to_nothing_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On several GPUs, as their batch norm is over all of them; here that of one process is replaced by the same."""
+    monkeypatch.setattr(torch, "compile", lambda it, **how: it)
+
+    def said(folder: Path) -> list[bool]:
+        train_network(ARCH, pictures(16), replace(RECIPE, epochs=1, images_per_epoch=8, compile=True), folder / "network", 0)
+        train_supernet(SPACE, pictures(8), replace(SETTINGS, compile=True), 0, folder / "supernet")
+        lines = capsys.readouterr().err.splitlines()
+        return [line.endswith("set compile to false, or train on one GPU") for line in lines if line.startswith("compile ")]
+
+    assert said(tmp_path / "one") == []
+    convert = torch.nn.SyncBatchNorm.convert_sync_batchnorm
+    monkeypatch.setattr(Group, "synchronised", lambda group, model: convert(model))
+    assert said(tmp_path / "several") == [True, True]
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch hides its own, but not from a filter that raises
 def test_a_compiled_training_learns_what_a_plain_one_does_and_goes_on_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

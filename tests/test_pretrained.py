@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from elsewhere import Traffic
 from refusals import refusal
 from safetensors.torch import load_file, save_file
 from test_weights import L1, distance, timm_state
@@ -18,6 +19,7 @@ from nas.checkpoints import save_checkpoint
 from nas.data import ImageData, load_images, normalise
 from nas.evaluation import recalibrate
 from nas.export import with_ordinary_values
+from nas.parallel import ALONE
 from nas.pretrained import (
     Pretrained,
     as_given,
@@ -288,6 +290,20 @@ def test_replacements_learn_and_the_network_stays_as_it_is(digits: ImageData, tm
     assert not net.training and all(module.training is False for module in net.modules())
 
 
+def test_a_step_of_distillation_waits_for_no_error(digits: ImageData) -> None:
+    """On a GPU each would be a pause."""
+    space = space_of(ARCH)
+    net, path = Supernet(space), space.path(ARCH)
+    by_slot: dict[int, list[int]] = {}
+    for slot, index in replacements(space, path):
+        by_slot.setdefault(slot, []).append(index)
+    x = normalise(digits.train.batch(torch.arange(8))[0])
+    with Traffic() as traffic:
+        found = pretrained._errors(net, pretrained._slots(net), path, by_slot, x, "fp32", ALONE)
+    assert len(found) == len(replacements(space, path)) and all(error > 0 for error in found)
+    assert traffic.waits == 0
+
+
 def test_killed_distillation_goes_on_to_the_same_weights(
     digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,7 +311,7 @@ def test_killed_distillation_goes_on_to_the_same_weights(
     steps = 0
     original = pretrained._errors
 
-    def killed(*args: Any) -> list[float]:
+    def killed(*args: Any) -> list[Tensor]:
         nonlocal steps
         steps += 1
         if steps == 28:  # in the second round

@@ -188,6 +188,19 @@ def test_batches_that_were_decoded_ahead_tell_nothing_of_the_time(
     assert said.startswith(f"about {time} for the {left:,} steps left, going by {measured} steps") and said.count("\n") == 1
 
 
+def test_images_are_made_before_the_step_before_them_is_waited_for(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a GPU computes meanwhile. The first thing after a step was waited for is clipping."""
+    done: list[str] = []
+    make = training.augmented
+    monkeypatch.setattr(training, "augmented", lambda *args: done.append("images") or make(*args))
+    monkeypatch.setattr(training, "clip_by_weights", lambda *args: done.append("step"))
+    recipe = replace(PLAIN, epochs=2, images_per_epoch=96, clip_norm=0.0, clip_agc=0.01)
+    train_network(ARCH, digits, recipe, tmp_path, seed=0)
+    assert done == ["images", "images", "step", "images", "step", "step"] * 2, "an epoch's first wait for its validation"
+
+
 def test_an_earlier_versions_checkpoint_goes_on(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = replace(PLAIN, epochs=2)
     killed_at(8, monkeypatch, lambda: train_network(ARCH, digits, recipe, tmp_path, seed=0))

@@ -21,7 +21,7 @@ from nas.evaluation import accuracy_of
 from nas.pretrained import starting_weights
 from nas.recipe import RECIPES, Recipe
 from nas.request import claim
-from nas.steps import cosine, mixed_precision, parameter_groups
+from nas.steps import cosine, mixed_precision, parameter_groups, repeated_shapes
 from nas.teacher import load_teacher
 from nas.training import TrainingResult, training_loss
 from supernet.arch import ArchConfig, Stage
@@ -236,6 +236,26 @@ def test_matrix_products_have_the_precision_that_suits_the_device(
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     with mixed_precision(torch.device(device), precision):
         assert nn.functional.linear(torch.ones(1, 2), torch.ones(3, 2)).dtype == expected
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_on_a_gpu_bfloat16_is_not_emulated_unless_it_is_asked_for(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch says of a T4 and a V100 that they support it, by emulation."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: multiplies or including_emulation)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    for precision, expected in (("auto", multiplies), ("bf16", True), ("fp32", False)):
+        with mixed_precision(torch.device("cuda"), precision):
+            assert torch.is_autocast_enabled("cuda") == expected, precision
+
+
+def test_cudnn_tries_its_kernels_for_as_long_as_shapes_repeat() -> None:
+    before = torch.backends.cudnn.benchmark
+    with pytest.raises(KeyboardInterrupt), repeated_shapes(torch.device("cuda")):
+        assert torch.backends.cudnn.benchmark
+        raise KeyboardInterrupt
+    assert torch.backends.cudnn.benchmark == before, "what comes after it, such as timing networks, is not to change"
+    with repeated_shapes(torch.device("cpu")):
+        assert torch.backends.cudnn.benchmark == before
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
