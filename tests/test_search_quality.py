@@ -155,16 +155,8 @@ def test_rounding_gives_a_network_once() -> None:
     assert [arch.widths for arch in different(same)] == [same[0].widths, same[2].widths]
 
 
-def test_between_two_depths_l1_grows_in_width_alone() -> None:
+def test_between_two_scales_l1_grows_in_width_or_in_depth_alone() -> None:
     space = SearchSpace.load("efficientformer-tiny")
-
-    def cost(arch: ArchConfig) -> int:
-        return sum(block.dim**2 for stage in arch.stages for block in stage.blocks)
-
-    def under(limit: float) -> ArchConfig:
-        found = largest_l1(space, lambda arch: cost(arch) <= limit)
-        assert found is not None
-        return found
 
     def blocks(arch: ArchConfig) -> list[int]:
         return [len(stage.blocks) for stage in arch.stages]
@@ -172,10 +164,12 @@ def test_between_two_depths_l1_grows_in_width_alone() -> None:
     uniform = scaled_l1(0.41, 0.41, space.strides, 32, 10)
     deeper = scaled_l1(0.42, 0.42, space.strides, 32, 10)  # 6 x 0.42 is rounded to one block more
     assert sum(blocks(deeper)) > sum(blocks(uniform))
-    found = under(cost(deeper) - 1)
-    assert blocks(found) == blocks(uniform)
-    assert sum(found.widths) > sum(uniform.widths)
-    assert cost(uniform) < cost(found) < cost(deeper)
+    wide = largest_l1(space, lambda arch: sum(blocks(arch)) < sum(blocks(deeper)) and sum(arch.widths) < 500)
+    assert wide is not None and blocks(wide) == blocks(uniform)
+    assert sum(uniform.widths) < sum(wide.widths) < 500
+    deep = largest_l1(space, lambda arch: sum(blocks(arch)) < 12 and sum(arch.widths) <= sum(uniform.widths))
+    assert deep is not None and deep.widths == uniform.widths
+    assert sum(blocks(uniform)) < sum(blocks(deep)) < 12
     assert largest_l1(space, lambda arch: False) is None
 
 
