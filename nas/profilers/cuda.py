@@ -11,8 +11,7 @@ A model is compiled as one graph, whole (`fullgraph=True, dynamic=False`, induct
   convolution (bias, batch norm, layer scale, activation, residual sum), and one of a pool mixer with the scale and the sum
   around it. The deploy form is made for ONNX Runtime on CPUs: there depthwise 1x1 convolutions stand for the mixer's scales,
   which would each be a kernel of cuDNN's that nothing fuses with, and linear layers as 1x1 convolutions want a copy to another
-  layout. (For a CPU, inductor makes 5 fused kernels and 4 convolutions of two MB4D blocks, of their deploy form 8 and 8.) On a
-  GPU that is not measured yet: `benchmarks/gpu_claims.py --forms` does it;
+  layout. That is reasoned, not measured on a GPU yet: `benchmarks/gpu_claims.py --forms` does it;
 - with the weights as inputs of the compiled graph, so that inductor's cache on disk holds for any weights. The cache is kept
   between runs (TORCHINDUCTOR_CACHE_DIR).
 
