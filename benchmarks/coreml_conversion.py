@@ -12,8 +12,8 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+from nas.coreml_package import convert, coremltools, operations
 from nas.measure import Model, build_module, name_of
-from nas.profilers.coreml import convert, coremltools, operations
 from nas.progress import progress, say
 from nas.table import measured_layers
 from supernet.errors import InputError

@@ -465,10 +465,9 @@ def export(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", metavar="F", help="onnx, coreml or torch (default: as FILE ends)")
     parser.add_argument(
         "--form",
-        default="deploy",
         metavar="F",
-        help="deploy: rewritten to run fast, the function unchanged (default); fastest: the same, with each layer's forms "
-        "timed on this CPU (onnx); plain: the operators as they were trained, of which tables of NVIDIA GPUs are",
+        help="deploy: rewritten to run fast, the function unchanged (default of onnx and coreml); fastest: the same, with each "
+        "layer's forms timed on this CPU (onnx); plain: the operators as they were trained (default of torch)",
     )
     parser.add_argument(
         "--batch",

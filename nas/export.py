@@ -33,6 +33,7 @@ HALF_TOLERANCE = 5e-2  # the same of a network that computes in fp16 throughout
 DYNAMIC = "dynamic"
 FORMATS = {"onnx": ".onnx", "coreml": ".mlpackage", "torch": ".pt2"}
 FORMS = ("deploy", "fastest", "plain")
+USUAL_FORM = {"onnx": "deploy", "coreml": "deploy", "torch": "plain"}  # what tables are of that are measured through the format
 
 
 def onnx_bytes(model: nn.Module, example: Tensor, *, dynamic: bool = False) -> bytes:
@@ -173,7 +174,7 @@ def export_coreml(model: nn.Module, expected: list[tuple[Tensor, Array]], path: 
         InputError: coremltools is missing or cannot convert it; nothing is written.
         Failed: on a Mac its logits differ by more than fp16 explains; nothing is written.
     """
-    from nas.profilers.coreml import coremltools, save_package
+    from nas.coreml_package import coremltools, save_package
 
     found: list[float] = []
 
@@ -194,7 +195,7 @@ def export_network(
     weights: str | Path | None,
     out: Path,
     format: str | None = None,
-    form: str = "deploy",
+    form: str | None = None,
     batch: int | str | None = None,
     *,
     int8: bool = False,
@@ -207,8 +208,9 @@ def export_network(
         network: a YAML file or a zoo name.
         weights: as `nas.pretrained.load_pretrained` takes them.
         format: onnx, coreml or torch; None: as the name of `out` says.
-        form: deploy (rewritten to be fast, the function unchanged), fastest (deploy, with the form of every layer that was
-            measured to be the fastest on this machine), or plain.
+        form: deploy (rewritten to be fast in ONNX Runtime and Core ML, the function unchanged), fastest (deploy, with the form
+            of every layer that was measured to be the fastest on this machine), or plain; None: the one that latency tables
+            are of, plain for torch and deploy for the others.
         batch: images of a call, or dynamic; None: one, or one full group where the network multiplexes.
         int8: quantise, with ranges from training images of `data`, and print the accuracy on its validation images.
         data: an image folder; None: the embedded digits.
@@ -217,6 +219,7 @@ def export_network(
     from supernet.deploy import deployed
 
     format = _format(format, out)
+    form = USUAL_FORM[format] if form is None else form
     if form not in FORMS:
         raise unknown("form", form, FORMS)
     if form == "fastest" and format != "onnx":

@@ -119,7 +119,7 @@ def export_job(
         say(f"{folder} already holds this job")
         return folder / "manifest.json"
     if form == "coreml":
-        from nas.profilers.coreml import coremltools
+        from nas.coreml_package import coremltools
 
         coremltools()  # it may be missing: before what is there goes
     known = before["models"] if before is not None and before["made_with"] == manifest["made_with"] else {}
@@ -243,7 +243,7 @@ def _write_models(
             entry |= {"sha256": hashlib.sha256(data).hexdigest(), "weights": weights}
             write_atomically(folder / entry["file"], data)
         else:
-            from nas.profilers.coreml import package_sha256, save_package
+            from nas.coreml_package import package_sha256, save_package
 
             path = folder / entry["file"]
             if not path.exists():

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nas.coreml_package import convert, operations
 from nas.export import onnx_bytes, with_ordinary_values
 from nas.measure import input_shape
 from nas.plan import terms_of
-from nas.profilers.coreml import convert, operations
 from nas.profilers.ort_cpu import OrtCpu
 from nas.table import LatencyTable, Row
 from supernet.arch import ArchConfig, Stage

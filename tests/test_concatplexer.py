@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from nas import coreml_package
 from nas.data import Images, load_images
 from nas.export import export_network, onnx_bytes, with_ordinary_values
 from nas.measure import build_module
 from nas.plan import random_network, terms_of
-from nas.profilers import coreml
 from nas.recipe import RECIPES
 from nas.steps import parameter_groups
 from nas.table import LatencyTable, Row
@@ -270,7 +270,7 @@ def test_a_group_is_what_nas_export_writes(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize("plain", PLAIN.values(), ids=PLAIN)
 def test_it_converts_to_core_ml(plain: ArchConfig, mux: MultiplexSpec) -> None:
     arch = replace(plain, mux=mux)
-    coreml.convert(build(arch), images(2, arch))
+    coreml_package.convert(build(arch), images(2, arch))
 
 
 # -- As layers -----------------------------------------------------------------------------------------------------------

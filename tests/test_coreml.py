@@ -14,18 +14,11 @@ import torch
 from hosts import be_linux, be_mac
 from torch import Tensor, nn
 
+from nas import coreml_package
+from nas.coreml_package import convert, operations, package_bytes, save_package
 from nas.measure import CACHED, EMPTY, Model, build_module, name_of
 from nas.profilers import coreml
-from nas.profilers.coreml import (
-    CoreMlModel,
-    LoadGuard,
-    convert,
-    counted_calls,
-    open_mac,
-    operations,
-    package_bytes,
-    save_package,
-)
+from nas.profilers.coreml import CoreMlModel, LoadGuard, counted_calls, open_mac
 from nas.profilers.iphone import iphone_id
 from nas.profilers.timing import Stopwatch
 from supernet.arch import ArchConfig, Stage
@@ -69,7 +62,7 @@ def test_blocks_convert_to_fp16_without_casts_or_norms(model: Model, expected: l
     module, example = build_module(model, deploy=False)
     converted = convert(module, example)
     ports = [*converted.get_spec().description.input, *converted.get_spec().description.output]
-    half = coreml.coremltools().proto.FeatureTypes_pb2.ArrayFeatureType.FLOAT16
+    half = coreml_package.coremltools().proto.FeatureTypes_pb2.ArrayFeatureType.FLOAT16
     assert [(port.name, port.type.multiArrayType.dataType) for port in ports] == [("x", half), ("y", half)]
     assert tuple(ports[0].type.multiArrayType.shape) == tuple(example.shape)
     found = operations(converted)
@@ -150,11 +143,11 @@ def test_a_package_is_reproducible_and_says_what_it_is(tmp_path: Path) -> None:
     module, example = build_module(CACHED, deploy=True)
     paths = [tmp_path / "a.mlpackage", tmp_path / "b" / "b.mlpackage"]
     hashes = [save_package(module, example, path, name_of(CACHED)) for path in paths]
-    assert hashes[0] == hashes[1] == coreml.package_sha256(paths[1])
+    assert hashes[0] == hashes[1] == coreml_package.package_sha256(paths[1])
     assert package_bytes(paths[0]) > 2 * sum(parameter.numel() for parameter in module.parameters())
-    metadata = coreml.coremltools().models.MLModel(str(paths[0]), skip_model_load=True).user_defined_metadata
+    metadata = coreml_package.coremltools().models.MLModel(str(paths[0]), skip_model_load=True).user_defined_metadata
     assert metadata["metapath.key"] == "2 x mb4d(dim=64) at 16 px"
-    assert metadata["metapath.weights_sha256"] == coreml.weights_sha256(module)
+    assert metadata["metapath.weights_sha256"] == coreml_package.weights_sha256(module)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mlpackage", "b"], "nothing temporary is left"
     modes = {path.stat().st_mode & 0o777 for path in paths[0].rglob("*") if path.is_dir()}
     assert modes == {0o755}, "an app on a phone is another user"

@@ -16,11 +16,11 @@ from tables import plain_calibration
 from torch import Tensor, nn
 
 from nas import cli
+from nas.coreml_package import convert, operations
 from nas.evaluation import recalibrate
 from nas.export import onnx_bytes, with_ordinary_values
 from nas.measure import Model, build_module
 from nas.plan import work_for
-from nas.profilers.coreml import convert, operations
 from nas.table import LatencyTable, Row, measured_layers
 from supernet.arch import ArchConfig, Stage
 from supernet.blocks import build_layer

@@ -25,7 +25,7 @@ from refusals import refusal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nas import cli
+from nas import cli, coreml_package
 from nas.about import note, targets_of_file
 from nas.data import load_images, normalise
 from nas.export import (
@@ -161,9 +161,9 @@ def test_a_package_that_computes_something_else_leaves_the_old_one(monkeypatch: 
         return SimpleNamespace(predict=lambda given: {"logits": (logits + off).astype(np.float16)})
 
     be_mac(monkeypatch)
-    monkeypatch.setattr(coreml, "convert", lambda *_: SimpleNamespace(user_defined_metadata={}, save=save))
-    monkeypatch.setattr(coreml, "_make_reproducible", lambda package: None)
-    monkeypatch.setattr(coreml, "coremltools", lambda: SimpleNamespace(models=SimpleNamespace(MLModel=load)))
+    monkeypatch.setattr(coreml_package, "convert", lambda *_: SimpleNamespace(user_defined_metadata={}, save=save))
+    monkeypatch.setattr(coreml_package, "_make_reproducible", lambda package: None)
+    monkeypatch.setattr(coreml_package, "coremltools", lambda: SimpleNamespace(models=SimpleNamespace(MLModel=load)))
     out = tmp_path / "m.mlpackage"
     out.mkdir()
     (out / "Manifest.json").write_text("old")
@@ -280,7 +280,7 @@ def test_every_file_says_what_it_is(folder: Path, capsys: pytest.CaptureFixture[
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     logits, inside = json.loads(ran.stdout)
-    assert json.loads(inside) == {**about, "batch": "dynamic"}
+    assert json.loads(inside) == {**about, "batch": "dynamic", "form": "plain"}, "the form that tables of that runtime are of"
     np.testing.assert_allclose(logits, eager(images(3)).numpy(), rtol=0, atol=1e-4)
     assert "(N, 3, 32, 32) to (N, 5)" in capsys.readouterr().out
 
@@ -323,7 +323,7 @@ def test_a_core_ml_package_is_whole_and_says_what_was_not_checked(folder: Path, 
     MAP_HEAD.save("searched.yaml")
     save_file(build_model(MAP_HEAD).state_dict(), "model.safetensors", note(CLASSES))
     write("m.mlpackage")
-    found = coreml.coremltools().models.MLModel("m.mlpackage", skip_model_load=True)
+    found = coreml_package.coremltools().models.MLModel("m.mlpackage", skip_model_load=True)
     assert json.loads(found.user_defined_metadata["classes"]) == list(CLASSES)
     (entering,), (leaving,) = (found.get_spec().description.input, found.get_spec().description.output)
     assert (entering.name, leaving.name) == ("image", "logits")
@@ -344,7 +344,7 @@ def test_a_full_disk_leaves_the_old_file(out: str, folder: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if out == "m.mlpackage":  # converting takes seconds and is not what fails
-        monkeypatch.setattr(coreml, "convert", lambda *_: SimpleNamespace(user_defined_metadata={}, save=full))
+        monkeypatch.setattr(coreml_package, "convert", lambda *_: SimpleNamespace(user_defined_metadata={}, save=full))
         Path(out).mkdir()
     old = Path(out, "Manifest.json") if out == "m.mlpackage" else Path(out)
     old.write_text("old")
@@ -487,8 +487,9 @@ def test_the_core_ml_table_s_package_is_the_exported_one(
         given.append(kinds_of(onnx_bytes(module, example)))
         raise InputError("enough")
 
-    monkeypatch.setattr(coreml, "save_package", save_package)
-    monkeypatch.setattr(coreml, "coremltools", lambda: None)
+    for module in (coreml, coreml_package):
+        monkeypatch.setattr(module, "save_package", save_package)
+        monkeypatch.setattr(module, "coremltools", lambda: None)
     arch.save("searched.yaml")
     layers = tuple(arch.layers())
     plan = Plan(pieces=(), networks=(name_of(layers),), rows=(), smallest=name_of(layers), working_set_bytes=0, passes=(1,))

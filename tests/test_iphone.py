@@ -18,13 +18,13 @@ from hosts import be_linux, be_mac
 from test_lut import cost, device_ms, small_space
 from torch import Tensor, nn
 
-from nas import cli
+from nas import cli, coreml_package
 from nas.export_forms import COREML
 from nas.job import export_job
 from nas.lut import import_results
 from nas.measure import CACHED, STREAMING, name_of
 from nas.plan import Work, work_for
-from nas.profilers import coreml, iphone
+from nas.profilers import coreml, coreml_check, iphone
 from nas.profilers.bench import Disturbed, Plan
 from nas.profilers.coreml_check import check
 from nas.profilers.iphone import iphone_id, measure_on_iphone
@@ -232,7 +232,7 @@ def write_job(tmp_path: Path, device: str = "iphone15pro-npu", units: str = "CPU
         shape = [1, 48, 56, 56]
         models[name] = {
             "file": f"models/{package.name}",
-            "sha256": coreml.package_sha256(package),
+            "sha256": coreml_package.package_sha256(package),
             "input": {"name": "x", "shape": shape, "dtype": "float16"},
         }
     manifest = {
@@ -319,7 +319,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path.mkdir(parents=True)
         (path / "Manifest.json").write_text(repr(example.shape))
 
-    monkeypatch.setattr(coreml, "save_package", stub)
+    for module in (coreml_package, coreml_check):
+        monkeypatch.setattr(module, "save_package", stub)
 
 
 def test_the_command_makes_a_table_of_what_the_phone_says(xcode: FakeXcode, here: None, tmp_path: Path) -> None:

@@ -409,8 +409,8 @@ def test_what_a_kill_left_of_a_job_is_no_stranger(folder: Path, work: Work) -> N
 def test_a_core_ml_job_without_coremltools_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = work_for(SPACE, precision="fp16")
     with monkeypatch.context() as patch:
-        patch.setattr("nas.profilers.coreml.coremltools", lambda: None)
-        patch.setattr("nas.profilers.coreml.save_package", lambda module, example, path, key: path.mkdir())
+        patch.setattr("nas.coreml_package.coremltools", lambda: None)
+        patch.setattr("nas.coreml_package.save_package", lambda module, example, path, key: path.mkdir())
         manifest = export_job(tmp_path / "job", SPACE, work, device="apple-m2-npu", form="coreml")
     earlier = manifest.read_text().replace('"torch": "', '"torch": "1.')
     manifest.write_text(earlier)

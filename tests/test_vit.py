@@ -17,11 +17,11 @@ from golden.recipe import images, weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nas import coreml_package
 from nas.checkpoints import load_weights
 from nas.export import onnx_bytes
 from nas.measure import build_module, input_shape
 from nas.plan import terms_of
-from nas.profilers import coreml
 from nas.steps import parameter_groups
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
@@ -278,7 +278,7 @@ def test_the_exported_network_is_the_eager_one() -> None:
 
 @pytest.mark.parametrize("layer", dict.fromkeys(small().layers()), ids=str)
 def test_every_layer_converts_to_core_ml(layer: Layer) -> None:
-    coreml.convert(*build_module((layer,), deploy=True))
+    coreml_package.convert(*build_module((layer,), deploy=True))
 
 
 # -- Spaces and tables ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from nas.coreml_package import coremltools, save_package
 from nas.measure import CACHED, build_module
 from nas.profilers import coreml
 from nas.profilers.iphone import OLDEST_IOS, Phone, check_team, devicectl, find_phone, run
@@ -53,7 +54,7 @@ def _check_macos() -> Line:
 
 def _check_coremltools() -> Line:
     try:
-        version = coreml.coremltools().__version__
+        version = coremltools().__version__
     except InputError as error:
         return "coremltools", False, str(error)
     return f"coremltools {version}", True, ""
@@ -148,7 +149,7 @@ def _check_neural_engine(possible: bool, phone: Phone | None, team_id: str) -> L
     try:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "model.mlpackage"
-            coreml.save_package(*build_module(CACHED, deploy=True), package)
+            save_package(*build_module(CACHED, deploy=True), package)
             off = coreml.off_npu(package) if phone is None else _off_npu_of_phone(package, phone, team_id)
     except Exception as error:  # coremltools' remote interface is experimental and raises what it likes
         return what, False, f"the compute plan cannot be read ({' '.join(str(error).split())[:200]})"
