@@ -190,25 +190,30 @@ def networks_evaluated(run: Path) -> int:
     return len(read_evaluations(run / "evaluations.csv").keys() - (checked - networks_of_drops(run)))
 
 
-def search_at_random(study: Study, seed: int, target_ms: float, evaluations: int, folder: Path, run: Path) -> list[Chosen]:
-    """Return the best of so many random networks, as the supernet of `run` scores them; nothing where none meets the target."""
+def scorer_of(study: Study, seed: int, folder: Path, run: Path) -> Remembered:
+    """Return what scores networks as the search `run` scored them: by its supernet, on its images. What is evaluated is kept
+    in `folder`."""
     borrow(run, folder)
     settings, space = study.settings, study.space
-    # Images and supernet are those of the search.
     data = load_images(study.images, study.search_size, seed, score_images=settings.score_images)
     supernet = train_supernet(space.at(study.search_size), data, settings, seed, folder)
     logits = logits_of(supernet, settings)
     base = space.largest if logits is None else start_network(space, logits)
     evaluator = evaluator_of(supernet, base, data, settings, folder)
     scored = Recovered(evaluator, data, settings, seed) if settings.recovery_steps else evaluator
-    evaluate = Remembered(scored, folder / "evaluations.csv")
+    return Remembered(scored, folder / "evaluations.csv")
+
+
+def search_at_random(study: Study, seed: int, target_ms: float, evaluations: int, folder: Path, run: Path) -> list[Chosen]:
+    """Return the best of so many random networks, as the supernet of `run` scores them; nothing where none meets the target."""
+    evaluate = scorer_of(study, seed, folder, run)
     check = Measured(folder / "measured.json", study.table)
     rng = random.Random(f"random search, seed {seed}, {target_ms:g} ms")
-    draws = random_at_target(space, study.own_table, check, target_ms, rng)
+    draws = random_at_target(study.space, study.own_table, check, target_ms, rng)
     with progress(f"random search at {target_ms:g} ms", evaluations) as tick:
 
         def charge_of(arch: ArchConfig) -> float:
-            charge = evaluate(arch).charge(settings.score)  # what the searches rank by
+            charge = evaluate(arch).charge(study.settings.score)  # what the searches rank by
             tick(1)
             return charge
 

@@ -4,6 +4,7 @@
     python benchmarks/search_quality.py ... --choose     # first: find and measure the networks, train none, in a quiet hour
     python benchmarks/search_quality.py ... --part 1/2   # then, with 2/2 beside it: train them
     python benchmarks/search_quality.py ... --report     # print what is finished
+    python benchmarks/search_quality.py ... --ranking    # at last: how well the supernets rank the random networks
 
 At each target, by one recipe, top-1 on images that no search saw, of:
 
@@ -33,6 +34,7 @@ import torch
 from quality_choices import Study, choose_at_random, choose_by_search, choose_l1, choose_mobilenet
 from quality_estimate import EVALUATIONS, PROBE_STEPS, Pace, hours_left, probe, trainings_at_a_target
 from quality_report import RANDOM, Chosen, Trained, report, rows_of
+from quality_supernets import ranking
 from rivals import Network, cpu_of
 from studies import content_of, last_row, new_model, part_of, take_claimed, train_alone, train_model
 
@@ -243,6 +245,9 @@ def main() -> None:
     )
     parser.add_argument("--choose", action="store_true", help="find and measure the networks, and train none")
     parser.add_argument("--report", action="store_true", help="print what is finished in --out, and end")
+    parser.add_argument(
+        "--ranking", action="store_true", help="print how well the supernets rank the random networks that are trained, and end"
+    )
     parser.add_argument("--part", default="1/1", metavar="K/N", help="do only the K-th of N shares of the work")
     parser.add_argument(
         "--out", type=Path, default=Path("search-quality"), metavar="FOLDER", help="where everything is kept (%(default)s)"
@@ -266,6 +271,10 @@ def main() -> None:
     study = Study(given)
     cpu_of(study.table)
     begin(study)
+    if given.ranking:
+        check_chosen(groups, given.out)
+        print(ranking(study, results(groups, given)), end="")
+        return
     say_estimate(study, groups)
     for number, group in enumerate(mine, 1):
         say(f"piece {number} of {len(mine)}: {group.name}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from quality_report import (
     report,
     scores_of,
 )
+from quality_supernets import ranking
 from rivals import (
     Time,
     best_scored,
@@ -653,3 +655,45 @@ def test_networks_that_are_not_just_under_their_target_are_counted(given: argpar
     alone = Trained(chosen(RANDOM, name="r", high_ms=0.3), 0, 50.0)
     text = report([*ones, *same, alone], given, 7, facts, date(2026, 1, 2))
     assert "3 of these networks are not within 3 % under their target" in text
+
+
+def test_supernets_are_held_to_the_order_of_the_trained_random_networks(
+    given: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = SearchSpace.load("efficientformer-tiny")
+    archs = [space.sample(random.Random(number)) for number in range(4)]
+    truth = [50.0, 54.0, 52.0, 51.0]
+    losses = [[4.0, 1.0, 2.0, 3.0], [1.0, 4.0, 3.0, 2.0]]  # of one that knows the order, and of one that turns it round
+
+    class Scorer:
+        def __init__(self, seed: int) -> None:
+            self.seed = seed
+
+        def each(self, asked: list[ArchConfig]) -> list[tuple[int, Evaluation]]:
+            found = [(at, Evaluation(losses[self.seed][archs.index(arch)])) for at, arch in enumerate(asked)]
+            return found[::-1]  # the order is its own
+
+    opened = []
+
+    def scorer_of(study: Any, seed: int, folder: Path, run: Path) -> Scorer:
+        opened.append((folder.relative_to(given.out).as_posix(), run.relative_to(given.out).as_posix()))
+        return Scorer(seed)
+
+    monkeypatch.setattr("quality_supernets.scorer_of", scorer_of)
+    ones = [replace(chosen(RANDOM, name=str(at)), macs=at, params=-at, arch=str(at)) for at in range(4)]
+    study = SimpleNamespace(given=given, out=given.out, settings=SupernetSettings(), network=lambda one: archs[int(one.arch)])
+    of_others = [Trained(chosen("exact", seed=0), 0, 99.0), Trained(chosen(RANDOM, target_ms=0.8), 0, 60.0)]
+    given.seeds = 2
+    text = ranking(study, [*(Trained(one, 0, top1) for one, top1 in zip(ones, truth, strict=True)), *of_others])  # type: ignore[arg-type]
+    assert opened == [(f"seed{s}/ranking", f"seed{s}/0.5ms-greedy") for s in (0, 1)]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert [row[:4] for row in rows] == [
+        ["0.5", "4", "51.75 ± 1.71", way] for way in ("2 supernets", "multiply-adds", "parameters")
+    ], "one network at 0.8 ms says nothing of an order"
+    assert [row[4].split()[0] for row in rows] == ["0.00", "0.00", "0.00"]
+    assert [row[5] for row in rows] == ["2.00", "3.00", "4.00"], "the mean of 0 and 4; of the largest; of the smallest"
+    given.seeds = 1
+    best = ranking(study, [Trained(one, 0, top1) for one, top1 in zip(ones, truth, strict=True)]).splitlines()[2]  # type: ignore[arg-type]
+    assert "| 1 supernet" in best and "| 1.00 (1.00 to 1.00) | 0.00 |" in best
+    with pytest.raises(InputError, match="random networks that are trained"):
+        ranking(study, of_others)  # type: ignore[arg-type]
