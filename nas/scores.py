@@ -152,6 +152,8 @@ class Drops:
             (base,) = (_drop(line) for line in lines if not line["stage"])
         except ValueError as error:
             raise InputError(f"{path} cannot be read ({error}): write it anew") from error
+        if len(singles) < len(with_stage):
+            raise InputError(f"{path} has a change twice: write it anew")
         if not all(math.isfinite(drop.drop_loss) and math.isfinite(drop.loss) for drop in (base, *singles.values())):
             raise InputError(f"{path} has a loss that is no finite number: write it anew")
         choices = _choices(space)

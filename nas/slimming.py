@@ -57,6 +57,7 @@ MIN_SAVING = 0.001  # of the target
 LANDING = 0.03  # under the target
 LANDING_TRIES = 6  # networks of the same blocks that are evaluated to choose where to land ...
 LANDING_BLOCKS = 3  # ... of the blocks of so many steps
+MOST_LOG_ODDS = 700.0  # of a slot, beyond which its odds are no finite number
 
 Importance = Sequence[Mapping[str, float]]  # for every slot of the space: log-odds of each kind against identity
 
@@ -122,13 +123,12 @@ def slim(
     target = budget if isinstance(budget, Target) else Target(budget)
     if score not in get_args(Score):
         raise unknown("score", score, get_args(Score))
-    if len(importance) != len(space.slots):
-        raise InputError(f"importance has {len(importance)} slots, but space {space.name} has {len(space.slots)}")
+    check_importance(space, importance)
     run = _Run(space, importance, evaluate, table, target, score, landing, limits, mes)
     smallest_ms = table.predict_ms(space.smallest)
     if target.ms < smallest_ms:
         raise InputError(
-            f"the target of {target.ms:g} ms is below the smallest network of {space.name}: "
+            f"the target of {target.ms:g} ms is below the smallest network of {space.name}, at which slimming ends: "
             f"give at least {rounded_up(smallest_ms)} ms"
         )
     check_limits(space, limits)
@@ -158,6 +158,22 @@ def slim(
                 on_step(steps[-1])
             arch, ms, evaluation = landed[0].arch, landed[0].ms, landed[0].evaluation
     return Trajectory(begin, tuple(steps), arch, ms, evaluation)
+
+
+def check_importance(space: SearchSpace, importance: Importance) -> None:
+    """Refuse an importance that has not, for every slot of the space, a finite number for each kind but identity."""
+    if len(importance) != len(space.slots):
+        raise InputError(f"importance has {len(importance)} slots, but space {space.name} has {len(space.slots)}")
+    for (i, j), odds in zip(space.slots, importance, strict=True):
+        kinds = [kind for kind in space.stages[i].kinds if kind != "identity"]
+        if set(odds) != set(kinds):
+            raise InputError(
+                f"importance must have {', '.join(kinds)} for slot {j + 1} of stage {i + 1} of space {space.name}, but has "
+                f"{', '.join(map(str, odds)) or 'nothing'}"
+            )
+        for kind, value in odds.items():
+            if not math.isfinite(value):
+                raise InputError(f"importance must be finite, but is {value} for {kind} in slot {j + 1} of stage {i + 1}")
 
 
 def start_network(space: SearchSpace, importance: Importance) -> ArchConfig:
@@ -309,7 +325,8 @@ class _Run:
 
         def importance(i: int) -> float:
             blocks = enumerate(arch.stages[i].blocks)
-            return sum(math.exp(slot_score(self.log_odds[i, j])) for j, b in blocks if not isinstance(b, Identity))
+            odds = (slot_score(self.log_odds[i, j]) for j, b in blocks if not isinstance(b, Identity))
+            return sum(math.exp(min(score, MOST_LOG_ODDS)) for score in odds)
 
         for i in sorted(range(len(arch.stages)), key=lambda i: (importance(i), i)):
             width = arch.stages[i].width

@@ -486,6 +486,8 @@ def _parse_calibration(entry: Mapping[str, Any]) -> Calibration:
     told = (found.mean_error_percent, *(value for n in found.networks for value in (n.ms, n.predicted_ms)))
     if not all(map(math.isfinite, (*decides, *told))):
         raise ValueError(f"the calibration for {found.space} has a number that is not finite")
+    if found.scale <= 0:
+        raise ValueError(f"the calibration for {found.space} has a scale of {found.scale:g}, which must be above 0")
     if found.bend < 0:
         raise ValueError(f"the calibration for {found.space} has a bend of {found.bend:g}, which must be at least 0")
     return found

@@ -86,6 +86,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         check_width(self.width)
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # lists, as YAML has them, have no hash
         object.__setattr__(self, "entry", unplaced(self.entry))
         begun = False
         for block in self.blocks:
@@ -147,6 +148,7 @@ class ArchConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "image_size", "num_classes")
+        object.__setattr__(self, "stages", tuple(self.stages))
         if not self.stages:
             raise InputError(f"network {self.name!r} has no stages")
         if len(self.stages) > MOST_STAGES:

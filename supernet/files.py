@@ -104,7 +104,11 @@ def parse_yaml(text: object, where: str) -> dict[str, Any]:
     if not isinstance(text, str):
         raise InputError(f"{where} must be a YAML text, but is {type(text).__name__}")
     try:
-        content = yaml.safe_load(text)
+        loader = _Loader(text)
+        try:
+            content = loader.get_single_data()
+        finally:
+            loader.dispose()
         _check_values(content, where, MOST_VALUES)
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
         if isinstance(error, InputError):
@@ -112,10 +116,30 @@ def parse_yaml(text: object, where: str) -> dict[str, Any]:
         # PyYAML raises ValueError for a date such as 2024-13-45, and others for its own tags where they do not fit
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
+        if isinstance(error, _Repeated):
+            raise InputError(f"{where} has {error.problem} twice in one mapping{line}: leave one out") from error
         raise InputError(f"{where} is not valid YAML{line}") from error
     if not isinstance(content, dict):
         raise InputError(f"{where} must hold a mapping of fields, but holds {type(content).__name__}")
     return content
+
+
+class _Repeated(yaml.MarkedYAMLError):
+    """A mapping has the same field twice, of which PyYAML would take the last without a word."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses a field that stands twice in one mapping, as YAML's specification does."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node] | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise _Repeated(problem=repr(key.value), problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 def read_json(path: str | Path, what: str, do: str = "give another file") -> dict[str, Any]:

@@ -54,6 +54,8 @@ class StageSpace:
     entry: Entry | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))  # lists, as YAML has them, equal no tuples
+        object.__setattr__(self, "candidates", tuple(self.candidates))
         object.__setattr__(self, "entry", unplaced(self.entry))
         if not self.widths:
             raise InputError("a stage must have at least one width")
@@ -118,6 +120,8 @@ class SearchSpace:
     mux: tuple[MultiplexSpec, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "mux", tuple(self.mux))
         if not self.stages:
             raise InputError(f"space {self.name!r} has no stages")
         _ = self.largest  # an ArchConfig checks image size, classes and strides
@@ -453,8 +457,14 @@ def _widths(given: object) -> tuple[int, ...]:
             raise InputError(f"widths: min must be at most max, but is {given!r}")
         if (given["max"] - given["min"]) // given["step"] >= MOST_WIDTHS:
             raise InputError(f"widths: a stage has at most {MOST_WIDTHS}, but {given!r} are more")
-        given = list(range(given["min"], given["max"] + 1, given["step"]))
-    widths = checked_list(given, "widths")
-    for width in widths:
+        widths = range(given["min"], given["max"] + 1, given["step"])
+        if widths[-1] != given["max"]:
+            raise InputError(
+                f"widths: no number of steps leads from min to max in {given!r}: give a max of {widths[-1]} or "
+                f"{widths[-1] + given['step']}, or a list"
+            )
+        given = list(widths)
+    found = checked_list(given, "widths")
+    for width in found:
         check_width(width)
-    return tuple(widths)
+    return tuple(found)

@@ -128,6 +128,8 @@ class Sandwich:
         check_positive(self, "dim", "num_heads", "key_dim", "window", "ffn_ratio")
         if self.dim % self.num_heads:
             raise InputError(f"Sandwich: dim must be a multiple of num_heads, but {self.dim} is none of {self.num_heads}")
+        if isinstance(self.q_kernels, list):
+            object.__setattr__(self, "q_kernels", tuple(self.q_kernels))
         kernels = self.q_kernels
         if not isinstance(kernels, tuple) or not all(type(k) is int and k > 0 and k % 2 for k in kernels):
             raise InputError(f"Sandwich: q_kernels must be a list of odd whole numbers, but is {kernels!r}")

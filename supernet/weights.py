@@ -35,6 +35,8 @@ class _Family(NamedTuple):
     stages: bool = True  # blocks are numbered within stages
     head_norm: str = "norm."
     classifiers: tuple[str, ...] = ("head.",)
+    optional: tuple[str, ...] = ()  # classifiers that timm leaves out with distillation=False
+    norms_inside: bool = False  # timm has a convolution and its norm in one module
 
     @property
     def remedy(self) -> str:
@@ -42,7 +44,7 @@ class _Family(NamedTuple):
 
 
 _V1 = _Family("EfficientFormer", classifiers=("head.", "head_dist."))
-_V2 = _Family("EfficientFormerV2", classifiers=("head.", "head_dist."))
+_V2 = _Family("EfficientFormerV2", classifiers=("head.", "head_dist."), optional=("head_dist.",), norms_inside=True)
 _EFFICIENTVIT = _Family("EfficientViT of MSRA", "patch_embed.", head_norm="head.bn.", classifiers=("head.linear.",))
 _VIT = _Family("ViT or DeiT", stem="", stages=False)
 
@@ -58,7 +60,7 @@ def load_timm_weights(model: nn.Module, timm_state_dict: Mapping[str, Tensor]) -
     `build_model`, whatever its image size.
 
     timm averages the logits of EfficientFormer's two classifiers; here their weights are averaged, which comes to the
-    same.
+    same. One of EfficientFormerV2 that was made with `distillation=False` has one.
     Attention biases and position embeddings for a map of another size are resized. With another number of classes than the
     state dict's, the network's classifier (the last linear layer) keeps the fresh weights that it has. timm's
     `attention_bias_idxs` buffers are ignored, as they follow from the map's size. Values are cast to the network's own dtype
@@ -68,8 +70,15 @@ def load_timm_weights(model: nn.Module, timm_state_dict: Mapping[str, Tensor]) -
         InputError: the model is not one of `build_model`; or the state dict lacks a tensor, or has one too many or one
             of another shape. The model is then as it was.
     """
-    given = {name: tensor for name, tensor in timm_state_dict.items() if not name.endswith(".attention_bias_idxs")}
+    if not isinstance(timm_state_dict, Mapping):
+        raise InputError(
+            f"timm weights are a state dict, names to tensors, but this is {type(timm_state_dict).__name__}: give "
+            "model.state_dict() of timm's network, or what torch.load(FILE, weights_only=True) returns"
+        )
+    given = {name: tensor for name, tensor in timm_state_dict.items() if not str(name).endswith(".attention_bias_idxs")}
     own, family = model.state_dict(), _family(model)
+    absent = {c for c in family.optional if not any(str(name).startswith(c) for name in given)}
+    family = family._replace(classifiers=tuple(c for c in family.classifiers if c not in absent))
     sources = dict(_sources(model, family))
     _check_names(given, {name for names in sources.values() for name in names}, family)
     classes = given[f"{family.classifiers[0]}bias"].numel()
@@ -153,7 +162,7 @@ def _sources(model: nn.Module, family: _Family) -> Iterator[tuple[str, list[str]
             elif layer == "head":
                 yield own, [family.head_norm + key.removeprefix("norm.")]
             else:
-                yield own, [prefix + (_v2_name(module, key) if family is _V2 else key)]
+                yield own, [prefix + (_v2_name(module, key) if family.norms_inside else key)]
     if not blocks:
         raise _not_ours(model, "has no stages")
 
@@ -231,15 +240,16 @@ def subnetwork(supernet: AnySupernet, arch: ArchConfig, kept: UnitScores | None 
     A narrowed stage, and what is inside its blocks, keeps the units that score highest in `kept`, the same channels whatever
     blocks it has (`supernet.units.kept_channels`). Without `kept` every tensor is the leading slice of the supernet's, as an
     elastic supernet is trained. Batch-norm statistics are sliced too and do not fit a narrowed network until they are
-    recomputed. `arch` has the supernet's image size. The network is on the supernet's device.
+    recomputed. `arch` has the supernet's image size. The network has the supernet's device and dtype.
     """
     space = supernet.space
     if arch.image_size != space.image_size:
         raise ValueError(f"{arch.name} is for {arch.image_size} px, the supernet for {space.image_size} px: use arch.at")
     member = space.fit(arch.without_mux())
     named = member.named_layers()[begin:]
-    with next(supernet.parameters()).device:  # where its weights are: nothing goes over the host
-        model = nn.Sequential(OrderedDict((name, build_layer(layer)) for name, layer in named))
+    weight = next(supernet.parameters())
+    with weight.device:  # where its weights are: nothing goes over the host
+        model = nn.Sequential(OrderedDict((name, build_layer(layer)) for name, layer in named)).to(weight.dtype)
     if kept is None:
         for (name, layer), module in zip(named, model.children(), strict=True):
             module.load_state_dict(_leading(supernet.source(name, layer).state_dict(), module.state_dict()))

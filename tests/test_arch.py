@@ -15,8 +15,9 @@ from refusals import refusal
 
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
+from supernet.files import parse_yaml
 from supernet.space import SearchSpace, space_names
-from supernet.specs import MB3D, MB4D, Embedding, Flat, Head, Identity, Layer, Stem, Unflat
+from supernet.specs import MB3D, MB4D, Embedding, Flat, Head, Identity, Layer, Sandwich, Stem, Unflat
 
 ROOT = Path(__file__).parent.parent
 ZOO = sorted((ROOT / "supernet" / "zoo").glob("*.yaml"))
@@ -228,9 +229,14 @@ def test_a_file_that_is_no_network_is_refused_by_its_field(change: Change, messa
         (b"name: l1\nstages: [{width: 48, stri", "is not valid YAML (line 2)"),
         (b"name: l1\n\timage_size: 224\n", "is not valid YAML (line 2)"),
         (b"name: !!python/object/apply:os.getcwd []\n", "is not valid YAML (line 1)"),
+        (
+            b"name: l1\nimage_size: 32\nstages: []\nimage_size: 64\n",
+            "has 'image_size' twice in one mapping (line 4): leave one out",
+        ),
+        (b"stages: [{width: 64, stride: 2, width: 48}]\n", "has 'width' twice in one mapping (line 1): leave one out"),
         (b"\xff\xfe\xfa", "is no text in UTF-8: save it as such, or give another file"),
     ],
-    ids=["empty", "list", "truncated", "tab", "code", "binary"],
+    ids=["empty", "list", "truncated", "tab", "code", "a field twice", "a field twice within", "binary"],
 )
 def test_a_file_that_is_no_mapping_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
@@ -293,3 +299,16 @@ def test_networks_and_spaces_need_no_torch(module: str) -> None:
         check=True,
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_lists_are_as_good_as_tuples() -> None:
+    """What is made in Python from lists hashes, and equals what a file says."""
+    sandwich = Sandwich(16, num_heads=2, q_kernels=[5, 3])  # type: ignore[arg-type]
+    of_lists = ArchConfig("small", 32, 5, [Stage(16, 4, [MB4D(16), sandwich])])  # type: ignore[arg-type]
+    of_tuples = ArchConfig("small", 32, 5, (Stage(16, 4, (MB4D(16), Sandwich(16, num_heads=2, q_kernels=(5, 3)))),))
+    assert of_lists == of_tuples and hash(of_lists) == hash(of_tuples)
+    assert ArchConfig.from_dict(yaml.safe_load(of_lists.to_yaml()), "it") == of_lists
+    anchored = parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: {<<: *a, x: 4}\n", "a file")
+    assert (anchored["b"], anchored["c"]) == ({"x": 3, "y": 2}, {"x": 4, "y": 2}), (
+        "what replaces a merged field is no repetition"
+    )

@@ -275,6 +275,13 @@ def test_a_path_of_ints_equals_the_built_network() -> None:
     assert all((a - b).abs().max() > 1e-3 for n, a in enumerate(outputs) for b in outputs[:n])
 
 
+def test_a_network_has_its_supernet_s_precision() -> None:
+    net = supernet(TINY)
+    for dtype in (torch.bfloat16, torch.float64):
+        kinds = {tensor.dtype for tensor in subnetwork(net.to(dtype), TINY.smallest).parameters()}
+        assert kinds == {dtype}
+
+
 def test_a_narrowed_network_has_the_leading_channels() -> None:
     net, rng = supernet(TINY), random.Random(1)
     arch = TINY.arch([stage.widths[0] for stage in TINY.stages], [["ffn"] * 2, ["ffn"] * 2, ["attn_ffn"] * 4, ["attn_ffn"] * 3])

@@ -269,7 +269,10 @@ def test_a_file_of_another_space_is_refused(tmp_path: Path) -> None:
     assert "not of the space three" in refusal(lambda: Drops.load(path, wider))
     narrower = replace(SPACE, stages=(replace(SPACE.stages[0], depth=1), *SPACE.stages[1:]))
     assert "not of the space three" in refusal(lambda: Drops.load(path, narrower))
-    path.write_text(path.read_text().replace("drop_loss", "loss_drop"))
+    text = path.read_text()
+    path.write_text(text + text.splitlines()[-1] + "\n")
+    assert "has a change twice" in refusal(lambda: Drops.load(path, SPACE))
+    path.write_text(text.replace("drop_loss", "loss_drop"))
     assert "must have the columns" in refusal(lambda: Drops.load(path, SPACE))
 
 

@@ -345,6 +345,27 @@ def test_a_budget_that_is_no_latency_is_refused(budget: float) -> None:
     assert "positive number of milliseconds" in refusal(lambda: slim(TWO, IMPORTANCE, loss_by_hand(), Table(), budget))
 
 
+@pytest.mark.parametrize(
+    ("slot", "message"),
+    [
+        ({"MB4D": 1.0, "mb3d": 1.0}, "must have mb4d, mb3d for slot 1 of stage 2 of space two, but has MB4D, mb3d"),
+        ({"mb4d": 1.0}, "must have mb4d, mb3d for slot 1 of stage 2 of space two, but has mb4d"),
+        ({}, "but has nothing"),
+        ({"mb4d": math.nan, "mb3d": 0.0}, "must be finite, but is nan for mb4d in slot 1 of stage 2"),
+        ({"mb4d": 0.0, "mb3d": -math.inf}, "must be finite, but is -inf for mb3d in slot 1 of stage 2"),
+    ],
+)
+def test_an_importance_that_is_not_of_the_space_is_refused(slot: dict[str, float], message: str) -> None:
+    importance = [IMPORTANCE[0], slot, IMPORTANCE[2]]
+    assert message in refusal(lambda: slim(TWO, importance, loss_by_hand(), Table(), 5.0))
+    assert "importance has 2 slots" in refusal(lambda: slim(TWO, IMPORTANCE[:2], loss_by_hand(), Table(), 5.0))
+
+
+def test_an_importance_may_be_as_large_as_numbers_are() -> None:
+    huge = [dict.fromkeys(slot, 1e300) for slot in IMPORTANCE]
+    assert slim(TWO, huge, loss_by_hand(), Table(), 5.0).ms <= 5.0
+
+
 def test_a_budget_below_the_smallest_network_is_refused_with_one_that_is_not() -> None:
     @dataclass(frozen=True)
     class Offset:

@@ -230,6 +230,10 @@ BAD: dict[str, tuple[Change, str]] = {
     "no step": (put2("widths", {"min": 32, "max": 64}), "stage 2: widths must be a list or whole numbers min, max and"),
     "step 0": (put2("widths", {"min": 32, "max": 64, "step": 0}), "stage 2: widths must be a list or whole numbers"),
     "step 4": (put2("widths", {"min": 32, "max": 64, "step": 4}), "stage 2: a width must be a positive multiple of 8"),
+    "a max that no step hits": (
+        put2("widths", {"min": 16, "max": 40, "step": 16}),
+        "give a max of 32 or 48, or a list",
+    ),
     "no identity": (
         put2("candidates", ["mb4d", "mb3d"]),
         "stage 2: candidates must be identity and at least one other",
@@ -282,3 +286,11 @@ def test_spaces_made_in_code_are_checked_too() -> None:
     assert "has no stages" in refusal(lambda: SearchSpace("none", 64, 10, ()))
     assert "image_size must be" in refusal(lambda: SMALL.at(0))
     assert "num_classes must be" in refusal(lambda: SMALL.with_classes(0))
+
+
+def test_a_space_made_of_lists_equals_its_own_file(tmp_path: Path) -> None:
+    stage = StageSpace([16, 32], 2, 2, [MB4D(32), Identity(32)])  # type: ignore[arg-type]
+    space = SearchSpace("lists", 32, 10, [stage, stage])  # type: ignore[arg-type]
+    space.save(tmp_path / "lists.yaml")
+    assert SearchSpace.load(tmp_path / "lists.yaml") == space
+    assert space.sample(random.Random(0)) in space

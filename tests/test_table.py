@@ -181,6 +181,13 @@ def of_no_device(path: Path) -> None:
     sidecar.write_text(json.dumps(content))
 
 
+def falling(path: Path) -> None:
+    sidecar = path.with_suffix(".meta.json")
+    content = json.loads(sidecar.read_text())
+    content["calibrations"][0]["scale"] = -1.0
+    sidecar.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -191,6 +198,7 @@ def of_no_device(path: Path) -> None:
         (other_schema, "schema 99"),
         (guessed, r"its provenance must be measured or imported, but is 'estimated'\): build it anew"),
         (of_no_device, r"it lacks device\): build it anew"),
+        (falling, "a scale of -1, which must be above 0"),
     ],
 )
 def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:

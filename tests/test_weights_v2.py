@@ -81,6 +81,23 @@ def test_the_two_images_have_different_logits() -> None:
         assert distance(expected[0], expected[1]) > 0.1
 
 
+def test_a_network_that_timm_made_without_distillation_has_one_classifier(s0: nn.Module, s0_state: State) -> None:
+    alone = {key: tensor for key, tensor in s0_state.items() if not key.startswith("head_dist.")}
+    load_timm_weights(s0, alone)
+    found = s0.state_dict()
+    for name in ("weight", "bias"):
+        assert torch.equal(found[f"head.fc.{name}"], alone[f"head.{name}"].float())
+    twice = alone | {f"head_dist.{name}": alone[f"head.{name}"] for name in ("weight", "bias")}
+    expected = logits(s0)
+    load_timm_weights(s0, twice)
+    assert distance(logits(s0), expected) < 1e-6, "the mean of two equal classifiers"
+    del twice["head_dist.weight"]
+    with pytest.raises(InputError, match=r"it lacks head_dist.weight: give"):
+        load_timm_weights(s0, twice)
+    with pytest.raises(InputError, match=r"this is str: give model\.state_dict"):
+        load_timm_weights(s0, "s0.pth")  # type: ignore[arg-type]
+
+
 @cache
 def _kinds() -> dict[str, list[str]]:
     """S0's tensors by kind: their names without the numbers of stages and blocks, attention blocks apart."""
