@@ -118,7 +118,7 @@ def slim(
 
     Raises:
         InputError: the budget is not positive, or it or a limit is below the smallest network of the space; or `evaluate`
-            gives no finite number for what is charged.
+            gives no finite number for what is charged, or the importance is not of the space.
     """
     target = budget if isinstance(budget, Target) else Target(budget)
     if score not in get_args(Score):
