@@ -113,8 +113,11 @@ def with_sd(values: Sequence[float]) -> str:
 
 
 def report(trained: Sequence[Trained], given: argparse.Namespace, expected: int, facts: Mapping[str, Any], today: date) -> str:
-    """Return what the finished trainings say, as Markdown."""
+    """Return what the finished trainings say, as Markdown. `expected`: how many there are at each target at most."""
     scores = scores_of(trained)
+    begun = [ms for ms in given.targets if any(one.chosen.target_ms == ms for one in trained)]
+    untouched = [f"{ms:g}" for ms in given.targets if ms not in begun]
+    given = argparse.Namespace(**{**vars(given), "targets": begun})
     ours = [s for s in given.strategies if any((s, ms) in scores for ms in given.targets)]
     val_images = facts["val_images"]
     per_epoch = given.images_per_epoch or facts["train_images"]
@@ -131,8 +134,11 @@ def report(trained: Sequence[Trained], given: argparse.Namespace, expected: int,
         "Evaluations are the different networks that a search scored to choose one.",
         "",
     ]
-    if len(trained) < expected:
-        lines += [f"{len(trained)} of at most {expected} trainings are finished: what is missing is not in the tables.", ""]
+    if untouched:
+        lines += [f"Nothing is trained at {', '.join(untouched)} ms.", ""]
+    if len(trained) < expected * len(begun):
+        most = expected * len(begun)
+        lines += [f"{len(trained)} of at most {most} trainings are finished: what is missing is not in the tables.", ""]
     lines += _table_of_networks(trained, scores, given)
     lines += _table_of_differences(scores, ours, given)
     lines += _aims(scores, ours, given)

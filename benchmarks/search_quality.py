@@ -171,7 +171,7 @@ def print_report(groups: Sequence[Group], given: argparse.Namespace) -> None:
     if not trained:
         raise InputError(f"no training in {given.out} is finished: run it without --report first")
     facts = json.loads((given.out / "facts.json").read_text())
-    text = report(trained, given, trainings_at_a_target(given) * len(given.targets), facts, date.today())
+    text = report(trained, given, trainings_at_a_target(given), facts, date.today())
     rows = rows_of(trained)
     write_csv(given.out / "results.csv", rows, list(rows[0]))
     write_atomically(given.out / "report.md", text)

@@ -622,7 +622,9 @@ def test_a_mean_over_targets_has_an_interval_over_seeds() -> None:
 
 def test_the_report_says_what_the_figures_say(given: argparse.Namespace) -> None:
     facts = {"machine": "a machine", "software": "a runtime", "val_images": 10_000, "train_images": 40_000}
-    text = report(trained(FIGURES), given, 70, facts, date(2026, 1, 2))
+    given.targets = [0.4, 0.5, 0.8]
+    text = report(trained(FIGURES), given, 35, facts, date(2026, 1, 2))
+    assert "Nothing is trained at 0.4 ms." in text and "0.4 ms:" not in text
     assert "2026-01-02" in text and "a machine" in text and "40,000 images" in text
     assert "21 of at most 70 trainings are finished" in text
     lines = text.splitlines()
