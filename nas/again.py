@@ -15,6 +15,7 @@ from nas.alone import alone
 from nas.guarantee import SLACK
 from nas.kept import complexity_of, described, read_evaluations, write_csv
 from nas.request import Finished, claim, finished
+from nas.result import nothing_taken_away
 from nas.scores import Drops
 from nas.slimming import Importance, start_network
 from nas.strategies import (
@@ -105,6 +106,7 @@ def answer(
             "predicted_loss": drops.sum_for(found.arch),
             "start_loss": drops.sum_for(start),
             "gap": found.gap,
+            "largest_of_space": not found.steps,
             "additivity": held.result.get("additivity"),
         }
         name = "-".join([held.space.name, *(f"{budget.ms:g}ms" for budget in budgets)])
@@ -208,7 +210,9 @@ def _print(result: Mapping[str, Any], held: Finished, out: Path) -> None:
         f"  loss {result['predicted_loss']:.4f} by the drops of {held.folder}, {result['start_loss']:.4f} of its start "
         f"network{whole}"
     )
-    if result["strategy"] == "exact":
+    if result["largest_of_space"]:
+        print(f"  {nothing_taken_away(held.space, held.result['init']['network'] if 'init' in held.result else None)}")
+    elif result["strategy"] == "exact":
         print(f"  {exact_for(result)}")
     for device in held.result.get("targets", [held.result]):
         off = device["measured_ms"] / device["predicted_ms"] - 1 if device["measured_ms"] else 0.0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
 from pathlib import Path
 
 from nas.operators import Breakdown, grouped
 from supernet.errors import InputError
+from supernet.files import write_atomically
 
 KINDS = 6
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -19,13 +22,19 @@ def check_plot_file(path: Path) -> Path:
     """Return `path` if a picture can be written there.
 
     Raises:
-        InputError: its ending is of no picture, or its folder is not there.
+        InputError: its ending is of no picture, or its folder is not there or may not be written to.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"the picture {path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"the picture {path} cannot be written: give a file in a folder that is there")
-    return path
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise InputError(
+            f"the picture {path} cannot be written ({error.strerror}): give --plot a file in a folder that may be written to"
+        ) from error
 
 
 def plot_layers(breakdown: Breakdown, title: str, path: Path) -> None:
@@ -72,4 +81,6 @@ def plot_layers(breakdown: Breakdown, title: str, path: Path) -> None:
         axes.spines[side].set_visible(False)
     if len(kinds) > 1:
         figure.legend(loc="outside lower center", ncols=min(len(kinds), 7), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=path.suffix[1:].lower())
+    write_atomically(path, picture.getvalue())

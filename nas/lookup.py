@@ -185,9 +185,15 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
             return table.calibrated_for(space), path
     assert profiler is not None
     folder = path.parent if path is not None and path.parent in table_folders()[:2] else user_folder()
-    say(
-        f"this machine's table {'lacks rows of ' + space.name if table else f'({device}) is not there yet'}: measuring it first"
-    )
+    if table is None:
+        say(f"this machine's table ({device}) is not there yet: measuring it first")
+    elif table.missing(space.layers()):
+        say(f"this machine's table lacks rows of {space.name}: measuring it first")
+    else:
+        say(
+            f"this machine's table has the rows of {space.name} and no calibration for it: measuring networks of it first "
+            f"(where another space's may do, --table {path} takes the table as it is)"
+        )
     measured = space if space.num_classes > MANY_CLASSES else space.with_classes(FEW_CLASSES)
     table = build_table(profiler, measured, folder, only_missing=True)
     return table.calibrated_for(space), folder / f"{device}.csv"

@@ -241,14 +241,14 @@ def tracing_cost_us() -> float:
 
 
 def own_layers(nodes: Sequence[Node], layers: Collection[str]) -> list[str]:
-    """Return the layer of every node of a network of ours, by the first scope of its name (`/stem/conv1/Conv` is the stem's).
+    """Return the layer of every node of a network of ours, by the scope of its name that is a layer (`/stem/stem.1/Relu` is the
+    stem's).
 
     Nodes that ONNX Runtime adds have no scope: changes of memory layout (ReorderInput, ReorderOutput, Reshape around a Gemm),
     and sums fused with the norm after them (SkipLayerNormalization). They prepare the input of what runs next, so they
     belong to its layer; after the last node with a scope, to that one's.
     """
-    first = [next(iter(_scopes(node.name)), None) for node in nodes]
-    return _carried_back([scope if scope in layers else None for scope in first])
+    return _carried_back([next((part for part in node.name.split("/") if part in layers), None) for node in nodes])
 
 
 def foreign_layers(nodes: Sequence[Node]) -> list[str]:

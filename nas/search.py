@@ -158,7 +158,7 @@ def run_search(
         do = "remove it, and give the same command again"
         result = read_json(ended, "the result file", do)
         with reading(str(ended), do):
-            print_result(result, folder, data.source, len(data.val))
+            print_result(result, space, folder, data.source, len(data.val))
         return result
 
 

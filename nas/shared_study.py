@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalRedisBackend, JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalRedisBackend, JournalStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 
@@ -84,7 +84,8 @@ def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
                 "sqlite:///study.db or postgresql://user@host/database"
             )
         Path(text).parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(text))
+        # Optuna's usual lock, a link to the journal, leads nowhere from a relative path: a killed process's is never found old.
+        return JournalStorage(JournalFileBackend(text, JournalFileOpenLock(text)))
     if scheme == "grpc":
         url = urlsplit(text)
         return optuna.storages.GrpcStorageProxy(host=url.hostname or "localhost", port=url.port or 13000)

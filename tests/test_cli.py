@@ -26,11 +26,12 @@ from nas.pretrained import space_of
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import Measurement
+from nas.result import larger_space, nothing_taken_away
 from nas.scores import Drops
 from nas.table import LatencyTable, Row, measured_layers
 from supernet.arch import ArchConfig
 from supernet.model import build_model, count
-from supernet.space import SearchSpace, space_names
+from supernet.space import SearchSpace
 from supernet.specs import Head, Identity, Layer
 from supernet.zoo import zoo
 
@@ -561,11 +562,29 @@ def test_a_target_that_the_largest_network_meets_ends_with_it(
     out = capsys.readouterr()
     assert "demonstration" in out.err
     assert "micro at its largest widths, no slot empty, meets the target: nothing was taken away" in out.out
-    sizes = {name: count(SearchSpace.load(name).largest).macs for name in space_names()}
-    found = count(ArchConfig.load("run/searched.yaml")).macs
-    larger = min((macs, name) for name, macs in sizes.items() if macs > found)[1]
-    assert f"try --space {larger}\n" in out.out, "the next larger one"
+    assert (
+        "no larger space of its blocks ships for 16 px: for the rest of the time, give widths or depths more in a copy"
+        in out.out
+    )
     assert ArchConfig.load("run/searched.yaml").widths == (16, 32)
+    cli.search(["--from", "run", "--target-ms", "99", "--out", "again"])
+    assert "meets the target: nothing was taken away; no larger space" in capsys.readouterr().out
+
+
+def test_the_larger_space_is_of_about_the_same_size_and_of_the_blocks() -> None:
+    larger = {
+        "efficientformer-s": "efficientformer-m",  # mixed is nearer, with a kind of block more
+        "efficientformer-m": "efficientformer-l",
+        "efficientformer-l": None,
+        "efficientformer-tiny": None,
+        "efficientvit": "mixed",
+        "concatplexer-tiny": None,
+    }
+    assert {name: larger_space(SearchSpace.load(name)) for name in larger} == larger
+    assert larger_space(SearchSpace.load("efficientformer-s").at(192)) == "efficientformer-m"
+    assert larger_space(SearchSpace.load("efficientformer-s").at(96)) is None, "others are made for much larger images"
+    said = nothing_taken_away(SearchSpace.load("efficientformer-l"), None)
+    assert "no larger space of its blocks ships for 224 px" in said and "--space" not in said
 
 
 def this_machine_takes(factor: float, table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -680,6 +699,17 @@ def test_what_a_table_of_this_machine_lacks_is_measured_beside_it_unless_it_ship
         assert "this machine's table lacks rows of micro: measuring it first\n" in err
         anew = f"`nas-build-lut --device this-cpu --space micro.yaml --out {place.table.parent}` measures it anew"
         assert f"measured with onnxruntime 1.0, this is {onnxruntime.__version__}: {anew}\n" in err
+    space = SearchSpace.load(space_file).with_classes(10)
+    of_another = replace(plain_calibration(space), space="other", space_sha256="0")
+    known = replace(additive_table(space, "this-cpu"), calibrations=(of_another,))
+    known = replace(known, meta={**known.meta, "runtime": "onnxruntime", "runtime_version": onnxruntime.__version__})
+    assert place.table is not None
+    known.save(place.table.parent)
+    usable_table(place, space, "micro.yaml")
+    assert asked.pop()[3], "networks of it are measured, to calibrate"
+    err = capsys.readouterr().err
+    assert "has the rows of micro and no calibration for it: measuring networks of it first" in err
+    assert f"--table {place.table} takes the table as it is" in err
 
 
 def test_nas_profile_without_a_table_names_the_command_that_makes_one(

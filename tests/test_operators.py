@@ -25,8 +25,10 @@ from nas.operators import (
     trace_model,
 )
 from supernet.arch import ArchConfig, Stage
+from supernet.deploy import deployed
 from supernet.errors import InputError
 from supernet.model import build_model, count
+from supernet.space import SearchSpace, space_names
 from supernet.specs import MB3D, MB4D
 
 ARCH = ArchConfig(  # widths of whole memory blocks, so that ONNX Runtime pads no channels
@@ -138,6 +140,16 @@ def test_every_operator_of_a_network_belongs_to_a_layer_and_the_parts_sum_to_its
         assert sum(layer.operators.values()) == pytest.approx(layer.ms)
     assert 0 < found.without_macs_share <= found.memory_bound_share < 1
     assert found.traced_ms == pytest.approx(sum(node.traced_us for node in nodes) / 1e3)
+
+
+@pytest.mark.parametrize("space", [name for name in space_names() if name.endswith("-tiny")])
+def test_every_layer_of_a_network_has_operators_in_the_form_that_is_timed(space: str) -> None:
+    """The deploy form has modules within modules: `/stem/stem.0/Conv`."""
+    arch = SearchSpace.load(space).largest
+    names = [name for name, _ in arch.named_layers()]
+    model = deployed(with_ordinary_values(build_model(arch), seed=0), arch)
+    labels = own_layers(trace_model(onnx_bytes(model, torch.randn(1, 3, 32, 32)), space), names)
+    assert list(dict.fromkeys(labels)) == names, "each has some, and they run one after another"
 
 
 def test_the_trace_has_the_multiply_adds_of_the_network(nodes: list[Node]) -> None:

@@ -628,3 +628,23 @@ def test_what_cannot_be_met_is_refused(storage: InMemoryStorage) -> None:
     assert "trials" in refusal(lambda: tuned(storage, trials=0))
     elsewhere = SearchSpace("other", 64, 10, (stage_space((48,), 2, 1, "mb4d", "identity"),)).smallest
     assert "strides" in refusal(lambda: tuned(storage, known=[elsewhere]))
+
+
+def test_a_process_that_was_killed_while_it_wrote_blocks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves its lock, in a folder that is usually given as a relative path."""
+    monkeypatch.chdir(tmp_path)
+    found = shared_study._storage("run/study.journal")
+    assert isinstance(found, JournalStorage) and isinstance(found._backend, JournalFileBackend)
+    found._backend._lock.acquire()  # and no release
+    seconds = itertools.count(step=0.01)  # as time passes at every look, so does it for one that looks without sleeping
+    slept = []
+    clock = SimpleNamespace(monotonic=lambda: slept_enough(next(seconds) + sum(slept)), sleep=slept.append)
+
+    def slept_enough(now: float) -> float:
+        assert now < 120, "it waits for ever"
+        return now
+
+    monkeypatch.setattr("optuna.storages.journal._file.time", clock)
+    optuna.create_study(storage=shared_study._storage("run/study.journal"), study_name="another")
+    assert slept, "it did wait for the lock"
+    assert not list(Path("run").glob("*.lock"))
