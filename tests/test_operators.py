@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,17 @@ def test_a_foreign_model_can_be_profiled_and_drawn(tmp_path: Path) -> None:
 def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path, path: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         check_plot_file(tmp_path / path)
+
+
+def test_a_picture_in_a_folder_that_may_not_be_written_to_is_refused_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    with pytest.raises(InputError, match=r"\(Read-only file system\): give --plot a file in a folder that may be written to"):
+        check_plot_file(tmp_path / "layers.png")
 
 
 def graph(
