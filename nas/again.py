@@ -15,7 +15,6 @@ from nas.alone import alone
 from nas.guarantee import SLACK
 from nas.kept import complexity_of, described, read_evaluations, write_csv
 from nas.request import Finished, claim, finished
-from nas.result import nothing_taken_away
 from nas.scores import Drops
 from nas.slimming import Importance, start_network
 from nas.strategies import (
@@ -27,6 +26,7 @@ from nas.strategies import (
     exact_for,
     frontier_records,
     limits_of,
+    nothing_taken_away,
     refuse_unreachable,
     telling_steps,
 )

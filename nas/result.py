@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nas.guarantee import SLACK
 from nas.profile import per_image
-from nas.strategies import exact_for
+from nas.strategies import exact_for, nothing_taken_away
 from nas.throughput import table_of
-from supernet.errors import InputError
-from supernet.model import count
-from supernet.space import SearchSpace, space_names
+from supernet.space import SearchSpace
 
 
 def print_result(result: Mapping[str, Any], space: SearchSpace, folder: Path, source: str, validation_images: int) -> None:
@@ -79,37 +75,3 @@ def _left(result: Mapping[str, Any]) -> float:
     devices = result.get("targets", [result])
     shares = [1 - device["measured_high_ms"] / device["target_ms"] for device in devices if device["measured_high_ms"]]
     return min(shares, default=0.0)
-
-
-def nothing_taken_away(space: SearchSpace, init: str | None) -> str:
-    """Return what is said where the search's first network meets the target: the network `init` that it began with, or the
-    largest one of the space."""
-    if init is not None:
-        return f"{init} meets the target as it is: nothing was taken away; give a lower --target-ms for less"
-    larger = larger_space(space)
-    advice = (
-        f"for the rest of the time, try --space {larger}"
-        if larger is not None
-        else f"no larger space of its blocks ships for {space.image_size} px: for the rest of the time, give widths or depths "
-        "more in a copy of its file"
-    )
-    return f"{space.name} at its largest widths, no slot empty, meets the target: nothing was taken away; {advice}"
-
-
-def larger_space(space: SearchSpace) -> str | None:
-    """Return the name of the next larger space that ships for images of about this size (half to twice) and has all of this
-    one's kinds of block; one of the same kinds where there is one. None: there is none."""
-
-    def kinds(of: SearchSpace) -> set[str]:
-        return {candidate.kind for stage in of.stages for candidate in stage.candidates}
-
-    found = []
-    for name in space_names():
-        ships = SearchSpace.load(name)
-        other = replace(ships, image_size=space.image_size, num_classes=space.num_classes)
-        with suppress(InputError):
-            other.check_searchable()
-            about = ships.image_size / 2 <= space.image_size <= 2 * ships.image_size
-            if about and kinds(space) <= kinds(other) and bool(other.mux) == bool(space.mux):
-                found.append((len(kinds(other)), count(other.largest).macs, name))
-    return min((each for each in found if each[1] > count(space.largest).macs), default=(0, 0, None))[2]

@@ -21,7 +21,7 @@ from nas.table import LatencyTable
 from nas.trajectory import Evaluation, Limit, Option, Predictor, Score, Step, Trajectory, evaluate_all
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError, unknown
-from supernet.space import SearchSpace
+from supernet.space import SearchSpace, space_names
 
 if TYPE_CHECKING:
     from nas.proposals import SamplerName
@@ -374,3 +374,41 @@ def exact_for(result: Mapping[str, Any]) -> str:
         told = f"is {found['r_squared']:.2f} on {found['networks']} random networks"
     proof = "exact" if not result.get("gap") else f"proven to {result['gap']:.3g} nats"
     return f"{proof} for the drops of single changes, not for accuracy: how far they add up (R2) {told}"
+
+
+def nothing_taken_away(space: SearchSpace, init: str | None) -> str:
+    """Return what is said where the search's first network meets the target: the network `init` that it began with, or the
+    largest one of the space."""
+    if init is not None:
+        return f"{init} meets the target as it is: nothing was taken away; give a lower --target-ms for less"
+    larger = larger_space(space)
+    advice = (
+        f"for the rest of the time, try --space {larger}"
+        if larger is not None
+        else f"no larger space of its blocks ships for {space.image_size} px: for the rest of the time, give widths or depths "
+        "more in a copy of its file"
+    )
+    return f"{space.name} at its largest widths, no slot empty, meets the target: nothing was taken away; {advice}"
+
+
+def larger_space(space: SearchSpace) -> str | None:
+    """Return the name of the next larger space that ships; None: there is none.
+
+    A larger one has as many stages, each at least as wide and deep, and all of this one's kinds of block, and is for images of
+    about this size (half to twice). One of the same kinds comes before others.
+    """
+
+    def extents(of: SearchSpace) -> list[int]:
+        return [extent for stage in of.stages for extent in (stage.widths[-1], stage.depth)]
+
+    def kinds(of: SearchSpace) -> set[str]:
+        return {candidate.kind for stage in of.stages for candidate in stage.candidates}
+
+    found = []
+    for other in map(SearchSpace.load, space_names()):
+        about = other.image_size / 2 <= space.image_size <= 2 * other.image_size
+        pairs = list(zip(extents(space), extents(other), strict=False))
+        holds = other.strides == space.strides and all(own <= theirs for own, theirs in pairs)
+        if about and holds and kinds(space) <= kinds(other) and any(own < theirs for own, theirs in pairs):
+            found.append((len(kinds(other)), extents(other), other.name))
+    return min(found)[2] if found else None

@@ -26,8 +26,8 @@ from nas.pretrained import space_of
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import Measurement
-from nas.result import larger_space, nothing_taken_away
 from nas.scores import Drops
+from nas.strategies import larger_space, nothing_taken_away
 from nas.table import LatencyTable, Row, measured_layers
 from supernet.arch import ArchConfig
 from supernet.model import build_model, count
@@ -573,11 +573,11 @@ def test_a_target_that_the_largest_network_meets_ends_with_it(
 
 def test_the_larger_space_is_of_about_the_same_size_and_of_the_blocks() -> None:
     larger = {
-        "efficientformer-s": "efficientformer-m",  # mixed is nearer, with a kind of block more
+        "efficientformer-s": "efficientformer-m",
         "efficientformer-m": "efficientformer-l",
         "efficientformer-l": None,
         "efficientformer-tiny": None,
-        "efficientvit": "mixed",
+        "efficientvit": None,  # the mixed one has more stages
         "concatplexer-tiny": None,
     }
     assert {name: larger_space(SearchSpace.load(name)) for name in larger} == larger
