@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from nas.export import with_ordinary_values
-from nas.profilers.timing import Measurement, References, Stopwatch, Touches, Visit, Workload, summarise
+from nas.profilers.timing import Measurement, References, Stopwatch, Touches, Visit, Workload, median_reference, summarise
+from nas.progress import say
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
@@ -38,6 +39,7 @@ WHOLE_GOAL = 0.01  # half-width of a whole network's 95 % interval, of its ms
 MIN_VISITS = 12
 SESSION_VISITS = 8  # of one session of a network that is measured by itself ...
 ALONE_MAX_VISITS = 96  # ... and of all of them
+BUSIER = 1.25  # times what a reference took when the table was built, from which on it is said
 
 
 @cache
@@ -133,9 +135,9 @@ def measure_alone(
 
     A network is opened anew every 8 visits: where a session's memory happens to lie moves its times by some percent, for a
     small network by more. (On a GPU it is the same capture again where memory suffices: see `NvidiaGpu.open`.) A workload stays
-    as it is. `reference` is what the references take in the table that the result is to be compared with; without it, what they
-    take now, which leaves the result as it was measured. `batch`: the images of a call, where they are not the profiler's; the
-    references keep to its own.
+    as it is. `reference` is what the references take in the table that the result is to be compared with, and it is said where
+    they take much longer now; without it, what they take now, which leaves the result as it was measured. `batch`: the images
+    of a call, where they are not the profiler's; the references keep to its own.
     """
     opening: Any = profiler
     opening = opening if batch is None else replace(opening, batch=batch)
@@ -157,4 +159,13 @@ def measure_alone(
                 found = summarise(visits, reference)
                 if found.half_width_ms <= WHOLE_GOAL * found.ms:
                     break
+    if reference is not None:
+        now = median_reference(visits)
+        slower = max(now.cached_ms / reference.cached_ms, now.streaming_ms / reference.streaming_ms)
+        if slower > BUSIER:
+            say(
+                f"warning: the reference workloads take {slower:.2f} times as long as when the table was built: what was "
+                "measured is brought to the table's pace, but may be off by more than its interval says; measure again in a "
+                "quieter hour"
+            )
     return summarise(visits, reference)

@@ -57,7 +57,7 @@ from nas.data import load_data, load_images
 from nas.kept import Remembered, described, read_evaluations, write_csv
 from nas.measure import CACHED, SESSION_VISITS, Reopened, measure_alone
 from nas.profilers.ort_cpu import OrtCpu
-from nas.profilers.timing import Workload
+from nas.profilers.timing import References, Workload
 from nas.recipe import Recipe
 from nas.request import claim
 from nas.scores import measure_drops
@@ -195,6 +195,18 @@ def test_a_network_of_any_kind_is_opened_anew_as_often_as_one_of_ours() -> None:
 
     found = measure_alone(device, Reopened(open_one), None)
     assert len(opened) == -(-found.visits // SESSION_VISITS) > 1
+
+
+def test_a_measurement_at_another_pace_than_the_table_s_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """How much a network slows down beside busy neighbours is not what the references do: accuracy.md has figures."""
+    device = Device()
+    paces = [1.3, 1.2, 0.5]
+    now = device.stopwatch().visit(device.open(CACHED)[0]).reference
+    for slower in paces:
+        at_the_table = References(now.cached_ms / slower, now.streaming_ms)
+        measure_alone(device, Reopened(lambda: device.open(CACHED)[0]), at_the_table)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("warning: the reference workloads take 1.30 times as long as when the table was built")
 
 
 def named(ms: float) -> ArchConfig:
