@@ -39,7 +39,7 @@ WHOLE_GOAL = 0.01  # half-width of a whole network's 95 % interval, of its ms
 MIN_VISITS = 12
 SESSION_VISITS = 8  # of one session of a network that is measured by itself ...
 ALONE_MAX_VISITS = 96  # ... and of all of them
-BUSIER = 1.25  # times what a reference took when the table was built, from which on it is said
+ANOTHER_PACE = 1.25  # times, more or less, that a reference took when the table was built: from there on it is said
 
 
 @cache
@@ -136,7 +136,7 @@ def measure_alone(
     A network is opened anew every 8 visits: where a session's memory happens to lie moves its times by some percent, for a
     small network by more. (On a GPU it is the same capture again where memory suffices: see `NvidiaGpu.open`.) A workload stays
     as it is. `reference` is what the references take in the table that the result is to be compared with, and it is said where
-    they take much longer now; without it, what they take now, which leaves the result as it was measured. `batch`: the images
+    one takes much longer or shorter now; without it, what they take now, which leaves the result as it was measured. `batch`: the images
     of a call, where they are not the profiler's; the references keep to its own.
     """
     opening: Any = profiler
@@ -161,11 +161,12 @@ def measure_alone(
                     break
     if reference is not None:
         now = median_reference(visits)
-        slower = max(now.cached_ms / reference.cached_ms, now.streaming_ms / reference.streaming_ms)
-        if slower > BUSIER:
+        paces = (now.cached_ms / reference.cached_ms, now.streaming_ms / reference.streaming_ms)
+        pace = max(paces, key=lambda pace: max(pace, 1 / pace))
+        if not 1 / ANOTHER_PACE <= pace <= ANOTHER_PACE:
             say(
-                f"warning: the reference workloads take {slower:.2f} times as long as when the table was built: what was "
-                "measured is brought to the table's pace, but may be off by more than its interval says; measure again in a "
-                "quieter hour"
+                f"warning: a reference workload takes {pace:.2f} times as long as when the table was built: what was measured is "
+                "brought to the table's pace, but may be off by more than its interval says; "
+                + ("measure again in a quieter hour" if pace > 1 else "build the table anew in a quiet hour")
             )
     return summarise(visits, reference)
