@@ -135,9 +135,9 @@ def measure_alone(
 
     A network is opened anew every 8 visits: where a session's memory happens to lie moves its times by some percent, for a
     small network by more. (On a GPU it is the same capture again where memory suffices: see `NvidiaGpu.open`.) A workload stays
-    as it is. `reference` is what the references take in the table that the result is to be compared with, and it is said where
-    one takes much longer or shorter now; without it, what they take now, which leaves the result as it was measured. `batch`: the images
-    of a call, where they are not the profiler's; the references keep to its own.
+    as it is. `reference` is what the references take in the table that the result is to be compared with, and where one takes
+    much longer or shorter now, that is said; without it, what they take now, which leaves the result as it was measured.
+    `batch`: the images of a call, where they are not the profiler's; the references keep to its own.
     """
     opening: Any = profiler
     opening = opening if batch is None else replace(opening, batch=batch)
@@ -165,8 +165,8 @@ def measure_alone(
         pace = max(paces, key=lambda pace: max(pace, 1 / pace))
         if not 1 / ANOTHER_PACE <= pace <= ANOTHER_PACE:
             say(
-                f"warning: a reference workload takes {pace:.2f} times as long as when the table was built: what was measured is "
-                "brought to the table's pace, but may be off by more than its interval says; "
+                f"warning: a reference workload takes {pace:.2f} times as long as when the table was built: what was measured "
+                "is brought to the table's pace, but may be off by more than its interval says; "
                 + ("measure again in a quieter hour" if pace > 1 else "build the table anew in a quiet hour")
             )
     return summarise(visits, reference)
