@@ -33,12 +33,10 @@ def ranking(study: Study, trained: Sequence[Trained]) -> str:
         if len(those) < FEWEST:
             continue
         truth = [one.top1 for one in those]
-        archs = [study.network(one.chosen) for one in those]
+        archs = [arch for one in those if isinstance(arch := study.network(one.chosen), ArchConfig)]  # random ones are
         by_supernet = []
         for scorer in scorers.values():
-            charges = {}
-            for at, evaluation in scorer.each([arch for arch in archs if isinstance(arch, ArchConfig)]):
-                charges[at] = evaluation.charge(study.settings.score)
+            charges = {at: evaluation.charge(study.settings.score) for at, evaluation in scorer.each(archs)}
             by_supernet.append([-charges[at] for at in range(len(archs))])
         ways = {
             f"{len(scorers)} supernet{'s' * (len(scorers) > 1)}": by_supernet,

@@ -308,7 +308,8 @@ def test_lists_are_as_good_as_tuples() -> None:
     of_tuples = ArchConfig("small", 32, 5, (Stage(16, 4, (MB4D(16), Sandwich(16, num_heads=2, q_kernels=(5, 3)))),))
     assert of_lists == of_tuples and hash(of_lists) == hash(of_tuples)
     assert ArchConfig.from_dict(yaml.safe_load(of_lists.to_yaml()), "it") == of_lists
-    anchored = parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: {<<: *a, x: 4}\n", "a file")
-    assert (anchored["b"], anchored["c"]) == ({"x": 3, "y": 2}, {"x": 4, "y": 2}), (
-        "what replaces a merged field is no repetition"
-    )
+
+
+def test_what_replaces_a_merged_field_is_no_repetition() -> None:
+    found = parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: {<<: *a, x: 4}\n", "a file")
+    assert (found["b"], found["c"]) == ({"x": 3, "y": 2}, {"x": 4, "y": 2})

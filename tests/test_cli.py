@@ -27,7 +27,6 @@ from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import Measurement
 from nas.scores import Drops
-from nas.strategies import larger_space, nothing_taken_away
 from nas.table import LatencyTable, Row, measured_layers
 from supernet.arch import ArchConfig
 from supernet.model import build_model, count
@@ -569,22 +568,6 @@ def test_a_target_that_the_largest_network_meets_ends_with_it(
     assert ArchConfig.load("run/searched.yaml").widths == (16, 32)
     cli.search(["--from", "run", "--target-ms", "99", "--out", "again"])
     assert "meets the target: nothing was taken away; no larger space" in capsys.readouterr().out
-
-
-def test_the_larger_space_is_of_about_the_same_size_and_of_the_blocks() -> None:
-    larger = {
-        "efficientformer-s": "efficientformer-m",
-        "efficientformer-m": "efficientformer-l",
-        "efficientformer-l": None,
-        "efficientformer-tiny": None,
-        "efficientvit": None,  # the mixed one has more stages
-        "concatplexer-tiny": None,
-    }
-    assert {name: larger_space(SearchSpace.load(name)) for name in larger} == larger
-    assert larger_space(SearchSpace.load("efficientformer-s").at(192)) == "efficientformer-m"
-    assert larger_space(SearchSpace.load("efficientformer-s").at(96)) is None, "others are made for much larger images"
-    said = nothing_taken_away(SearchSpace.load("efficientformer-l"), None)
-    assert "no larger space of its blocks ships for 224 px" in said and "--space" not in said
 
 
 def this_machine_takes(factor: float, table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> list[float]:

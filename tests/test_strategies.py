@@ -11,7 +11,19 @@ from small_spaces import stage_space
 from tables import plain_calibration
 
 from nas.scores import Drop, Drops, changes_of, single_changes
-from nas.strategies import Budgeted, Scores, choose, exact, fastest_ms, frontier_records, greedy, limits_of, refuse_unreachable
+from nas.strategies import (
+    Budgeted,
+    Scores,
+    choose,
+    exact,
+    fastest_ms,
+    frontier_records,
+    greedy,
+    larger_space,
+    limits_of,
+    nothing_taken_away,
+    refuse_unreachable,
+)
 from nas.table import LatencyTable, Row, measured_layers
 from nas.trajectory import Evaluation, Limit, Trajectory
 from supernet.arch import ArchConfig
@@ -203,3 +215,19 @@ def test_a_limit_of_zero_is_none() -> None:
 def test_strategies_do_without_torch() -> None:
     code = "import sys, nas.strategies, nas.again; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_larger_space_is_of_about_the_same_size_and_of_the_blocks() -> None:
+    larger = {
+        "efficientformer-s": "efficientformer-m",
+        "efficientformer-m": "efficientformer-l",
+        "efficientformer-l": None,
+        "efficientformer-tiny": None,
+        "efficientvit": None,  # the mixed one has more stages
+        "concatplexer-tiny": None,
+    }
+    assert {name: larger_space(SearchSpace.load(name)) for name in larger} == larger
+    assert larger_space(SearchSpace.load("efficientformer-s").at(192)) == "efficientformer-m"
+    assert larger_space(SearchSpace.load("efficientformer-s").at(96)) is None, "others are made for much larger images"
+    said = nothing_taken_away(SearchSpace.load("efficientformer-l"), None)
+    assert "no larger space of its blocks ships for 224 px" in said and "--space" not in said
