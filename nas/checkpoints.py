@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 from collections.abc import Mapping
@@ -79,7 +80,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return plain(safetensors.torch.load_file(path))
-        found: Any = torch.load(path, weights_only=True, map_location="cpu")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of a training beside its weights
+            found: Any = torch.load(path, weights_only=True, map_location="cpu")
         if isinstance(found, dict) and isinstance(found.get("net"), dict):
             found = kept_state(found)
     except MemoryError:

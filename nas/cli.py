@@ -222,8 +222,8 @@ def search(arguments: Sequence[str] | None = None) -> None:
     start.add_argument(
         "--weights",
         metavar="FILE",
-        help="its weights: timm's state dict (.pth, .pt, .safetensors), a model.safetensors or checkpoint.pt of nas-train, or "
-        "timm:NAME where timm is installed",
+        help="its weights: timm's or its authors' state dict (.pth, .pt, .safetensors), a model.safetensors or checkpoint.pt "
+        "of nas-train, or timm:NAME where timm is installed",
     )
     later = parser.add_argument_group("go on from a search that ended")
     later.add_argument(
@@ -378,8 +378,8 @@ def train(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help="start from these weights: such as a search's weights.safetensors, timm's state dict (.pth, .pt, .safetensors), "
-        "or timm:NAME where timm is installed",
+        help="start from these weights: such as a search's weights.safetensors, timm's or its authors' state dict (.pth, .pt, "
+        ".safetensors), or timm:NAME where timm is installed",
     )
     parser.add_argument(
         "--image-size",
@@ -456,8 +456,9 @@ def export(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--weights",
         metavar="W",
-        help="its weights: a model.safetensors or checkpoint.pt of nas-train, weights.safetensors of nas-search, timm's state "
-        "dict of a published network, or timm:NAME where timm is installed (default: random ones, to time it)",
+        help="its weights: a model.safetensors or checkpoint.pt of nas-train, weights.safetensors of nas-search, timm's or "
+        "its authors' state dict of a published network, or timm:NAME where timm is installed (default: random ones, to "
+        "time it)",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the file to write, which ends in .onnx, .mlpackage or .pt2"

@@ -61,8 +61,8 @@ ROUND = 25  # steps of distillation between two checkpoints
 LEAST_VARIANCE = 1e-6  # of a channel that is as good as constant
 
 _OURS = re.compile(r"stage\d+_")  # names in our state dicts
-_THEIRS = re.compile(r"(stages|blocks|patch_embed)\.")  # in timm's
-_CLASSIFIERS_OF_TIMM = ("head.linear.bias", "head.bias")
+_THEIRS = re.compile(r"(stages|blocks|patch_embed)\.")  # in timm's and in those of the networks' authors
+_THEIR_CLASSIFIERS = ("head.linear.bias", "head.l.bias", "head.bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +84,11 @@ class Pretrained:
 
 
 def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:
-    """Read the weights of `arch`, which a person calls `network`: a file of timm's or of this package's (a state dict, a
-    checkpoint), or `timm:NAME` where timm is installed. Whose they are is told by their names.
+    """Read the weights of `arch`, which a person calls `network`: a file of timm's, of the network's authors' or of this
+    package's (a state dict, a checkpoint), or `timm:NAME` where timm is installed. Whose they are is told by their names.
 
     Raises:
-        InputError: the file cannot be read, is neither's, or does not fit the network; or timm cannot give the weights.
+        InputError: the file cannot be read, is nobody's of these, or does not fit the network; or timm cannot give the weights.
     """
     arch = arch.without_identity()
     given = _timm_state(weights) if weights.startswith(TIMM) else read_weights(Path(weights))
@@ -100,22 +100,22 @@ def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:
             model = build_model(arch)
             load_state(model, given, weights, adapt=True)
         elif any(_THEIRS.match(name) for name in given):
-            known = next((given[name] for name in _CLASSIFIERS_OF_TIMM if name in given), None)
+            known = next((given[name] for name in _THEIR_CLASSIFIERS if name in given), None)
             arch = arch.with_classes(arch.num_classes if known is None else known.numel())
             model = build_model(arch)
             load_timm_weights(model, given)
         else:
             found = ", ".join(list(given)[:3])
             raise InputError(
-                f"these are neither timm's nor this package's weights of {network}: they have {found or 'nothing'}: give "
-                "timm.create_model(name).state_dict(), or the model.safetensors of nas-train"
+                f"these are neither timm's, its authors' nor this package's weights of {network}: they have "
+                f"{found or 'nothing'}: give timm.create_model(name).state_dict(), or the model.safetensors of nas-train"
             )
     return Pretrained(arch, model.state_dict(), source)
 
 
 def starting_weights(network: str, weights: str, arch: ArchConfig) -> Path | Pretrained:
     """Return the weights that a training of `arch` starts from as `train_network` takes them: a file of this package's as its
-    path, timm's read.
+    path, others read.
 
     Raises:
         InputError: as `load_pretrained`; a file of this package's is looked into by the training itself.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supernet.arch import ArchConfig
+from supernet.authors import in_timm_names
 from supernet.blocks import build_layer
 from supernet.blocks.efficientformer_v2 import AttnFFNModule, FFNModule
 from supernet.blocks.efficientvit import ConvStemModule
@@ -35,15 +36,15 @@ class _Family(NamedTuple):
     stages: bool = True  # blocks are numbered within stages
     head_norm: str = "norm."
     classifiers: tuple[str, ...] = ("head.",)
-    optional: tuple[str, ...] = ()  # classifiers that timm leaves out with distillation=False
+    optional: tuple[str, ...] = ()  # classifiers that a network without distillation lacks
     norms_inside: bool = False  # timm has a convolution and its norm in one module
 
     @property
     def remedy(self) -> str:
-        return f"give timm.create_model(name).state_dict() of the same {self.name} (timm 1.0.31)"
+        return f"give timm.create_model(name).state_dict() of the same {self.name} (timm 1.0.31), or its authors'"
 
 
-_V1 = _Family("EfficientFormer", classifiers=("head.", "head_dist."))
+_V1 = _Family("EfficientFormer", classifiers=("head.", "head_dist."), optional=("head_dist.",))
 _V2 = _Family("EfficientFormerV2", classifiers=("head.", "head_dist."), optional=("head_dist.",), norms_inside=True)
 _EFFICIENTVIT = _Family("EfficientViT of MSRA", "patch_embed.", head_norm="head.bn.", classifiers=("head.linear.",))
 _VIT = _Family("ViT or DeiT", stem="", stages=False)
@@ -56,11 +57,11 @@ def _family(model: nn.Module) -> _Family:
 
 
 def load_timm_weights(model: nn.Module, timm_state_dict: Mapping[str, Tensor]) -> None:
-    """Load a timm 1.0.31 state dict (EfficientFormer, EfficientFormerV2, EfficientViT of MSRA, DeiT, ViT) into a network of
-    `build_model`, whatever its image size.
+    """Load a timm 1.0.31 state dict (EfficientFormer, EfficientFormerV2, EfficientViT of MSRA, DeiT, ViT), or one of the code
+    that the first three's authors published, into a network of `build_model`, whatever its image size.
 
     timm averages the logits of EfficientFormer's two classifiers; here their weights are averaged, which comes to the
-    same. One of EfficientFormerV2 that was made with `distillation=False` has one.
+    same. One that was made without distillation has one.
     Attention biases and position embeddings for a map of another size are resized. With another number of classes than the
     state dict's, the network's classifier (the last linear layer) keeps the fresh weights that it has. timm's
     `attention_bias_idxs` buffers are ignored, as they follow from the map's size. Values are cast to the network's own dtype
@@ -75,7 +76,7 @@ def load_timm_weights(model: nn.Module, timm_state_dict: Mapping[str, Tensor]) -
             f"timm weights are a state dict, names to tensors, but this is {type(timm_state_dict).__name__}: give "
             "model.state_dict() of timm's network, or what torch.load(FILE, weights_only=True) returns"
         )
-    given = {name: tensor for name, tensor in timm_state_dict.items() if not str(name).endswith(".attention_bias_idxs")}
+    given = {n: tensor for n, tensor in in_timm_names(timm_state_dict).items() if not str(n).endswith(".attention_bias_idxs")}
     own, family = model.state_dict(), _family(model)
     absent = {c for c in family.optional if not any(str(name).startswith(c) for name in given)}
     family = family._replace(classifiers=tuple(c for c in family.classifiers if c not in absent))

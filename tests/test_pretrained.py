@@ -159,7 +159,7 @@ def test_files_that_are_nobody_s_are_refused_with_what_they_hold(tmp_path: Path)
 
     assert "does not exist" in refusal(lambda: load_pretrained("mine.yaml", "none.pt", ARCH))
     resnet = line({"conv1.weight": torch.zeros(2), "layer1.0.bn1.bias": torch.zeros(2)})
-    assert "neither timm's nor this package's" in resnet and "conv1.weight, layer1.0.bn1.bias" in resnet
+    assert "neither timm's, its authors' nor this package's" in resnet and "conv1.weight, layer1.0.bn1.bias" in resnet
     assert "neither" in line({"model": {"patch.0": torch.zeros(2)}}), "looked for inside a checkpoint"
     assert "no state dict, but epoch" in line({"epoch": 3})
     assert "no state dict, but list" in line([1])
