@@ -85,7 +85,7 @@ def refitted(calibration: Calibration, old: LatencyTable, table: LatencyTable) -
     it by more than chance. The networks' milliseconds were measured at the table's pace, and stay.
     """
     changed = {layer for layer, row in old.rows.items() if layer not in table.rows or table.rows[layer].ms != row.ms}
-    how = f"fit it anew with nas-build-lut --space {calibration.space}"
+    how = f"fit it anew with {table.building(f'--space {calibration.space}')}"
     try:
         networks = [(n.network(), n.ms, n.half_width_ms, n.fitted) for n in calibration.networks]
     except InputError:  # blocks of a user's own, from a file that was not given now

@@ -50,7 +50,9 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
     what.add_argument("--arch", metavar="ARCH", help=f"the rows of one network instead; {ARCH_HELP}")
     parser.add_argument("--missing", action="store_true", help="measure only rows that the table does not have yet")
     parser.add_argument("--threads", type=whole_number, metavar="N", help="of a CPU (default: 1)")
-    parser.add_argument("--precision", metavar="P", help="fp32 or int8 on a CPU, fp16 or bf16 on a GPU (default: the first)")
+    parser.add_argument(
+        "--precision", metavar="P", help="fp32 or int8 on a CPU; fp16, bf16 or fp32 on a GPU (default: the first)"
+    )
     parser.add_argument("--batch", type=whole_number, metavar="N", help="images in a call (default: 1; 64 on a GPU)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the table goes (default: your data folder)")
     jobs = parser.add_argument_group("a device that runs elsewhere")
@@ -60,7 +62,7 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
         "--import-results",
         type=Path,
         metavar="FILE",
-        help="make the table of what the device wrote, and end; a CSV "
+        help="make the table of what the device wrote, and end; a job folder is first run on the iPhone of --device; a CSV "
         "file (network,ms) of medians from elsewhere calibrates the table of --device anew",
     )
     phone = parser.add_argument_group("an iPhone that is connected to this Mac")
@@ -174,7 +176,7 @@ def search(arguments: Sequence[str] | None = None) -> None:
         "  nas-search --from flowers-8ms --target-ms 6          (at once, on the scores that it kept)",
     )
     parser.add_argument("--target-ms", type=positive_ms, metavar="T", help="milliseconds a call may take, on --device")
-    parser.add_argument("--device", metavar="D", help="cpu, or the id of a table (see nas-build-lut --list)")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, mac-npu, ..., or the id of a table (nas-build-lut --list)")
     parser.add_argument(
         "--target",
         type=device_target,
@@ -184,7 +186,7 @@ def search(arguments: Sequence[str] | None = None) -> None:
         help="a device and its milliseconds; give it again for each device that the one network is to meet its target on",
     )
     parser.add_argument(
-        "--table", type=Path, action="append", default=[], metavar="FILE", help="a device's latency table, a CSV file"
+        "--table", type=Path, action="append", default=[], metavar="FILE", help="a device's latency table; again for each"
     )
     parser.add_argument(
         "--data", type=Path, metavar="PATH", help="images: PATH/train/<class>/* and perhaps PATH/val, or PATH/<class>/*"
@@ -196,7 +198,7 @@ def search(arguments: Sequence[str] | None = None) -> None:
         "--strategy",
         metavar="NAME",
         help="greedy: the paper's slimming loop (default); exact: the best network that the drops of single changes admit "
-        "(default with --from; with --verify too, the run's own is); optuna: a study that other processes can share",
+        "(default with --from; where --verify searches, the run's own is); optuna: a study that other processes can share",
     )
     parser.add_argument(
         "--config",
@@ -332,7 +334,7 @@ def profile(arguments: Sequence[str] | None = None) -> None:
         "  nas-profile model.onnx --json",
     )
     parser.add_argument("network", metavar="ARCH|MODEL.onnx|TIMM", help=f"{ARCH_HELP}; any ONNX model; or a timm model's name")
-    parser.add_argument("--device", metavar="D", help="cpu (default), or the id of a table to predict with")
+    parser.add_argument("--device", metavar="D", help="cpu (default), cuda, mac-npu, ..., or the id of a table to predict with")
     parser.add_argument("--layers", action="store_true", help="the milliseconds of every layer and operator, and a picture")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="--layers, with the picture in FILE (default: <network>-layers.png)"

@@ -73,8 +73,8 @@ def run_command(command: str, work: Callable[[], None]) -> None:
         if not _out_of_memory(error):
             raise
         print(
-            f"{command}: out of memory: give a smaller batch_size, in a recipe of nas-train a larger accumulate, or a smaller "
-            "image size or network",
+            f"{command}: out of memory: give a smaller batch_size or a larger accumulate (in --config or the recipe), for a "
+            "search a smaller cache_gb, or a smaller image size or network",
             file=sys.stderr,
         )
         raise SystemExit(1) from None

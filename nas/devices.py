@@ -57,13 +57,8 @@ def profiler_of(table: LatencyTable) -> Profiler | None:
 def measuring(table: LatencyTable, what: str) -> str:
     """Return how to measure more rows of a table's device: a command, with where it runs if that is not here. `what` says which
     rows, as --space or --arch."""
-    command = f"nas-build-lut --device {table.device}"
-    if profiler_of(table) is not None:
-        return f"`{command} --missing {what}`"
-    if table.provenance == "imported":
-        form = " --format coreml" if table.meta.get("runtime") == "coreml" else ""
-        return f"`{command} {what} --export-job DIR{form}`, a folder to run on that device"
-    return f"`{command} --missing {what}` on that machine"
+    elsewhere = table.provenance == "measured" and profiler_of(table) is None
+    return table.building(what, missing=True) + (" on that machine" if elsewhere else "")
 
 
 def table_of_kind(device: str) -> str:

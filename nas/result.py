@@ -59,7 +59,8 @@ def print_result(result: Mapping[str, Any], space: SearchSpace, folder: Path, so
 def _on_device(device: Mapping[str, Any], folder: Path) -> str:
     missed = False
     if device["measured_ms"] is None:
-        measured = f"not measured: {device['device']} is elsewhere (nas-search --from {folder} --verify measures it there)"
+        how = f"nas-search --from {folder} --verify measures it there, or says how"
+        measured = f"not measured: {device['device']} is elsewhere ({how})"
     else:
         measured = (
             f"measured {device['measured_ms']:.4g} ms (95 %: {device['measured_low_ms']:.4g} to "

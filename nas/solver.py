@@ -168,7 +168,7 @@ def _milliseconds(space: SearchSpace, table: LatencyTable, name: str, at_most: f
         names = ", ".join(c.space for c in matching)
         raise InputError(
             f"the table of {table.device} has {len(matching)} calibrations for networks of {space.name} ({names}), but not one "
-            f"of its own, and over several nothing adds up: measure it with nas-build-lut --device {table.device} --space"
+            f"of its own, and over several nothing adds up: measure it with {table.building('--space SPACE')}"
         )
     line: Calibration | None = matching[0] if matching else None
 

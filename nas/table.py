@@ -217,7 +217,7 @@ class LatencyTable:
             known = ", ".join(f"{c.space} ({c.image_size} px)" for c in self.calibrations)
             raise InputError(
                 f"the table of {self.device} is not calibrated for {arch.image_size} px with strides {arch.strides}, "
-                f"only for {known}: measure it with `nas-build-lut --device {self.device} --arch FILE`, or with --space"
+                f"only for {known}: measure it with {self.building('--arch FILE')}, or with --space"
             )
         if len(matching) == 1:
             return matching[0]
@@ -248,6 +248,15 @@ class LatencyTable:
                 found.append(layer)
         return found
 
+    def building(self, what: str, missing: bool = False) -> str:
+        """Return the command that measures the device anew, or rows that are missing alone. `what` says for which networks, as
+        --space or --arch."""
+        command = f"nas-build-lut --device {self.device}"
+        if self.provenance == "imported":
+            form = " --format coreml" if self.meta.get("runtime") == "coreml" else ""
+            return f"`{command} {what} --export-job DIR{form}`, a folder to run on that device"
+        return f"`{command} {'--missing ' if missing else ''}{what}`"
+
     def require(self, layers: Iterable[Layer], how: str = "") -> None:
         """Refuse the table if one of the layers has no row. `how` to measure more of them is the end of the message.
 
@@ -260,7 +269,7 @@ class LatencyTable:
 
     def _missing_message(self, missing: list[Layer], how: str = "") -> str:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        how = how or f"`nas-build-lut --device {self.device} --missing --arch FILE`, or --space"
+        how = how or self.building("--arch FILE", missing=True)
         return f"the table of {self.device} has no row for {missing[0]}{others}: measure with {how}"
 
     def save(self, folder: str | Path) -> Path:
@@ -293,7 +302,8 @@ class LatencyTable:
         path = Path(text) if text.endswith(".csv") or "/" in text else find_table(text)
         table = _load(path)
         if not any_form:
-            remedy = f"build it anew: nas-build-lut --device {table.device}"
+            spaces = [f"--space {calibration.space}" for calibration in table.calibrations] or ["--space SPACE"]
+            remedy = f"build it anew: {' and '.join(map(table.building, spaces))}"
             require_current_form(f"the table {path}", table.meta, remedy)
         return table
 
@@ -353,7 +363,10 @@ def find_table(device: str) -> Path:
     found = find_tables()
     if device not in found:
         there = f"there are tables of {', '.join(found)}" if found else "there is none of any device"
-        raise InputError(f"no latency table of {device!r} here ({there}): measure it with `nas-build-lut --device {device}`")
+        raise InputError(
+            f"no latency table of {device!r} here ({there}): measure it with `nas-build-lut --device {device}`, which says how "
+            "where that is another machine"
+        )
     return found[device]
 
 

@@ -278,6 +278,8 @@ def test_how_more_rows_are_measured_depends_on_where_the_device_is(monkeypatch: 
     assert "--space s --export-job DIR`" in measuring(replace(table, provenance="imported"), "--space s")
     phone = replace(table, provenance="imported", meta={**table.meta, "runtime": "coreml"})
     assert "--space s --export-job DIR --format coreml`" in measuring(phone, "--space s")
+    with pytest.raises(InputError, match="--arch FILE --export-job DIR --format coreml`"):
+        replace(phone, rows={}).require(TINY.layers())
 
 
 def test_tables_that_ship_are_nobodys_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

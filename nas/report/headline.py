@@ -73,7 +73,7 @@ def _verdict(run: Run) -> tuple[str, str, str]:
             "?",
             f"<b>Not measured{f' on {where}' if several else ''}.</b> The table predicts {predicted}; {where} "
             f"{'was' if len(elsewhere) == 1 else 'were'} not at hand. <code>nas-search --from "
-            f"{escape(shlex.quote(str(run.folder)))} --verify</code> measures the network there.{there}",
+            f"{escape(shlex.quote(str(run.folder)))} --verify</code> measures the network there, or says how.{there}",
         )
     missed = [each for each in measured if each["measured_high_ms"] > each["target_ms"]]
     deciding = measured if run.met else missed or measured
