@@ -200,7 +200,7 @@ def train_model(
     device = accelerator(recipe.accelerator)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if teacher is not None:
-        teacher.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        teacher.network.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), recipe.weight_decay), lr=recipe.learning_rate)
     history, first = History(), 0
     if folder is not None:

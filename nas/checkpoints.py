@@ -192,7 +192,7 @@ def load_checkpoint(path: Path, group: Group = ALONE, **parts: Stateful) -> int:
             if epoch < 0:
                 raise ValueError("no number of epochs")
             return epoch
-        except MemoryError:
+        except (MemoryError, InputError):
             raise
         except Exception as error:  # torch.load has no common base for what damaged files raise
             raise InputError(f"the checkpoint {path} does not belong to this run or is damaged: remove it") from error

@@ -69,8 +69,18 @@ class Group:
         return slice(own * self.rank, own * (self.rank + 1))
 
     def device(self, device: torch.device) -> torch.device:
-        """Return the accelerator of this process: of a machine's GPUs, each has another one."""
-        if self.size == 1 or device.type != "cuda":
+        """Return the accelerator of this process: of a machine's GPUs, each has another one.
+
+        Raises:
+            InputError: it is one on which processes cannot train together.
+        """
+        if self.size == 1:
+            return device
+        if device.type == "mps":
+            raise InputError(
+                "PyTorch exchanges nothing between processes on Apple's GPU: start one process, or set accelerator to cpu"
+            )
+        if device.type != "cuda":
             return device
         own = own_device("cuda")
         import torch

@@ -94,9 +94,11 @@ def cosine(step: int, steps: int, warm_up: int | None = None, start: float = 0.0
     twentieth of them), falls as a cosine to `lowest` at `steps`, and stays there."""
     if warm_up is None:
         warm_up = max(1, steps // 20)
+    if step >= steps:
+        return lowest
     if step < warm_up:
         return start + (1 - start) * (step + 1) / warm_up
-    share = min(1.0, (step - warm_up) / max(1, steps - warm_up))
+    share = (step - warm_up) / (steps - warm_up)
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * share))
 
 

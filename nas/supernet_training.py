@@ -42,6 +42,7 @@ from nas.steps import (
 from nas.taylor import Method
 from supernet.arch import ArchConfig
 from supernet.elastic import ElasticSupernet, widest
+from supernet.errors import InputError
 from supernet.metapath import Choice, Supernet, sample_path
 from supernet.space import SearchSpace
 from supernet.weights import AnySupernet
@@ -208,15 +209,24 @@ def _parts(x: Tensor, y: Tensor, settings: SupernetSettings) -> Iterator[tuple[T
 class _Within:
     """The part of a checkpoint that tells where within an epoch it is of."""
 
+    sizes: list[int]
+    """The images of each epoch, which by default follow the accelerator."""
     losses: list[Tensor] = field(default_factory=list)
     """Of the steps of the epoch under way, the mean over the processes."""
     generator: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.uint8))
     """The state of the generator that the next step draws with."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": [loss.item() for loss in self.losses], "generator": self.generator} if self.losses else {}
+        within = {"losses": [loss.item() for loss in self.losses], "generator": self.generator} if self.losses else {}
+        return {"sizes": self.sizes, **within}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        begun = state_dict.get("sizes", self.sizes)
+        if begun != self.sizes:
+            raise InputError(
+                f"this supernet was begun on another accelerator, with epochs of {begun[0]} images, not {self.sizes[0]}: go on "
+                "there, or give another --out; images_per_epoch in --config makes them the same everywhere"
+            )
         self.losses = [torch.tensor(loss) for loss in state_dict.get("losses", [])]
         self.generator = state_dict.get("generator", self.generator)
 
@@ -317,7 +327,7 @@ def train_supernet(
     costs = [passes(space, settings)] * settings.weight_epochs + [MIXTURE_COST] * settings.mixture_epochs
     steps, mixture_steps = sum(steps_of), sum(steps_of[settings.weight_epochs :])
     checkpoint = folder / "supernet.pt"
-    within = _Within()
+    within = _Within(sizes)
     parts = {"net": net, **optimizers, "within": within}
     first = load_checkpoint(checkpoint, group, **parts)
     begun = sum(steps_of[:first])

@@ -67,7 +67,7 @@ def _loaded(text: str, image_size: int, num_classes: int, device: torch.device) 
             f"the teacher {text} is no YAML file: give one that has its weights beside it, such as the teacher.yaml of "
             "nas-search --init, or the arch.yaml of nas-train; or timm:NAME, or a .pt2 file of torch.export"
         )
-    teacher.network.eval().requires_grad_(False).to(device)
+    teacher.network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return teacher
 
 
@@ -78,11 +78,17 @@ class Adapted(nn.Module):
     shift: Tensor
 
     def __init__(
-        self, network: nn.Module, size: int, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+        self,
+        network: nn.Module,
+        size: int,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        contiguous: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.size = size
+        self.contiguous = contiguous
         our_mean, our_std, its_mean, its_std = (
             torch.tensor(figures).view(3, 1, 1) for figures in (IMAGENET_MEAN, IMAGENET_STD, mean, std)
         )
@@ -93,7 +99,7 @@ class Adapted(nn.Module):
         x = x * self.scale + self.shift
         if x.shape[2] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.network(x)
+        return self.network(x.contiguous() if self.contiguous else x)
 
 
 def _own_teacher(path: Path, image_size: int, num_classes: int) -> Teacher:
@@ -152,8 +158,8 @@ def _exported_teacher(path: Path, image_size: int, num_classes: int, device: tor
         ) from error
     _check_classes(path, int(classes), num_classes)
     program = move_to_device_pass(program, device)
-    # It was exported in eval mode; its module refuses to be asked for it.
-    return Teacher(Adapted(program.module().requires_grad_(False), size).to(device), digest(path))
+    # It was exported in eval mode; its module refuses to be asked for it. Its views are of the layout that it was traced in.
+    return Teacher(Adapted(program.module().requires_grad_(False), size, contiguous=True).to(device), digest(path))
 
 
 @contextmanager

@@ -182,6 +182,11 @@ def _check_division(batch: int, arch: ArchConfig, recipe: Recipe, group: Group, 
             f"{arch.name} takes {arch.group_size} images at once, but a step's {batch} would be divided into parts of {part}: "
             f"give a batch_size that is a multiple of {least}"
         )
+    if arch.multiplexes and recipe.mixes:
+        raise InputError(
+            f"{arch.name} takes {arch.group_size} images at once, which mixup and cutmix would mix with each other: give a "
+            "recipe with mixup: 0 and cutmix: 0"
+        )
     if recipe.compile:
         check_compiler(device)
 
@@ -239,7 +244,7 @@ def _run_epochs(run: _Run, first: int) -> None:
     recipe, history = run.recipe, run.history
     steps = run.per_epoch * recipe.all_epochs
     if run.teacher is not None:
-        run.teacher.network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        run.teacher.network.to(run.device)
     _introduce(run, first)
     # Groups of one class would be told apart too easily.
     val = run.data.val.shuffled(run.seed) if run.arch.multiplexes else run.data.val

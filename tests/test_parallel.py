@@ -159,6 +159,16 @@ def test_images_of_a_group_stay_together(tmp_path: Path) -> None:
     arch = replace(ARCH, head="layer_norm", mux=MultiplexSpec(4))
     with pytest.raises(InputError, match=r"takes 4 images at once, .* 8 .* parts of 2: .* a multiple of 16$"):
         train_network(arch, pictures(16), replace(RECIPE, accumulate=4), tmp_path, 0)
+    with pytest.raises(InputError, match=r"takes 4 images at once, which mixup and cutmix would mix with each other: give a"):
+        train_network(arch, pictures(16), replace(RECIPE, cutmix=1.0), tmp_path, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_do_not_train_together_on_apple_s_gpu() -> None:
+    mps = torch.device("mps")
+    assert Group(0, 1).device(mps) == mps
+    with pytest.raises(InputError, match=r"^PyTorch exchanges nothing between processes on Apple's GPU: start one process, or"):
+        Group(0, 2).device(mps)
 
 
 @pytest.mark.parametrize(("here", "refused"), [("2", False), ("3", True)])

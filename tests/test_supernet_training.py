@@ -248,6 +248,15 @@ def test_a_compiled_run_that_is_killed_goes_on_to_the_same_weights(
     assert settings.deciding()["compile"]  # another rounding may decide otherwise, so a run's folder is bound to it
 
 
+def test_a_supernet_is_not_gone_on_with_in_epochs_of_another_size(noise: ImageData, tmp_path: Path) -> None:
+    """By default they are of all images on a GPU, and fewer on a CPU."""
+    trained(noise, tmp_path)
+    with pytest.raises(
+        InputError, match=r"begun on another accelerator, with epochs of 20 images, not 24: go on there, or give"
+    ):
+        trained(noise, tmp_path, settings=replace(SETTINGS, images_per_epoch=24))
+
+
 def test_a_checkpoint_of_another_supernet_is_refused(noise: ImageData, tmp_path: Path) -> None:
     trained(noise, tmp_path)
     other = SearchSpace("other", 8, 3, (stage_space((8,), 2, 1, "mb4d", "identity"),))

@@ -65,6 +65,26 @@ def test_files_that_are_no_such_network_are_refused_in_a_line(tmp_path: Path, ca
     assert capfd.readouterr().err == "", "torch.export's own log is kept back"
 
 
+def test_an_exported_network_with_views_teaches_a_training_whose_images_are_channels_last(tmp_path: Path) -> None:
+    """Its views are of the layout that it was traced in."""
+
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4 * 14 * 14, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            maps = self.map(x)
+            return self.last(maps.view(maps.size(0), -1))
+
+    model, x = Viewing().eval(), torch.randn(5, 3, 16, 16)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.export.save(program, tmp_path / "views.pt2")
+    teacher = load_teacher(tmp_path / "views.pt2", 16, 10).network.to(torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(x.contiguous(memory_format=torch.channels_last)), model(x))
+
+
 class Payload:
     """Unpickled, it writes a file."""
 

@@ -288,6 +288,7 @@ def test_cosine_warms_up_and_ends_at_a_hundredth() -> None:
     assert cosine(100, 100) == pytest.approx(0.01)
     assert cosine(52, 100) > cosine(53, 100)
     assert cosine(0, 1) == 1.0, "a single step has the whole rate"
+    assert [cosine(step, 10, warm_up=10) for step in (9, 10, 11)] == [1.0, 0.01, 0.01], "a warm-up to the end, and a cooldown"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.pt"])
