@@ -222,6 +222,6 @@ def _print(result: Mapping[str, Any], held: Finished, out: Path) -> None:
                 f"{device['device']} than its table says"
             )
     asked = " ".join(
-        f"--target {device['device']}={device['target_ms']:g} --table {device['table']}" for device in result["targets"]
+        f"--target {device['device']}={device['target_ms']!r} --table {device['table']}" for device in result["targets"]
     )
     print(f"  next: nas-search --from {held.folder} {asked} --strategy {result['strategy']} --verify (evaluates and measures)")

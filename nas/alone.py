@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from nas.progress import say
@@ -20,6 +22,28 @@ from supernet.files import PART
 
 _FAR = 1 << 20  # the byte that is locked on Windows, where what is locked cannot be read
 _held: set[Path] = set()
+_POLL_S = 0.2
+
+
+class InUse(InputError):
+    """Another process holds the folder."""
+
+
+@contextmanager
+def turn(name: str) -> Iterator[None]:
+    """Wait until no other process of this machine is in a block of this name, and keep others out while the block runs. Where
+    there is no place for a lock, nobody waits."""
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(alone(Path(tempfile.gettempdir()) / "metapath-nas", name))
+            except InUse:
+                time.sleep(_POLL_S)
+                continue
+            except (InputError, OSError):
+                pass
+            break
+        yield
 
 
 @contextmanager
@@ -35,7 +59,8 @@ def alone(folder: str | Path, name: str = "", *, shared: bool = False) -> Iterat
         shared: others may be here too, if they also share: the processes of an Optuna study.
 
     Raises:
-        InputError: another process holds it, or the folder cannot be written.
+        InUse: another process holds it.
+        InputError: the folder cannot be written.
         OSError: the disk is full or fails.
     """
     folder = Path(folder)
@@ -92,7 +117,7 @@ def _opened(path: Path, folder: Path, shared: bool) -> int:
         try:
             if not _lock(handle, shared):
                 holder = os.read(handle, 200).decode(errors="replace")
-                raise InputError(
+                raise InUse(
                     f"{folder} is in use by another process ({holder or 'it has just begun'}): wait until it ends, stop it, "
                     "or give another --out"
                 )

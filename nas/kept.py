@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from nas.alone import turn
 from nas.guarantee import Check
 from nas.profilers.bench import now
 from nas.profilers.timing import Measurement
@@ -66,9 +67,9 @@ def read_evaluations(path: Path) -> dict[str, Evaluation]:
 
 class Checks:
     """What networks take on the device: measured here, or read from what was measured elsewhere. Kept in a file, so that
-    neither is done twice."""
+    neither is done twice; what was normalised by another table's references is passed over."""
 
-    HEADER = ("network", "ms", "low_ms", "high_ms", "measured_at")
+    HEADER = ("network", "ms", "low_ms", "high_ms", "measured_at", "cached_reference_ms", "streaming_reference_ms")
 
     def __init__(self, path: Path, table: LatencyTable) -> None:
         from nas.devices import profiler_of
@@ -76,6 +77,9 @@ class Checks:
         self.path = path
         self.table = table
         self.profiler = profiler_of(table)
+        given = table.meta.get("reference_ms")
+        held = given if isinstance(given, dict) else {}
+        self.references = {f"{name}_reference_ms": repr(held.get(f"{name}_ms")) for name in ("cached", "streaming")}
         self.known = self._read()
 
     def _read(self) -> dict[str, tuple[Check, str]]:
@@ -89,7 +93,8 @@ class Checks:
                     ms, low_ms, high_ms = (float(line[name]) for name in self.HEADER[1:4])
                     if not 0 < low_ms <= ms <= high_ms < math.inf:
                         raise ValueError(f"{line['network']} has {ms} ms between {low_ms} and {high_ms}")
-                    found[line["network"]] = Check(ms, low_ms, high_ms), line["measured_at"]
+                    if all(line[name] == said for name, said in self.references.items()):
+                        found[line["network"]] = Check(ms, low_ms, high_ms), line["measured_at"]
         return found
 
     def __call__(self, arch: ArchConfig) -> Check:
@@ -106,9 +111,11 @@ class Checks:
         if not self._is_known(name):
             if self.profiler is None:
                 return Check()
-            found = measure_alone(self.profiler, arch, table_reference(self.table), batch)
-            if not self._is_known(name):  # else another process was first, and all go on from the same milliseconds
-                self._keep(name, found)
+            with turn(f"measuring-{self.table.device}"):  # processes of a study would time on the same core at once
+                if not self._is_known(name):
+                    found = measure_alone(self.profiler, arch, table_reference(self.table), batch)
+                    if not self._is_known(name):  # else another machine was first, and all go on from the same milliseconds
+                        self._keep(name, found)
         return self.known[name][0]
 
     def _is_known(self, name: str) -> bool:
@@ -129,7 +136,7 @@ class Checks:
         self.known = {**self._read(), **self.known, name: (Check(found.ms, found.low_ms, found.high_ms), now())}
         # With all digits: a budget that follows from a measurement is the same for whoever reads it.
         of_each = {n: {k: repr(float(v)) for k, v in asdict(check).items()} for n, (check, _) in self.known.items()}
-        records = ({"network": n, **of_each[n], "measured_at": at} for n, (_, at) in self.known.items())
+        records = ({"network": n, **of_each[n], "measured_at": at, **self.references} for n, (_, at) in self.known.items())
         write_csv(self.path, records, self.HEADER)
 
 

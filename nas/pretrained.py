@@ -340,15 +340,15 @@ def pretrained_supernet(
 
 
 def replacements(space: SearchSpace, path: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return (slot, candidate) of what slimming may put in the place of a network's own blocks, identity aside: it never makes
-    a block on tokens of one on maps, nor a block of an empty slot."""
+    """Return (slot, candidate) of what a search may put in the place of a network's own blocks, identity aside; an empty slot
+    stays empty."""
     found = []
     for slot, ((stage, _), own) in enumerate(zip(space.slots, path, strict=True)):
         candidates = space.stages[stage].candidates
         if isinstance(candidates[own], Identity):
             continue
         for index, candidate in enumerate(candidates):
-            if index != own and not isinstance(candidate, Identity) and (candidates[own].tokens or not candidate.tokens):
+            if index != own and not isinstance(candidate, Identity):
                 found.append((slot, index))
     return found
 

@@ -160,15 +160,21 @@ class Sampler(BaseSampler):
         self.seed = seed
         self.exhausted = False
 
-    def _proposer(self, trial: FrozenTrial) -> BaseSampler:
-        seed = random.Random(f"{self.seed} {trial.number}").randrange(1 << 32)
+    def _seed(self, study: Study, trial: FrozenTrial) -> str:
+        """Return what a proposal is drawn by: its number but for trials that were lost, so that a kill changes nothing."""
+        failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        lost = sum(other.number < trial.number and "dropped" not in other.user_attrs for other in failed)
+        return f"{self.seed} {trial.number - lost}"
+
+    def _proposer(self, study: Study, trial: FrozenTrial) -> BaseSampler:
+        seed = random.Random(self._seed(study, trial)).randrange(1 << 32)
         return TPESampler(seed=seed) if self.name == "tpe" else NSGAIISampler(population_size=POPULATION, seed=seed)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self.networks.distributions
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        proposer = self._proposer(trial)
+        proposer = self._proposer(study, trial)
         # Also for a known network: NSGA-II notes here which generation the trial belongs to.
         proposed = proposer.sample_relative(study, trial, proposer.infer_relative_search_space(study, trial))
         others = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
@@ -180,14 +186,14 @@ class Sampler(BaseSampler):
         for name, distribution in search_space.items():
             if name not in proposed:
                 proposed[name] = proposer.sample_independent(study, trial, name, distribution)
-        found = self.networks.untried(proposed, tried, random.Random(f"{self.seed} {trial.number} change"))
+        found = self.networks.untried(proposed, tried, random.Random(f"{self._seed(study, trial)} change"))
         self.exhausted = key(found) in tried or self.networks.excess(self.networks.arch(found)) > 0
         return found
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return self._proposer(trial).sample_independent(study, trial, param_name, param_distribution)
+        return self._proposer(study, trial).sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        self._proposer(trial).after_trial(study, trial, state, values)
+        self._proposer(study, trial).after_trial(study, trial, state, values)

@@ -74,8 +74,8 @@ class Finished:
 
 
 def interrupted(run: Path) -> bool:
-    """Whether a search was killed while it wrote what it had found: the result, which comes last, is missing."""
-    return (run / "searched.yaml").exists() and not (run / "result.json").exists()
+    """Whether a search was killed while it wrote what it had found: the result or the report, which come last, is missing."""
+    return (run / "searched.yaml").exists() and not all((run / name).exists() for name in ("result.json", "report.html"))
 
 
 def finished(run: Path, or_interrupted: bool = False) -> Finished:

@@ -261,6 +261,9 @@ def exact(
         options.append(
             Option(action, -1, solution.arch, solution.ms, saved_ms, evaluation, math.nan, figures=figures, gap=solution.gap)
         )
+    for option in options:
+        if not math.isfinite(scores.charge(option.evaluation)):
+            raise InputError(f"evaluating {option.arch.name} gives a {scores.charged} of {scores.charge(option.evaluation)}")
     if all_known:
         options.sort(key=lambda option: scores.charge(option.evaluation))
     step = Step(ms, at_start, tuple(options), {limit.name: limit.of(begin) for limit in beside})

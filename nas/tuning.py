@@ -17,8 +17,8 @@ trial has a number that the storage gives once; one that finds enough trials, or
 dropped. A process that was killed leaves a trial running: on its own machine others see that it is gone, and elsewhere that
 its trial has been silent for two minutes; it is marked as failed and another takes its place.
 
-*The seed* of each proposal is that of the search and the trial's number, so processes with the same seed propose different
-networks, and one process alone gives the same study again.
+*The seed* of each proposal is that of the search and the trial's number, less the trials before it that a kill ended, so
+processes with the same seed propose different networks, and one process alone gives the same study again, killed or not.
 
 Source: Optuna (Akiba et al., KDD 2019); its TPE (Bergstra et al., NeurIPS 2011) and NSGA-II (Deb et al., 2002). Repairing what
 misses a constraint, and learning from the repaired, is common with evolutionary algorithms (Lamarckian repair).

@@ -227,11 +227,11 @@ def test_what_does_not_go_together_is_refused() -> None:
     assert "leave --space out" in refusal(lambda: requested(L1, "none.pt", "efficientvit", SETTINGS))
 
 
-def test_slimming_makes_blocks_smaller_and_maps_of_tokens_and_never_the_reverse() -> None:
+def test_whatever_may_take_the_place_of_a_block_learns_to() -> None:
     space = space_of(ARCH)
     kinds = space.stages[1].kinds
     found = [(slot, kinds[index]) for slot, index in replacements(space, space.path(ARCH)) if slot >= 2]
-    assert {kind for slot, kind in found if slot == 2} == {"mb4d(mlp_ratio=2)"}
+    assert {kind for slot, kind in found if slot == 2} == set(kinds) - {"identity", "mb4d"}
     assert {kind for slot, kind in found if slot == 3} == set(kinds) - {"identity", space.stages[1].kind_of(MB3D_16)}
 
 

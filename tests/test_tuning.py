@@ -426,6 +426,9 @@ def test_a_study_goes_on_after_a_kill(tmp_path: Path) -> None:
     assert not {described(arch) for arch in evaluate.candidates} & set(before[:6])
     states = [trial.state.name for trial in opened(tmp_path / "s").trials]
     assert states == ["COMPLETE"] * 6 + ["FAIL"] + ["COMPLETE"] * 14
+    whole = Evaluator()
+    tuned(tmp_path / "whole", whole, trials=20, known=SEEDS)
+    assert [described(arch) for arch in whole.candidates[6:]] == [described(arch) for arch in evaluate.candidates]
 
 
 @pytest.fixture

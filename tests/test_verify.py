@@ -246,6 +246,13 @@ def test_a_measurement_is_kept_with_all_its_digits(table: LatencyTable) -> None:
     assert Checks(Path("m.csv"), table)(arch) == checks(arch)
 
 
+def test_what_was_normalised_by_another_table_is_measured_anew(table: LatencyTable) -> None:
+    arch = SearchSpace.load("micro.yaml").largest
+    Checks(Path("m.csv"), table).add(arch, measured(1.0))
+    rebuilt = replace(table, meta={**table.meta, "reference_ms": {"cached_ms": 0.5, "streaming_ms": 2.0}})
+    assert Checks(Path("m.csv"), table).knows(arch) and not Checks(Path("m.csv"), rebuilt).knows(arch)
+
+
 def test_processes_that_share_a_folder_use_each_other_s_measurements(
     table: LatencyTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
