@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from test_verify import board_says
 
 import nas
 from nas import cli, supernet_training
-from nas.alone import alone
+from nas.alone import alone, turn
 from nas.data import ImageData, load_images
 from nas.lut import build_table
 from supernet import files
@@ -252,6 +253,7 @@ def test_a_verification_that_is_killed_leaves_the_old_network_or_the_new_one_and
         ("searched.yaml", True, search),
         ("searched.yaml", True, verify),
         ("weights.safetensors", True, search),
+        ("result.json", True, verify),
     ):
         shutil.rmtree("run")
         shutil.copytree("before", "run")
@@ -295,6 +297,24 @@ def test_a_second_process_is_refused_and_a_killed_one_blocks_nobody(capsys: pyte
     cli.train([*TRAIN, "--out", "run"])
     assert Path("run/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
     assert not left_overs("run")
+
+
+def test_who_measures_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Processes of a study would time the same network on the same core at the same moment."""
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    free = iter([False, False, True])
+    waited: list[float] = []
+    entered: list[int] = []
+    monkeypatch.setattr("nas.alone._lock", lambda handle, shared: next(free))
+    monkeypatch.setattr("nas.alone.time.sleep", waited.append)
+    with turn("measuring-this-cpu"):
+        entered.append(len(waited))
+    assert entered == [2]
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "file"))
+    with turn("measuring-this-cpu"):
+        entered.append(len(waited))
+    assert entered == [2, 2], "where there is no place for a lock, nobody waits"
 
 
 HOLD = "import sys, time; from nas.alone import alone\nwith alone('run', shared={shared}): print(1, flush=True); time.sleep(60)"

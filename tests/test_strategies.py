@@ -153,6 +153,18 @@ def test_the_best_few_by_the_drops_are_judged_as_whole_networks() -> None:
     assert unknown.arch == by_drops.arch, "one whole network says nothing beside five that are not known"
 
 
+def test_a_whole_network_whose_loss_is_no_number_is_refused() -> None:
+    scores, table = scores_of(2), table_of("one-cpu", 2)
+    budgets = budgets_of([table], [0.5 * table.predict_ms(SPACE.largest)])
+    worst = exact(scores, budgets).steps[0].options[-1].arch
+
+    def whole(arch: ArchConfig) -> Evaluation:
+        return Evaluation(math.nan if arch == worst else 1.0, 0.5)
+
+    with pytest.raises(InputError, match=r"evaluating .* gives a loss of nan"):
+        exact(scores, budgets, (), whole)
+
+
 def test_exact_keeps_limits_on_parameters_and_macs() -> None:
     scores = scores_of(1)
     table = table_of("one-cpu", 1)
