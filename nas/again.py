@@ -141,8 +141,7 @@ def _budgets(
             from nas.devices import measuring  # with torch
 
             table.require(held.space.layers(), measuring(table, f"--space {held.space_file}"))
-        of_space = table.calibrated_for(held.space)
-        own_table = of_space if of_space.calibrations else table
+        own_table = table.for_space(held.space)
         found.append(Budgeted(own_table, own_table, Target(ms).ms))
         paths.append(path)
     if given:

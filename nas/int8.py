@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nas.about import INPUT
 from nas.data import ImageData, Images, normalise
 from nas.progress import progress, say
 from supernet.errors import InputError
@@ -266,6 +267,6 @@ def onnx_accuracy(models: Sequence[bytes], images: Images, batch: int) -> list[f
             pixels, labels = images.batch(torch.from_numpy(rows))
             x, y = normalise(pixels).numpy(), labels.numpy()
             for at, session in enumerate(sessions):
-                right[at] += (session.run(None, {"image": x})[0].argmax(1) == y)[:count].sum()
+                right[at] += (session.run(None, {INPUT: x})[0].argmax(1) == y)[:count].sum()
             tick(count)
     return [float(share) for share in right / len(images)]

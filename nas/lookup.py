@@ -171,9 +171,8 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
         if place.named or profiler is None:
             table.require(space.layers(), measuring(table, f"--space {space_name} --out {path.parent}"))
             table.predict_ms(space.smallest)  # refuses a table without a calibration for such networks
-            own = table.calibrated_for(space)
             say_if_untrue(table)
-            return own if own.calibrations else table, path
+            return table.for_space(space), path
         now = profiler.environment()["runtime_version"]
         if table.meta.get("runtime_version") != now:
             say(

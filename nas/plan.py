@@ -20,16 +20,15 @@ from functools import cache
 from statistics import median
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from nas.measure import CACHED, EMPTY, STREAMING, Model, input_shape, name_of
+from nas.measure import CACHED, EMPTY, STREAMING, Model, name_of
 from nas.profilers.bench import Plan
 from nas.progress import say
 from nas.table import measured_layers
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
-from supernet.errors import InputError, first_line, unknown
-from supernet.model import build_model
+from supernet.errors import InputError, unknown
+from supernet.model import build_model, count_layer
 from supernet.ports import Port
 from supernet.space import SearchSpace
 from supernet.specs import MB3D, MB4D, Layer, ViT, in_group, is_block
@@ -203,14 +202,12 @@ def stratified(space: SearchSpace, number: int, rng: random.Random) -> list[Arch
 
 def random_network(space: SearchSpace, rng: random.Random) -> ArchConfig:
     """Return a random network of the space, of any depth: slots drawn alike would rarely leave a network shallow or full."""
-    arch = space.sample(rng)
-    emptied = rng.random()
-    kinds = [
-        ["identity" if "identity" in choices.kinds and rng.random() < emptied else rng.choice(filled) for _ in stage.blocks]
-        for stage, choices in zip(arch.stages, space.stages, strict=True)
-        for filled in [[kind for kind in choices.kinds if kind != "identity"] or ["identity"]]
-    ]
-    arch = space.arch(arch.widths, kinds)
+    widths, _ = space.draw(rng)
+    emptied, kinds = rng.random(), []
+    for stage in space.stages:
+        filled = [kind for kind in stage.kinds if kind != "identity"]
+        kinds.append(["identity" if rng.random() < emptied else rng.choice(filled) for _ in range(stage.depth)])
+    arch = space.arch(widths, kinds)
     ways = list(dict.fromkeys(space.multiplexed(arch, mux) for mux in (None, *space.mux)))
     return rng.choice(ways) if space.mux else arch
 
@@ -222,14 +219,4 @@ def _macs(arch: ArchConfig) -> int:
 @cache
 def _layer_macs(layer: Layer) -> int:
     images = max(port.group.n if port.group else 1 for port in (layer.entering, layer.leaving))
-    try:
-        with torch.device("meta"):
-            module, batch = build_layer(layer).eval(), torch.empty(input_shape((layer,), images))
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module(batch)
-    except (RuntimeError, TypeError) as error:  # a user's block that looks at the values of its tensors
-        raise InputError(
-            f"the operations of {layer} cannot be counted, because tensors have no values there ({first_line(error)}): write "
-            "its forward without values of tensors, such as .item()"
-        ) from error
-    return counter.get_total_flops() // 2 // images
+    return count_layer(layer, images).macs // images

@@ -40,7 +40,7 @@ from nas.steps import (
     repeated_shapes,
     training_batches,
 )
-from nas.supernet_training import epoch_size
+from nas.supernet_training import epoch_size, short_recipe
 from nas.taylor import calibration_batches, unit_scores
 from nas.training import train_network
 from supernet.arch import ArchConfig
@@ -258,20 +258,7 @@ def on_data(given: Pretrained, data: ImageData, settings: SupernetSettings, seed
     reason = _why_train(given, model, data)
     if reason:
         say(f"{reason}: it is trained for {settings.init_epochs} epochs (init_epochs) before anything is taken away")
-        recipe = Recipe(
-            epochs=settings.init_epochs,
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate / 4,  # all but the classifier is to be kept
-            layer_scale=settings.layer_scale,  # of no account: the weights have their own
-            clip_norm=settings.clip_norm,
-            weight_decay=settings.weight_decay,
-            label_smoothing=settings.label_smoothing,
-            images_per_epoch=epoch_size(settings, data),
-            accelerator=settings.accelerator,
-            precision=settings.precision,
-            accumulate=settings.accumulate,
-            compile=settings.compile,
-        )
+        recipe = short_recipe(settings, data, settings.init_epochs, 1 / 4)  # all but the classifier is to be kept
         in_all(_trained_from, start, arch, data, recipe, folder / "init", seed)
         load_weights(model, folder / "init" / "model.safetensors")
         state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}

@@ -112,16 +112,7 @@ def carry_out(work: Work) -> None:
     finalists: list[Finalist] = []
     mux = None
     if len(outcomes) > 1:
-        finalists = _finalists(
-            outcomes,
-            judged.supernet,
-            judged.evaluator,
-            work.data,
-            work.checks()[0],
-            work.settings,
-            work.seed,
-            work.folder,
-        )
+        finalists = _finalists(work, judged, outcomes)
         mux = best_of(finalists).arch.mux
     _write(work, judged, outcomes[mux], mux, finalists)
 
@@ -307,15 +298,12 @@ def study_of(work: Work) -> Study:
     """Return the Optuna study of a search. Its name is the same wherever the same is asked for, whatever paths there are."""
     from nas.shared_study import study_name  # optuna takes a while to import
 
-    settings = work.settings.deciding()
-    if settings["accumulate"] == 1:
-        del settings["accumulate"]  # studies were named before there was such a setting
     storage = work.settings.optuna_storage or work.folder / "study.journal"
     asked = {
         "targets": [(device.name, device.target.ms, device.digest()) for device in work.devices],
         "data": work.data.fingerprint,
         "space": work.space.to_yaml(),
-        "settings": settings,
+        "settings": work.settings.deciding(),
         "seed": work.seed,
         "given": work.given.digest if work.given is not None else None,
     }
@@ -331,31 +319,24 @@ def efficiency_of(settings: SupernetSettings) -> MobileEfficiency | None:
     return MobileEfficiency(lambda arch: count(arch).params, *constants)
 
 
-def _finalists(
-    outcomes: Mapping[MultiplexSpec | None, Outcome],
-    supernet: AnySupernet,
-    evaluator: Evaluator,
-    data: ImageData,
-    checks: Checks,
-    settings: SupernetSettings,
-    seed: int,
-    folder: Path,
-) -> list[Finalist]:
+def _finalists(work: Work, judged: Judged, outcomes: Mapping[MultiplexSpec | None, Outcome]) -> list[Finalist]:
     """Return the networks of all ways of grouping and their controls, trained a little. A way whose network has no token block
     left is the one without grouping, and has no part in it."""
+    folder = work.folder / "throughput"
     found = []
     for mux, outcome in outcomes.items():
-        arch = supernet.space.multiplexed(outcome.trajectory.arch, mux)
+        arch = judged.supernet.space.multiplexed(outcome.trajectory.arch, mux)
         if mux is not None and not arch.multiplexes:
             say(f"groups of {mux.n}: no token block is left at this target, so there is nothing to share")
         else:
             found.append(Found(arch, outcome.check, outcome.met))
 
     def inherited(arch: ArchConfig) -> Path:
-        path = folder / "throughput" / f"inherited-{hashlib.sha256(described(arch).encode()).hexdigest()[:12]}.safetensors"
+        path = folder / f"inherited-{hashlib.sha256(described(arch).encode()).hexdigest()[:12]}.safetensors"
         if not path.exists():
-            model = found_network(supernet, arch, evaluator.recalibration, evaluator.kept)
+            model = found_network(judged.supernet, arch, judged.evaluator.recalibration, judged.evaluator.kept)
             write_atomically(path, save_safetensors(deployed_weights(model, arch.without_identity())))
         return path
 
-    return train_finalists(found, inherited, data, checks, checks.group_ms, settings, folder / "throughput", seed)
+    checks = work.checks()[0]
+    return train_finalists(found, inherited, work.data, checks, checks.group_ms, work.settings, folder, work.seed)

@@ -136,7 +136,7 @@ def slim(
     begin = arch
     steps: list[Step] = []
     if start is not None:
-        steps = [step for step in start.steps if not step.taken.action.startswith("land")]
+        steps = [step for step in start.steps if not step.taken.lands]
         if steps:
             arch = steps[-1].taken.arch
     ms, evaluation = table.predict_ms(arch), run.evaluate(arch)
@@ -395,7 +395,7 @@ class _Run:
             changes.insert(0, f"{changed} block{'s' if changed > 1 else ''} back")
         ms = self.table.predict_ms(arch)
         action, evaluation, figures = f"land: {', '.join(changes)}", self.evaluate(arch), self.figures(arch, ms)
-        return Option(action, -1, arch, ms, end.ms - ms, evaluation, math.nan, figures=figures)
+        return Option(action, -1, arch, ms, end.ms - ms, evaluation, math.nan, figures=figures, lands=True)
 
 
 def _kinds(arch: ArchConfig) -> tuple[tuple[str, ...], ...]:

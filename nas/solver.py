@@ -158,9 +158,7 @@ class _Figure(NamedTuple):
 
 
 def _milliseconds(space: SearchSpace, table: LatencyTable, name: str, at_most: float) -> _Figure:
-    own = table.calibrated_for(space)
-    if not own.calibrations:
-        own = table
+    own = table.for_space(space)
     matching = [c for c in own.calibrations if (c.image_size, c.strides) == (space.image_size, space.strides)]
     if own.calibrations and not matching:
         own.predict_ms(space.smallest)  # refuses it in its own words

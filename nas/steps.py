@@ -128,8 +128,8 @@ def say_if_hardly_compiled(model: nn.Module) -> None:
         )
 
 
-def clip_by_weights(parameters: Iterable[nn.Parameter], factor: float, least: float = 1e-3) -> None:
-    """Shorten the gradient of every unit to at most `factor` times the norm of its weights, or of `least` where that is more.
+def clip_by_weights(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Shorten the gradient of every unit to at most `factor` times the norm of its weights, or of 0.001 where that is more.
 
     A unit is the first axis of a tensor of two axes or more; a vector is one unit. Source: adaptive gradient clipping (Brock et
     al., ICML 2021), with the units of timm.
@@ -141,7 +141,7 @@ def clip_by_weights(parameters: Iterable[nn.Parameter], factor: float, least: fl
         weights, gradient = (
             torch.linalg.vector_norm(tensor, dim=axes, keepdim=True) for tensor in (parameter.detach(), parameter.grad)
         )
-        most = weights.clamp_min(least) * factor
+        most = weights.clamp_min(1e-3) * factor
         parameter.grad.mul_(torch.where(gradient > most, most / gradient.clamp_min(1e-6), 1.0))
 
 

@@ -224,7 +224,6 @@ def exact(
     budgets: Sequence[Budgeted],
     limits: Sequence[Limit] = (),
     evaluate: Callable[[ArchConfig], Evaluation | None] | None = None,
-    count: int = SHORTLIST,
 ) -> Trajectory:
     """Return the best network that the drops admit within the budgets and limits (`nas.solver`).
 
@@ -247,7 +246,7 @@ def exact(
         *(Budget(limit.name, limit.at_most) for limit in limits),
     ]
     beside = [*limits, *(budget.limit() for budget in budgets[1:])]
-    found = best(space, scores.charged_drops, first.table, within, count)
+    found = best(space, scores.charged_drops, first.table, within, SHORTLIST)
     whole = evaluate_all(evaluate, [each.arch for each in found]) if evaluate is not None else [None] * len(found)
     known = [evaluation for evaluation in whole if evaluation is not None]
     all_known = len(known) == len(found)

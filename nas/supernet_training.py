@@ -26,6 +26,7 @@ from nas.curves import curves
 from nas.data import ImageData, epoch_batches
 from nas.parallel import ALONE, Group, connected
 from nas.progress import progress, say
+from nas.recipe import Recipe
 from nas.settings import SupernetSettings
 from nas.steps import (
     accelerator,
@@ -69,6 +70,24 @@ def epoch_size(settings: SupernetSettings, data: ImageData) -> int:
     """Return how many images an epoch sees: those asked for, else all on a GPU, 6,000 at most on a CPU."""
     on_cpu = accelerator(settings.accelerator).type == "cpu"
     return settings.images_per_epoch or (min(6000, len(data.train)) if on_cpu else len(data.train))
+
+
+def short_recipe(settings: SupernetSettings, data: ImageData, epochs: int, rate: float) -> Recipe:
+    """Return how a search trains a network that has its weights: as its supernet, at the share `rate` of the learning rate."""
+    return Recipe(
+        epochs=epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate * rate,
+        layer_scale=settings.layer_scale,  # of no account: the weights have their own
+        clip_norm=settings.clip_norm,
+        weight_decay=settings.weight_decay,
+        label_smoothing=settings.label_smoothing,
+        images_per_epoch=epoch_size(settings, data),
+        accelerator=settings.accelerator,
+        precision=settings.precision,
+        accumulate=settings.accumulate,
+        compile=settings.compile,
+    )
 
 
 def temperature(done: float, start: float, end: float) -> float:

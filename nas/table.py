@@ -238,6 +238,11 @@ class LatencyTable:
         own = space_sha256(space)
         return replace(self, calibrations=tuple(c for c in self.calibrations if c.space_sha256 == own))
 
+    def for_space(self, space: SearchSpace) -> LatencyTable:
+        """Return the table as a search of the space uses it: with the space's own calibrations; as it is, where it has none."""
+        own = self.calibrated_for(space)
+        return own if own.calibrations else self
+
     def missing(self, layers: Iterable[Layer]) -> list[Layer]:
         """Return those of the layers that have no row."""
         found = []

@@ -23,10 +23,9 @@ from nas.checkpoints import load_weights
 from nas.data import ImageData, Images, normalise
 from nas.guarantee import Check
 from nas.progress import say
-from nas.recipe import Recipe
 from nas.settings import SupernetSettings
 from nas.steps import accelerator
-from nas.supernet_training import epoch_size
+from nas.supernet_training import short_recipe
 from nas.table import LatencyTable
 from nas.training import train_network
 from nas.trajectory import Predictor
@@ -199,19 +198,7 @@ def train_finalists(
         check: a network to what a call takes on the device.
         group_ms: a network to what one group takes on the device.
     """
-    recipe = Recipe(
-        epochs=settings.finalist_epochs,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate / 2,  # the weights are no random ones
-        layer_scale=settings.layer_scale,
-        clip_norm=settings.clip_norm,
-        weight_decay=settings.weight_decay,
-        label_smoothing=settings.label_smoothing,
-        images_per_epoch=epoch_size(settings, data),
-        accelerator=settings.accelerator,
-        precision=settings.precision,
-        compile=settings.compile,
-    )
+    recipe = short_recipe(settings, data, settings.finalist_epochs, 1 / 2)
     everything: dict[ArchConfig, Found] = {}
     for one in found:
         everything[one.arch] = one

@@ -55,14 +55,7 @@ class MetaPathNet(nn.Sequential):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits (N, num_classes) of what `forward_features` gave; with `pre_logits`, what enters the classifier."""
         head: Any = self.head
-        if head.form == "class_token":
-            x = head.norm(x[:, 0])
-        elif head.form == "layer_norm":
-            x = head.norm(x if x.ndim == 3 else x.flatten(2).transpose(1, 2)).mean(1)
-        elif head.form == "mean_batch_norm":
-            x = head.norm(x.mean(1) if x.ndim == 3 else x.mean((2, 3)))
-        else:
-            x = head.norm(x.transpose(1, 2).unsqueeze(3) if x.ndim == 3 else x).mean((2, 3))
+        x = head.pooled(x)
         if pre_logits:
             return x
         return head.fc(F.dropout(x, self.drop_rate, self.training))

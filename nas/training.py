@@ -428,11 +428,11 @@ def train_step(
     network = network if network is not None else model
     optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=x.device)
-    parts = -(-len(x) // recipe.accumulate)
-    for done in range(0, len(x), parts):
-        part, targets = x[done : done + parts], y[done : done + parts]
+    images = -(-len(x) // recipe.accumulate)
+    for done in range(0, len(x), images):
+        part, targets = x[done : done + images], y[done : done + images]
         # Gradients are exchanged once, in the last part's backward pass.
-        alone = group.size > 1 and done + parts < len(x)
+        alone = group.size > 1 and done + images < len(x)
         with network.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
             with mixed_precision(x.device, recipe.precision):
                 taught = None

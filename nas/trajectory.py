@@ -91,7 +91,8 @@ class Option:
     """One action that was offered: what it does, the network it leads to, and what it costs and saves.
 
     `gain`: what the score divides by, milliseconds or MES. `figures`: of the limits, and the MES, where there are any.
-    `gap`: of a network that was solved for, by how many nats another may be better by the drops; 0 where none is, proven."""
+    `gap`: of a network that was solved for, by how many nats another may be better by the drops; 0 where none is, proven.
+    `lands`: whether it gives back near the target, which is undone where the loop goes on."""
 
     action: str
     stage: int
@@ -103,6 +104,7 @@ class Option:
     gain: float = math.nan
     figures: Mapping[str, float] = field(default_factory=dict)
     gap: float = 0.0
+    lands: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ class InputError(ValueError):
         super().__init__(one_line(message))
 
 
-def one_line(text: str, longest: int = LONGEST) -> str:
+def one_line(text: str) -> str:
     """Return a text as one line for a terminal: what cannot be printed (line ends, escape sequences, halves of characters) as
     its code, and the middle left out of one that is too long."""
-    if len(text) > longest:
-        text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 

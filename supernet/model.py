@@ -12,6 +12,7 @@ from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
 from supernet.blocks.concatplexer import Multiplexed
 from supernet.blocks.layers import DropPath
+from supernet.errors import InputError, first_line
 from supernet.specs import Layer
 
 
@@ -58,9 +59,15 @@ def count(arch: ArchConfig) -> Complexity:
 @cache  # a search counts many networks of few layers
 def count_layer(layer: Layer, images: int = 1) -> Complexity:
     """Return a layer's parameters, and its MACs for a number of images. They add up to those of the network."""
-    with torch.device("meta"):
-        module = build_layer(layer).eval()
-        entering = torch.empty(layer.entering.shape(images))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(entering)
+    try:
+        with torch.device("meta"):
+            module = build_layer(layer).eval()
+            entering = torch.empty(layer.entering.shape(images))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(entering)
+    except (RuntimeError, TypeError) as error:  # a user's block that looks at the values of its tensors
+        raise InputError(
+            f"the operations of {layer} cannot be counted, because tensors have no values there ({first_line(error)}): write "
+            "its forward without values of tensors, such as .item()"
+        ) from error
     return Complexity(sum(p.numel() for p in module.parameters()), counter.get_total_flops() // 2)

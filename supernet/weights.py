@@ -210,11 +210,7 @@ def _converted(key: str, tensors: list[Tensor], own: Tensor) -> Tensor:
     tensors = [tensor.to(own) for tensor in tensors]
     if key.startswith(_CLASSIFIER):  # possibly for another number of classes
         return torch.stack(tensors).mean(0) if tensors[0].shape == own.shape else own
-    if key.endswith(".pos_embed"):
-        return resize_position_embedding(tensors[0], own.shape[1])
-    if tensors[0].shape != own.shape:
-        return resize_attention_biases(tensors[0], isqrt(own.shape[1]))
-    return tensors[0]
+    return at_size(key, tensors[0], own)
 
 
 def _first(names: list[str]) -> str:

@@ -176,6 +176,7 @@ def finished(folder: Path, target: float = 0.6, result: Mapping[str, Any] | None
         "strategy": "greedy",
         "space": "micro",
         "met": True,
+        "network": described(found.arch),
         **(result or {}),
     }
     (folder / "request.json").write_text(json.dumps(request))
@@ -375,7 +376,6 @@ def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
         ("drops.csv", "no drops.csv"),
         ("importance.csv", "no importance.csv"),
         ("trajectory.csv", "no steps"),
-        ("evaluations.csv", "not known: it is not among the run's evaluated networks"),
         ("tables/toy-cpu.csv", "Without milliseconds"),
     ],
 )
@@ -384,6 +384,11 @@ def test_what_is_missing_is_left_out_with_a_sentence(tmp_path: Path, missing: st
     assert said not in page_of(tmp_path).text
     (tmp_path / missing).unlink()
     assert said in page_of(tmp_path).text
+
+
+def test_a_network_that_is_not_of_the_space_marks_no_slots(tmp_path: Path) -> None:
+    finished(tmp_path, result={"network": "16: other | 32: mb4d"})
+    assert "which slots the network found kept is not known" in page_of(tmp_path).text.lower()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def choices_section(run: Run) -> str:
     said = (
         "A cell with a frame and a dot is what the network found has in that slot."
         if kept
-        else "Which slots the network found kept is not known: it is not among the run's evaluated networks."
+        else "Which slots the network found kept is not known: result.json does not say it in this space's words."
     )
     return f"<p>{said}</p>" + importance_map(run) + drops_map(run)
 

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nas.kept import described
 from nas.scores import Drops
 from nas.table import Calibration, LatencyTable
 from supernet.arch import ArchConfig, MultiplexSpec, Stage
@@ -60,11 +59,8 @@ class Run:
     @property
     def met(self) -> bool | None:
         """Whether the measured network keeps every target; None where a device that decides it did not measure it."""
-        if "met" in self.result:
-            known: bool | None = self.result["met"]
-            return known
-        high_ms = self.result.get("measured_high_ms")  # an earlier version's run
-        return None if high_ms is None else high_ms <= self.target_ms
+        known: bool | None = self.result["met"]
+        return known
 
     @property
     def demonstration(self) -> bool:
@@ -75,8 +71,7 @@ class Run:
         """The table as the search used it: with the calibration of its space alone, where there is one."""
         if self.table is None or self.space is None:
             return self.table
-        own = self.table.calibrated_for(self.space)
-        return own if own.calibrations else self.table
+        return self.table.for_space(self.space)
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -107,25 +102,10 @@ class Run:
 
     @cached_property
     def member(self) -> ArchConfig | None:
-        """The found network with its empty slots where they were. `searched.yaml` has none; of an earlier version's run, those
-        are in the networks that were evaluated. None where it is not among them."""
-        if self.space is None:
-            return None
-        if "network" in self.result:
-            return self.network(self.result["network"])
-        wanted = _filled(parsed(described(self.arch.without_mux())))
-        taken = [line for line in self.rows("trajectory.csv") if line.get("taken") == "True"]
-        loss = to_number(taken[-1].get("loss_after")) if taken else math.nan
-        found: list[tuple[float, ArchConfig]] = []
-        for line in self.rows("evaluations.csv"):
-            if _filled(parsed(line["network"])) == wanted and (arch := self.network(line["network"])) is not None:
-                off = abs(to_number(line.get("loss")) - loss)
-                found.append((off if math.isfinite(off) else 0.0, arch))
-        depths = [stage.depth for stage in self.space.stages]
-        whole = [item for item in found if [len(stage.blocks) for stage in item[1].stages] == depths]
-        if whole:
-            return min(whole, key=lambda item: item[0])[1]
-        return self.arch if [len(stage.blocks) for stage in self.arch.stages] == depths else None
+        """The found network with its empty slots where they were, which `searched.yaml` leaves out; None where that is not
+        known."""
+        text = self.result.get("network")
+        return self.network(text) if isinstance(text, str) else None
 
     @property
     def kept(self) -> list[list[str]] | None:
@@ -191,10 +171,6 @@ def _mux_of(text: str) -> MultiplexSpec | None:
         name, _, value = knob.partition("=")
         given[name] = int(value) if value.isdigit() else value
     return MultiplexSpec(**given)
-
-
-def _filled(network: Parsed | None) -> Parsed:
-    return tuple((width, tuple(name for name in labels if name != "identity")) for width, labels in network or ())
 
 
 def to_number(text: object) -> float:

@@ -16,9 +16,9 @@ DRAWN_OPTIONS = 600  # options; of more, only the best of each step are drawn
 
 
 ACTIONS = (  # how an action's text begins or what it has in it, the shape that stands for it, what it is
-    ("empty", "square", "a slot emptied"),
-    ("narrow", "triangle", "a stage narrowed"),
-    ("land", "cross", "landing: width or blocks given back, near under the target"),
+    ("empty ", "square", "a slot emptied"),
+    ("narrow ", "triangle", "a stage narrowed"),
+    ("land: ", "cross", "landing: width or blocks given back, near under the target"),
     (" to ", "diamond", "another block in a slot"),
 )
 

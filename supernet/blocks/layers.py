@@ -141,21 +141,26 @@ class HeadModule(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.form == "layer_norm":
-            return self.fc(self.norm(x if self.tokens else x.flatten(2).transpose(1, 2)).mean(1))
-        if self.form == "class_token":
-            return self.fc(self.norm(x[:, 0]))
-        if self.form == "batch_norm" and self.training:
-            return self.fc(self.norm(x.transpose(1, 2).unsqueeze(3) if self.tokens else x).mean((2, 3)))
+        if self.training or isinstance(self.norm, nn.LayerNorm):
+            return self.fc(self.pooled(x))
         x = x.mean(1) if self.tokens else x.mean((2, 3))
-        if self.training:
-            return self.fc(self.norm(x))
         # In eval mode a batch norm is a factor and an offset for each channel: it may come after the mean, and be one with the
         # linear layer. No runtime merges it into what comes after it, and no convolution stands before it.
         norm: Any = self.norm
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
         return F.linear(x, self.fc.weight * scale, self.fc.bias + (self.fc.weight * shift).sum(1))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Return what enters the classifier: (N, C)."""
+        match self.form:
+            case "layer_norm":
+                return self.norm(x if self.tokens else x.flatten(2).transpose(1, 2)).mean(1)
+            case "class_token":
+                return self.norm(x[:, 0])
+            case "batch_norm":
+                return self.norm(x.transpose(1, 2).unsqueeze(3) if self.tokens else x).mean((2, 3))
+        return self.norm(x.mean(1) if self.tokens else x.mean((2, 3)))
 
 
 def offset_index(side: int) -> Tensor:
