@@ -21,7 +21,7 @@ from latency_analysis import Opener, side_by_side
 
 from nas.checkpoints import load_weights
 from nas.data import ImageData, Images, load_images
-from nas.export import onnx_bytes
+from nas.onnx_model import onnx_bytes
 from nas.profilers.ort_session import OrtModel, cpu_name
 from nas.profilers.timing import Measurement, median_reference, summarise
 from nas.progress import say

@@ -23,8 +23,8 @@ import onnxruntime
 import torch
 from latency_analysis import Opener, side_by_side
 
-from nas.export import onnx_bytes, with_ordinary_values
-from nas.measure import build_module
+from nas.measure import build_module, with_ordinary_values
+from nas.onnx_model import onnx_bytes
 from nas.profilers.ort_session import OrtModel, cpu_name
 from nas.profilers.timing import median_reference, summarise
 from supernet.zoo import zoo

@@ -28,9 +28,10 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from nas.export import onnx_bytes, with_ordinary_values
 from nas.forms import measured_forms, one_round
-from nas.networks import import_timm
+from nas.from_timm import import_timm
+from nas.measure import with_ordinary_values
+from nas.onnx_model import onnx_bytes
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import OrtModel, cpu_name, environment, pinned, warnings_about
 from nas.progress import say

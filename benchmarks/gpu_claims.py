@@ -20,8 +20,7 @@ import random
 import torch
 from torch import Tensor, nn
 
-from nas.export import with_ordinary_values
-from nas.measure import build_module
+from nas.measure import build_module, with_ordinary_values
 from nas.profilers.cuda import open_gpu
 from nas.profilers.timing import Visit, median_reference, summarise, visit_in_rounds
 from supernet.zoo import zoo

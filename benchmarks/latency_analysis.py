@@ -21,9 +21,9 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from nas.export import onnx_bytes, with_ordinary_values
-from nas.measure import SESSION_VISITS
+from nas.measure import SESSION_VISITS, with_ordinary_values
 from nas.networks import find_arch, load_model
+from nas.onnx_model import onnx_bytes
 from nas.operators import Breakdown, bound_model, profile_operators
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import OrtModel, cpu_name

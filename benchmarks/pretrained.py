@@ -38,8 +38,8 @@ from nas.checkpoints import load_weights
 from nas.data import ImageData, load_images
 from nas.devices import measuring
 from nas.evaluation import accuracy_of, recalibrate
-from nas.export import onnx_bytes
 from nas.measure import Reopened, measure_alone, table_reference
+from nas.onnx_model import onnx_bytes
 from nas.pretrained import space_of
 from nas.profilers.ort_session import OrtModel
 from nas.profilers.timing import Measurement

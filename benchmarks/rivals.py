@@ -22,9 +22,9 @@ from mobilenet_v2 import SMALL_IMAGE_STRIDES, MobileNetV2
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.devices import profiler_of
-from nas.export import onnx_bytes, with_ordinary_values
 from nas.guarantee import SLACK
-from nas.measure import Reopened, measure_alone, table_reference
+from nas.measure import Reopened, measure_alone, table_reference, with_ordinary_values
+from nas.onnx_model import onnx_bytes
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import OrtModel
 from nas.progress import say

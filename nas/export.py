@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import platform
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.about import INPUT, OUTPUT, metadata, read_note, targets_beside, targets_of_file
+from nas.onnx_model import onnx_bytes, onnx_session
 from nas.profilers.bench import Failed
 from nas.progress import say
 from supernet.arch import ArchConfig
@@ -27,53 +27,12 @@ from supernet.zoo import load_arch
 
 Array = npt.NDArray[Any]
 
-OPSET = 20
 TOLERANCE = 1e-4  # of the largest logit, or absolute where logits are below 1
 HALF_TOLERANCE = 5e-2  # the same of a network that computes in fp16 throughout
 DYNAMIC = "dynamic"
 FORMATS = {"onnx": ".onnx", "coreml": ".mlpackage", "torch": ".pt2"}
 FORMS = ("deploy", "fastest", "plain")
 USUAL_FORM = {"onnx": "deploy", "coreml": "deploy", "torch": "plain"}  # what tables are of that are measured through the format
-
-
-def onnx_bytes(model: nn.Module, example: Tensor, *, dynamic: bool = False) -> bytes:
-    """Return `model` in eval mode as ONNX, for inputs of the example's shape; with `dynamic`, for any number of images.
-
-    The TorchScript-based exporter is used: for these networks ONNX Runtime arrives at the same optimised graph as from
-    the newer one, in a tenth of the time. Latency tables are measured on the graphs that this function writes.
-
-    Raises:
-        InputError: the network has an operation that ONNX lacks.
-    """
-    file = io.BytesIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints the graph that it cannot write
-        warnings.simplefilter("ignore")  # deprecation, and constants that tracing takes from shapes
-        try:
-            torch.onnx.export(
-                model.eval(),
-                (example,),
-                file,  # type: ignore[arg-type]  # the TorchScript exporter writes to file objects
-                dynamo=False,
-                opset_version=OPSET,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_axes={name: {0: "batch"} for name in (INPUT, OUTPUT)} if dynamic else None,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            raise InputError(
-                f"this network cannot be written as ONNX ({first_line(error)}): write the forward of its blocks with "
-                f"operations that ONNX has in opset {OPSET}"
-            ) from error
-    return file.getvalue()
-
-
-def onnx_session(model: bytes) -> Any:
-    """Return an ONNX Runtime session on this machine's CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def torch_program(model: nn.Module, example: Tensor, *, dynamic: bool = False) -> torch.export.ExportedProgram:
@@ -335,29 +294,3 @@ def _same_classes(known: Any, found: tuple[str, ...], arch: ArchConfig, source: 
             "was trained on"
         )
     return list(found)
-
-
-def with_ordinary_values(model: nn.Module, seed: int) -> nn.Module:
-    """Give every parameter and batch-norm statistic an ordinary value, distinct in every tensor, for timing.
-
-    Initial layer scales (1e-5) and equal blocks would let a runtime meet subnormal numbers or merge constants; layer scales
-    near 1 would let the values of a deep network leave the range of fp16.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point():
-                continue
-            if name.endswith("gamma"):
-                tensor.uniform_(0.1, 0.3, generator=generator)
-            elif name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            elif name.endswith("talking_head2.bias"):
-                # The values of all positions are summed with it: larger ones would add up to infinity within ten blocks.
-                tensor.uniform_(-0.01, 0.01, generator=generator)
-            elif tensor.ndim == 1 or name.endswith("attention_biases"):
-                tensor.uniform_(-0.5, 0.5, generator=generator)
-            else:
-                fan_in = tensor[0].numel()
-                tensor.normal_(0, fan_in**-0.5, generator=generator)
-    return model

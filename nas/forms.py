@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from nas.export import onnx_bytes, with_ordinary_values
-from nas.measure import input_shape
+from nas.measure import input_shape, with_ordinary_values
+from nas.onnx_model import onnx_bytes
 from nas.profilers.ort_session import OrtModel, pinned
 from nas.progress import progress
 from supernet.arch import ArchConfig

@@ -256,7 +256,7 @@ class CalibrationInputs(Sequence[Array]):
 
 def onnx_accuracy(models: Sequence[bytes], images: Images, batch: int) -> list[float]:
     """Return the shares (0 to 1) of images that each of some ONNX models gets right, in ONNX Runtime; `batch` is their own."""
-    from nas.export import onnx_session
+    from nas.onnx_model import onnx_session
 
     sessions = [onnx_session(model) for model in models]
     right = np.zeros(len(models), int)

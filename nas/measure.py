@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nas.export import with_ordinary_values
 from nas.profilers.timing import Measurement, References, Stopwatch, Touches, Visit, Workload, median_reference, summarise
 from nas.progress import say
 from nas.table import LatencyTable
@@ -73,6 +72,32 @@ def build_module(model: Model, batch: int = 1, *, deploy: bool) -> tuple[nn.Modu
     if deploy and model:
         module = nn.Sequential(*(deployed_layer(part, layer) for part, layer in zip(module.children(), model, strict=True)))
     return module, example
+
+
+def with_ordinary_values(model: nn.Module, seed: int) -> nn.Module:
+    """Give every parameter and batch-norm statistic an ordinary value, distinct in every tensor, for timing.
+
+    Initial layer scales (1e-5) and equal blocks would let a runtime meet subnormal numbers or merge constants; layer scales
+    near 1 would let the values of a deep network leave the range of fp16.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point():
+                continue
+            if name.endswith("gamma"):
+                tensor.uniform_(0.1, 0.3, generator=generator)
+            elif name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif name.endswith("talking_head2.bias"):
+                # The values of all positions are summed with it: larger ones would add up to infinity within ten blocks.
+                tensor.uniform_(-0.01, 0.01, generator=generator)
+            elif tensor.ndim == 1 or name.endswith("attention_biases"):
+                tensor.uniform_(-0.5, 0.5, generator=generator)
+            else:
+                fan_in = tensor[0].numel()
+                tensor.normal_(0, fan_in**-0.5, generator=generator)
+    return model
 
 
 class Profiler(Protocol):

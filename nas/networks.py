@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nas.export import onnx_bytes, with_ordinary_values
+from nas.from_timm import TIMM, import_timm
+from nas.measure import with_ordinary_values
+from nas.onnx_model import onnx_bytes
 from supernet.arch import ArchConfig
 from supernet.deploy import deployed
 from supernet.errors import InputError, first_line
@@ -97,10 +99,10 @@ def _timm_model(network: str) -> NamedModel:
 
 def _known_to_timm(network: str) -> tuple[Any, str]:
     """Return timm, and what it calls this model."""
-    name = network.removeprefix("timm:")
+    name = network.removeprefix(TIMM)
     timm, why_not = import_timm()
     if timm is None:
-        near = "" if network.startswith("timm:") else f"{_nearest(name, zoo_names())}the zoo has {', '.join(zoo_names())}; "
+        near = "" if network.startswith(TIMM) else f"{_nearest(name, zoo_names())}the zoo has {', '.join(zoo_names())}; "
         raise InputError(
             f"unknown network {network!r}: {near}timm models need timm, which is not usable here ({why_not}): pip install timm"
         )
@@ -118,17 +120,6 @@ def _made_by_timm(timm: Any, name: str, batch: int = 1) -> tuple[nn.Module, torc
         warnings.simplefilter("ignore")
         model = timm.create_model(name, pretrained=False).eval()
     return with_ordinary_values(model, seed=0), _image(tuple(model.pretrained_cfg["input_size"]), batch)
-
-
-def import_timm() -> tuple[Any, str]:
-    """Return timm, or None and why it cannot be imported. A torchvision that does not fit torch raises RuntimeError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import timm
-    except Exception as error:
-        return None, first_line(error)
-    return timm, ""
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -25,7 +25,7 @@ from nas.checkpoints import CLASSIFIER, load_checkpoint, load_state, load_weight
 from nas.data import ImageData, epoch_batches
 from nas.distributed import in_all
 from nas.evaluation import accuracy_of
-from nas.networks import import_timm
+from nas.from_timm import TIMM, timm_with_weights
 from nas.parallel import ALONE, Group, connected, processes
 from nas.progress import progress, say
 from nas.recipe import Recipe
@@ -44,7 +44,7 @@ from nas.supernet_training import epoch_size, short_recipe
 from nas.taylor import calibration_batches, unit_scores
 from nas.training import train_network
 from supernet.arch import ArchConfig
-from supernet.errors import InputError, first_line, placed
+from supernet.errors import InputError, placed
 from supernet.files import write_atomically
 from supernet.metapath import MetaPath, Supernet
 from supernet.model import build_model
@@ -54,7 +54,6 @@ from supernet.units import UnitScores, cut
 from supernet.weights import at_size, fill, load_timm_weights
 from supernet.zoo import load_arch
 
-TIMM = "timm:"
 WIDTHS = (1 / 2, 5 / 8, 3 / 4, 7 / 8)  # shares of a stage's width that a search may choose from
 DISTILLATION_RATE = 5e-3  # AdamW's highest learning rate
 ROUND = 25  # steps of distillation between two checkpoints
@@ -91,7 +90,7 @@ def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:
         InputError: the file cannot be read, is nobody's of these, or does not fit the network; or timm cannot give the weights.
     """
     arch = arch.without_identity()
-    given = _timm_state(weights) if weights.startswith(TIMM) else read_weights(Path(weights))
+    given = dict(timm_with_weights(weights).state_dict()) if weights.startswith(TIMM) else read_weights(Path(weights))
     source = weights if weights.startswith(TIMM) else str(Path(weights).resolve())
     with placed(weights):
         if any(_OURS.match(name) for name in given):
@@ -124,19 +123,6 @@ def starting_weights(network: str, weights: str, arch: ArchConfig) -> Path | Pre
     if weights.startswith(TIMM) or any(_THEIRS.match(name) for name in read_weights(path)):
         return load_pretrained(network, weights, arch)
     return path
-
-
-def _timm_state(weights: str) -> dict[str, Tensor]:
-    name = weights.removeprefix(TIMM)
-    timm, why_not = import_timm()
-    if timm is None:
-        raise InputError(f"{weights} needs timm, which is not usable here ({why_not}): pip install timm, or give a file")
-    try:
-        return dict(timm.create_model(name, pretrained=True).state_dict())
-    except Exception as error:  # an unknown name, no pretrained weights, no network: each has its own exception
-        raise InputError(
-            f"timm cannot give the weights of {name} ({first_line(error)}): give a name of timm.list_pretrained(), or a file"
-        ) from error
 
 
 def requested(network: str, weights: str, space: str | None, settings: SupernetSettings) -> tuple[Pretrained, SearchSpace]:

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from nas.checkpoints import digest, load_weights
 from nas.data import IMAGENET_MEAN, IMAGENET_STD
+from nas.from_timm import TIMM, timm_with_weights
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, first_line, placed
 from supernet.model import build_model
 from supernet.weights import at_size
-
-TIMM = "timm:"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +56,7 @@ def load_teacher(network: str | Path, image_size: int, num_classes: int, device:
 
 def _loaded(text: str, image_size: int, num_classes: int, device: torch.device) -> Teacher:
     if text.startswith(TIMM):
-        teacher = _timm_teacher(text.removeprefix(TIMM), image_size, num_classes)
+        teacher = _timm_teacher(text, num_classes)
     elif text.endswith(".pt2"):
         return _exported_teacher(Path(text), image_size, num_classes, device)
     elif text.endswith((".yaml", ".yml")):
@@ -118,23 +117,13 @@ def _own_teacher(path: Path, image_size: int, num_classes: int) -> Teacher:
     return Teacher(model, _digest(f"{arch.to_yaml()}{digest(weights)}"))
 
 
-def _timm_teacher(name: str, image_size: int, num_classes: int) -> Teacher:
-    from nas.networks import import_timm  # which imports the exporters
-
-    timm, why_not = import_timm()
-    if timm is None:
-        raise InputError(f"the teacher timm:{name} needs timm, which is not usable here ({why_not}): pip install timm")
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # an unknown name, no pretrained weights, no network: each has its own exception
-        raise InputError(
-            f"timm cannot give the teacher {name} with its weights ({first_line(error)}): give a name of timm.list_pretrained()"
-        ) from error
-    _check_classes(f"timm:{name}", model.num_classes, num_classes)
+def _timm_teacher(name: str, num_classes: int) -> Teacher:
+    model = timm_with_weights(name)
+    _check_classes(name, model.num_classes, num_classes)
     given: Mapping[str, Tensor] = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     cfg = model.pretrained_cfg
     teacher = Adapted(model, cfg["input_size"][1], cfg["mean"], cfg["std"])
-    return Teacher(teacher, _digest(f"timm:{name}".encode() + safetensors.torch.save(dict(given))))
+    return Teacher(teacher, _digest(name.encode() + safetensors.torch.save(dict(given))))
 
 
 def _exported_teacher(path: Path, image_size: int, num_classes: int, device: torch.device) -> Teacher:

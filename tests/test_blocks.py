@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nas.coreml_package import convert, operations
-from nas.export import onnx_bytes, with_ordinary_values
-from nas.measure import input_shape
+from nas.measure import input_shape, with_ordinary_values
+from nas.onnx_model import onnx_bytes
 from nas.plan import terms_of
 from nas.profilers.ort_cpu import OrtCpu
 from nas.table import LatencyTable, Row

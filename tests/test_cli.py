@@ -18,9 +18,8 @@ from test_lut import device_ms
 from test_tutorial import pretend
 
 from nas import cli
-from nas.export import with_ordinary_values
 from nas.lookup import places, usable_table
-from nas.measure import Profiler
+from nas.measure import Profiler, with_ordinary_values
 from nas.parallel import Group
 from nas.pretrained import space_of
 from nas.profilers.ort_cpu import OrtCpu

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from nas import coreml_package
 from nas.data import Images, load_images
-from nas.export import export_network, onnx_bytes, with_ordinary_values
-from nas.measure import build_module
+from nas.export import export_network
+from nas.measure import build_module, with_ordinary_values
+from nas.onnx_model import onnx_bytes
 from nas.plan import random_network, terms_of
 from nas.recipe import RECIPES
 from nas.steps import parameter_groups

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nas.export import onnx_bytes, with_ordinary_values
-from nas.measure import build_module, input_shape
+from nas.measure import build_module, input_shape, with_ordinary_values
+from nas.onnx_model import onnx_bytes
 from supernet.arch import ArchConfig, MultiplexSpec, Stage
 from supernet.blocks import build_layer
 from supernet.deploy import FORMS, Form, default_form, deployed, deployed_layer, has_forms

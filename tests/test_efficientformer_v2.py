@@ -9,7 +9,8 @@ import torch
 from refusals import refusal
 from torch import Tensor, nn
 
-from nas.export import checked_onnx, expectations, with_ordinary_values
+from nas.export import checked_onnx, expectations
+from nas.measure import with_ordinary_values
 from nas.supernet_training import training_size
 from supernet.arch import ArchConfig, Stage
 from supernet.blocks import build_layer

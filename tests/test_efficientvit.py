@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from nas import cli
 from nas.coreml_package import convert, operations
 from nas.evaluation import recalibrate
-from nas.export import onnx_bytes, with_ordinary_values
-from nas.measure import Model, build_module
+from nas.measure import Model, build_module, with_ordinary_values
+from nas.onnx_model import onnx_bytes
 from nas.plan import work_for
 from nas.table import LatencyTable, Row, measured_layers
 from supernet.arch import ArchConfig, Stage

@@ -28,20 +28,11 @@ from torch import Tensor, nn
 from nas import cli, coreml_package
 from nas.about import note, targets_of_file
 from nas.data import load_images, normalise
-from nas.export import (
-    checked_onnx,
-    expectations,
-    export_coreml,
-    export_network,
-    export_torch,
-    onnx_bytes,
-    onnx_session,
-    torch_program,
-    with_ordinary_values,
-)
+from nas.export import checked_onnx, expectations, export_coreml, export_network, export_torch, torch_program
 from nas.int8 import CalibrationInputs, quantised
 from nas.job import export_job
-from nas.measure import name_of
+from nas.measure import name_of, with_ordinary_values
+from nas.onnx_model import onnx_bytes, onnx_session
 from nas.pixels import decode
 from nas.plan import Work
 from nas.profilers import coreml

@@ -8,8 +8,8 @@ from refusals import refusal
 from safetensors.torch import save_file
 
 import nas
-from nas.export import with_ordinary_values
 from nas.feature_maps import Features
+from nas.measure import with_ordinary_values
 from supernet.arch import ArchConfig, MultiplexSpec, Stage
 from supernet.model import build_model
 from supernet.specs import MB3D, MB4D, AttnEmbedding, AttnFFN, PatchStem, Sandwich, ViT

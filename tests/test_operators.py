@@ -12,8 +12,9 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from nas.export import onnx_bytes, with_ordinary_values
 from nas.layer_plot import check_plot_file, plot_layers
+from nas.measure import with_ordinary_values
+from nas.onnx_model import onnx_bytes
 from nas.operators import (
     Node,
     bound_model,

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from test_weights import L1, distance, timm_state
 from torch import Tensor, nn
 
-from nas import pretrained
+from nas import from_timm, pretrained
 from nas.checkpoints import save_checkpoint
 from nas.data import ImageData, load_images, normalise
 from nas.evaluation import recalibrate
-from nas.export import with_ordinary_values
+from nas.measure import with_ordinary_values
 from nas.parallel import ALONE
 from nas.pretrained import (
     Pretrained,
@@ -142,13 +142,13 @@ def test_weights_by_timm_s_name(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("no pretrained weights\nfor it")
         return SimpleNamespace(state_dict=lambda: timm_state(L1))
 
-    monkeypatch.setattr(pretrained, "import_timm", lambda: (SimpleNamespace(create_model=create), ""))
+    monkeypatch.setattr(from_timm, "import_timm", lambda: (SimpleNamespace(create_model=create), ""))
     read = load_pretrained(L1, "timm:efficientformer_l1.snap_dist_in1k", zoo(L1))
     assert asked == [("efficientformer_l1.snap_dist_in1k", True)]
     assert (read.source, read.arch.num_classes) == ("timm:efficientformer_l1.snap_dist_in1k", 1000)
     line = refusal(lambda: load_pretrained(L1, "timm:none", zoo(L1)))
     assert "no pretrained weights" in line and "list_pretrained" in line
-    monkeypatch.setattr(pretrained, "import_timm", lambda: (None, "No module named 'timm'"))
+    monkeypatch.setattr(from_timm, "import_timm", lambda: (None, "No module named 'timm'"))
     assert "pip install timm" in refusal(lambda: load_pretrained(L1, "timm:a", zoo(L1)))
 
 

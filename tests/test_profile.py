@@ -14,7 +14,7 @@ from tables import plain_calibration
 from torch import nn
 
 from nas import cli
-from nas.export import onnx_bytes
+from nas.onnx_model import onnx_bytes
 from nas.profilers.timing import Measurement
 from nas.table import LatencyTable, Row, measured_layers
 from supernet.arch import ArchConfig, Stage

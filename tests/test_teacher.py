@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nas import networks
+from nas import from_timm
 from nas.data import IMAGENET_MEAN, IMAGENET_STD
 from nas.teacher import load_teacher
 from supernet.arch import ArchConfig, Stage
@@ -129,7 +129,7 @@ def test_timms_teacher_sees_its_own_size_and_normalisation(monkeypatch: pytest.M
         model.pretrained_cfg = {"input_size": (3, 24, 24), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
         return model
 
-    monkeypatch.setattr(networks, "import_timm", lambda: (SimpleNamespace(create_model=create), ""))
+    monkeypatch.setattr(from_timm, "import_timm", lambda: (SimpleNamespace(create_model=create), ""))
     teacher = load_teacher("timm:known", 16, 2)
     mean, std = (torch.tensor(figures).view(3, 1, 1) for figures in (IMAGENET_MEAN, IMAGENET_STD))
     white = (torch.ones(2, 3, 16, 16) - mean) / std
@@ -138,6 +138,6 @@ def test_timms_teacher_sees_its_own_size_and_normalisation(monkeypatch: pytest.M
         load_teacher("timm:other", 16, 2)
     with pytest.raises(InputError, match="knows 2 classes"):
         load_teacher("timm:known", 16, 5)
-    monkeypatch.setattr(networks, "import_timm", lambda: (None, "No module named 'timm'"))
+    monkeypatch.setattr(from_timm, "import_timm", lambda: (None, "No module named 'timm'"))
     with pytest.raises(InputError, match="pip install timm"):
         load_teacher("timm:known", 16, 2)

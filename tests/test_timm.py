@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from test_features import ALL, CLASS_TOKEN, UNFLAT, images, trained
 
 import nas
-from nas.networks import import_timm
+from nas.from_timm import import_timm
 from supernet.arch import ArchConfig
 
 timm, why_not = import_timm()

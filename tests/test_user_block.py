@@ -9,9 +9,9 @@ import torch
 from test_lut import Device, device_ms
 
 import nas
-from nas.export import onnx_bytes
 from nas.lut import build_table
 from nas.measure import Model
+from nas.onnx_model import onnx_bytes
 from nas.plan import work_for
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.timing import Workload

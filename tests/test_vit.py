@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from nas import coreml_package
 from nas.checkpoints import load_weights
-from nas.export import onnx_bytes
 from nas.measure import build_module, input_shape
+from nas.onnx_model import onnx_bytes
 from nas.plan import terms_of
 from nas.steps import parameter_groups
 from supernet.arch import ArchConfig, Stage

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from nas.export import onnx_bytes
 from nas.export_forms import ONNX
 from nas.int8 import quantised
 from nas.measure import CACHED, STREAMING, Model, build_module
+from nas.onnx_model import onnx_bytes
 from nas.profilers.ort_session import OrtModel, cpu_id, environment, pinned, touches, warnings_about
 from nas.profilers.timing import Stopwatch, Touches, Workload
 
