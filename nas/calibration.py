@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +51,6 @@ def _calibration(
     coefficients = fit(x[~check], between[~check], y[~check])
     predicted = _predicted(coefficients, x, between)
     signed = 100 * (predicted - y)[check] / y[check]
-    error = np.abs(signed)
     by_stage, by_kind = _shares(table, [arch for arch, told in zip(archs, check, strict=True) if told])
     return Calibration(
         space=space,
@@ -64,11 +65,7 @@ def _calibration(
         sum_high_ms=float(x.max()),
         n_fit=int((~check).sum()),
         n_check=int(check.sum()),
-        mean_error_percent=float(error.mean()),
-        max_error_percent=float(error.max()),
-        within_5_percent=float(100 * (error <= 5).mean()),
-        within_10_percent=float(100 * (error <= 10).mean()),
-        kendall_tau=sidecar_tau(predicted[check], y[check]),
+        **_errors(predicted[check], y[check]),
         error_by_stage_percent=tuple(float(np.average(signed, weights=w)) if w.any() else 0.0 for w in by_stage),
         error_by_kind_percent={k: float(np.average(signed, weights=w)) for k, w in by_kind.items() if w.sum() > 0},
         networks=tuple(
@@ -76,6 +73,42 @@ def _calibration(
             for (arch, ms, half_width_ms, fitted), said in zip(networks, predicted, strict=True)
         ),
     )
+
+
+def on_medians(calibration: Calibration, x: Array, y: Array) -> Calibration:
+    """Return a calibration, its offset and scale fitted to the milliseconds `y` of whole networks whose rows sum to `x`; the
+    error told is that of each one, left out in turn."""
+    design = np.stack([np.ones(len(x)), x], axis=1)
+    others = [np.arange(len(x)) != i for i in range(len(x))]
+    left_out = np.array([design[i] @ least_absolute(design[m], y[m]) for i, m in enumerate(others)])
+    offset_ms, scale = least_absolute(design, y)
+    return replace(
+        calibration,
+        offset_ms=float(offset_ms),
+        scale=float(scale),
+        scale_between=0.0,
+        bend=0.0,
+        n_fit=len(x),
+        n_check=len(x),
+        sum_low_ms=float(x.min()),
+        sum_high_ms=float(x.max()),
+        **_errors(left_out, y),
+        error_by_stage_percent=(),
+        error_by_kind_percent={},
+        networks=(),
+    )
+
+
+def _errors(predicted: Array, measured: Array) -> dict[str, Any]:
+    """Return how far predictions of milliseconds are off, as a calibration tells it."""
+    errors = 100 * np.abs(predicted - measured) / measured
+    return {
+        "mean_error_percent": float(errors.mean()),
+        "max_error_percent": float(errors.max()),
+        "within_5_percent": float(100 * (errors <= 5).mean()),
+        "within_10_percent": float(100 * (errors <= 10).mean()),
+        "kendall_tau": sidecar_tau(predicted, measured),
+    }
 
 
 def refitted(calibration: Calibration, old: LatencyTable, table: LatencyTable) -> Calibration:

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import io
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from nas.parallel import ALONE, Group
 from nas.progress import say
+from supernet.arch import ArchConfig
 from supernet.blocks.concatplexer import is_group_part
 from supernet.distillation import one_classifier
 from supernet.errors import InputError, placed
@@ -28,6 +30,24 @@ WEIGHTS = (
 )
 
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A network with its weights, as a person gave them."""
+
+    arch: ArchConfig
+    """At its own image size, with the classes that its weights know, without empty slots."""
+    state: Mapping[str, Tensor]
+    """Under the names of `build_model(arch)`."""
+    source: str
+    """Where the weights are from: a resolved path, or timm:NAME."""
+
+    @property
+    def digest(self) -> str:
+        """What tells these weights from others."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.state.items()}
+        return f"sha256 {hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()[:16]}"
 
 
 def load_weights(model: nn.Module, path: str | Path, *, adapt: bool = False) -> None:

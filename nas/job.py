@@ -12,12 +12,9 @@ import hashlib
 import json
 import math
 import re
-import shlex
 import shutil
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,7 @@ from onnx import TensorProto, external_data_helper, numpy_helper
 from nas.export_forms import COREML, ONNX, require_current_form
 from nas.measure import CACHED, STREAMING, Model, build_module, input_shape, name_of
 from nas.plan import Work
-from nas.profilers.bench import MIN_MS_OF_A_CALL, Failed
+from nas.profilers.bench import MIN_MS_OF_A_CALL
 from nas.profilers.ort_cpu import OrtCpu, suffix
 from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import DISCARDED, MAX_CALLS, MIN_CALLS, VISIT_MS, References, Visit
@@ -47,7 +44,6 @@ OURS = {"models", "nas", "run_job.py", "run_job.lock", "results.json", "imported
 REQUEST = ("device", "format", "space", "seed", "verify", "threads", "precision", "batch")  # in a manifest and its settings
 LARGE = 256  # elements; a weight of more is made on the device
 TRAVELLING = ("__init__", "timing", "bench", "ort_session", "run_job")  # modules of nas.profilers
-SSH_FAILED = 255  # its exit code where it is ssh that failed, not what it ran
 DEVICE_BATCH_BYTES = 256 << 20  # of models that are open at once on a device of unknown memory
 
 
@@ -384,74 +380,3 @@ def device_of(results: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     return cpu_id(str(results["environment"].get("cpu", ""))) + suffix(
         *(settings[k] for k in ("threads", "precision", "batch"))
     )
-
-
-@dataclass(frozen=True)
-class Address:
-    """Another machine, as ssh knows it, and the Python to use there."""
-
-    host: str
-    port: int | None
-    python: str
-
-    @classmethod
-    def parse(cls, url: str) -> Address:
-        """Return the address of `ssh://user@host[:port][/path/to/python]`."""
-        match = re.fullmatch(r"ssh://((?:[\w.-]+@)?\w[\w.-]*)(?::(\d{1,5}))?(/[^?#\s]*)?", url)
-        if not match or int(match[2] or 22) > 65535:
-            raise InputError(f"{url!r} is no address: give ssh://user@host, or ssh://user@host:port/path/to/python")
-        return cls(match[1], int(match[2]) if match[2] else None, match[3] or "python3")
-
-
-def reach(address: Address) -> None:
-    """Ask another machine for its Python: before anything is made for it, it must be there.
-
-    Raises:
-        InputError: there is no ssh here, or it does not get there.
-        Failed: there is no such Python there.
-    """
-    say(f"asking {address.host} for {address.python}")
-    command = [*_ssh(address), address.host, f"{shlex.quote(address.python)} --version"]
-    _step(f"run {address.python} on {address.host}", command, first=True)
-
-
-def _ssh(address: Address) -> list[str]:
-    return ["ssh", *(["-p", str(address.port)] if address.port else [])]
-
-
-def run_over_ssh(address: Address, folder: Path) -> Path:
-    """Copy a job folder to another machine, run it there, and bring its results back.
-
-    The system's ssh and scp do it, with their configuration and keys; the folder stays there, so that a run that is
-    stopped goes on.
-
-    Raises:
-        InputError: there is no ssh here.
-        Failed: one of the steps failed.
-    """
-    host, port = address.host, address.port
-    job = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
-    there = f"metapath-nas-job-{job[:12]}"
-    ssh = _ssh(address)
-    scp = ["scp", "-q", *(["-P", str(port)] if port else [])]
-    say(f"copying {folder} to {host}:{there}")
-    _step(f"make a folder on {host}", [*ssh, host, f"mkdir -p {there}"])
-    sent = [str(path) for path in sorted(folder.iterdir()) if path.name in ("manifest.json", "models", "nas", "run_job.py")]
-    _step(f"copy the job to {host}", [*scp, "-r", *sent, f"{host}:{there}/"])
-    say(f"running it on {host}")
-    _step(f"run the job on {host}", [*ssh, host, f"cd {there} && {shlex.quote(address.python)} run_job.py"], shown=True)
-    _step(f"bring the results from {host}", [*scp, f"{host}:{there}/results.json", str(folder / "results.json")])
-    return folder / "results.json"
-
-
-def _step(what: str, command: Sequence[str], shown: bool = False, first: bool = False) -> None:
-    out = sys.stderr if shown else subprocess.DEVNULL
-    try:
-        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)  # noqa: S603
-    except OSError as error:
-        raise InputError(f"cannot {what}: {command[0]} is not there ({error.strerror}); install an OpenSSH client") from error
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        if first and done.returncode == SSH_FAILED:  # later on, a connection that worked has broken
-            raise InputError(f"cannot {what}: {last}; give an address and a user that `ssh` gets to")
-        raise Failed(f"cannot {what}: {last}")

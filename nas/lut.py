@@ -19,7 +19,7 @@ import torch
 
 from nas.alone import alone
 from nas.audit import NOISY, Doubt, doubts, flagged, say_if_untrue
-from nas.calibration import calibrate, least_absolute, refitted, sidecar_tau
+from nas.calibration import calibrate, on_medians, refitted
 from nas.job import device_of, place_of, read_results, visits_of
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import FEWEST_NETWORKS, PROTOCOL, Terms, Work, for_batch, terms_of, work_for
@@ -260,35 +260,11 @@ def _on_medians(path: Path, folder: Path, device: str, table: LatencyTable) -> L
         raise InputError(f"the table of {device} has no calibration for the image size and strides of the networks in {path}")
     table.require(layer for arch in archs for layer in arch.layers())
     x = np.array([table.sum_ms(arch) for arch in archs])
-    design = np.stack([np.ones(len(x)), x], axis=1)
-    others = [np.arange(len(x)) != i for i in range(len(x))]
-    left_out = np.array([design[i] @ least_absolute(design[m], y[m]) for i, m in enumerate(others)])
-    errors = 100 * np.abs(left_out - y) / y
-    offset_ms, scale = least_absolute(design, y)
-    fitted = {
-        "offset_ms": float(offset_ms),
-        "scale": float(scale),
-        "scale_between": 0.0,
-        "bend": 0.0,
-        "n_fit": len(x),
-        "n_check": len(x),
-        "sum_low_ms": float(x.min()),
-        "sum_high_ms": float(x.max()),
-        "kendall_tau": sidecar_tau(left_out, y),
-        "mean_error_percent": float(errors.mean()),
-        "max_error_percent": float(errors.max()),
-        "within_5_percent": float(100 * (errors <= 5).mean()),
-        "within_10_percent": float(100 * (errors <= 10).mean()),
-        "error_by_stage_percent": (),
-        "error_by_kind_percent": {},
-        "networks": (),
-    }
-    kept = [replace(c, **fitted) if c in calibrated else c for c in table.calibrations]  # type: ignore[arg-type]
-    table = replace(
-        table, calibrations=tuple(kept), meta={**table.meta, "calibrated_on_medians": [network for network, _ in lines]}
-    )
-    written = table.save(folder)
-    say(f"{written}: calibrated on {len(x)} networks; each one left out in turn, the others say it to {errors.mean():.1f} %")
+    fitted = {c.space_sha256: on_medians(c, x, y) for c in calibrated}
+    kept = tuple(fitted.get(c.space_sha256, c) for c in table.calibrations)
+    table = replace(table, calibrations=kept, meta={**table.meta, "calibrated_on_medians": [network for network, _ in lines]})
+    written, error = table.save(folder), next(iter(fitted.values())).mean_error_percent
+    say(f"{written}: calibrated on {len(x)} networks; each one left out in turn, the others say it to {error:.1f} %")
     return table
 
 

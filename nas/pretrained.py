@@ -7,13 +7,12 @@ DONNA (Moons et al., ICCV 2021), whose error is the squared difference by the va
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from nas.checkpoints import CLASSIFIER, load_checkpoint, load_state, load_weights, read_weights, save_checkpoint
+from nas.checkpoints import CLASSIFIER, Pretrained, load_checkpoint, load_state, load_weights, read_weights, save_checkpoint
 from nas.data import ImageData, epoch_batches
 from nas.distributed import in_all
 from nas.evaluation import accuracy_of
@@ -62,24 +61,6 @@ LEAST_VARIANCE = 1e-6  # of a channel that is as good as constant
 _OURS = re.compile(r"stage\d+_")  # names in our state dicts
 _THEIRS = re.compile(r"(stages|blocks|patch_embed)\.")  # in timm's and in those of the networks' authors
 _THEIR_CLASSIFIERS = ("head.linear.bias", "head.l.bias", "head.bias")
-
-
-@dataclass(frozen=True, eq=False)
-class Pretrained:
-    """A network with its weights, as a person gave them."""
-
-    arch: ArchConfig
-    """At its own image size, with the classes that its weights know, without empty slots."""
-    state: Mapping[str, Tensor]
-    """Under the names of `build_model(arch)`."""
-    source: str
-    """Where the weights are from: a resolved path, or timm:NAME."""
-
-    @property
-    def digest(self) -> str:
-        """What tells these weights from others."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.state.items()}
-        return f"sha256 {hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()[:16]}"
 
 
 def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:

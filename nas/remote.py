@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nas.devices import settings_in
-from nas.job import FORMATS, Address, check_device_id, export_job, job_folder, reach, read_results, run_over_ssh
+from nas.job import FORMATS, check_device_id, export_job, job_folder, read_results
 from nas.lut import Unusable, import_results
 from nas.plan import for_batch, work_for
 from nas.profilers.bench import TooNoisy
 from nas.profilers.ort_cpu import suffix
 from nas.progress import say
+from nas.ssh import Address, reach, run_over_ssh
 from nas.table import LatencyTable
 from supernet.errors import InputError, unknown
 from supernet.files import write_atomically

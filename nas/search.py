@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from nas.alone import alone
+from nas.checkpoints import Pretrained
 from nas.data import load_data, natural_size, say_if_demonstration
 from nas.lookup import OnDevice, groups_of, places, resolve_device, usable_table
 from nas.parallel import joined
-from nas.pretrained import Pretrained, check_init, requested
+from nas.pretrained import check_init, requested
 from nas.report import NAME as REPORT
 from nas.report import write_report
 from nas.request import Finished, claim, finished

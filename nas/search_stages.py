@@ -13,6 +13,7 @@ from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from nas.about import note, version_of
+from nas.checkpoints import Pretrained
 from nas.data import ImageData
 from nas.distributed import in_all, shared
 from nas.evaluation import Evaluator, accuracy_of
@@ -28,7 +29,7 @@ from nas.judging import (
 )
 from nas.kept import Checks, Remembered, described, write_complexity, write_csv
 from nas.lookup import OnDevice
-from nas.pretrained import Pretrained, as_given, layers_kept, on_data, pretrained_supernet
+from nas.pretrained import as_given, layers_kept, on_data, pretrained_supernet
 from nas.progress import say
 from nas.recovery import Recovered
 from nas.settings import SupernetSettings

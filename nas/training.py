@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nas.about import note
 from nas.augmentation import augmented, draw, step_generator, steps_of, training_indices
-from nas.checkpoints import CHECKPOINT_EVERY_S, digest, load_checkpoint, load_state, load_weights, save_checkpoint
+from nas.checkpoints import CHECKPOINT_EVERY_S, Pretrained, digest, load_checkpoint, load_state, load_weights, save_checkpoint
 from nas.curves import Points, curves
 from nas.data import ImageData, Images
 from nas.ema import MovingAverage
@@ -48,9 +48,6 @@ from supernet.distillation import add_second_classifier, one_classifier
 from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.model import build_model, set_drop_path
-
-if TYPE_CHECKING:  # which trains networks itself
-    from nas.pretrained import Pretrained
 
 MEASURED_STEPS = 10  # by whose time that of the rest is estimated
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.alone import alone
-from nas.job import Address, export_job, read_results, run_over_ssh, visits_of
+from nas.job import export_job, read_results, visits_of
 from nas.kept import Checks
 from nas.lookup import OnDevice
 from nas.measure import measure_alone, name_of, table_reference
@@ -19,6 +19,7 @@ from nas.request import Finished, finished, interrupted
 from nas.search import Request, beginning, run_search
 from nas.search_stages import CANDIDATE, measurements_file
 from nas.settings import UNBOUND, SupernetSettings
+from nas.ssh import Address, run_over_ssh
 from nas.table import LatencyTable, Target
 from supernet.arch import ArchConfig
 from supernet.errors import InputError

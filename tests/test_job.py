@@ -18,13 +18,14 @@ import pytest
 from test_lut import cost, device_ms, small_space
 
 from nas import cli, job
-from nas.job import Address, export_job, run_over_ssh, without_weights
+from nas.job import export_job, without_weights
 from nas.lut import import_medians, import_results
 from nas.measure import CACHED, STREAMING, Model
 from nas.plan import Work, work_for
 from nas.profilers.bench import Failed, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
 from nas.remote import build_over_ssh
+from nas.ssh import Address, run_over_ssh
 from nas.table import LatencyTable
 from supernet.errors import InputError
 from supernet.files import PART
