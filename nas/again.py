@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.alone import alone
+from nas.device_ids import KINDS
 from nas.guarantee import SLACK
 from nas.kept import complexity_of, described, read_evaluations, write_csv
 from nas.request import Finished, claim, finished
@@ -160,7 +161,7 @@ def _name(held: Finished, budgets: Sequence[Budgeted], strategy: str) -> str:
 
 def _id(device: str) -> str:
     """Return a device's id. Only a kind of device, such as cpu, has to be looked up, which imports torch."""
-    if "-" in device and device not in ("mac-cpu", "mac-npu", "iphone-cpu", "iphone-npu"):
+    if "-" in device and device not in KINDS:
         return device
     from nas.lookup import resolve_device
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.alone import alone
 from nas.command import batch_size, command_parser, device_target, positive_ms, run_command, seed_number, whole_number
+from nas.device_ids import PHONES
 from supernet.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
             elif given.import_results.is_dir():
                 from nas.remote import run_on_iphone
 
-                if given.device not in ("iphone-npu", "iphone-cpu"):
+                if given.device not in PHONES:
                     raise InputError(
                         f"{given.import_results} is a folder: give its results.json, or a phone: --device iphone-npu"
                     )
@@ -117,7 +118,7 @@ def _refuse_without_use(given: argparse.Namespace) -> None:
         for name in [name for name in decided if getattr(given, name)]:
             raise InputError(f"results say themselves what was measured: leave --{name.replace('_', '-')} out")
     for name in ("team_id", "udid"):
-        if getattr(given, name) is not None and given.device not in ("iphone-npu", "iphone-cpu"):
+        if getattr(given, name) is not None and given.device not in PHONES:
             raise InputError(f"--{name.replace('_', '-')} is of a connected phone: give --device iphone-npu or iphone-cpu too")
 
 
@@ -134,7 +135,7 @@ def _usual_device(given: argparse.Namespace) -> str:
 
 def _measure(given: argparse.Namespace) -> None:
     from nas import remote
-    from nas.devices import ELSEWHERE, open_profiler
+    from nas.devices import open_profiler
     from nas.lut import build_table
     from nas.plan import requested_space
     from nas.table import user_folder
@@ -145,14 +146,14 @@ def _measure(given: argparse.Namespace) -> None:
         remote.print_check(given.device, given.team_id, given.udid)
         return
     space = requested_space(given.space, given.arch)
-    elsewhere = given.export_job is not None or given.device.startswith("ssh://") or given.device in ELSEWHERE
+    elsewhere = given.export_job is not None or given.device.startswith("ssh://") or given.device in PHONES
     if elsewhere and given.missing:
         raise InputError("a device that is elsewhere measures all rows of a space at once: leave --missing out")
     if given.export_job is not None:
         remote.export(given.export_job, space, given.device, given.format or "onnx", **settings)
     elif given.device.startswith("ssh://"):
         remote.build_over_ssh(given.device, space, folder, **settings)
-    elif given.device in ELSEWHERE:
+    elif given.device in PHONES:
         if any(value is not None for value in settings.values()):
             raise InputError(f"{given.device} is measured in fp16 at batch 1: leave --threads, --precision and --batch out")
         remote.build_on_iphone(given.device, space, folder, given.team_id, given.udid)

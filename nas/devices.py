@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from nas.device_ids import GPUS, KINDS, MACS, PHONES, settings_in
 from nas.measure import Profiler
 from nas.profilers.bench import usable_cpus
 from nas.table import LatencyTable, find_tables
 from supernet.errors import InputError, unknown
-
-HERE = ("cpu", "cuda", "a100", "mac-npu", "mac-cpu")  # kinds that are timed from this process
-ELSEWHERE = ("iphone-npu", "iphone-cpu")  # kinds that are timed by a program on the device
-KINDS = (*HERE, *ELSEWHERE)
 
 
 def open_profiler(
@@ -23,17 +20,17 @@ def open_profiler(
     Raises:
         InputError: the device is unknown or not here, or does not have such a setting.
     """
-    if device in ("cuda", "a100"):
+    if device in GPUS:
         from nas.profilers.cuda import open_gpu
 
         return open_gpu(device, threads, precision, batch)
-    if device in ("mac-npu", "mac-cpu"):
+    if device in MACS:
         from nas.profilers.coreml import open_mac
 
         return open_mac(device, threads, precision, batch)
     if device == "cpu":
         return _open_cpu(threads, precision, batch)
-    if device in ELSEWHERE:
+    if device in PHONES:
         raise InputError(f"{device} is a kind of device: say which one, such as iphone15pro-npu (nas-build-lut --list)")
     found = _of_id(device)
     if found is None and re.fullmatch(r"[a-z0-9.-]+-(cpu|npu)(-[a-z0-9.-]+)?", device):
@@ -80,17 +77,8 @@ def _of_id(device: str) -> Profiler | None:
     return _matching(device, settings_in(device)[1])
 
 
-def settings_in(device: str) -> tuple[str, dict[str, Any]]:
-    """Return an id without what its end says of settings (`-2t`, `-int8`, `-b8`), and those: None where it says nothing."""
-    end = re.search(r"(?:-(\d+)t)?(?:-(int8|fp32|fp16|bf16))?(?:-b(\d+))?$", device)
-    assert end is not None  # everything in it is optional
-    threads, precision, batch = end.groups()
-    settings = {"threads": threads and int(threads), "precision": precision, "batch": batch and int(batch)}
-    return device[: end.start()], settings
-
-
 def _matching(device: str, settings: dict[str, Any]) -> Profiler | None:
-    for kind in ("cpu", "mac-npu", "mac-cpu", "cuda"):
+    for kind in ("cpu", *MACS, "cuda"):
         try:
             profiler = open_profiler(kind, **settings)
         except InputError:

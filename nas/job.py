@@ -24,11 +24,12 @@ import platformdirs
 import torch
 from onnx import TensorProto, external_data_helper, numpy_helper
 
+from nas.device_ids import MACS, PHONES, suffix
 from nas.export_forms import COREML, ONNX, require_current_form
 from nas.measure import CACHED, STREAMING, Model, build_module, input_shape, name_of
 from nas.plan import Work
 from nas.profilers.bench import MIN_MS_OF_A_CALL
-from nas.profilers.ort_cpu import OrtCpu, suffix
+from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import DISCARDED, MAX_CALLS, MIN_CALLS, VISIT_MS, References, Visit
 from nas.progress import Tick, progress, say
@@ -191,7 +192,7 @@ def _cache() -> Path:
 
 def check_device_id(device: str) -> None:
     """Refuse what cannot be the id of a device that runs elsewhere."""
-    if device in ("iphone-npu", "iphone-cpu", "mac-npu", "mac-cpu"):
+    if device in (*MACS, *PHONES):
         example = ("iphone15pro" if device.startswith("iphone") else "apple-m2") + device[device.index("-") :]
         raise InputError(f"{device} is a kind of device: name the very one, such as {example}")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*-(cpu|npu)(-[a-z0-9.-]+)?", device):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nas.device_ids import HERE, PHONES
 from nas.guarantee import Check
 from nas.plan import for_batch
 from nas.progress import say
@@ -114,9 +115,9 @@ def groups_of(space: SearchSpace, objective: str, device: str, table: Path | Non
 
 def resolve_device(device: str) -> str:
     """Return a device's id: what is not a kind of device is one. Of a kind that is elsewhere it is that of its only table."""
-    from nas.devices import ELSEWHERE, HERE, open_profiler, table_of_kind
+    from nas.devices import open_profiler, table_of_kind
 
-    if device in ELSEWHERE:
+    if device in PHONES:
         return table_of_kind(device)
     return open_profiler(device).id if device in HERE else device
 

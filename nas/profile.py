@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nas.audit import say_if_untrue
+from nas.device_ids import KINDS, PHONES
 from nas.export_forms import EarlierForm
 from nas.progress import say
 from nas.table import LatencyTable, find_tables
@@ -32,11 +33,11 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
     With `layers`, where they go too, by layer and by kind of operator, with a picture in `plot` (default:
     `<network>-layers.png`). On another device than this one there is only what its table says of each layer.
     """
-    from nas.devices import ELSEWHERE, KINDS, known_devices, open_profiler, profiler_of, table_of_kind
+    from nas.devices import known_devices, open_profiler, profiler_of, table_of_kind
     from nas.networks import find_arch, load_model
 
     found = find_tables()
-    device = table_of_kind(device) if device in ELSEWHERE else device
+    device = table_of_kind(device) if device in PHONES else device
     if device in found:
         table: LatencyTable | None = LatencyTable.load(found[str(device)])
         assert table is not None

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nas.devices import settings_in
+from nas.device_ids import GPUS, MACS, PHONES, settings_in, suffix
 from nas.job import FORMATS, check_device_id, export_job, job_folder, read_results
 from nas.lut import Unusable, import_results
 from nas.plan import for_batch, work_for
 from nas.profilers.bench import TooNoisy
-from nas.profilers.ort_cpu import suffix
 from nas.progress import say
 from nas.ssh import Address, reach, run_over_ssh
 from nas.table import LatencyTable
@@ -41,7 +40,7 @@ def export(
         raise unknown("format", form, FORMATS)
     named = device
     if form == "onnx":
-        if device.endswith("-npu") or device in ("cuda", "a100", "iphone-cpu", "mac-cpu"):
+        if device.endswith("-npu") or device in (*GPUS, *MACS, *PHONES):
             raise InputError(f"a job of ONNX models is timed on a CPU, not on {device}: give --format coreml, or a CPU's name")
         base, said = settings_in(device)
         asked = {"threads": threads, "precision": precision, "batch": batch}
@@ -166,7 +165,7 @@ def print_check(device: str, team_id: str | None, udid: str | None) -> None:
     """Print what Core ML measurements need, each line ok or the fix; exit code 1 if something is missing."""
     from nas.profilers.coreml_check import check
 
-    if device not in ("mac-npu", "mac-cpu", "iphone-npu", "iphone-cpu"):
+    if device not in (*MACS, *PHONES):
         raise InputError(f"--check is for mac-npu, mac-cpu, iphone-npu and iphone-cpu, not for {device}: leave it out")
     lines = check(device, team_id, udid)
     for what, ok, fix in lines:

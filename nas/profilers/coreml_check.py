@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from nas.coreml_package import coremltools, save_package
+from nas.device_ids import MACS, PHONES
 from nas.measure import CACHED, build_module
 from nas.profilers import coreml
 from nas.profilers.iphone import OLDEST_IOS, Phone, check_team, devicectl, find_phone, run
@@ -18,7 +19,6 @@ from supernet.errors import InputError, unknown
 
 Line = tuple[str, bool, str]  # what is needed, whether it is there, what to do if not
 
-KINDS = ("iphone-npu", "iphone-cpu", "mac-npu", "mac-cpu")
 FIRST = "the lines above come first"
 OLDEST_IOS_WITH_PLANS = (17, 4)
 _UNIT_OF_TEN = rb"\x06\x03\x55\x04\x0b[\x0c\x13]\x0a([A-Z0-9]{10})"  # DER of an organizational unit (OID 2.5.4.11)
@@ -30,8 +30,8 @@ def check(device_kind: str, team_id: str | None = None, udid: str | None = None)
     Works anywhere; a line whose question cannot be asked yet says what comes first. On an iPhone whose other lines are ok, the
     last one builds coremltools' model runner, which takes minutes.
     """
-    if device_kind not in KINDS:
-        raise unknown("device for --check", device_kind, KINDS)
+    if device_kind not in (*PHONES, *MACS):
+        raise unknown("device for --check", device_kind, (*PHONES, *MACS))
     lines = [_check_macos(), _check_coremltools()]
     if device_kind.startswith("mac-"):
         lines += [_check_chip()] if device_kind == "mac-npu" else []

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nas.device_ids import suffix
 from nas.export_forms import ONNX
 from nas.int8 import quantised
 from nas.measure import CACHED, STREAMING, Model, build_module
@@ -63,12 +64,3 @@ class OrtCpu:
                 yield
         finally:
             torch.set_num_threads(torch_threads)
-
-
-def suffix(threads: int, precision: str, batch: int) -> str:
-    """Return what a CPU's device id says of settings that are not usual."""
-    return (
-        (f"-{threads}t" if threads != 1 else "")
-        + (f"-{precision}" if precision != "fp32" else "")
-        + (f"-b{batch}" if batch != 1 else "")
-    )
