@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from nas.augmentation import augmented, draw, step_generator, steps_of, training_indices
-from nas.checkpoints import load_checkpoint, save_checkpoint
+from nas.checkpoints import History, load_checkpoint, save_checkpoint
 from nas.data import SUFFIXES, ImageData, Images
 from nas.evaluation import accuracy_of
 from nas.measure import table_reference
@@ -30,7 +30,7 @@ from nas.settings import SupernetSettings
 from nas.steps import accelerator, parameter_groups, set_layer_scale
 from nas.table import LatencyTable
 from nas.teacher import Teacher
-from nas.training import History, train_network, train_step
+from nas.training import train_network, train_step
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.files import read_json, write_atomically

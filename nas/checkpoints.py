@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -220,3 +221,30 @@ def load_checkpoint(path: Path, group: Group = ALONE, **parts: Stateful) -> int:
     epoch = group.agreed(loaded)
     say(f"going on from {path} after epoch {epoch}")
     return epoch
+
+
+@dataclass
+class History:
+    """The rows of `metrics.csv`, one an epoch; a part of the checkpoint, so that the file never has one too many."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Of the steps of the epoch under way."""
+    seconds: float = 0.0
+    """That the epoch under way has taken."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "losses": self.losses, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+        self.losses = list(state_dict.get("losses", []))  # an earlier version had none within an epoch
+        self.seconds = float(state_dict.get("seconds", 0.0))
+
+    def write(self, path: Path) -> None:
+        """Write the rows as CSV, whole or not at all."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(path, text.getvalue())

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,16 @@ from torch import Tensor, nn
 
 from nas.about import note
 from nas.augmentation import augmented, draw, step_generator, steps_of, training_indices
-from nas.checkpoints import CHECKPOINT_EVERY_S, Pretrained, digest, load_checkpoint, load_state, load_weights, save_checkpoint
+from nas.checkpoints import (
+    CHECKPOINT_EVERY_S,
+    History,
+    Pretrained,
+    digest,
+    load_checkpoint,
+    load_state,
+    load_weights,
+    save_checkpoint,
+)
 from nas.curves import Points, curves
 from nas.data import ImageData, Images
 from nas.ema import MovingAverage
@@ -479,33 +486,6 @@ def training_loss(
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-@dataclass
-class History:
-    """The rows of `metrics.csv`, one an epoch; a part of the checkpoint, so that the file never has one too many."""
-
-    rows: list[dict[str, float]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    """Of the steps of the epoch under way."""
-    seconds: float = 0.0
-    """That the epoch under way has taken."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "losses": self.losses, "seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.rows = list(state_dict["rows"])
-        self.losses = list(state_dict.get("losses", []))  # an earlier version had none within an epoch
-        self.seconds = float(state_dict.get("seconds", 0.0))
-
-    def write(self, path: Path) -> None:
-        """Write the rows as CSV, whole or not at all."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(path, text.getvalue())
 
 
 def _request(
