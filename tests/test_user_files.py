@@ -215,7 +215,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_results_of_a_job(job: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = work_for(small_space())
     monkeypatch.setattr("nas.job._cache", lambda: folder / "cache")
-    monkeypatch.setattr("nas.lut.work_for", lambda *_: work)  # what is planned for the space takes as long as all the rest
 
     @given(content=json_files(json.dumps(pretended_results(job, work))))
     def each(content: bytes) -> None:

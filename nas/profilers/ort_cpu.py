@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -39,9 +39,7 @@ class OrtCpu:
 
     def onnx(self, model: Model) -> bytes:
         """Return the ONNX form that is timed."""
-        module, example = build_module(model, self.batch, deploy=True)
-        data = onnx_bytes(module, example)
-        return quantised(data, [example.numpy()]) if self.precision == "int8" and model else data
+        return _onnx(model, self.batch, self.precision)
 
     def open(self, model: Model) -> tuple[Workload, int]:
         data = self.onnx(model)
@@ -64,3 +62,10 @@ class OrtCpu:
                 yield
         finally:
             torch.set_num_threads(torch_threads)
+
+
+@lru_cache(maxsize=1)  # a network that is timed by itself is opened anew many times
+def _onnx(model: Model, batch: int, precision: str) -> bytes:
+    module, example = build_module(model, batch, deploy=True)
+    data = onnx_bytes(module, example)
+    return quantised(data, [example.numpy()]) if precision == "int8" and model else data
