@@ -66,7 +66,7 @@ def checked(table: LatencyTable, count: int, noise: float, shared: float = 1.0, 
 
 
 def test_a_row_that_whole_networks_contradict_is_named() -> None:
-    found = contradicted_rows(checked(table_of(off=1.5), 400, 0.01))
+    found = contradicted_rows(checked(table_of(off=1.5), 200, 0.01))
     (doubt,) = [d for d in found if d.layer == CHANGED]
     assert doubt.expected_ms == pytest.approx(cost(CHANGED), rel=0.05)
     assert re.fullmatch(r"whole networks say that it is \+(4[5-9]|5[0-5]) % off", doubt.why)
@@ -89,7 +89,7 @@ def test_how_far_a_row_is_off_is_told_where_the_calibration_bends() -> None:
 
 
 def test_a_row_a_hundred_times_too_large_is_named_too() -> None:
-    (doubt,) = [d for d in contradicted_rows(checked(table_of(off=100.0), 400, 0.01)) if d.layer == CHANGED]
+    (doubt,) = [d for d in contradicted_rows(checked(table_of(off=100.0), 200, 0.01)) if d.layer == CHANGED]
     assert "whole networks say" in doubt.why
 
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -452,11 +453,14 @@ FAMILIES = [UNFLAT, VIT, ATTN_FFN, SANDWICH]
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("arch", FAMILIES, ids=lambda arch: arch.name)
-def test_the_table_s_graph_is_the_exported_one(arch: ArchConfig, precision: str, folder: Path) -> None:
+def test_the_table_s_graph_is_the_exported_one(
+    arch: ArchConfig, precision: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole networks of a table (its calibration's), and what nas-export writes by default: the same operators."""
     arch = arch.with_classes(10)
     arch.save("searched.yaml")
     save_file(with_ordinary_values(build_model(arch), seed=1).state_dict(), "model.safetensors")
+    monkeypatch.setattr("nas.int8.CalibrationInputs", partial(CalibrationInputs, images=8))  # it is the operators that count
     write("m.onnx", int8=precision == "int8")
     timed = kinds_of(OrtCpu(precision=precision).onnx(tuple(arch.layers())))
     assert timed == kinds_of(Path("m.onnx").read_bytes())

@@ -5,6 +5,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -272,7 +273,9 @@ def test_finalists_inherit_the_weights_of_their_own_slots(
     checks = Checks(tmp_path / "m.csv", table_of(space, 4))
     settings = SupernetSettings(recalibration_images=16)
     outcomes = {None: Outcome(trajectory, (Check(),), 0, None), space.mux[0]: Outcome(trajectory, (Check(),), 0, None)}
-    _finalists(outcomes, supernet, Evaluator(supernet, data, 16), data, checks, settings, 0, tmp_path)
+    work: Any = SimpleNamespace(data=data, settings=settings, seed=0, folder=tmp_path, checks=lambda: [checks])
+    judged: Any = SimpleNamespace(supernet=supernet, evaluator=Evaluator(supernet, data, 16))
+    _finalists(work, judged, outcomes)
     assert [one.arch.group_size for one in seen["found"]] == [1, 2]
     kept = load_file(seen["file"])
     slots = [supernet.get_submodule(f"stages.1.{slot}.candidates.0.mlp.fc1").weight for slot in (0, 1)]

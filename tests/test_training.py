@@ -73,8 +73,8 @@ def network() -> nn.Sequential:
 KILLS = [
     (training, "train_step", 8, 1),
     (training, "accuracy_of", 2, 1),
-    (checkpoints, "write_atomically", 4, 1),  # each epoch has one before its validation and one after
-    (training, "write_atomically", 2, 2),
+    (checkpoints, "write_atomically", 5, 1),  # each epoch has one before its validation, one after and its metrics
+    (checkpoints, "write_atomically", 6, 2),
 ]
 
 

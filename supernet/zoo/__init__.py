@@ -1,5 +1,6 @@
 """Published networks as ArchConfigs, and what is ours of them (its file says so), one YAML file each. No torch."""
 
+from functools import cache
 from pathlib import Path
 
 from supernet.arch import ArchConfig
@@ -13,6 +14,7 @@ def zoo_names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
+@cache
 def zoo(name: str) -> ArchConfig:
     """Return a published network.
 
