@@ -7,6 +7,7 @@ processes that a killed one leaves behind do not have; on Windows the lock of a 
 
 from __future__ import annotations
 
+import getpass
 import os
 import platform
 import sys
@@ -31,13 +32,20 @@ class InUse(InputError):
 
 @contextmanager
 def turn(name: str) -> Iterator[None]:
-    """Wait until no other process of this machine is in a block of this name, and keep others out while the block runs. Where
-    there is no place for a lock, nobody waits."""
+    """Wait until no other process of this user and machine is in a block of this name, and keep others out while the block
+    runs. Where there is no place for a lock, nobody waits."""
+    user = os.getuid() if sys.platform != "win32" else getpass.getuser()  # who may write to what others made?
+    folder = Path(tempfile.gettempdir()) / f"metapath-nas-{user}"
+    waiting = False
     with ExitStack() as held:
         while True:
             try:
-                held.enter_context(alone(Path(tempfile.gettempdir()) / "metapath-nas", name))
+                folder.mkdir(exist_ok=True)  # it stays: `alone` removes what it made, which another may be about to use
+                held.enter_context(alone(folder, name))
             except InUse:
+                if not waiting:
+                    say(f"waiting for another process of this machine ({name})")
+                waiting = True
                 time.sleep(_POLL_S)
                 continue
             except (InputError, OSError):
@@ -109,7 +117,7 @@ def _opened(path: Path, folder: Path, shared: bool) -> int:
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
             if error.errno in FULL:
                 raise

@@ -65,6 +65,13 @@ def read_evaluations(path: Path) -> dict[str, Evaluation]:
         return {line["network"]: Evaluation(float(line["loss"]), float(line["accuracy"])) for line in lines}
 
 
+def normalised_by(table: LatencyTable) -> dict[str, str]:
+    """Return the references of a table as a file of measurements has them, in a column each."""
+    given = table.meta.get("reference_ms")
+    held = given if isinstance(given, dict) else {}
+    return {f"{name}_reference_ms": repr(held.get(f"{name}_ms")) for name in ("cached", "streaming")}
+
+
 class Checks:
     """What networks take on the device: measured here, or read from what was measured elsewhere. Kept in a file, so that
     neither is done twice; what was normalised by another table's references is passed over."""
@@ -77,9 +84,7 @@ class Checks:
         self.path = path
         self.table = table
         self.profiler = profiler_of(table)
-        given = table.meta.get("reference_ms")
-        held = given if isinstance(given, dict) else {}
-        self.references = {f"{name}_reference_ms": repr(held.get(f"{name}_ms")) for name in ("cached", "streaming")}
+        self.references = normalised_by(table)
         self.known = self._read()
 
     def _read(self) -> dict[str, tuple[Check, str]]:

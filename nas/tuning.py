@@ -268,6 +268,8 @@ class _Run:
                 evaluation = self.evaluate(arch)
             value = evaluation.charge(self.score)
             if not math.isfinite(value):
+                with suppress(RuntimeError):
+                    trial.set_user_attr("dropped", "no number")  # the next one is drawn by another seed
                 raise InputError(f"Optuna minimises the {self.score}, but evaluating {arch.name} gives {value} for it")
         except BaseException:
             self._end(trial.number, TrialState.FAIL)

@@ -51,7 +51,9 @@ def verify(
     with alone(run):
         places = [OnDevice(Target(t["target_ms"]), LatencyTable.load(Path(t["table"])), Path(t["table"])) for t in held.targets]
         if interrupted(run):  # the network that the results are of may be replaced already; what they say is kept
-            say(f"a search in {run} was interrupted while it wrote what it had found: it ends first")
+            asked = device or results
+            then = f"; {asked} is passed over, so give the same command again" if asked else ""
+            say(f"a search in {run} was interrupted while it wrote what it had found: it ends first{then}")
         elif not _measured(run, held, places, device, results):
             return None
         return run_search(

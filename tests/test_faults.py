@@ -265,6 +265,15 @@ def test_a_verification_that_is_killed_leaves_the_old_network_or_the_new_one_and
     killed_at("measurements.csv", True, lambda: cli.search(verify))
     cli.search(search)
     assert held() == old, "nothing was replaced yet"
+    shutil.rmtree("run")
+    shutil.copytree("before", "run")
+    Path("run/report.html").unlink()
+    capsys.readouterr()
+    cli.search(verify)
+    assert "results.json is passed over, so give the same command again" in capsys.readouterr().err
+    assert held() == old and Path("run/report.html").exists()
+    cli.search(verify)
+    assert held() == new
 
 
 # -- Two processes -----------------------------------------------------------------------------------------------------
@@ -299,7 +308,9 @@ def test_a_second_process_is_refused_and_a_killed_one_blocks_nobody(capsys: pyte
     assert not left_overs("run")
 
 
-def test_who_measures_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_who_measures_waits_for_its_turn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Processes of a study would time the same network on the same core at the same moment."""
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     free = iter([False, False, True])
@@ -310,6 +321,7 @@ def test_who_measures_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with turn("measuring-this-cpu"):
         entered.append(len(waited))
     assert entered == [2]
+    assert capsys.readouterr().err.count("waiting for another process of this machine (measuring-this-cpu)") == 1
     (tmp_path / "file").touch()
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "file"))
     with turn("measuring-this-cpu"):

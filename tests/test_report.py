@@ -16,7 +16,7 @@ import yaml
 from small_spaces import stage_space
 from tables import plain_calibration
 
-from nas.kept import Checks, described, write_csv
+from nas.kept import Checks, described, normalised_by, write_csv
 from nas.report import write_report
 from nas.report.device import published_networks
 from nas.report.run import read_run
@@ -149,7 +149,9 @@ def finished(folder: Path, target: float = 0.6, result: Mapping[str, Any] | None
     deployed.save(folder / "searched.yaml")
     ms = {"ms": 0.98 * found.ms, "low_ms": 0.97 * found.ms, "high_ms": 0.99 * found.ms}
     measured = {"network": described(deployed), **ms, "measured_at": "2026-03-04T05:06:07.008+00:00"}
-    write_csv(folder / "measurements.csv", [measured], Checks.HEADER)
+    measured |= normalised_by(table)
+    stale = {**measured, "network": described(SPACE.largest), "cached_reference_ms": "0.123"}  # by a table that is gone
+    write_csv(folder / "measurements.csv", [measured, stale], Checks.HEADER)
     request = {
         "command": "nas-search",
         "target_ms": target_ms,
@@ -332,6 +334,7 @@ def test_measured_networks_are_drawn_with_how_far_they_are_off(tmp_path: Path) -
     found = finished(tmp_path)
     text = page_of(tmp_path).text
     assert f"the network found: predicted {found.ms:#.3g} ms, measured {0.98 * found.ms:#.3g} ms (+2.0 %)" in text
+    assert "measured in this run" not in text, "the other line is of a table that is gone"
     assert "network 1 of the calibration (fitted)" in text and "network 4 of the calibration (not fitted)" in text
     assert text.count("(-2.0 %)") == 4
 

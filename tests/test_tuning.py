@@ -297,10 +297,12 @@ def test_an_evaluation_that_fails_is_no_trial_that_counts(storage: InMemoryStora
             found = super().__call__(arch)
             return Evaluation(math.nan) if len(self.asked) == 4 else found
 
-    message = refusal(lambda: tuned(storage, Broken(), trials=6))
+    broken = Broken()
+    message = refusal(lambda: tuned(storage, broken, trials=6))
     assert "gives nan" in message
     evaluate = Evaluator()
     tuned(storage, evaluate, trials=6)
+    assert evaluate.candidates[0] != broken.asked[-1], "what gives no number would give none again"
     assert len(evaluate.candidates) == 4  # two were done, the third has failed
     assert [t.state.name for t in opened(storage).trials] == ["COMPLETE"] * 2 + ["FAIL"] + ["COMPLETE"] * 4
 

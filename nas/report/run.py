@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nas.kept import normalised_by
 from nas.scores import Drops
 from nas.table import Calibration, LatencyTable
 from supernet.arch import ArchConfig, MultiplexSpec, Stage
@@ -43,8 +44,11 @@ class Run:
 
     @property
     def measurements(self) -> list[dict[str, str]]:
-        """What networks took on the first device."""
-        return self.rows("measurements.csv") or self.rows(f"measurements-{self.result['device']}.csv")
+        """What networks took on the first device, but for what was normalised by another table's references."""
+        lines = self.rows("measurements.csv") or self.rows(f"measurements-{self.result['device']}.csv")
+        if self.table is None:
+            return lines
+        return [line for line in lines if normalised_by(self.table).items() <= line.items()]
 
     @property
     def targets(self) -> list[Mapping[str, Any]]:
