@@ -190,11 +190,13 @@ def networks_evaluated(run: Path) -> int:
     return len(read_evaluations(run / "evaluations.csv").keys() - (checked - networks_of_drops(run)))
 
 
-def scorer_of(study: Study, seed: int, folder: Path, run: Path) -> Remembered:
-    """Return what scores networks as the search `run` scored them: by its supernet, on its images. What is evaluated is kept
-    in `folder`."""
+def scorer_of(study: Study, seed: int, folder: Path, run: Path, recovery_steps: int = 0) -> Remembered:
+    """Return what scores networks as the search `run` scored them: by its supernet, on its images; or after so many steps of
+    recovery each. What is evaluated is kept in `folder`."""
     borrow(run, folder)
     settings, space = study.settings, study.space
+    if recovery_steps:
+        settings = replace(settings, recovery_steps=recovery_steps)
     data = load_images(study.images, study.search_size, seed, score_images=settings.score_images)
     supernet = train_supernet(space.at(study.search_size), data, settings, seed, folder)
     logits = logits_of(supernet, settings)

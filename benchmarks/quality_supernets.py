@@ -19,11 +19,12 @@ FEWEST = 3  # trained networks at a target that say something of their order
 def ranking(study: Study, trained: Sequence[Trained]) -> str:
     """Return a table, in Markdown, of how the random networks of each target are ranked by the supernets and by their size."""
     given = study.given
+    steps = given.recovery_steps
     scorers = {}
     for seed in range(given.seeds):
         folder = study.out / f"seed{seed}"
         run = folder / f"{given.targets[0]:g}ms-{given.strategies[0]}"
-        scorers[seed] = scorer_of(study, seed, folder / "ranking", run)
+        scorers[seed] = scorer_of(study, seed, folder / (f"ranking-{steps}-steps" if steps else "ranking"), run, steps)
     lines = [
         "| target, ms | networks | top-1, % | by | Kendall's tau (95 %) | below the best, points |",
         "|---:|---:|---:|---|---:|---:|",
@@ -38,8 +39,10 @@ def ranking(study: Study, trained: Sequence[Trained]) -> str:
         for scorer in scorers.values():
             charges = {at: evaluation.charge(study.settings.score) for at, evaluation in scorer.each(archs)}
             by_supernet.append([-charges[at] for at in range(len(archs))])
+        after = f", after {steps} steps each" if steps else ""
         ways = {
-            f"{len(scorers)} supernet{'s' * (len(scorers) > 1)}": by_supernet,
+            f"{len(scorers)} supernet{'s' * (len(scorers) > 1)}{after}": by_supernet,
+            **({"their mean": [list(map(mean, zip(*by_supernet, strict=True)))]} if len(scorers) > 1 else {}),
             "multiply-adds": [[float(one.chosen.macs) for one in those]],
             "parameters": [[float(one.chosen.params) for one in those]],
         }

@@ -248,6 +248,13 @@ def main() -> None:
     parser.add_argument(
         "--ranking", action="store_true", help="print how well the supernets rank the random networks that are trained, and end"
     )
+    parser.add_argument(
+        "--recovery-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of each network before it is scored for --ranking, whatever the searches did (0: as they did)",
+    )
     parser.add_argument("--part", default="1/1", metavar="K/N", help="do only the K-th of N shares of the work")
     parser.add_argument(
         "--out", type=Path, default=Path("search-quality"), metavar="FOLDER", help="where everything is kept (%(default)s)"

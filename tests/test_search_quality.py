@@ -81,6 +81,7 @@ def given(tmp_path: Path) -> argparse.Namespace:
         random=20,
         epochs=4,
         images_per_epoch=0,
+        recovery_steps=0,
     )
 
 
@@ -650,7 +651,7 @@ def test_supernets_are_held_to_the_order_of_the_trained_random_networks(
     space = SearchSpace.load("efficientformer-tiny")
     archs = [space.sample(random.Random(number)) for number in range(4)]
     truth = [50.0, 54.0, 52.0, 51.0]
-    losses = [[4.0, 1.0, 2.0, 3.0], [1.0, 4.0, 3.0, 2.0]]  # of one that knows the order, and of one that turns it round
+    losses = [[4.0, 1.0, 2.0, 3.0], [0.1, 0.4, 0.3, 0.2]]  # of one that knows the order, and of one that turns it round
 
     class Scorer:
         def __init__(self, seed: int) -> None:
@@ -662,7 +663,8 @@ def test_supernets_are_held_to_the_order_of_the_trained_random_networks(
 
     opened = []
 
-    def scorer_of(study: Any, seed: int, folder: Path, run: Path) -> Scorer:
+    def scorer_of(study: Any, seed: int, folder: Path, run: Path, steps: int) -> Scorer:
+        assert steps == given.recovery_steps
         opened.append((folder.relative_to(given.out).as_posix(), run.relative_to(given.out).as_posix()))
         return Scorer(seed)
 
@@ -675,12 +677,13 @@ def test_supernets_are_held_to_the_order_of_the_trained_random_networks(
     assert opened == [(f"seed{s}/ranking", f"seed{s}/0.5ms-greedy") for s in (0, 1)]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
     assert [row[:4] for row in rows] == [
-        ["0.5", "4", "51.75 ± 1.71", way] for way in ("2 supernets", "multiply-adds", "parameters")
+        ["0.5", "4", "51.75 ± 1.71", way] for way in ("2 supernets", "their mean", "multiply-adds", "parameters")
     ], "one network at 0.8 ms says nothing of an order"
-    assert [row[4].split()[0] for row in rows] == ["0.00", "0.00", "0.00"]
-    assert [row[5] for row in rows] == ["2.00", "3.00", "4.00"], "the mean of 0 and 4; of the largest; of the smallest"
-    given.seeds = 1
+    assert [row[4].split()[0] for row in rows] == ["0.00", "1.00", "0.00", "0.00"], "the first one's losses differ by more"
+    assert [row[5] for row in rows] == ["2.00", "0.00", "3.00", "4.00"], "the mean of 0 and 4; of the largest; of the smallest"
+    given.seeds, given.recovery_steps, opened[:] = 1, 40, []
     best = ranking(study, [Trained(one, 0, top1) for one, top1 in zip(ones, truth, strict=True)]).splitlines()[2]  # type: ignore[arg-type]
-    assert "| 1 supernet" in best and "| 1.00 (1.00 to 1.00) | 0.00 |" in best
+    assert "| 1 supernet, after 40 steps each |" in best and "| 1.00 (1.00 to 1.00) | 0.00 |" in best
+    assert opened == [("seed0/ranking-40-steps", "seed0/0.5ms-greedy")]
     with pytest.raises(InputError, match="random networks that are trained"):
         ranking(study, of_others)  # type: ignore[arg-type]
