@@ -21,6 +21,7 @@ from nas.progress import say
 from supernet.errors import FULL, InputError
 from supernet.files import PART
 
+MEASURING = "measuring"  # whose turn it is to time something on this machine
 _FAR = 1 << 20  # the byte that is locked on Windows, where what is locked cannot be read
 _held: set[Path] = set()
 _POLL_S = 0.2

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from nas.progress import say
 from nas.table import LatencyTable, Row
+from supernet.errors import InputError
 from supernet.specs import Layer, label
 
 Array = npt.NDArray[np.float64]
@@ -114,7 +115,10 @@ def contradicted_rows(table: LatencyTable) -> list[Doubt]:
     for calibration in table.calibrations:
         errors, shares = [], []
         for network in calibration.networks:
-            layers = network.layers()
+            try:
+                layers = network.layers()
+            except InputError:  # blocks of a user's own, from a file that was not given now
+                continue
             if not layers or network.predicted_ms <= 0 or table.missing(layers):
                 continue
             parts = [(layer, calibration.slope_of(layer) * table.layer_ms(layer)) for layer in layers]

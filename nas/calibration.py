@@ -13,7 +13,7 @@ from nas.plan import CHECK_NETWORKS, FIT_NETWORKS
 from nas.profilers.timing import Measurement
 from nas.progress import say
 from nas.statistics import kendall_tau
-from nas.table import Calibration, CheckedNetwork, LatencyTable, measured_layers, space_sha256
+from nas.table import Calibration, CheckedNetwork, LatencyTable, measured_layers, option_of, space_sha256
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.space import SearchSpace
@@ -49,6 +49,7 @@ def _calibration(
     y = np.array([ms for _, ms, _, _ in networks])
     check = np.array([not fitted for _, _, _, fitted in networks])
     coefficients = fit(x[~check], between[~check], y[~check])
+    _refuse_level(coefficients[1])
     predicted = _predicted(coefficients, x, between)
     signed = 100 * (predicted - y)[check] / y[check]
     by_stage, by_kind = _shares(table, [arch for arch, told in zip(archs, check, strict=True) if told])
@@ -82,6 +83,7 @@ def on_medians(calibration: Calibration, x: Array, y: Array) -> Calibration:
     others = [np.arange(len(x)) != i for i in range(len(x))]
     left_out = np.array([design[i] @ least_absolute(design[m], y[m]) for i, m in enumerate(others)])
     offset_ms, scale = least_absolute(design, y)
+    _refuse_level(scale)
     return replace(
         calibration,
         offset_ms=float(offset_ms),
@@ -97,6 +99,15 @@ def on_medians(calibration: Calibration, x: Array, y: Array) -> Calibration:
         error_by_kind_percent={},
         networks=(),
     )
+
+
+def _refuse_level(scale: float) -> None:
+    """Refuse a fit by which networks whose rows say more do not take longer, beyond the rounding of a fit."""
+    if not scale > 1e-9:
+        raise InputError(
+            "the networks do not take longer the more their rows say, so nothing can be fitted to them: measure in a quiet "
+            "hour, or give networks that differ more, their milliseconds with more digits"
+        )
 
 
 def _errors(predicted: Array, measured: Array) -> dict[str, Any]:
@@ -118,7 +129,7 @@ def refitted(calibration: Calibration, old: LatencyTable, table: LatencyTable) -
     it by more than chance. The networks' milliseconds were measured at the table's pace, and stay.
     """
     changed = {layer for layer, row in old.rows.items() if layer not in table.rows or table.rows[layer].ms != row.ms}
-    how = f"fit it anew with {table.building(f'--space {calibration.space}')}"
+    how = f"fit it anew with {table.building(option_of(calibration.space))}"
     try:
         networks = [(n.network(), n.ms, n.half_width_ms, n.fitted) for n in calibration.networks]
     except InputError:  # blocks of a user's own, from a file that was not given now

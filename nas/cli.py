@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 ARCH_HELP = "a network: a YAML file, or the name of a published one (efficientformer_l1, efficientvit_m4, deit_tiny, ...)"
 
 
+ALONE = {"list": (), "show": ("out",), "check": ("device", "team_id", "udid")}  # options of nas-build-lut, what they go by
+
+
 def build_lut(arguments: Sequence[str] | None = None) -> None:
     """Run `nas-build-lut`."""
     parser = command_parser(
@@ -82,15 +85,18 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
 
             print_tables()
         elif given.show is not None:
+            from nas.lookup import resolve_device
             from nas.show import show_table
 
-            show_table(given.show, given.out or Path())
+            show_table(resolve_device(given.show), given.out or Path())
         elif given.import_results is not None:
+            from nas.lookup import resolve_device
             from nas.lut import import_medians, import_results
             from nas.table import user_folder
 
             if given.import_results.suffix == ".csv":
-                import_medians(given.import_results, given.out, given.device)
+                device = resolve_device(given.device) if given.device is not None else None
+                import_medians(given.import_results, given.out, device)
             elif given.import_results.is_dir():
                 from nas.remote import run_on_iphone
 
@@ -111,6 +117,13 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
 
 def _refuse_without_use(given: argparse.Namespace) -> None:
     """Refuse what nas-build-lut would not use: whoever gives it expects something of it."""
+    for name, used in ALONE.items():
+        if getattr(given, name) not in (None, False):
+            others = [other for other in vars(given) if other not in (name, *used)]
+            for other in [other for other in others if getattr(given, other) not in (None, False)]:
+                raise InputError(f"--{name} measures nothing: leave --{other.replace('_', '-')} out")
+    if given.export_job is not None and given.out is not None:
+        raise InputError("--out is where a table goes, and a job is none yet: give it with --import-results")
     if given.format is not None and given.export_job is None:
         raise InputError("--format is of a job's models: add --export-job DIR, or leave it out")
     if given.import_results is not None:

@@ -130,7 +130,7 @@ def export_job(
     with progress(f"writing {len(models)} models", len(models)) as tick:
         _write_models(folder, models, manifest, known, OrtCpu(threads, settings["precision"], batch), form, tick)
     kept = {Path(entry["file"]).name for entry in manifest["models"].values()}
-    for left_over in [path for path in (folder / "models").iterdir() if path.name not in kept]:
+    for left_over in [path for path in (folder / "models").iterdir() if _is_model(path) and path.name not in kept]:
         shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
     if form == "onnx":
         package = folder / "nas" / "profilers"
@@ -155,17 +155,27 @@ def _manifest_there(folder: Path) -> dict[str, Any] | None:
     one."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    strangers = {path.name for path in folder.iterdir()} - OURS if folder.is_dir() else {folder.name}
+    strangers = {path.name for path in folder.iterdir()} - {*OURS, "manifest.json"} if folder.is_dir() else {folder.name}
     strangers = {name for name in strangers if not name.startswith("samples-") and not name.endswith(PART)}
-    if not (folder / "manifest.json").exists() and strangers:
-        raise InputError(f"{folder} is there and is no job folder: give --export-job a folder that is new or empty")
+    strangers |= {path.name for path in folder.glob("models/*") if not _is_model(path)}
     try:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         there = {name: entry for name, entry in found["models"].items() if (folder / entry["file"]).exists()}
-        whole = "made_with" in found and isinstance(found["settings"], dict)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # a kill came while it was written
-    return {**found, "models": there} if whole else None
+        if "made_with" in found and isinstance(found["settings"], dict):
+            return {**found, "models": there}
+        strangers.add("manifest.json")
+    except (KeyError, TypeError, AttributeError):
+        strangers.add("manifest.json")
+    except (OSError, ValueError):
+        pass  # a kill came before it was written
+    if strangers:
+        raise InputError(f"{folder} is there and is no job folder: give --export-job a folder that is new or empty")
+    return None
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a file or folder is named as the models of jobs are."""
+    return re.fullmatch(r"[0-9a-f]{16}\.(onnx|mlpackage)", path.name) is not None or path.name.endswith(PART)
 
 
 def _refuse_another(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

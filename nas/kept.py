@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from nas.alone import turn
+from nas.alone import MEASURING, turn
 from nas.guarantee import Check
 from nas.profilers.bench import now
 from nas.profilers.timing import Measurement
@@ -116,7 +116,7 @@ class Checks:
         if not self._is_known(name):
             if self.profiler is None:
                 return Check()
-            with turn(f"measuring-{self.table.device}"):  # processes of a study would time on the same core at once
+            with turn(MEASURING):  # processes of a study would time the same network at once
                 if not self._is_known(name):
                     found = measure_alone(self.profiler, arch, table_reference(self.table), batch)
                     if not self._is_known(name):  # else another machine was first, and all go on from the same milliseconds

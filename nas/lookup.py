@@ -170,7 +170,7 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
     profiler = profiler_of(table) if table is not None else open_profiler(device)
     if table is not None and path is not None:
         if place.named or profiler is None:
-            table.require(space.layers(), measuring(table, f"--space {space_name} --out {path.parent}"))
+            table.require(space.layers(), measuring(table, f"--space {space_name}"))
             table.predict_ms(space.smallest)  # refuses a table without a calibration for such networks
             say_if_untrue(table)
             return table.for_space(space), path
@@ -178,7 +178,7 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
         if table.meta.get("runtime_version") != now:
             say(
                 f"warning: the table was measured with {table.meta['runtime']} {table.meta['runtime_version']}, this is "
-                f"{now}: `nas-build-lut --device {device} --space {space_name} --out {path.parent}` measures it anew"
+                f"{now}: {table.building(f'--space {space_name}')} measures it anew"
             )
         say_if_untrue(table)
         if table.serves(space):

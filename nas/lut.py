@@ -26,16 +26,18 @@ from nas.plan import FEWEST_NETWORKS, PROTOCOL, Terms, Work, for_batch, terms_of
 from nas.profilers.bench import Bench, Damaged, Samples, TooNoisy, carry_out, now, read_samples, reference_of, refuse_noise
 from nas.profilers.timing import Measurement, Visit, Workload, summarise
 from nas.progress import progress, say
-from nas.table import LatencyTable, Row, find_table, measured_layers, space_sha256
+from nas.table import Calibration, LatencyTable, Row, find_table, measured_layers, space_sha256
 from supernet.errors import InputError, placed
 from supernet.files import parse_yaml, read_csv, read_json, reading, write_atomically
 from supernet.space import SearchSpace
 from supernet.specs import Layer, is_block
 from supernet.zoo import load_arch
 
+ON_MEDIANS = "calibrated_on_medians"  # in a sidecar: networks that were timed elsewhere
 FEWEST_MEDIANS = 3  # typed from elsewhere, to calibrate on
 SAME_MS = 0.005  # a row farther from what its visits say was changed by hand; samples have six digits
 FLAG_FLOOR = 0.005  # of a typical network's milliseconds: narrower intervals of rows do not matter
+HARDWARE = ("cpu", "marketing_name")  # a sidecar's words for it
 SAME = ("runtime", "runtime_version", "threads", "precision", "batch", "export", "protocol")  # in all rows of a table
 
 
@@ -131,6 +133,8 @@ def write_table(
     Raises:
         InputError: too few whole networks could be measured to calibrate.
     """
+    if old is not None and _replaces_all(space, work, old):
+        old = None  # nor does the pace stay that it was measured at
     # One reference for all rows of a table: rows that were measured earlier stay as they are.
     reference = table_reference(old) if old is not None else reference_of(visits)
     rows = dict(old.rows) if old is not None else {}
@@ -143,7 +147,8 @@ def write_table(
             continue
         found = {model: summarise(visits[name_of(model)], reference) for model in terms}
         rows[layer] = replace(row_of(layer, terms, found), flag=" ".join(words))
-    table = LatencyTable(device, rows, provenance=provenance, meta={**place, "reference_ms": reference._asdict()})
+    meta = {**place, "reference_ms": reference._asdict()}
+    table = LatencyTable(device, rows, (), provenance, meta, old.foreign if old is not None else ())
     networks = [arch for arch in work.networks if name_of(tuple(arch.layers())) in visits and not table.missing(arch.layers())]
     if len(networks) < FEWEST_NETWORKS:
         raise InputError(
@@ -153,8 +158,10 @@ def write_table(
     measured = [summarise(visits[name_of(tuple(arch.layers()))], reference) for arch in networks]
     table = replace(table, rows=flagged(rows, FLAG_FLOOR * float(np.median([m.ms for m in measured]))))
     calibration = calibrate(space, table, networks, measured)
-    kept = [refitted(c, old, table) for c in old.calibrations if c.space != space.name] if old is not None else []
-    table = replace(table, calibrations=(*kept, calibration))
+    kept = [refitted(c, old, table) for c in old.calibrations if not _is_replaced(c, space)] if old is not None else []
+    if old is not None and not all(c.networks for c in kept):
+        meta |= {name: old.meta[name] for name in (ON_MEDIANS,) if name in old.meta}
+    table = replace(table, calibrations=(*kept, calibration), meta=meta)
     written = table.save(folder)
     say(
         f"{written}: {len(table.rows)} rows; over {calibration.n_check} networks that took no part in the fit the prediction "
@@ -165,6 +172,18 @@ def write_table(
             say(f"warning: the row of {doubt.layer}, {doubt.ms:.4g} ms, is doubtful: {doubt.why}")
     say_if_untrue(table)
     return table
+
+
+def _replaces_all(space: SearchSpace, work: Work, old: LatencyTable) -> bool:
+    """Whether nothing of a table stays when the space is measured."""
+    rows = set(old.rows) <= set(work.rows) and not old.foreign
+    return rows and all(_is_replaced(c, space) for c in old.calibrations)
+
+
+def _is_replaced(calibration: Calibration, space: SearchSpace) -> bool:
+    """Whether a space's new calibration takes the place of this one: it is of the space, or of what the space was."""
+    was = (calibration.space, calibration.image_size, calibration.strides)
+    return was == (space.name, space.image_size, space.strides)
 
 
 class Unusable(InputError):
@@ -237,7 +256,8 @@ def import_medians(path: Path, folder: Path | None, device: str | None) -> Laten
     """
     if device is None:
         raise InputError(f"say whose medians {path} holds: --device ID, of a table that is there (--list)")
-    beside = find_table(device)
+    own = folder / f"{device}.csv" if folder is not None else None  # a table that is there is not replaced by another one
+    beside = own if own is not None and own.exists() else find_table(device)
     folder = folder or beside.parent
     with alone(folder, device):
         return _on_medians(path, folder, device, LatencyTable.load(beside))
@@ -262,7 +282,7 @@ def _on_medians(path: Path, folder: Path, device: str, table: LatencyTable) -> L
     x = np.array([table.sum_ms(arch) for arch in archs])
     fitted = {c.space_sha256: on_medians(c, x, y) for c in calibrated}
     kept = tuple(fitted.get(c.space_sha256, c) for c in table.calibrations)
-    table = replace(table, calibrations=kept, meta={**table.meta, "calibrated_on_medians": [network for network, _ in lines]})
+    table = replace(table, calibrations=kept, meta={**table.meta, ON_MEDIANS: [network for network, _ in lines]})
     written, error = table.save(folder), next(iter(fitted.values())).mean_error_percent
     say(f"{written}: calibrated on {len(x)} networks; each one left out in turn, the others say it to {error:.1f} %")
     return table
@@ -282,6 +302,12 @@ def table_to_extend(
             raise
         say(f"{error}: this build replaces it")
         return None
+    for name in HARDWARE:
+        if old.meta.get(name) and place.get(name) and old.meta[name] != place[name]:
+            raise InputError(
+                f"the table {path} was measured on {old.meta[name]}, but what is measured now on {place[name]}: give another "
+                "--out, or move that table away"
+            )
     was = {**old.meta, "origin": old.provenance}
     here = {**place, "origin": provenance}
     changed = [k for k in (*SAME, "origin") if was.get(k) != here.get(k)]

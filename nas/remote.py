@@ -92,7 +92,8 @@ def build_over_ssh(
     reach(address)  # first: the models take minutes to write
     threads, precision, batch = threads or 1, precision or "fp32", batch or 1
     space = for_batch(space, batch)
-    job = job_folder(space, f"-{address.host}{suffix(threads, precision, batch)}")
+    port = f"-{address.port}" if address.port else ""
+    job = job_folder(space, f"-{address.host}{port}{suffix(threads, precision, batch)}")
     work = work_for(space, precision=precision)
     export_job(job, space, work, device=None, threads=threads, precision=precision, batch=batch, run=_run(job), replaces=True)
     results = run_over_ssh(address, job)

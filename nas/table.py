@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from nas.export_forms import require_current_form
 from supernet.arch import ArchConfig
 from supernet.errors import LONGEST, InputError, first_line
 from supernet.files import checked_fields, parse_yaml, read_json, write_together
-from supernet.space import SearchSpace
+from supernet.space import SearchSpace, space_names
 from supernet.specs import SPECS, Head, Layer, Spec, is_embedding, is_stem, knobs_of, spec_type_of
 from supernet.user_block import is_foreign, loaded
 
@@ -154,6 +155,7 @@ class LatencyTable:
     provenance: str = "measured"
     meta: Mapping[str, Any] = field(default_factory=dict)
     foreign: tuple[Mapping[str, str], ...] = ()
+    path: Path | None = field(default=None, compare=False)  # of the CSV file that it was read from
 
     def layer_ms(self, layer: Layer) -> float:
         """Return the milliseconds of a layer. A head's classes are interpolated between 10 and 1000.
@@ -254,13 +256,16 @@ class LatencyTable:
         return found
 
     def building(self, what: str, missing: bool = False) -> str:
-        """Return the command that measures the device anew, or rows that are missing alone. `what` says for which networks, as
-        --space or --arch."""
+        """Return the command that measures the device anew, or rows that are missing alone, into the folder that the table was
+        read from. `what` says for which networks, as --space or --arch."""
         command = f"nas-build-lut --device {self.device}"
+        usual = self.path is None or ships(self.path) or self.path.parent.resolve() == user_folder().resolve()
+        out = "" if usual or self.path is None else f" --out {shlex.quote(str(self.path.parent))}"
         if self.provenance == "imported":
             form = " --format coreml" if self.meta.get("runtime") == "coreml" else ""
-            return f"`{command} {what} --export-job DIR{form}`, a folder to run on that device"
-        return f"`{command} {'--missing ' if missing else ''}{what}`"
+            then = f" (its results.json goes to `nas-build-lut --import-results results.json{out}`)" if out else ""
+            return f"`{command} {what} --export-job DIR{form}`, a folder to run on that device{then}"
+        return f"`{command} {'--missing ' if missing else ''}{what}{out}`"
 
     def require(self, layers: Iterable[Layer], how: str = "") -> None:
         """Refuse the table if one of the layers has no row. `how` to measure more of them is the end of the message.
@@ -307,10 +312,15 @@ class LatencyTable:
         path = Path(text) if text.endswith(".csv") or "/" in text else find_table(text)
         table = _load(path)
         if not any_form:
-            spaces = [f"--space {calibration.space}" for calibration in table.calibrations] or ["--space SPACE"]
+            spaces = [option_of(calibration.space) for calibration in table.calibrations] or ["--space SPACE"]
             remedy = f"build it anew: {' and '.join(map(table.building, spaces))}"
             require_current_form(f"the table {path}", table.meta, remedy)
         return table
+
+
+def option_of(space: str) -> str:
+    """Return how a command names a space, or the network, of this name: those that do not ship are in files of the user's."""
+    return f"--space {space if space in space_names() else 'FILE'}"
 
 
 def space_sha256(space: SearchSpace) -> str:
@@ -452,7 +462,7 @@ def _load(path: Path) -> LatencyTable:
         raise InputError(f"{path} is a table of {device}: give the file its own name back, {device}.csv")
     for name in ("schema", "csv_sha256"):
         sidecar.pop(name)
-    return LatencyTable(device, rows, calibrations, provenance, sidecar, tuple(foreign))
+    return LatencyTable(device, rows, calibrations, provenance, sidecar, tuple(foreign), path)
 
 
 def _parse_layer(line: Mapping[str, str]) -> Layer:

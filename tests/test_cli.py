@@ -757,6 +757,14 @@ def test_nas_profile_warns_of_a_table_that_is_far_off(
         (cli.export, ["efficientformer_l1", "--format", "onnx", "--out", "m.onnx", "--weights", "no.pt"], "no.pt"),
         (cli.build_lut, [], "--device cpu"),
         (cli.build_lut, ["--check"], "--check --device iphone-npu (or iphone-cpu, mac-npu, mac-cpu)"),
+        (cli.build_lut, ["--list", "--space", "efficientformer-s"], "--list measures nothing: leave --space out"),
+        (cli.build_lut, ["--show", "cpu", "--threads", "2"], "--show measures nothing: leave --threads out"),
+        (
+            cli.build_lut,
+            ["--check", "--device", "mac-npu", "--export-job", "d"],
+            "--check measures nothing: leave --export-job",
+        ),
+        (cli.build_lut, ["--device", "pi-cpu", "--export-job", "d", "--out", "t"], "give it with --import-results"),
         (cli.build_lut, ["--device", "cpu", "--threads", "4096"], "--threads 4096 is more than the CPUs"),
         (cli.build_lut, ["--device", "a1000"], "unknown device 'a1000'"),
         (cli.build_lut, ["--device", "cpu", "--space", "tiny"], "efficientformer-tiny"),
@@ -789,6 +797,9 @@ def test_the_tables_are_listed(tmp_path: Path, space_file: Path, capsys: pytest.
     additive_table(SearchSpace.load(space_file), "phone-npu").save(tmp_path / "tables")
     cli.build_lut(["--list"])
     assert "phone-npu" in capsys.readouterr().out
+    additive_table(SearchSpace.load(space_file), cpu_id()).save(tmp_path / "tables")
+    cli.build_lut(["--show", "cpu", "--out", str(tmp_path)])
+    assert cpu_id() in capsys.readouterr().out, "a kind of device is that of this machine"
 
 
 def test_a_table_without_a_date_says_so(tmp_path: Path, space_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ from test_verify import board_says
 
 import nas
 from nas import cli, supernet_training
-from nas.alone import alone, turn
+from nas.alone import MEASURING, alone, turn
 from nas.data import ImageData, load_images
 from nas.lut import build_table
 from supernet import files
@@ -318,13 +318,13 @@ def test_who_measures_waits_for_its_turn(
     entered: list[int] = []
     monkeypatch.setattr("nas.alone._lock", lambda handle, shared: next(free))
     monkeypatch.setattr("nas.alone.time.sleep", waited.append)
-    with turn("measuring-this-cpu"):
+    with turn(MEASURING):
         entered.append(len(waited))
     assert entered == [2]
-    assert capsys.readouterr().err.count("waiting for another process of this machine (measuring-this-cpu)") == 1
+    assert capsys.readouterr().err.count("waiting for another process of this machine (measuring)") == 1
     (tmp_path / "file").touch()
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "file"))
-    with turn("measuring-this-cpu"):
+    with turn(MEASURING):
         entered.append(len(waited))
     assert entered == [2, 2], "where there is no place for a lock, nobody waits"
 

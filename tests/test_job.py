@@ -25,6 +25,7 @@ from nas.measure import CACHED, STREAMING, Model
 from nas.plan import Work, work_for
 from nas.profilers.bench import Failed, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
+from nas.profilers.ort_session import cpu_id
 from nas.remote import build_over_ssh
 from nas.ssh import Address, run_over_ssh
 from nas.table import LatencyTable
@@ -276,6 +277,29 @@ def test_an_import_waits_for_no_other_work_on_its_table_and_takes_nothing_from_i
         first.kill()
 
 
+def test_medians_that_say_nothing_leave_the_table_as_it_is(folder: Path, work: Work, tmp_path: Path) -> None:
+    """Xcode rounds: three networks may all take 1.31 ms."""
+    import_results(written(folder, pretended_results(folder, work)), tmp_path / "out")
+    before = (tmp_path / "out" / "pretended-cpu.meta.json").read_bytes()
+    for number, arch in enumerate(itertools.islice(dict.fromkeys(work.networks), 3)):
+        arch.save(tmp_path / f"{number}.yaml")
+    for all_of_them in ("1.31", "2.5"):
+        lines = [f"{tmp_path / f'{number}.yaml'},{all_of_them}" for number in range(3)]
+        (tmp_path / "medians.csv").write_text("\n".join(["network,ms", *lines]))
+        with pytest.raises(InputError, match="do not take longer the more their rows say"):
+            import_medians(tmp_path / "medians.csv", tmp_path / "out", "pretended-cpu")  # of this folder's own table
+    assert (tmp_path / "out" / "pretended-cpu.meta.json").read_bytes() == before
+
+
+def test_results_of_other_hardware_of_the_same_name_are_refused(folder: Path, work: Work, tmp_path: Path) -> None:
+    results = pretended_results(folder, work)
+    results["environment"]["cpu"] = "Board 5"
+    import_results(written(folder, results), tmp_path / "out")
+    results["environment"]["cpu"] = "Board 4"
+    with pytest.raises(InputError, match="measured on Board 5, but what is measured now on Board 4: give another --out"):
+        import_results(written(folder, results), tmp_path / "out")
+
+
 def test_a_cut_results_file_is_refused(folder: Path, work: Work, tmp_path: Path) -> None:
     path = written(folder, pretended_results(folder, work))
     path.write_bytes(path.read_bytes()[:-100])
@@ -395,6 +419,16 @@ def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path, work: Wo
     with pytest.raises(InputError, match="is no job folder"):
         export_job(tmp_path / "mine" / "thesis.tex", SPACE, work, device="pretended-cpu")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(("file", "text"), [("manifest.json", '{"name": "my app"}'), ("models/best.onnx", "mine")])
+def test_files_that_happen_to_be_named_as_a_job_s_are_left_alone(file: str, text: str, tmp_path: Path, work: Work) -> None:
+    path = tmp_path / "app" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(InputError, match="is no job folder"):
+        export_job(tmp_path / "app", SPACE, work, device="pretended-cpu")
+    assert path.read_text() == text
 
 
 def test_what_a_kill_left_of_a_job_is_no_stranger(folder: Path, work: Work) -> None:
@@ -531,7 +565,7 @@ def damaged_samples(folder: Path) -> None:
     import onnxruntime
 
     job = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
-    name = f"samples-{job[:8]}-{onnxruntime.__version__}.csv"
+    name = f"samples-{job[:8]}-{cpu_id()}-{onnxruntime.__version__}.csv"
     header = "measured_at,model,raw_ms,cached_reference_ms,streaming_reference_ms"
     (folder / name).write_text(f"{header}\n2026-01-01T00:00:00+00:00,empty,one,1,1\n")
 

@@ -310,6 +310,29 @@ def test_two_builds_of_one_table_are_each_held_to_their_own_visits(device: Devic
     assert rows_off_their_visits(table, tmp_path / "pretended-cpu.samples.csv") == []
 
 
+def test_a_table_that_is_built_anew_whole_has_the_pace_of_the_day(device: Device, tmp_path: Path) -> None:
+    device.slowness = 1.6
+    slow = build_table(device, small_space(), tmp_path)
+    device.slowness = 1.0
+    fast = build_table(device, small_space(), tmp_path)
+    largest = small_space().largest
+    assert slow.predict_ms(largest) == pytest.approx(1.6 * fast.predict_ms(largest), rel=0.01)
+    other = build_table(device, replace(small_space((24,)), name="other"), tmp_path)
+    device.slowness = 1.6
+    both = build_table(device, small_space(), tmp_path)
+    assert both.meta["reference_ms"] == other.meta["reference_ms"], "rows of another space stay as they are"
+
+
+def test_a_space_s_calibration_takes_the_place_of_its_own_alone(device: Device, tmp_path: Path) -> None:
+    """Two networks of one name at two image sizes are two spaces."""
+    space = small_space((16,))
+    build_table(device, space, tmp_path)
+    table = build_table(device, space.at(32), tmp_path)
+    assert [(c.space, c.image_size) for c in table.calibrations] == [("small", 16), ("small", 32)]
+    table = build_table(device, replace(small_space((24,)), name="small"), tmp_path)
+    assert [(c.space, c.image_size) for c in table.calibrations] == [("small", 32), ("small", 16)], "the space was changed"
+
+
 def test_a_damaged_table_is_built_anew_but_not_extended(device: Device, tmp_path: Path) -> None:
     path = tmp_path / f"{build_table(device, small_space((16,)), tmp_path).device}.csv"
     path.write_bytes(path.read_bytes()[:-20])

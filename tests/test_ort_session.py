@@ -1,14 +1,19 @@
 """What is known of this machine's CPU, and on which of its cores sessions run."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from nas.profilers import ort_session
-from nas.profilers.ort_session import environment, pinned, warnings_about
+from nas.profilers.ort_session import cpu_id, environment, pinned, warnings_about
 
 INTEL_HYBRID = {"/sys/devices/cpu_core/cpus": "0-3,6", "/sys/devices/cpu_atom/cpus": "4-5,7"}
 PHONE = {f"/sys/devices/system/cpu/cpu{core}/cpu_capacity": str(c) for core, c in enumerate([250] * 4 + [750] * 3 + [1024])}
+TWO_THREADS_A_CORE = {
+    f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list": f"{core // 2 * 2}-{core // 2 * 2 + 1}"
+    for core in range(8)
+}
 GOVERNOR = "/sys/devices/system/cpu/cpu{}/cpufreq/scaling_governor"
 
 
@@ -18,6 +23,8 @@ GOVERNOR = "/sys/devices/system/cpu/cpu{}/cpufreq/scaling_governor"
         (INTEL_HYBRID, {6}, {2, 3, 6}, "5 of capacity 1 and 3 of capacity 0"),
         (PHONE, {7}, {5, 6, 7}, "1 of capacity 1024 and 3 of capacity 750 and 4 of capacity 250"),
         ({}, {7}, {5, 6, 7}, None),
+        (TWO_THREADS_A_CORE, {7}, {3, 5, 7}, None),
+        (TWO_THREADS_A_CORE | {"/sys/devices/cpu_core/cpus": "0-3"}, {3}, {1, 3, 7}, "4 of capacity 1 and 4 of capacity 0"),
     ],
 )
 def test_sessions_run_on_the_last_cores_of_the_fastest_kind(
@@ -39,4 +46,33 @@ def test_sessions_run_on_the_last_cores_of_the_fastest_kind(
     alike = [w for w in warnings_about(environment(1)) if "unlike" in w]
     unlike = [w for w in warnings_about(environment(3)) if "unlike" in w]
     assert not alike
-    assert len(unlike) == (files is PHONE)
+    assert len(unlike) == (len({ort_session._capacity(core) for core in three}) > 1)
+
+
+def test_threads_that_share_a_core_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_session, "CAN_PIN", True)
+    monkeypatch.setattr(ort_session, "_read", TWO_THREADS_A_CORE.get)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    shared = {threads: [w for w in warnings_about(environment(threads)) if "share a core" in w] for threads in (4, 5)}
+    assert not shared[4]
+    assert shared[5] == ["some of the 5 threads share a core: give as many as there are cores"]
+
+
+@pytest.mark.parametrize(
+    ("name", "id"),
+    [
+        ("Intel(R) Xeon(R) Platinum 8259CL CPU @ 2.50GHz", "xeon-platinum-8259cl-cpu"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "xeon-f6m79-cpu"),
+        ("Intel(R) Xeon(R) Processor @ 2.50GHz", "xeon-f6m79-cpu"),
+        ("AMD EPYC", "epyc-f6m79-cpu"),
+        ("AMD EPYC 7B13", "epyc-7b13-cpu"),
+    ],
+)
+def test_a_model_that_is_hidden_is_told_by_its_family(
+    name: str, id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\ncpu family\t: 6\nmodel\t\t: 79\nmodel name\t: {name}\n\n")
+    monkeypatch.setattr(ort_session, "_read", lambda path: None)
+    monkeypatch.setattr(ort_session, "Path", lambda path: cpuinfo)
+    assert cpu_id() == id

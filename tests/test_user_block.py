@@ -6,9 +6,10 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from test_lut import Device, device_ms
+from test_lut import Device, device_ms, small_space
 
 import nas
+from nas.audit import contradicted_rows
 from nas.lut import build_table
 from nas.measure import Model
 from nas.onnx_model import onnx_bytes
@@ -214,6 +215,10 @@ def test_a_table_keeps_its_rows_where_its_file_was_not_asked_for(
     assert len(later.foreign) == 4
     before = csv.read_text()
     assert sorted(later.save(tmp_path / "other").read_text().split()) == sorted(before.split())
+    both = build_table(Device(), small_space((24,)), tmp_path / "tables")
+    assert both.foreign == later.foreign, "another space's build keeps them too"
+    assert [c.space for c in both.calibrations] == [*(c.space for c in table.calibrations), "small"]
+    assert not contradicted_rows(both), "networks of blocks that are not known say nothing"
 
 
 def test_it_is_exported(space: SearchSpace) -> None:

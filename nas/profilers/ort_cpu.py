@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nas.alone import MEASURING, turn
 from nas.device_ids import suffix
 from nas.export_forms import ONNX
 from nas.int8 import quantised
@@ -53,12 +54,12 @@ class OrtCpu:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Pin the process, and keep PyTorch to this thread: its workers would inherit the core and wait on it, spinning,
-        while something is timed there."""
+        """Pin the process, when no other one of this package times anything, and keep PyTorch to this thread: its workers would
+        inherit the core and wait on it, spinning, meanwhile."""
         torch_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with pinned(self.threads):
+            with turn(MEASURING), pinned(self.threads):
                 yield
         finally:
             torch.set_num_threads(torch_threads)

@@ -24,6 +24,7 @@ Array = np.ndarray[Any, Any]
 
 PRECISIONS = ("fp32", "int8")
 CACHE_LINE = 64  # bytes
+CLOCK = r"@\s*[\d.]+\s*[gGmM][hH]z"  # in a processor's name
 CAN_PIN = hasattr(os, "sched_setaffinity")  # Linux can; macOS and Windows cannot
 
 
@@ -121,8 +122,8 @@ def cpu_name() -> str:
         name = fields.get("model name") or fields.get("Model") or fields.get("Hardware") or platform.machine()
         if name == platform.machine() and "CPU part" in fields:  # Arm servers tell numbers only
             name += f" {fields.get('CPU implementer', '')} {fields['CPU part']}"
-        if not re.search(r"\d", name) and "model" in fields:
-            # A hypervisor may hide the model ("AMD EPYC"): family and model number still tell CPUs apart.
+        if not re.search(r"\d", re.sub(CLOCK, "", name)) and "model" in fields:
+            # A hypervisor may hide the model ("AMD EPYC", "Intel Xeon @ 2.20GHz"): family and model number tell CPUs apart.
             name += f" f{fields.get('cpu family', '')}m{fields['model']}"
         return name
     brand = _output("sysctl", "-n", "machdep.cpu.brand_string") if platform.system() == "Darwin" else None
@@ -131,7 +132,7 @@ def cpu_name() -> str:
 
 def cpu_id(name: str | None = None) -> str:
     """Return the id of a CPU, such as `xeon-platinum-8259cl-cpu`: its name without makers, clocks and filler words."""
-    text = re.sub(r"\((r|tm|c)\)|@.*|\bwith\b.*", " ", (name or cpu_name()).lower())
+    text = re.sub(rf"\((r|tm|c)\)|{CLOCK}|\bwith\b.*", " ", (name or cpu_name()).lower())
     text = re.sub(r"\b(intel|amd|cpu|processor|genuine|\d+-core)\b", " ", text)
     words = re.findall(r"[a-z0-9]+", text)
     return "-".join([*words, "cpu"]) if words else f"{platform.machine().lower()}-cpu"
@@ -154,11 +155,20 @@ def pinned(threads: int = 1) -> Iterator[None]:
 
 
 def _chosen(threads: int) -> list[int]:
-    """Return the cores to run on: of the fastest kind the last ones, as interrupts mostly go to the first.
+    """Return the cores to run on: one of the threads that share a core, as long as there are cores; of the fastest kind the
+    last ones, as interrupts mostly go to the first.
 
-    The number alone does not tell: Intel's hybrid CPUs have their small cores last under Linux, most Arm chips first.
+    The number alone does not tell: Intel's hybrid CPUs have their small cores last under Linux, most Arm chips first, and
+    threads of one core stand side by side in some CPUs and apart in others.
     """
-    return sorted(os.sched_getaffinity(0), key=lambda core: (_capacity(core), core))[-threads:]
+    cores = sorted(os.sched_getaffinity(0), key=lambda core: (_capacity(core), core), reverse=True)
+    whole = {_siblings(core): core for core in reversed(cores)}  # of each, the one that comes first
+    return sorted(cores, key=lambda core: whole[_siblings(core)] != core)[:threads]
+
+
+def _siblings(core: int) -> str:
+    """Return which threads share a core with this one, as Linux says it."""
+    return _read(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list") or str(core)
 
 
 def _capacity(core: int) -> int:
@@ -209,6 +219,8 @@ def warnings_about(place: Mapping[str, Any]) -> list[str]:
         found.append(f"this system does not let a process choose its core{kinds}, so the intervals will be wider")
     if place["pinned"] and place["core_kinds"] and len({_capacity(core) for core in _chosen(place["threads"])}) > 1:
         found.append(f"{place['threads']} threads run on unlike cores ({place['core_kinds']}): give as many as are alike")
+    if place["pinned"] and len({_siblings(core) for core in _chosen(place["threads"])}) < place["threads"]:
+        found.append(f"some of the {place['threads']} threads share a core: give as many as there are cores")
     if place["governor"] == "powersave" and not _read("/sys/devices/system/cpu/intel_pstate/status"):
         found.append("the clock governor is 'powersave': choose 'performance' where you may")
     load = place["load_average"]

@@ -28,7 +28,7 @@ except ImportError as error:
 
 try:
     from nas.profilers.bench import Bench, Damaged, Plan, Samples, TooNoisy, carry_out, now, usable_cpus
-    from nas.profilers.ort_session import OrtModel, environment, pinned, throttle_state, touches, warnings_about
+    from nas.profilers.ort_session import OrtModel, cpu_id, environment, pinned, throttle_state, touches, warnings_about
     from nas.profilers.timing import Stopwatch, Workload
 except (ImportError, SyntaxError) as error:  # a copy that was cut
     print(f"run_job.py: nas/ beside it is not whole ({error}): copy the whole job folder again", file=sys.stderr)
@@ -184,7 +184,8 @@ def measure(folder: Path, manifest: dict[str, Any], again: bool) -> None:
             throttled.add(throttle_state())
 
     job = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
-    kept = folder / f"samples-{job[:8]}-{onnxruntime.__version__}.csv"
+    # Of this processor: the folder may be carried on to another device, or lie in a home that several share.
+    kept = folder / f"samples-{job[:8]}-{cpu_id()}-{onnxruntime.__version__}.csv"
     if again:
         kept.unlink(missing_ok=True)
     try:
