@@ -125,7 +125,7 @@ def write_table(
     provenance: str = "measured",
     flags: Mapping[str, str],
 ) -> LatencyTable:
-    """Make the table of what was measured, write it to `folder`, say how true it is, and return it.
+    """Make the table of what was measured, write it to `folder`, say how true it is, and return it as it is written.
 
     `flags` are words about models (off-npu, timeout, load-error): the rows that they serve carry them, and rows of models
     that could not be visited are left out.
@@ -171,7 +171,8 @@ def write_table(
         if doubt.why != NOISY:
             say(f"warning: the row of {doubt.layer}, {doubt.ms:.4g} ms, is doubtful: {doubt.why}")
     say_if_untrue(table)
-    return table
+    # With six digits: a search that goes by it now, and one that goes on with the file, go by the same milliseconds.
+    return LatencyTable.load(written, any_form=True)
 
 
 def _replaces_all(space: SearchSpace, work: Work, old: LatencyTable) -> bool:

@@ -71,20 +71,14 @@ def cheapest_order(networks: Sequence[Nodes]) -> list[int]:
             children.setdefault(parent, {})[node] = None
         ends.setdefault(nodes[-1] if nodes else ROOT, []).append(place)
     sizes: dict[int, int] = {}
-
-    def size(node: int) -> int:
-        sizes[node] = 1 + sum(map(size, children.get(node, ())))
-        return sizes[node]
-
+    for node in sorted({ROOT, *(node for nodes in networks for node in nodes)}, reverse=True):  # children have larger numbers
+        sizes[node] = 1 + sum(sizes[child] for child in children.get(node, ()))
     order: list[int] = []
-
-    def visit(node: int) -> None:
-        order.extend(ends.get(node, ()))
-        for child in sorted(children.get(node, ()), key=lambda child: sizes[child]):
-            visit(child)
-
-    size(ROOT)
-    visit(ROOT)
+    waiting = [ROOT]
+    while waiting:
+        node = waiting.pop()
+        order += ends.get(node, ())
+        waiting += sorted(children.get(node, ()), key=lambda child: sizes[child])[::-1]
     return order
 
 

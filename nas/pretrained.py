@@ -39,7 +39,7 @@ from nas.steps import (
     repeated_shapes,
     training_batches,
 )
-from nas.supernet_training import epoch_size, short_recipe
+from nas.supernet_training import channel_method, epoch_size, short_recipe
 from nas.taylor import calibration_batches, unit_scores
 from nas.training import train_network
 from supernet.arch import ArchConfig
@@ -282,7 +282,8 @@ def pretrained_supernet(
     device = accelerator(settings.accelerator)
     fill(net, model, arch)
     net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    _begin_replacements(net, arch, unit_scores(model, arch, calibration_batches(data, settings.recalibration_images, device)))
+    batches = calibration_batches(data, settings.recalibration_images, device)
+    _begin_replacements(net, arch, unit_scores(model, arch, batches, channel_method(settings)))
     if processes() > 1:
         net = net.cpu()  # to be sent
     in_all(_distil, net.eval(), space.path(arch), data, settings, seed, folder / "distillation.pt")

@@ -152,7 +152,7 @@ class SupernetSettings:
         if self.accelerator not in ("auto", "cpu", "cuda", "mps"):
             raise unknown("accelerator", self.accelerator, ("auto", "cpu", "cuda", "mps"))
         # Batch norm cannot train on one value, which is what one image is at the end of a small network.
-        for name, least in (("batch_size", 2), *((name, 1) for name in COUNTS)):
+        for name, least in (("batch_size", 2), ("recalibration_images", 2), *((name, 1) for name in COUNTS)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, but is {getattr(self, name)}")
         for name in ("learning_rate", "logit_learning_rate", "tau_start", "tau_end", "layer_scale", "clip_norm", *MES):

@@ -313,7 +313,7 @@ class _Run:
             choices = self.space.stages[i]
             maps = [choices.kind_of(c) for c in choices.candidates if not c.tokens and not isinstance(c, Identity)]
             if not maps:
-                return
+                continue  # another stage may have some
             kind = max(maps, key=lambda kind: self.log_odds[i, j][kind])
             after = _with_block(arch, i, j, choices.candidate(kind, stage.width))
             action = f"{choices.kind_of(stage.blocks[j])} to {kind} in slot {j + 1} of stage {i + 1}"

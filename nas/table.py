@@ -395,7 +395,7 @@ def _to_csv(rows: Mapping[Layer, Row], foreign: Sequence[Mapping[str, str]] = ()
     lines: list[dict[str, str]] = [dict(line) for line in foreign]
     for (spec, resolution), row in rows.items():
         line: dict[str, object] = {"kind": spec.kind, "resolution": resolution}
-        line.update(knobs_of(spec))
+        line.update({name: repr(v) if isinstance(v, float) else v for name, v in knobs_of(spec).items()})  # all digits
         line.update({f.name: getattr(row, f.name) for f in fields(Row)})
         lines.append({name: _cell(value) for name, value in line.items()})
     used = {name for line in lines for name in line}

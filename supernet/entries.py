@@ -38,13 +38,14 @@ def placed_entry(entry: Entry | None, width: int, width_in: int | None, stride: 
 
 
 def unplaced(entry: Entry | None) -> Entry | None:
-    """Return a stage's entry without what follows from its place, so that the same entry is equal anywhere."""
+    """Return a stage's entry without what follows from its place, so that the same entry is equal anywhere; None for the usual
+    one, whether it was written or not."""
     if entry is None:
         return None
     knobs = {name: value for name, value in knobs_of(entry).items() if name not in _OF_PLACE}
     places = {name: WIDTH_STEP for name in ("dim", "dim_in") if hasattr(entry, name)}
     found: Entry = type(entry)(**places, **knobs)  # type: ignore[arg-type]
-    return found
+    return None if found in (Stem(WIDTH_STEP), Embedding(WIDTH_STEP, WIDTH_STEP)) else found
 
 
 def block_entry(block: Block) -> str | dict[str, Any]:

@@ -32,6 +32,7 @@ from supernet.specs import (
     knobs_of,
     label,
 )
+from supernet.user_block import users_code
 
 _FOLDER = Path(__file__).parent / "spaces"
 MOST_WIDTHS = 256  # of a stage
@@ -410,7 +411,8 @@ def _smaller(block: Block, ffn_ratios: Sequence[int], key_dims: Sequence[int]) -
         knob = next((name for name in knobs if hasattr(block, name)), None)
         own = getattr(block, knob) if knob else 0
         choices.append([{}, *({knob: value} for value in sorted(set(values), reverse=True) if knob and value < own)])
-    return [replace(block, **ffn, **keys) for ffn, keys in itertools.product(*choices) if ffn or keys]  # type: ignore[type-var]
+    with users_code(block.kind, "where it is made smaller"):
+        return [replace(block, **ffn, **keys) for ffn, keys in itertools.product(*choices) if ffn or keys]  # type: ignore[type-var]
 
 
 def _possible_widths(stage: Stage, candidates: Sequence[Block], *, first: bool) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
 from supernet.errors import InputError, unknown
 from supernet.ports import Form, Group, Port, check_group, check_positive, group_knobs
-from supernet.user_block import loaded
+from supernet.user_block import loaded, users_code
 
 WIDEST = 2**16  # channels
 WIDTH_STEP = 8  # the finest grid of the published networks (EfficientFormerV2: 40, 120)
@@ -474,7 +474,10 @@ def at_width(block: Block, width: int) -> Block:
     Raises:
         InputError: it cannot have this width.
     """
-    return replace(block, dim=width)  # type: ignore[type-var]
+    if block.kind in BLOCKS:
+        return replace(block, dim=width)  # type: ignore[type-var]
+    with users_code(block.kind, f"at width {width}"):
+        return replace(block, dim=width)  # type: ignore[type-var]
 
 
 def label(block: Spec) -> str:

@@ -234,10 +234,10 @@ def subnetwork(supernet: AnySupernet, arch: ArchConfig, kept: UnitScores | None 
     """Return the network `arch`, a member of the supernet's space, with weights inherited from the supernet; without its first
     `begin` layers.
 
-    A narrowed stage, and what is inside its blocks, keeps the units that score highest in `kept`, the same channels whatever
-    blocks it has (`supernet.units.kept_channels`). Without `kept` every tensor is the leading slice of the supernet's, as an
-    elastic supernet is trained. Batch-norm statistics are sliced too and do not fit a narrowed network until they are
-    recomputed. `arch` has the supernet's image size. The network has the supernet's device and dtype.
+    A narrowed stage, and what is inside its blocks, keeps the units that score highest in `kept`, or without it the first of
+    each head, the same channels whatever blocks it has (`supernet.units.kept_channels`). Without it, every tensor of an elastic
+    supernet is its leading slice, as it was trained. Batch-norm statistics are sliced too and do not fit a narrowed network
+    until they are recomputed. `arch` has the supernet's image size. The network has the supernet's device and dtype.
     """
     space = supernet.space
     if arch.image_size != space.image_size:
@@ -247,7 +247,7 @@ def subnetwork(supernet: AnySupernet, arch: ArchConfig, kept: UnitScores | None 
     weight = next(supernet.parameters())
     with weight.device:  # where its weights are: nothing goes over the host
         model = nn.Sequential(OrderedDict((name, build_layer(layer)) for name, layer in named)).to(weight.dtype)
-    if kept is None:
+    if kept is None and isinstance(supernet, ElasticSupernet):
         for (name, layer), module in zip(named, model.children(), strict=True):
             module.load_state_dict(_leading(supernet.source(name, layer).state_dict(), module.state_dict()))
         return model

@@ -71,6 +71,11 @@ def test_the_cheapest_order_needs_few_nodes_at_once_to_compute_nothing_twice() -
     assert layers_run(archs, 9, len(archs), ordered=False) > 1.3 * tree.layers()
 
 
+def test_a_network_may_be_deeper_than_python_s_stack() -> None:
+    deep, other = [*range(1, 5001)], [*range(1, 4000), *range(5001, 5003)]
+    assert cheapest_order([deep, other]) == [1, 0], "the longest way last"
+
+
 def test_with_room_for_all_nothing_is_computed_twice_whatever_is_asked_for_when() -> None:
     archs = sampled(100)
     tree = Tree()

@@ -301,6 +301,13 @@ def test_the_earliest_token_block_goes_first_and_tokens_stay_last() -> None:
     assert seen > 3
 
 
+def test_a_stage_that_has_tokens_alone_does_not_keep_the_next_one_from_maps() -> None:
+    stages = (stage_space((16,), 2, 1, "mb3d", "identity"), stage_space((16,), 2, 1, "mb4d", "mb3d", "identity"))
+    importance = [{"mb3d": 9.0}, {"mb4d": 1.0, "mb3d": 9.0}]
+    found = slim(SearchSpace("tokens", 16, 10, stages), importance, lambda arch: 1.0, Table(), 4.0)
+    assert "mb3d to mb4d in slot 1 of stage 2" in [option.action for option in found.steps[0].options]
+
+
 def test_a_stage_s_score_sums_the_odds_of_its_filled_slots() -> None:
     # Odds 1 and 1 make 2 for stage 1, under 3 for stage 2; in log-odds, 0 + 0 is under log 3 as well, but with 0.9 and
     # 0.9 against 1.5 the sum of odds is larger (1.8) while the sum of logs is smaller (-0.21 against 0.41).

@@ -288,6 +288,17 @@ def test_spaces_made_in_code_are_checked_too() -> None:
     assert "num_classes must be" in refusal(lambda: SMALL.with_classes(0))
 
 
+def test_an_entry_that_says_the_usual_one_is_none(tmp_path: Path) -> None:
+    text = "{name: a, image_size: 32, num_classes: 10, stages: ["
+    stages = ["stride: 2, widths: [16], depth: 1, candidates: [mb4d, identity]"] * 2
+    said = [f"{{{stage}, entry: {entry}}}" for stage, entry in zip(stages, ("stem", "embedding"), strict=True)]
+    (tmp_path / "said.yaml").write_text(f"{text}{', '.join(said)}]}}")
+    (tmp_path / "left-out.yaml").write_text(f"{text}{', '.join('{' + stage + '}' for stage in stages)}]}}")
+    said_so, left_out = (SearchSpace.load(tmp_path / f"{name}.yaml") for name in ("said", "left-out"))
+    assert said_so == left_out and said_so.to_yaml() == left_out.to_yaml()
+    assert said_so.largest in left_out
+
+
 def test_a_space_made_of_lists_equals_its_own_file(tmp_path: Path) -> None:
     stage = StageSpace([16, 32], 2, 2, [MB4D(32), Identity(32)])  # type: ignore[arg-type]
     space = SearchSpace("lists", 32, 10, [stage, stage])  # type: ignore[arg-type]

@@ -502,6 +502,7 @@ def test_training_takes_the_temperature_from_start_to_end(
         ("wieght_epochs: 3", "weight_epochs"),
         ("batch_size: 2.5", "batch_size must be a whole number"),
         ("batch_size: 0", "batch_size must be at least 2"),
+        ("recalibration_images: 1", "recalibration_images must be at least 2"),
         ("weight_epochs: -1", "weight_epochs must not be negative"),
         ("{weight_epochs: 0, mixture_epochs: 0}", "both 0"),
         ("paths: fare", "did you mean fair"),

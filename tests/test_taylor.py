@@ -184,6 +184,7 @@ def test_first_keeps_what_the_leading_slices_keep_where_no_head_owns_channels(su
     kept = subnetwork(supernet, arch, scores).get_parameter("stem.norm2.weight")
     first = supernet.stem.get_parameter("norm2.weight")
     assert torch.equal(kept, torch.cat((first[:4], first[8:12])))
+    assert torch.equal(kept, subnetwork(supernet, arch).get_parameter("stem.norm2.weight")), "as without any scores"
     wide = subnetwork(supernet, arch).get_submodule("stage2_block1").state_dict()
     own = subnetwork(supernet, arch, scores).get_submodule("stage2_block1").state_dict()
     assert all(torch.equal(wide[name], own[name]) for name in wide)

@@ -16,6 +16,7 @@ from nas.onnx_model import onnx_bytes
 from nas.plan import work_for
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.timing import Workload
+from nas.table import LatencyTable, Row, measured_layers
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
 from supernet.deploy import deployed, deployed_layer, has_forms
@@ -272,6 +273,53 @@ def test_it_may_be_handed_to_a_space_in_python() -> None:
     space = SearchSpace("scaled", 16, 10, (StageSpace((16,), 2, 1, (Scaled(16), Identity(16))),))
     assert isinstance(build_layer(Layer(Scaled(16), 8)), torch.nn.Conv2d)
     assert nas.build_model(space.largest)(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+
+
+PICKY = """
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Picky:
+    dim: int
+    ratio: float = 0.5
+
+    def __post_init__(self):
+        if self.dim % 3:
+            raise ValueError("three groups")
+
+    def module(self, resolution):
+        return nn.Conv2d(self.dim, self.dim, 1, groups=3)
+"""
+
+
+def test_a_width_that_it_refuses_in_its_own_words_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("picky.py").write_text(PICKY)
+    stage = "{{stride: 2, widths: {}, depth: 1, candidates: ['picky.py:Picky', identity]}}"
+    text = f"{{{{name: a, image_size: 16, num_classes: 3, stages: [{stage}]}}}}"
+    Path("picky.yaml").write_text(text.format([24, 32, 48]))
+    with pytest.raises(InputError, match=r"'picky\.py:Picky' fails with ValueError \(three groups\) at width 32"):
+        SearchSpace.load("picky.yaml")
+    Path("picky.yaml").write_text(text.format([24, 48]))
+    around = SearchSpace.around(SearchSpace.load("picky.yaml").largest, width_shares=(0.66,))
+    assert around.stages[0].widths == (24, 48), "32, which would be nearer, it cannot have"
+
+
+def test_a_knob_of_many_digits_finds_its_row_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("picky.py").write_text(PICKY)
+    entry = "{kind: 'picky.py:Picky', ratio: 1.3333333333333333}"
+    stages = f"[{{stride: 2, widths: [24], depth: 1, candidates: [{entry}, identity]}}]"
+    Path("picky.yaml").write_text(f"{{name: a, image_size: 16, num_classes: 3, stages: {stages}}}")
+    space = SearchSpace.load("picky.yaml")
+    rows = {layer: Row(1.0, 0.9, 1.1, "slope") for layer in measured_layers(space.layers())}
+    path = LatencyTable("board-cpu", rows).save(tmp_path / "tables")
+    assert LatencyTable.load(path, any_form=True).rows.keys() == rows.keys()
 
 
 @pytest.mark.parametrize(
