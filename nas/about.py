@@ -21,8 +21,8 @@ NOTE = "metapath"
 be unequal files."""
 INPUT, OUTPUT = "image", "logits"
 PREPARATION = (
-    "turned upright as EXIF says; RGB; the short side scaled to image_size (bicubic), the central square; value / 255, minus "
-    "mean, by std"
+    "turned upright as EXIF says; 16-bit grey by its high byte; RGB; the short side scaled to image_size (bicubic), the "
+    "central square; value / 255, minus mean, by std"
 )
 _OF_A_TARGET = ("device", "target_ms", "predicted_ms", "measured_ms", "table", "provenance", "batch")
 
@@ -76,16 +76,17 @@ def targets_beside(network: str | Path) -> list[dict[str, Any]]:
 
 
 def targets_of_file(
-    targets: Sequence[Mapping[str, Any]], *, image_size: int, format: str, form: str, int8: bool
+    targets: Sequence[Mapping[str, Any]], *, image_size: int, batch: int | str, format: str, form: str, int8: bool
 ) -> list[dict[str, Any]]:
     """Return the targets of a network's search as they stand in an exported file: with the predicted and measured milliseconds
-    only where the file has the size, the format, the form and the precision that were timed."""
+    only where the file has the size, the batch, the format, the form and the precision that were timed."""
     kept = []
     for target in targets:
         device = str(target.get("device", ""))
         core_ml = "-npu" in device or "-coreml-" in device or device.startswith(("iphone", "ipad"))
         timed = "coreml" if core_ml else "onnx" if "-cpu" in device else "another"
-        same = (timed, "deploy", "-int8" in device, target.get("image_size")) == (format, form, int8, image_size)
+        there = (timed, "deploy", "-int8" in device, target.get("image_size"), target.get("batch", 1))
+        same = there == (format, form, int8, image_size, batch)
         kept.append({name: value for name, value in target.items() if same or name not in ("predicted_ms", "measured_ms")})
     return kept
 

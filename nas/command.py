@@ -34,6 +34,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{one_line(f'{self.prog}: {message}; see {self.prog} --help')}\n")
 
 
+TRAIN = ("nas-search", "nas-train")
+LESS = "a smaller batch_size or a larger accumulate (in --config or the recipe), for a search a smaller cache_gb, or "
+GO_ON = ("nas-build-lut", *TRAIN)  # where they were stopped
+
+
 def command_parser(command: str, does: str, example: str) -> Parser:
     return Parser(
         prog=command,
@@ -58,7 +63,7 @@ def run_command(command: str, work: Callable[[], None]) -> None:
         say(f"{command}: {error}")  # which of several processes one does
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        say(f"{command}: stopped; the same command goes on from here")
+        say(f"{command}: stopped" + ("; the same command goes on from here" if command in GO_ON else ""))
         raise SystemExit(1) from None
     except BrokenPipeError:
         _leave_stdout()
@@ -72,11 +77,8 @@ def run_command(command: str, work: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        print(
-            f"{command}: out of memory: give a smaller batch_size or a larger accumulate (in --config or the recipe), for a "
-            "search a smaller cache_gb, or a smaller image size or network",
-            file=sys.stderr,
-        )
+        less = LESS if command in TRAIN else ""
+        print(f"{command}: out of memory: give {less}a smaller image size or network", file=sys.stderr)
         raise SystemExit(1) from None
 
 

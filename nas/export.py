@@ -115,7 +115,9 @@ def export_torch(
     try:
         program = torch_program(model, expected[0][0], dynamic=dynamic)
     except Exception as error:  # torch.export has no one base for what it cannot trace
-        raise InputError(f"torch.export cannot trace this network ({first_line(error)}): choose --format onnx") from error
+        raise InputError(
+            f"torch.export cannot trace this network ({first_line(error)}): give an --out that ends in .onnx"
+        ) from error
     torch.export.save(program, file, extra_files={"metadata.json": json.dumps(dict(about), indent=2)})
     data = file.getvalue()
     read = torch.export.load(io.BytesIO(data)).module()
@@ -123,6 +125,11 @@ def export_torch(
         largest = max(difference(read(x).numpy(), y) for x, y in expected)
     write_atomically(path, data)
     return largest
+
+
+_given_to_coreml: list[Array] = []
+"""Inputs, kept as long as the process lives: Core ML lets one go from a thread of its own, without Python's lock
+(coremltools #2827), which must not be the last to hold it."""
 
 
 def export_coreml(model: nn.Module, expected: list[tuple[Tensor, Array]], path: Path, about: Mapping[str, str]) -> float | None:
@@ -140,9 +147,12 @@ def export_coreml(model: nn.Module, expected: list[tuple[Tensor, Array]], path: 
     def check(package: Path) -> None:
         if platform.system() != "Darwin":
             return
-        loaded = coremltools().models.MLModel(str(package))
+        # The numbers are what is checked. By the Neural Engine's compiler a load may hang, or end the process without a word.
+        tools = coremltools()
+        loaded = tools.models.MLModel(str(package), compute_units=tools.ComputeUnit.CPU_ONLY)
         for x, y in expected:
-            logits = loaded.predict({INPUT: x.numpy().astype(np.float16)})[OUTPUT].astype(np.float32)
+            _given_to_coreml.append(x.float().numpy())
+            logits = loaded.predict({INPUT: _given_to_coreml[-1]})[OUTPUT].astype(np.float32)
             found.append(difference(logits, y, HALF_TOLERANCE))
 
     save_package(model, expected[0][0], path, names=(INPUT, OUTPUT), about=about, check=check)
@@ -183,10 +193,13 @@ def export_network(
         raise unknown("form", form, FORMS)
     if form == "fastest" and format != "onnx":
         raise InputError(
-            f"the fastest form is measured in ONNX Runtime, not for --format {format}: choose onnx, or --form deploy"
+            f"the fastest form is measured in ONNX Runtime, not for --format {format}: give an --out that ends in .onnx, or "
+            "--form deploy"
         )
     if int8 and format != "onnx":
-        raise InputError(f"int8 is for ONNX Runtime, not for --format {format}: choose onnx, or leave --int8 out")
+        raise InputError(
+            f"int8 is for ONNX Runtime, not for --format {format}: give an --out that ends in .onnx, or leave it out"
+        )
     if data is not None and not int8:
         raise InputError("--data is what --int8 is calibrated on: add --int8, or leave --data out")
     arch = load_arch(network).without_identity()
@@ -209,7 +222,9 @@ def export_network(
     elif form == "deploy":
         model = deployed(model, arch)
     if "targets" in said:
-        said["targets"] = targets_of_file(said["targets"], image_size=arch.image_size, format=format, form=form, int8=int8)
+        said["targets"] = targets_of_file(
+            said["targets"], image_size=arch.image_size, batch=batch, format=format, form=form, int8=int8
+        )
     about = metadata(arch, form, batch, **said)
     dynamic = batch == DYNAMIC
     lines = []

@@ -13,7 +13,7 @@ from supernet.errors import InputError
 
 ONNX = {
     "fp32": "torchscript, opset 20, deploy form",
-    "int8": "torchscript, opset 20, deploy form, static QDQ per channel of products with weights, mixers float",
+    "int8": "torchscript, opset 20, deploy form, static QDQ per channel of products with weights, mixers and logits float",
 }
 COREML = "mlprogram, iOS 16, fp16 in and out, deploy form"
 CUDA = "plain form, torch.compile (default mode, one graph), channels-last, TF32 off"

@@ -38,19 +38,16 @@ def features(
         InputError: there is no such stage, the network groups its images, or the weights do not fit.
     """
     arch = (network if isinstance(network, ArchConfig) else load_arch(network)).without_identity()
+    if image_size is not None:
+        arch = arch.at(image_size)  # first: what is resized twice is no longer what was given
     if weights is None:
-        model = build_model(arch)
-    else:
-        from nas.pretrained import load_pretrained
+        return Features(build_model(arch), arch, out_indices)
+    from nas.pretrained import load_pretrained
 
-        read = load_pretrained(arch.name, str(weights), arch)
-        arch, model = read.arch, build_model(read.arch)
-        model.load_state_dict(read.state)
-    if image_size is None or image_size == arch.image_size:
-        return Features(model, arch, out_indices)
-    found = Features(build_model(arch.at(image_size)), arch.at(image_size), out_indices)
-    found.load_state_dict(model.state_dict())
-    return found
+    read = load_pretrained(arch.name, str(weights), arch)
+    model = build_model(read.arch)
+    model.load_state_dict(read.state)
+    return Features(model, read.arch, out_indices)
 
 
 class Features(nn.Sequential):
@@ -85,21 +82,20 @@ class Features(nn.Sequential):
         return [stage_info(self.arch)[index]["reduction"] for index in self.out_indices]
 
     def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
-        maps = stage_maps(self.arch, dict(self.named_children()), x)
+        maps, _ = stage_maps(self.arch, dict(self.named_children()), x)
         return [maps[index] for index in self.out_indices]
 
 
-def stage_maps(arch: ArchConfig, layers: Mapping[str, nn.Module], x: Tensor) -> list[Tensor]:
-    """Send images (N, 3, S, S) through a network's layers, from the first on; return the map of every stage reached."""
+def stage_maps(arch: ArchConfig, layers: Mapping[str, nn.Module], x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Send images (N, 3, S, S) through a network's layers, from the first on; return the map of every stage reached, and what
+    leaves the last layer."""
     taps = stage_taps(arch)
     maps: list[Tensor] = []
     for name, module in layers.items():
         x = module(x)
-        if name == taps[len(maps)]:
+        if name in taps:
             maps.append(as_map(arch, len(maps), x))
-            if len(maps) == len(taps):
-                break
-    return maps
+    return maps, x
 
 
 def as_map(arch: ArchConfig, stage: int, x: Tensor) -> Tensor:

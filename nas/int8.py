@@ -127,7 +127,8 @@ def _in_int8(node: Any, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def with_float_sums(model: bytes) -> bytes:
-    """Return a quantised ONNX model in which what reads a sum in float reads the sum itself.
+    """Return a quantised ONNX model in which what reads a sum in float reads the sum itself, and whose logits are float: of 256
+    values two classes would often have the same, and the range that is left out would be that of the surest.
 
     Where one reader of a tensor is a product in int8, ONNX Runtime's quantiser gives all its readers the values rounded to 8
     bits. What a product in int8 gives stays as it is: it leaves that product in 8 bits.
@@ -150,6 +151,14 @@ def with_float_sums(model: bytes) -> bytes:
             quantisation = rounded and made_by(rounded.input[0], "QuantizeLinear")
             if quantisation and made_by(quantisation.input[0], "Add"):
                 node.input[at] = quantisation.input[0]
+    for output in proto.graph.output:
+        rounded = made_by(output.name, "DequantizeLinear")
+        quantisation = rounded and made_by(rounded.input[0], "QuantizeLinear")
+        product = quantisation and maker.get(quantisation.input[0])
+        if product and product.op_type in ("Gemm", "MatMul"):
+            product.output[0] = output.name
+            proto.graph.node.remove(rounded)
+            proto.graph.node.remove(quantisation)
     return bytes(proto.SerializeToString())
 
 

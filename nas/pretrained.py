@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.checkpoints import CLASSIFIER, Pretrained, load_checkpoint, load_state, load_weights, read_weights, save_checkpoint
-from nas.data import ImageData, epoch_batches
+from nas.data import IMAGENET_MEAN, IMAGENET_STD, ImageData, epoch_batches
 from nas.distributed import in_all
 from nas.evaluation import accuracy_of
 from nas.from_timm import TIMM, timm_with_weights
@@ -43,6 +43,7 @@ from nas.supernet_training import channel_method, epoch_size, short_recipe
 from nas.taylor import calibration_batches, unit_scores
 from nas.training import train_network
 from supernet.arch import ArchConfig
+from supernet.blocks.vit import PatchStemModule
 from supernet.errors import InputError, placed
 from supernet.files import write_atomically
 from supernet.metapath import MetaPath, Supernet
@@ -71,7 +72,12 @@ def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:
         InputError: the file cannot be read, is nobody's of these, or does not fit the network; or timm cannot give the weights.
     """
     arch = arch.without_identity()
-    given = dict(timm_with_weights(weights).state_dict()) if weights.startswith(TIMM) else read_weights(Path(weights))
+    cfg: Mapping[str, Sequence[float]] = {}
+    if weights.startswith(TIMM):
+        theirs = timm_with_weights(weights)
+        given, cfg = dict(theirs.state_dict()), theirs.pretrained_cfg
+    else:
+        given = read_weights(Path(weights))
     source = weights if weights.startswith(TIMM) else str(Path(weights).resolve())
     with placed(weights):
         if any(_OURS.match(name) for name in given):
@@ -84,6 +90,7 @@ def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:
             arch = arch.with_classes(arch.num_classes if known is None else known.numel())
             model = build_model(arch)
             load_timm_weights(model, given)
+            _renormalise(model, cfg.get("mean", IMAGENET_MEAN), cfg.get("std", IMAGENET_STD))
         else:
             found = ", ".join(list(given)[:3])
             raise InputError(
@@ -91,6 +98,31 @@ def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:
                 f"{found or 'nothing'}: give timm.create_model(name).state_dict(), or the model.safetensors of nas-train"
             )
     return Pretrained(arch, model.state_dict(), source)
+
+
+def _renormalise(model: nn.Sequential, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Make a network whose weights are of images with this mean and deviation one of images as ours are normalised, with the
+    same logits. Only a convolution without padding can take the difference up.
+
+    Raises:
+        InputError: it begins with another one.
+    """
+    if (tuple(mean), tuple(std)) == (IMAGENET_MEAN, IMAGENET_STD):
+        return
+    stem = model.get_submodule("stem")
+    if not isinstance(stem, PatchStemModule):
+        raise InputError(
+            f"these weights are of images with mean {tuple(mean)} and deviation {tuple(std)}, the network's are normalised by "
+            f"{IMAGENET_MEAN} and {IMAGENET_STD}: give weights of those"
+        )
+    conv = stem.patch_embed.get_submodule("proj")
+    assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+    values = (IMAGENET_MEAN, IMAGENET_STD, mean, std)
+    our_mean, our_std, its_mean, its_std = (torch.tensor(value, dtype=torch.float64).view(3, 1, 1) for value in values)
+    with torch.no_grad():
+        weight = conv.weight.double()
+        conv.bias.copy_(conv.bias.double() + (weight * (our_mean - its_mean) / its_std).sum((1, 2, 3)))
+        conv.weight.copy_(weight * our_std / its_std)
 
 
 def starting_weights(network: str, weights: str, arch: ArchConfig) -> Path | Pretrained:

@@ -53,8 +53,9 @@ def transformed(x: Tensor, operation: Tensor, level: Tensor) -> Tensor:
     # Places in pixels from the corner, to those of grid_sample, from -1 to 1.
     offset = matrix[:, :, :2].sum(2) - 1 + 2 * matrix[:, :, 2] / side
     grid = F.affine_grid(torch.cat((matrix[:, :, :2], offset[:, :, None]), 2).float().to(x.device), list(x.shape), False)
-    mode = "bilinear" if x.device.type == "mps" else "bicubic"  # which Apple's has not
-    found = F.grid_sample(x, grid, mode, "border", False).clamp(0, 1)
+    mode = "bilinear" if x.device.type == "mps" else "bicubic"  # which Apple's has not, nor "border" in all versions of torch
+    beyond = "reflection" if x.device.type == "mps" else "border"  # which is the same to the image's edge
+    found = F.grid_sample(x, grid, mode, beyond, False).clamp(0, 1)
     outside = (grid.abs() > 1).any(3)[:, None]
     return torch.where(outside, torch.tensor(IMAGENET_MEAN, device=x.device).view(3, 1, 1), found)
 

@@ -78,9 +78,9 @@ class MetaPathNet(nn.Sequential):
         given = None if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
         taken = stage_indices(self.arch, given)
         layers = {name: layer for name, layer in self.named_children() if name != "head"}
-        maps = stage_maps(self.arch, layers, x)
+        maps, last = stage_maps(self.arch, layers, x)
         found = [maps[index] for index in taken]
-        return found if intermediates_only else (self.forward_features(x), found)
+        return found if intermediates_only else (last, found)
 
     def get_classifier(self) -> nn.Module:
         """Return the layer that gives the logits."""

@@ -212,6 +212,7 @@ def captured(ms: float, fake: FakeCuda) -> Captured:
         ("NVIDIA A100-PCIE-40GB", 39.39, "a100-pcie-40gb"),
         ("NVIDIA A100 80GB PCIe", 79.15, "a100-pcie-80gb"),
         ("NVIDIA H200", 139.8, "h200-141gb"),
+        ("NVIDIA GB10", 121.69, "gb10-128gb"),
         ("NVIDIA H100 PCIe", 79.6, "h100-pcie-80gb"),
         ("NVIDIA GeForce RTX 4090", 23.5, "rtx-4090-24gb"),
         ("NVIDIA L4", 22.0, "l4-24gb"),  # error correction takes a part
@@ -739,6 +740,22 @@ def test_a_network_is_timed_end_to_end() -> None:
     found = measure_alone(opened, own, None)
     assert found.ms == pytest.approx(2.0)
     assert opened.environment()["gpu"]["bursts"]["kept"] >= 3 * found.visits - 2
+
+
+def test_cudnn_chooses_the_references_algorithms_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By measurement it may choose others in the next process, whose figures are compared by them."""
+    asked = []
+
+    class Noting(FakeCuda):
+        def capture(self, module: nn.Module, example: Tensor) -> Graph:
+            asked.append(torch.backends.cudnn.benchmark)
+            return super().capture(module, example)
+
+    opened = open_gpu("cuda", driver=FakeDriver(), cuda=Noting())
+    with opened.exclusive():
+        opened.stopwatch()
+        opened.open(EMPTY)
+    assert asked == [False, False, True]
 
 
 def test_settings_of_torch_are_given_back() -> None:

@@ -97,6 +97,17 @@ def test_another_image_size_resizes_what_depends_on_it(arch: ArchConfig, tmp_pat
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("arch", [UNFLAT, CLASS_TOKEN], ids=lambda arch: arch.name)
+def test_weights_of_the_size_that_is_asked_for_stay_as_they_are(arch: ArchConfig, tmp_path: Path) -> None:
+    model = trained(arch.at(64))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    backbone = nas.features(arch, tmp_path / "model.safetensors", image_size=64).eval()
+    expected = Features(model, arch.at(64))
+    with torch.inference_mode():
+        for a, b in zip(backbone(images(64)), expected(images(64)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_what_has_no_maps_is_refused() -> None:
     assert "the stages 0 to 3" in refusal(lambda: nas.features(UNFLAT, out_indices=(0, 4)))
     assert "out_indices []" in refusal(lambda: nas.features(UNFLAT, out_indices=()))

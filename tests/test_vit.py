@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 
 from nas import coreml_package
 from nas.checkpoints import load_weights
+from nas.data import IMAGENET_MEAN, IMAGENET_STD
 from nas.measure import build_module, input_shape
 from nas.onnx_model import onnx_bytes
 from nas.plan import terms_of
+from nas.pretrained import _renormalise, load_pretrained
 from nas.steps import parameter_groups
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
@@ -71,6 +74,30 @@ def small(blocks: int = 3, image_size: int = 16, num_classes: int = 5) -> ArchCo
     # the stem's own width and stride are its stage's
     stage = Stage(24, 4, tuple(ViT(24, num_heads=3) for _ in range(blocks)), PatchStem(8))
     return ArchConfig("small", image_size, num_classes, (stage,), "class_token")
+
+
+def test_weights_of_images_that_were_normalised_otherwise_give_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's ViTs, but for DeiT, have seen values from -1 to 1."""
+    state = timm_state(TINY)
+    half = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    theirs = SimpleNamespace(state_dict=lambda: state, pretrained_cfg=half)
+    monkeypatch.setattr("nas.pretrained.timm_with_weights", lambda name: theirs)
+    read = load_pretrained(TINY, f"timm:{TINY}", zoo(TINY))
+    model = build_model(read.arch).double().eval()
+    model.load_state_dict(read.state)
+    as_it_is = build_model(zoo(TINY)).double().eval()
+    load_timm_weights(as_it_is, state)
+    pixels = torch.from_numpy(images(2, 224)).double().clamp(0, 1)
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.no_grad():
+        expected = as_it_is((pixels - 0.5) / 0.5)
+        assert distance(model((pixels - mean) / std), expected) < 1e-5 * expected.abs().max()
+        assert distance(as_it_is((pixels - mean) / std), expected) > 1e-2 * expected.abs().max()
+
+
+def test_a_stem_with_padding_cannot_be_normalised_otherwise() -> None:
+    with pytest.raises(InputError, match=r"mean \(0\.5, 0\.5, 0\.5\) .*: give weights of those"):
+        _renormalise(build_model(zoo("efficientvit_m0")), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 # -- Parity ------------------------------------------------------------------------------------------------------------

@@ -398,7 +398,10 @@ class NvidiaGpu:
 
     def stopwatch(self) -> Stopwatch:
         bursts = Bursts(self.cuda, self.watch)
-        return Stopwatch(self.open(CACHED)[0], self.open(STREAMING)[0], burst=bursts, warm_up_ms=WARM_UP_MS)
+        # What is measured by references is compared across processes: cuDNN must not choose another algorithm in each.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            cached, streaming = self.open(CACHED)[0], self.open(STREAMING)[0]
+        return Stopwatch(cached, streaming, burst=bursts, warm_up_ms=WARM_UP_MS)
 
     def between(self, most: int) -> None:
         """Nothing: at these batches the activations of a chain pass through the caches as those of a network do."""

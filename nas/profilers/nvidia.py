@@ -43,7 +43,7 @@ A pause before the next try lets the average power fall; a network that reaches 
 `Bursts`). Idling is no reason to drop anything, and neither are clocks that somebody set: they are the same all the time."""
 POWER_CAP = REASONS[0x4]
 
-NOMINAL_GB = (2, 3, 4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 72, 80, 94, 96, 141, 144, 180, 192, 288)
+NOMINAL_GB = (2, 3, 4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 72, 80, 94, 96, 128, 141, 144, 180, 192, 288)
 """Sizes that GPUs are sold with. Drivers report less: error correction and the firmware take a part."""
 
 SMI_EVERY_S = 0.5  # a call of nvidia-smi takes 20 to 50 ms

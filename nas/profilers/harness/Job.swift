@@ -111,7 +111,7 @@ struct Job {
 
 func hex(_ digest: SHA256.Digest) -> String { digest.map { String(format: "%02x", $0) }.joined() }
 
-/// The SHA-256 over a package's files, as `package_sha256` of nas/profilers/coreml.py has it.
+/// The SHA-256 over a package's files, as `package_sha256` of nas/coreml_package.py has it.
 func packageSHA256(_ package: URL) throws -> String {
     var lines = ""
     for name in (FileManager.default.subpaths(atPath: package.path) ?? []).sorted() where !name.hasSuffix(".DS_Store") {
