@@ -203,7 +203,8 @@ def scorer_of(study: Study, seed: int, folder: Path, run: Path, recovery_steps: 
     base = space.largest if logits is None else start_network(space, logits)
     evaluator = evaluator_of(supernet, base, data, settings, folder)
     scored = Recovered(evaluator, data, settings, seed) if settings.recovery_steps else evaluator
-    return Remembered(scored, folder / "evaluations.csv")
+    # What was borrowed beside the supernet was evaluated as the search did, and not after these steps.
+    return Remembered(scored, folder / (f"after-{recovery_steps}-steps.csv" if recovery_steps else "evaluations.csv"))
 
 
 def search_at_random(study: Study, seed: int, target_ms: float, evaluations: int, folder: Path, run: Path) -> list[Chosen]:
