@@ -281,7 +281,8 @@ def _on_medians(path: Path, folder: Path, device: str, table: LatencyTable) -> L
         raise InputError(f"the table of {device} has no calibration for the image size and strides of the networks in {path}")
     table.require(layer for arch in archs for layer in arch.layers())
     x = np.array([table.sum_ms(arch) for arch in archs])
-    fitted = {c.space_sha256: on_medians(c, x, y) for c in calibrated}
+    with placed(str(path)):
+        fitted = {c.space_sha256: on_medians(c, x, y) for c in calibrated}
     kept = tuple(fitted.get(c.space_sha256, c) for c in table.calibrations)
     table = replace(table, calibrations=kept, meta={**table.meta, ON_MEDIANS: [network for network, _ in lines]})
     written, error = table.save(folder), next(iter(fitted.values())).mean_error_percent

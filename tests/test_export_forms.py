@@ -38,7 +38,7 @@ def test_a_table_of_an_earlier_form_is_only_shown_or_replaced(
     path = LatencyTable("board-cpu", {}, meta=now).save("latency_tables")
     assert LatencyTable.load(path).meta["export"] == now["export"]
     LatencyTable("board-cpu", {}, meta={**settings, "export": OLD[kind]}).save("latency_tables")
-    anew = "build it anew: `nas-build-lut --device board-cpu --space SPACE`"
+    anew = "build it anew: `nas-build-lut --device board-cpu --space SPACE --out latency_tables`"
     said = re.escape(f"another export form ({OLD[kind]}; now {now['export']}): {anew}")
     for refused in (
         lambda: LatencyTable.load(path),
