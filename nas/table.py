@@ -259,8 +259,10 @@ class LatencyTable:
         """Return the command that measures the device anew, or rows that are missing alone, into the folder that the table was
         read from. `what` says for which networks, as --space or --arch."""
         command = f"nas-build-lut --device {self.device}"
-        usual = self.path is None or ships(self.path) or self.path.parent.resolve() == user_folder().resolve()
-        out = "" if usual or self.path is None else f" --out {shlex.quote(str(self.path.parent))}"
+        working, own, _ = table_folders()
+        out = ""  # the user's folder, where one that ships is added to as well
+        if self.path is not None and self.path.parent != own and (self.path.parent == working or not ships(self.path)):
+            out = f" --out {shlex.quote(str(self.path.parent))}"
         if self.provenance == "imported":
             form = " --format coreml" if self.meta.get("runtime") == "coreml" else ""
             then = f" (its results.json goes to `nas-build-lut --import-results results.json{out}`)" if out else ""
