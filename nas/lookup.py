@@ -178,7 +178,7 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
         if table.meta.get("runtime_version") != now:
             say(
                 f"warning: the table was measured with {table.meta['runtime']} {table.meta['runtime_version']}, this is "
-                f"{now}: {table.building(f'--space {space_name}')} measures it anew"
+                f"{now}: `nas-build-lut --device {device} --space {space_name} --out {path.parent}` measures it anew"
             )
         say_if_untrue(table)
         if table.serves(space):

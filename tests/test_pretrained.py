@@ -140,7 +140,7 @@ def test_weights_by_timm_s_name(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((name, pretrained))
         if "none" in name:
             raise RuntimeError("no pretrained weights\nfor it")
-        return SimpleNamespace(state_dict=lambda: timm_state(L1))
+        return SimpleNamespace(state_dict=lambda: timm_state(L1), pretrained_cfg={})
 
     monkeypatch.setattr(from_timm, "import_timm", lambda: (SimpleNamespace(create_model=create), ""))
     read = load_pretrained(L1, "timm:efficientformer_l1.snap_dist_in1k", zoo(L1))
