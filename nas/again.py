@@ -6,12 +6,15 @@ No torch, so that the answer comes at once.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nas.alone import alone
+from nas.audit import say_if_untrue
 from nas.device_ids import KINDS
 from nas.guarantee import SLACK
 from nas.kept import complexity_of, described, read_evaluations, write_csv
@@ -22,6 +25,7 @@ from nas.strategies import (
     FRONTIER_COLUMNS,
     Budgeted,
     Scores,
+    check_strategy,
     choose,
     exact,
     exact_for,
@@ -65,6 +69,7 @@ def answer(
     Raises:
         InputError: the run has not ended; a target cannot be met; a table lacks rows of the run's space.
     """
+    check_strategy(strategy, "latency")
     if strategy not in STRATEGIES:
         raise InputError(f"{strategy} evaluates networks: add --verify, or give --strategy {' or '.join(STRATEGIES)}")
     held = finished(run)
@@ -91,8 +96,9 @@ def answer(
     whole = evaluations.get(described(found.arch))
     params, macs = complexity_of(run / "layers.csv", found.arch)
     asked = [{name: device[name] for name in ("device", "target_ms", "table")} for device in devices]
+    place = os.path.relpath(run.resolve(), out.resolve())  # an answer in the run's folder moves with it
     with alone(out):
-        claim(out, {"command": "nas-search --from", "from": str(run.resolve()), "targets": asked, "strategy": strategy})
+        claim(out, {"command": "nas-search --from", "from": place, "targets": asked, "strategy": strategy})
         result = {
             **devices[0],
             "loss": whole.loss if whole is not None else None,
@@ -142,6 +148,7 @@ def _budgets(
             from nas.devices import measuring  # with torch
 
             table.require(held.space.layers(), measuring(table, f"--space {held.space_file}"))
+        say_if_untrue(table)
         own_table = table.for_space(held.space)
         found.append(Budgeted(own_table, own_table, Target(ms).ms))
         paths.append(path)
@@ -221,7 +228,7 @@ def _print(result: Mapping[str, Any], held: Finished, out: Path) -> None:
                 f"  that search's own network took {100 * abs(off):.1f} % {'more' if off > 0 else 'less'} on "
                 f"{device['device']} than its table says"
             )
-    asked = " ".join(
-        f"--target {device['device']}={device['target_ms']!r} --table {device['table']}" for device in result["targets"]
-    )
-    print(f"  next: nas-search --from {held.folder} {asked} --strategy {result['strategy']} --verify (evaluates and measures)")
+    words = ["nas-search", "--from", str(held.folder)]
+    for device in result["targets"]:
+        words += ["--target", f"{device['device']}={device['target_ms']!r}", "--table", device["table"]]
+    print(f"  next: {shlex.join([*words, '--strategy', result['strategy']])} --verify (evaluates and measures)")

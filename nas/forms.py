@@ -23,7 +23,7 @@ from supernet.specs import Layer
 Name = TypeVar("Name", bound=str)
 
 CHAIN = 4  # blocks: what neighbours share is shared here, too
-CLEARLY = 0.97  # of the default's time: what is not faster by more may be so by how a session's memory happens to lie
+CLEARLY = 0.97  # of the default's time: what is not faster by more may be so by chance
 
 
 def measured_forms(arch: ArchConfig, batch: int | None = None, rounds: int = 7, seconds: float = 0.2) -> dict[Layer, Form]:
@@ -42,18 +42,23 @@ def measured_forms(arch: ArchConfig, batch: int | None = None, rounds: int = 7, 
 def measured_form(layer: Layer, batch: int = 1, rounds: int = 7, seconds: float = 0.2) -> Form:
     """Return the form that is clearly faster than the layer's default one, or that one."""
     usual = default_form(layer)
-    runs = {form: chain(layer, form, batch) for form in FORMS}
-    for run in runs.values():
-        run()
-    ratio = median(times[_other(usual)] / times[usual] for times in (one_round(runs, seconds) for _ in range(rounds)))
-    return _other(usual) if ratio < CLEARLY else usual
+    models = {form: chain(layer, form, batch) for form in FORMS}
+    ratios = []
+    for number in range(rounds):
+        # Opened anew, in turn one and the other first: where its memory happens to lie moves a session's time.
+        runs = {form: OrtModel(models[form]) for form in (FORMS if number % 2 else FORMS[::-1])}
+        for run in runs.values():
+            run()
+        times = one_round(runs, seconds)
+        ratios.append(times[_other(usual)] / times[usual])
+    return _other(usual) if median(ratios) < CLEARLY else usual
 
 
-def chain(layer: Layer, form: Form, batch: int = 1) -> OrtModel:
-    """Return blocks of one layer in a row, in this form, with distinct ordinary weights, as a session of one thread."""
+def chain(layer: Layer, form: Form, batch: int = 1) -> bytes:
+    """Return the ONNX model of blocks of one layer in a row, in this form, with distinct ordinary weights."""
     blocks = with_ordinary_values(nn.Sequential(*(build_layer(layer) for _ in range(CHAIN))).eval(), seed=0)
     module = nn.Sequential(*(deployed_layer(block, layer, form) for block in blocks.children()))
-    return OrtModel(onnx_bytes(module, torch.randn(input_shape((layer,), batch))))
+    return onnx_bytes(module, torch.randn(input_shape((layer,), batch)))
 
 
 def one_round(

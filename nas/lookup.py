@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,9 +177,10 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
             return table.for_space(space), path
         now = profiler.environment()["runtime_version"]
         if table.meta.get("runtime_version") != now:
+            command = f"nas-build-lut --device {device} --space {space_name} --out {shlex.quote(str(path.parent))}"
             say(
                 f"warning: the table was measured with {table.meta['runtime']} {table.meta['runtime_version']}, this is "
-                f"{now}: `nas-build-lut --device {device} --space {space_name} --out {path.parent}` measures it anew"
+                f"{now}: `{command}` measures it anew"
             )
         say_if_untrue(table)
         if table.serves(space):
@@ -192,7 +194,7 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
     else:
         say(
             f"this machine's table has the rows of {space.name} and no calibration for it: measuring networks of it first "
-            f"(where another space's may do, --table {path} takes the table as it is)"
+            f"(where another space's may do, --table {shlex.quote(str(path))} takes the table as it is)"
         )
     measured = space if space.num_classes > MANY_CLASSES else space.with_classes(FEW_CLASSES)
     table = build_table(profiler, measured, folder, only_missing=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from nas.guarantee import SLACK
 from nas.profile import per_image
 from nas.strategies import exact_for, nothing_taken_away
-from nas.throughput import table_of
+from nas.throughput import mega, table_of
 from supernet.space import SearchSpace
 
 
@@ -26,9 +27,10 @@ def print_result(result: Mapping[str, Any], space: SearchSpace, folder: Path, so
     for device in result.get("targets", [result]):
         print(_on_device(device, folder))
     if result["candidate"]:
-        print(f"  over 3 % is left: a slower network might fit ({result['candidate']}); --verify again measures it")
+        candidate = folder / Path(result["candidate"]).name  # a folder may have been moved
+        print(f"  over 3 % is left: a slower network might fit ({candidate}); --verify again measures it")
     mes = "" if result["mes"] is None else f", MES {result['mes']:.4g}"
-    print(f"  {result['params'] / 1e6:.3g} M parameters, {result['macs'] / 1e6:.4g} M MACs at {result['image_size']} px{mes}")
+    print(f"  {result['params'] / 1e6:.3g} M parameters, {mega(result['macs'])} M MACs at {result['image_size']} px{mes}")
     init = result.get("init")
     inherited = "the supernet" if init is None else init["network"]
     print(
@@ -49,17 +51,21 @@ def print_result(result: Mapping[str, Any], space: SearchSpace, folder: Path, so
         print(f"  {exact_for(result)}")
     if result["demonstration"]:
         print("  found on the embedded digits: a demonstration; give --data PATH for a network to ship")
-    more = ""
+    words = ["nas-train", str(folder / "searched.yaml")]
     if init is not None:
-        more = f" --weights {folder / 'weights.safetensors'} --teacher {init['teacher']} --recipe finetune"
-    images = "" if result["demonstration"] else f" --data {source}"
-    print(f"  next: nas-train {folder / 'searched.yaml'}{more}{images} --out {'tuned' if more else 'trained'}")
+        teacher = folder / Path(init["teacher"]).name
+        words += ["--weights", str(folder / "weights.safetensors"), "--teacher", str(teacher), "--recipe", "finetune"]
+    if not result["demonstration"]:
+        words += ["--data", source]
+    if result["seed"]:  # by it the validation images are drawn: of another one's, the search may have learned some
+        words += ["--seed", str(result["seed"])]
+    print(f"  next: {shlex.join(words)} --out {'trained' if init is None else 'tuned'}")
 
 
 def _on_device(device: Mapping[str, Any], folder: Path) -> str:
     missed = False
     if device["measured_ms"] is None:
-        how = f"nas-search --from {folder} --verify measures it there, or says how"
+        how = f"nas-search --from {shlex.quote(str(folder))} --verify measures it there, or says how"
         measured = f"not measured: {device['device']} is elsewhere ({how})"
     else:
         measured = (

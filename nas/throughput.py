@@ -290,6 +290,11 @@ def records(
     return rows
 
 
+def mega(number: float) -> str:
+    """Return a number in millions, to four digits."""
+    return f"{number / 1e6:.4g}" if number < 9.9995e9 else f"{number / 1e6:.0f}"
+
+
 def table_of(rows: Sequence[dict[str, Any]], batch: int) -> str:
     """Return the records as lines for people."""
     header = (
@@ -319,7 +324,7 @@ def table_of(rows: Sequence[dict[str, Any]], batch: int) -> str:
                 f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_sd']:.1f}",
                 f"{100 * row['worst_slot_accuracy']:.1f}",
                 f"{100 * row['one_class_accuracy']:.1f}",
-                f"{row['macs'] / 1e6:.4g}",
+                mega(row["macs"]),
             )
         )
     widths = [max(len(line[at]) for line in lines) for at in range(len(header))]

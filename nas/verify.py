@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ def _measured(run: Path, held: Finished, places: list[OnDevice], device: str | N
 def _say_how(job: Path, table: LatencyTable, run: Path) -> None:
     on_phone = table.meta.get("runtime") == "coreml"
     how = "run the job on the phone (docs/coreml.md)" if on_phone else "copy it to the device, run `python3 run_job.py` there"
-    print(f"{job}: {how}, bring results.json back, and give it to `nas-search --from {run} --verify results.json`")
+    back = f"nas-search --from {shlex.quote(str(run))} --verify results.json"
+    print(f"{job}: {how}, bring results.json back, and give it to `{back}`")
 
 
 def _take(results: Path, places: list[OnDevice], checks: dict[str, Checks], which: dict[str, str], arch: ArchConfig) -> None:

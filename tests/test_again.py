@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -149,6 +150,7 @@ def test_what_cannot_be_answered_is_refused_in_one_line_and_nothing_is_written(
     assert "is of phone-npu, which has no target" in refused(cli.search, [*where, *other], capsys)
     assert "give another --out" in refused(cli.search, [*where, "--target-ms", "1", "--out", "run"], capsys)
     assert "add --verify" in refused(cli.search, [*where, "--target-ms", "1", "--strategy", "optuna"], capsys)
+    assert "unknown strategy 'gready'" in refused(cli.search, [*where, "--target-ms", "1", "--strategy", "gready"], capsys)
     assert "has no target" in refused(cli.search, [*where, "--device", "board-cpu", "--target", "phone-npu=1"], capsys)
     said = refused(cli.search, [*where, "--target-ms", "1", "--verify", "--config", "settings.yaml"], capsys)
     assert "weight_epochs" in said and "which the finished search has decided" in said
@@ -170,6 +172,31 @@ def test_an_answer_for_another_request_is_not_overwritten(
     names = sorted(path.name for path in run.glob("at-*"))
     assert [name.rsplit("-", 1)[-1] == "greedy" for name in names] == [True, False]
     assert names[1].startswith("at-phone-npu-")
+
+
+@pytest.mark.usefixtures("nothing_is_evaluated")
+def test_a_run_that_was_moved_gives_its_answers_again_and_commands_that_can_be_pasted(
+    run: Path, board: LatencyTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--target-ms", f"{0.6 * largest_ms(board):.6f}"]
+    cli.search(["--from", "run", *asked])
+    run.rename("a run")
+    capsys.readouterr()
+    cli.search(["--from", "a run", *asked])
+    assert len(list(Path("a run").glob("at-*"))) == 1
+    words = shlex.split(capsys.readouterr().out.split("next: ")[1])
+    assert words[:3] == ["nas-search", "--from", "a run"]
+
+
+@pytest.mark.usefixtures("nothing_is_evaluated")
+def test_a_table_that_is_not_true_warns_when_a_run_is_asked_again(
+    run: Path, board: LatencyTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned_of: list[str] = []
+    monkeypatch.setattr("nas.again.say_if_untrue", lambda table: warned_of.append(table.device))
+    ms = largest_ms(board)
+    cli.search(["--from", "run", "--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.3 * ms:.6f}"])
+    assert warned_of == ["board-cpu", "phone-npu"]
 
 
 def test_other_images_than_those_of_the_run_are_refused(

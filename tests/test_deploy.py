@@ -276,14 +276,20 @@ def test_a_form_is_chosen_by_measuring_only_where_it_is_clearly_faster(monkeypat
     from nas import forms
 
     arch = NETWORKS["efficientformer"]
-    monkeypatch.setattr(forms, "chain", lambda layer, form, batch: lambda: None)
+    monkeypatch.setattr(forms, "chain", lambda layer, form, batch: b"")
+    monkeypatch.setattr(forms, "OrtModel", lambda model: lambda: None)
     for ratio, expected in ((0.5, "matmul"), (0.99, "conv"), (2.0, "conv")):
         monkeypatch.setattr(forms, "one_round", lambda runs, seconds, ratio=ratio: {"conv": 1.0, "matmul": ratio})
         found = forms.measured_forms(arch, rounds=3)
         assert found == {layer: expected for layer in arch.layers() if has_forms(layer)}
 
 
-def test_measuring_a_form_runs_it() -> None:
-    from nas.forms import measured_form
+def test_a_form_is_measured_in_sessions_that_are_opened_anew_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the memory of one session happens to lie decides no form."""
+    from nas import forms
 
-    assert measured_form(Layer(MB4D(16), 4), rounds=1, seconds=0.001) in FORMS
+    opened = []
+    real = forms.OrtModel
+    monkeypatch.setattr(forms, "OrtModel", lambda model: opened.append(model) or real(model))  # type: ignore[func-returns-value]
+    assert forms.measured_form(Layer(MB4D(16), 4), rounds=3, seconds=0.001) in FORMS
+    assert len(opened) == 6 and len(set(opened)) == 2

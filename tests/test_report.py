@@ -20,6 +20,7 @@ from nas.kept import Checks, described, normalised_by, write_csv
 from nas.report import write_report
 from nas.report.device import published_networks
 from nas.report.run import read_run
+from nas.report.text import digits, joined
 from nas.scores import ADDITIVITY_COLUMNS, measure_drops
 from nas.slimming import MobileEfficiency, slim
 from nas.table import CheckedNetwork, LatencyTable, Row, measured_layers
@@ -616,3 +617,15 @@ def test_a_folder_without_a_finished_search_is_refused(tmp_path: Path) -> None:
 def test_reports_do_without_torch() -> None:
     code = "import sys, nas.report; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(999.0, "999"), (999_400.0, "999 k"), (999_700.0, "1 M"), (999_600_000.0, "1 G"), (10_190e6, "10.2 G")],
+)
+def test_a_large_number_has_the_unit_of_what_it_is_rounded_to(number: float, shown: str) -> None:
+    assert joined(number) == shown
+
+
+def test_a_number_has_three_digits_and_no_dot_at_its_end() -> None:
+    assert [digits(value) for value in (0.5, 9.996, 99.94, 99.97, 100.4)] == ["0.500", "10.0", "99.9", "100", "100"]

@@ -20,7 +20,7 @@ def missing(sentence: str) -> str:
 
 def digits(value: float) -> str:
     """Return a number with three digits that count, zeros among them."""
-    text = f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    text = f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
     return text.replace("-", "−", 1) if value < 0 else text
 
 
@@ -43,7 +43,7 @@ def percent_of(share: float) -> str:
 def large(number: float) -> tuple[str, str]:
     """Return a large number and its unit."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
+        if number >= 0.9995 * size:  # as it is rounded
             return f"{number / size:.3g}", unit
     return f"{number:g}", ""
 
