@@ -38,7 +38,6 @@ from nas.scores import measure_drops
 from nas.settings import SupernetSettings
 from nas.slimming import start_network
 from nas.statistics import bootstrap, kendall_tau, regret_among
-from nas.steps import PRECISIONS, accelerator, precision_on
 from nas.supernet_training import logits_of, sandwich, single_path, train_supernet
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig
@@ -109,13 +108,13 @@ def macs_of_an_image(space: SearchSpace, way: str) -> float:
     return fixed + mean(sum(of_block[i][c] for (i, _), c in zip(space.slots, path, strict=True)) for path in paths)
 
 
-def settings_of(space: SearchSpace, way: str, images: int, precision: str) -> SupernetSettings:
+def settings_of(space: SearchSpace, way: str, images: int) -> SupernetSettings:
     """Return the settings of a way, which sees so many images that it takes as many multiply-accumulates as single paths do
     with `images`."""
     seen = round(images * macs_of_an_image(space, "single paths") / macs_of_an_image(space, way))
     # An epoch of a mixture sees a quarter of `images_per_epoch`.
     per_epoch = seen if WAYS[way]["mixture_epochs"] else seen // EPOCHS
-    return SupernetSettings(images_per_epoch=per_epoch, recovery_steps=RECOVERY_STEPS, precision=precision, **WAYS[way])
+    return SupernetSettings(images_per_epoch=per_epoch, recovery_steps=RECOVERY_STEPS, **WAYS[way])
 
 
 def score_networks(
@@ -210,7 +209,7 @@ def folder_of(out: Path, way: str, seed: int) -> Path:
     return out / "supernets" / f"{''.join(c if c.isalnum() else '-' for c in way)}-seed{seed}"
 
 
-ASKED = ("space", "ms", "networks", "seeds", "epochs", "supernet_seeds", "supernet_images", "precision")
+ASKED = ("space", "ms", "networks", "seeds", "epochs", "supernet_seeds", "supernet_images")
 """Settings that decide what is done; a report takes them from the study's folder."""
 
 
@@ -226,9 +225,6 @@ def main() -> None:
     parser.add_argument("--supernet-seeds", type=int, default=3)
     parser.add_argument(
         "--supernet-images", type=int, default=60_000, help="that single paths see in all; the other ways get the same MACs"
-    )
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="auto", help="of all trainings (auto: bf16 where this machine multiplies it)"
     )
     parser.add_argument("--report", action="store_true", help="print what is finished, and end")
     parser.add_argument("--part", default="1/1", metavar="K/N", help="do only every N-th piece of work, from the K-th on")
@@ -250,7 +246,6 @@ def main() -> None:
     median_ms = sorted(table.predict_ms(space.sample(rng)) for _ in range(1000))[500]
     # Drawn before the claim, which a latency that has too few networks would stand in the way of another one; written after it.
     drawn = [] if files[-1].exists() else networks_in_band(space, table, given.ms or median_ms, given.networks)
-    given.precision = precision_on(accelerator(), given.precision)  # a study that moves to another machine keeps its own
     asked = {name: value for name, value in vars(given).items() if name in ASKED}
     constants = {
         "score_images": SCORE_IMAGES,
@@ -265,7 +260,7 @@ def main() -> None:
     for file, arch in zip(files, drawn, strict=False):
         arch.save(file)
     archs = [ArchConfig.load(file) for file in files]
-    recipe = replace(RECIPES["quick"], epochs=given.epochs, precision=given.precision)
+    recipe = replace(RECIPES["quick"], epochs=given.epochs)
 
     work: list[Callable[[], None]] = []
     for seed in range(max(given.seeds, given.supernet_seeds)):  # by seeds, so that there is soon a whole study of one
@@ -274,7 +269,7 @@ def main() -> None:
                 work.append(partial(train_alone, arch, seed, data, recipe, given.out / "alone" / f"{i:02d}-seed{seed}"))
         if seed < given.supernet_seeds:
             for way in WAYS:
-                settings = settings_of(space, way, given.supernet_images, given.precision)
+                settings = settings_of(space, way, given.supernet_images)
                 work.append(partial(score_networks, space, archs, data, settings, seed, folder_of(given.out, way, seed)))
     for number, job in enumerate(work):
         if number % parts == part - 1:

@@ -41,14 +41,8 @@ def mixed_precision(device: torch.device, precision: str = "auto") -> torch.auto
     auto is bf16 on a GPU that multiplies it (NVIDIA's from Ampere on), and on a CPU with instructions for it (AVX-512 or AMX);
     elsewhere bfloat16 is emulated, so auto is fp32.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision_on(device, precision) == "bf16")
-
-
-def precision_on(device: torch.device, precision: str = "auto") -> str:
-    """Return which precision, bf16 or fp32, one of `PRECISIONS` is on a device."""
-    if precision != "auto":
-        return precision
-    return "bf16" if _multiplies_bfloat16(device) else "fp32"
+    on = precision == "bf16" or (precision == "auto" and _multiplies_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
