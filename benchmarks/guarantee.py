@@ -7,8 +7,8 @@ The search is the tool's own, by its strategy greedy or exact: under the table's
 giving back what is left where a network that scores no worse is nearer. Only what a network is worth is made up (additive,
 random), so that nothing has to be trained. The second command times the
 networks that were found by code of its own: every network a few times a round, in shuffled rounds, between two timings of the
-references, in calls on the plain clock. It prints them as they are; at the table's pace as the tool has it, by the geometric
-mix of the two references' slowness that leaves the network's samples the least spread; and by the mean of both.
+references, in calls on the plain clock. It prints them as they are; at the table's pace as the tool has it, by a geometric
+mix of the two references' slowness to which those count most that leave the samples little spread; and by the mean of both.
 """
 
 import argparse
@@ -166,10 +166,15 @@ def again(given: argparse.Namespace) -> None:
         low, middle, high = quantiles(sample, n=4)
         return (high - low) / middle
 
+    def mixed(number: int) -> list[float]:
+        """The samples by the mean of `SHARES`, weighted by the inverse squares of the spreads that they leave."""
+        weights = [spread(paced(number, share)) ** -2 for share in SHARES]
+        return paced(number, sum(w * share for w, share in zip(weights, SHARES, strict=True)) / sum(weights))
+
     numbers = range(len(archs))
-    steadiest = [min((paced(number, share) for share in SHARES), key=spread) for number in numbers]
+    by_spread = [mixed(number) for number in numbers]
     both = [paced(number, 0.5) for number in numbers]
-    for name, found in (("at the table's pace", steadiest), ("by the mean of both references", both), ("as it is", raw)):
+    for name, found in (("at the table's pace", by_spread), ("by the mean of both references", both), ("as it is", raw)):
         over = [100 * (median(s) / t - 1) for s, t in zip(found, targets, strict=True)]
         print(
             f"{table.device}, {record['space']}, {(time.time() - record['at']) / 60:.0f} min later, {name}: "

@@ -340,7 +340,10 @@ def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> str:
 
 def rows_off_their_visits(table: LatencyTable, samples: Path) -> list[Doubt]:
     """Return the rows that are not what the visits of any of a table's builds, in its samples file, make of them: somebody
-    changed them. Rows whose models that file lacks are not looked at."""
+    changed them. Rows whose models that file lacks are not looked at, nor those of a former protocol, which made others of
+    their visits."""
+    if table.meta.get("protocol") != PROTOCOL:
+        return []
     reference = table_reference(table)
     try:
         with reading(f"the sidecar of {table.device}", "build the table anew with nas-build-lut"):

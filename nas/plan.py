@@ -38,7 +38,7 @@ Terms = dict[Model, float]
 
 CHAINS = ((1, 2, 4), (1, 3), (1, 2))
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a weight
-PROTOCOL = "one working set"  # how rows are measured: rows of another way are not added up with them
+PROTOCOL = "one working set, weighted mix"  # how rows are measured: rows of another way are not added up with them
 FIT_NETWORKS = 16  # fit the calibration
 CHECK_NETWORKS = 12  # tell its error
 FEWEST_NETWORKS = 12  # of a space: both parts shrink with it

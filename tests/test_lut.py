@@ -496,6 +496,8 @@ def test_a_row_that_was_changed_by_hand_is_found_out(device: Device, tmp_path: P
     for layer in table.rows:
         row = table.rows[layer]
         changed = replace(table, rows={**table.rows, layer: replace(row, ms=factor * row.ms)})
+        former = replace(changed, meta={**changed.meta, "protocol": "one working set"})
+        assert rows_off_their_visits(former, samples) == [], "the rows of a former protocol are other sums of their visits"
         (doubt,) = rows_off_their_visits(changed, samples)
         assert doubt.layer == layer
         assert doubt.expected_ms == pytest.approx(row.ms, rel=1e-4, abs=1e-9)

@@ -4,6 +4,7 @@ import gc
 import random
 from collections import Counter
 from collections.abc import Callable
+from statistics import mean, median, quantiles
 
 import pytest
 
@@ -122,3 +123,24 @@ def test_rounds_visit_what_is_open_in_shuffled_order_until_nothing_is() -> None:
     assert order[:6] != order[6:12], "every round has its own order"
     assert sorted(order[:6]) == sorted(order[6:12])
     assert gc.isenabled()
+
+
+def test_a_mix_by_all_spreads_errs_less_than_the_one_that_happens_to_leave_the_least() -> None:
+    """A workload that is half streaming, on a machine whose memory is a quarter slower than when the table was built."""
+    base, rng = References(0.5, 0.8), random.Random(5)
+    weighted, chosen = [], []
+    for _ in range(100):
+        visits = []
+        for _ in range(20):
+            crowding = rng.uniform(1.2, 1.3)
+            noise = rng.gauss(1, 0.02)
+            visits.append(Visit(2.0 * crowding**0.5 * noise, References(0.5, 0.8 * crowding)))
+        weighted.append(abs(summarise(visits, base).ms / 2.0 - 1))
+        samples = [[v.raw_ms * (0.8 / v.reference.streaming_ms) ** mix for v in visits] for mix in (0, 0.25, 0.5, 0.75, 1)]
+        chosen.append(abs(median(min(samples, key=relative_spread)) / 2.0 - 1))
+    assert mean(weighted) < 0.7 * mean(chosen)
+
+
+def relative_spread(samples: list[float]) -> float:
+    low, middle, high = quantiles(samples, n=4, method="inclusive")
+    return (high - low) / middle

@@ -3,8 +3,8 @@
 A *visit* times one workload a few times in a row, between two timings of two fixed reference workloads: one whose
 weights stay in the processor's inner caches, and one that streams them. A slow clock slows both; a neighbour on a shared
 machine who uses up the memory's bandwidth slows the second and every workload like it. A visit's sample is its ratio to
-the mix of the two that explains the workload's own ups and downs. An estimate is the median over visits, its interval the
-order-statistic interval of the median.
+a mix of the two, to which those mixes count most that explain the workload's own ups and downs. An estimate is the median
+over visits, its interval the order-statistic interval of the median.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ MAX_CALLS = 9
 VISIT_MS = 1.0  # timed calls are repeated within a visit until about this much is covered
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the streaming reference
 FEW_VISITS = 12  # with fewer, the mix cannot be told and is half and half
+NO_SPREAD = 1e-6  # of samples, relative: below it none is told from another
 
 
 class References(NamedTuple):
@@ -75,8 +76,7 @@ def summarise(visits: Sequence[Visit], reference: References | None = None) -> M
     """Return the measurement that these visits make, normalised to a machine on which the references take `reference`
     (without it: what they took in these visits)."""
     base = reference or median_reference(visits)
-    mixes = MIXES if len(visits) >= FEW_VISITS else (0.5,)
-    samples = min((_normalised(visits, base, mix) for mix in mixes), key=_spread)
+    samples = _normalised(visits, base, _mix(visits, base))
     low, high = median_interval(samples)
     return Measurement(
         ms=median(samples),
@@ -93,6 +93,15 @@ def summarise(visits: Sequence[Visit], reference: References | None = None) -> M
 def median_reference(visits: Sequence[Visit]) -> References:
     """Return the medians of the references over visits."""
     return References(median(v.reference.cached_ms for v in visits), median(v.reference.streaming_ms for v in visits))
+
+
+def _mix(visits: Sequence[Visit], base: References) -> float:
+    """Return the share of the streaming reference: the mean of `MIXES`, each weighted by the inverse square of the spread that
+    it leaves in the samples. The one that leaves the least alone would often be so by chance."""
+    if len(visits) < FEW_VISITS:
+        return 0.5
+    weights = [max(_spread(_normalised(visits, base, mix)), NO_SPREAD) ** -2 for mix in MIXES]
+    return sum(weight * mix for weight, mix in zip(weights, MIXES, strict=True)) / sum(weights)
 
 
 def _normalised(visits: Sequence[Visit], base: References, mix: float) -> list[float]:
