@@ -82,12 +82,12 @@ class Adapted(nn.Module):
         size: int,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
-        contiguous: bool = False,
+        exported: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.size = size
-        self.contiguous = contiguous
+        self.exported = exported
         our_mean, our_std, its_mean, its_std = (
             torch.tensor(figures).view(3, 1, 1) for figures in (IMAGENET_MEAN, IMAGENET_STD, mean, std)
         )
@@ -98,7 +98,11 @@ class Adapted(nn.Module):
         x = x * self.scale + self.shift
         if x.shape[2] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.network(x.contiguous() if self.contiguous else x)
+        if not self.exported:
+            return self.network(x)
+        # Its views are of the layout, its conversions of the precision that it was traced in: it refuses others.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.network(x.contiguous())
 
 
 def _own_teacher(path: Path, image_size: int, num_classes: int) -> Teacher:
@@ -147,8 +151,8 @@ def _exported_teacher(path: Path, image_size: int, num_classes: int, device: tor
         ) from error
     _check_classes(path, int(classes), num_classes)
     program = move_to_device_pass(program, device)
-    # It was exported in eval mode; its module refuses to be asked for it. Its views are of the layout that it was traced in.
-    return Teacher(Adapted(program.module().requires_grad_(False), size, contiguous=True).to(device), digest(path))
+    # It was exported in eval mode; its module refuses to be asked for it.
+    return Teacher(Adapted(program.module().requires_grad_(False), size, exported=True).to(device), digest(path))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nas import from_timm
 from nas.data import IMAGENET_MEAN, IMAGENET_STD
+from nas.steps import mixed_precision
 from nas.teacher import load_teacher
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
@@ -83,6 +84,27 @@ def test_an_exported_network_with_views_teaches_a_training_whose_images_are_chan
     teacher = load_teacher(tmp_path / "views.pt2", 16, 10).network.to(torch.device("cpu"))
     with torch.no_grad():
         torch.testing.assert_close(teacher(x.contiguous(memory_format=torch.channels_last)), model(x))
+
+
+def test_an_exported_network_teaches_in_fp32_where_its_student_learns_in_bf16(tmp_path: Path) -> None:
+    """torch.export writes down the precision of whatever is converted."""
+
+    class Converting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.map(x).float().mean((2, 3)))
+
+    model, x = Converting().eval(), torch.randn(5, 3, 16, 16)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.export.save(program, tmp_path / "converting.pt2")
+    teacher = load_teacher(tmp_path / "converting.pt2", 16, 10)
+    with torch.no_grad(), mixed_precision(x.device, "bf16"):
+        taught = teacher.network(x)
+    with torch.no_grad():
+        torch.testing.assert_close(taught, model(x))
 
 
 class Payload:
