@@ -354,11 +354,15 @@ def _distil(
     The network's own blocks are in eval mode and get no gradient. Goes on from `checkpoint`. The processes of a `group` all
     call this; each has its rows of every batch.
     """
-    wanted = replacements(net.space, path)
+    slots = _slots(net)
+    wanted = [
+        (slot, index)
+        for slot, index in replacements(net.space, path)
+        if any(parameter.requires_grad for parameter in slots[slot].candidates[index].parameters())  # else nothing can learn
+    ]
     steps = settings.distillation_steps
     if not wanted or not steps:
         return
-    slots = _slots(net)
     by_slot: dict[int, list[int]] = {}
     for slot, index in wanted:
         by_slot.setdefault(slot, []).append(index)

@@ -1,10 +1,10 @@
 """A search that begins with a network: its weights are read and told apart, its path gives its logits, and what may replace
 its blocks learns to give what they give. Networks of width 16 on digits, and the published ones at small sizes."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -302,6 +302,30 @@ def test_a_step_of_distillation_waits_for_no_error(digits: ImageData) -> None:
         found = pretrained._errors(net, pretrained._slots(net), path, by_slot, x, "fp32", ALONE)
     assert len(found) == len(replacements(space, path)) and all(error > 0 for error in found)
     assert traffic.waits == 0
+
+
+@dataclass(frozen=True)
+class Pooled:
+    kind: ClassVar[str] = "pooled"
+    tokens: ClassVar[bool] = False
+    dim: int
+
+    def module(self, resolution: int) -> nn.Module:
+        return nn.AvgPool2d(3, 1, 1)
+
+
+def test_a_block_without_parameters_has_nothing_to_learn(
+    digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, last = space_of(ARCH).stages
+    pooled = replace(first, candidates=(MB4D(16), MB4D(16, act="relu"), Pooled(16), Identity(16)))
+    space = replace(space_of(ARCH), stages=(pooled, replace(last, candidates=(*last.candidates[:2], Identity(16)))))
+    settings = replace(SETTINGS, distillation_steps=2)
+    net = pretrained_supernet(network(), ARCH, space, digits, settings, 0, tmp_path)
+    learning = [found for found in replacements(space, space.path(ARCH)) if found not in ((0, 2), (1, 2))]
+    assert f"{len(learning)} blocks that may replace others learn" in capsys.readouterr().err
+    with torch.no_grad():
+        assert net(images(2, 16), (2, 2, *space.path(ARCH)[2:])).isfinite().all()
 
 
 def test_killed_distillation_goes_on_to_the_same_weights(
