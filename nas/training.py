@@ -126,7 +126,7 @@ def train_network(
         # After the layer scales, which are part of the weights.
         if weights is not None and not checkpoint.exists():
             if isinstance(weights, Path):
-                load_weights(model, weights, adapt=True)
+                load_weights(model, weights, adapt=True, classes=data.classes)
             else:
                 load_state(model, weights.state, weights.source, adapt=True)
         if teacher is not None and recipe.distillation_head:
