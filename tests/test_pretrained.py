@@ -11,6 +11,7 @@ import torch
 from elsewhere import Traffic
 from refusals import refusal
 from safetensors.torch import load_file, save_file
+from small_spaces import Dropping
 from test_weights import L1, distance, timm_state
 from torch import Tensor, nn
 
@@ -328,10 +329,20 @@ def test_a_block_without_parameters_has_nothing_to_learn(
         assert net(images(2, 16), (2, 2, *space.path(ARCH)[2:])).isfinite().all()
 
 
+@pytest.mark.parametrize("drawing", [False, True])
 def test_killed_distillation_goes_on_to_the_same_weights(
-    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drawing: bool, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = supernet(digits, tmp_path / "whole").state_dict()
+    space = space_of(ARCH)
+    if drawing:
+        space = replace(
+            space, stages=(replace(space.stages[0], candidates=(MB4D(16), Dropping(16), Identity(16))), space.stages[1])
+        )
+
+    def distilled(folder: str) -> dict[str, Tensor]:
+        return pretrained_supernet(network(), ARCH, space, digits, SETTINGS, 0, tmp_path / folder).state_dict()
+
+    whole = distilled("whole")
     steps = 0
     original = pretrained._errors
 
@@ -344,11 +355,11 @@ def test_killed_distillation_goes_on_to_the_same_weights(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pretrained, "_errors", killed)
-        supernet(digits, tmp_path / "killed")
-    resumed = supernet(digits, tmp_path / "killed").state_dict()
+        distilled("killed")
+    resumed = distilled("killed")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     monkeypatch.setattr(pretrained, "_errors", lambda *args: pytest.fail("a finished distillation takes no step"))
-    supernet(digits, tmp_path / "killed")
+    distilled("killed")
 
 
 # -- On the data -------------------------------------------------------------------------------------------------------
