@@ -142,7 +142,7 @@ class Comparison:
         trained = train_network(arch, data, self.recipe, self.folder / "original", seed)
         self.arch = trained.arch
         self.weights = self.folder / "original" / "model.safetensors"
-        self.teacher = load_teacher(self.folder / "original" / "arch.yaml", arch.image_size, len(data.classes))
+        self.teacher = load_teacher(self.folder / "original" / "arch.yaml", arch.image_size, data.classes)
         self.original = self.loaded(self.arch, self.weights)
         batches = calibration_batches(data, CALIBRATION_IMAGES)
         self.scores = unit_scores(self.original, self.arch, batches, "magnitude")

@@ -46,7 +46,7 @@ def main() -> None:
             # training images are at hand is up to the recipe.
             train_size = recipe.cropped_size(arch.image_size)
             data = load_data(given.data, arch.image_size, seed, score_images=1, train_size=train_size)
-            teacher = load_teacher(given.teacher, arch.image_size, len(data.classes)) if given.teacher else None
+            teacher = load_teacher(given.teacher, arch.image_size, data.classes) if given.teacher else None
             folder = given.out / f"{Path(name).stem}-seed{seed}"
             result = train_network(arch, data, recipe, folder, seed, teacher=teacher)
             with (folder / "metrics.csv").open() as file:

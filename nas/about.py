@@ -6,6 +6,7 @@ Weights (`.safetensors`) have a note in their header, from nas-train and nas-sea
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -57,6 +58,18 @@ def read_note(weights: str | Path) -> dict[str, Any]:
     if isinstance(targets, list) and all(isinstance(target, dict) for target in targets):
         checked["targets"] = targets
     return checked
+
+
+def other_class(known: Sequence[str], wanted: Sequence[str]) -> str:
+    """Return where as many class names, in the order of the logits, first are others than those wanted, in words; nothing where
+    they are the same.
+
+    Names are the same however their accents are written: it differs between file systems.
+    """
+    for number, (name, other) in enumerate(zip(known, wanted, strict=True), 1):
+        if unicodedata.normalize("NFC", name) != unicodedata.normalize("NFC", other):
+            return f"number {number} of {len(wanted)} is {name!r}, not {other!r}"
+    return ""
 
 
 def targets_beside(network: str | Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nas.data import IMAGENET_MEAN, IMAGENET_STD, epoch_batches, shifted
+from nas.parallel import ALONE, Group
 from nas.randaugment import OPERATIONS, operated
 from nas.recipe import Recipe
 
@@ -60,6 +61,12 @@ def step_generator(seed: int, epoch: int, step: int) -> torch.Generator:
     """Return the generator of a step of an epoch, both counted from 0."""
     sequence = np.random.SeedSequence([seed % 2**64, epoch, step])
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
+def seed_draws(seed: int, epoch: int, step: int, group: Group = ALONE) -> None:
+    """Seed PyTorch's own generators, by which a network draws (dropout in a user's block), for a step of an epoch: a training
+    that goes on after a kill then draws as one that was never stopped. Each process draws for its own images."""
+    torch.manual_seed(int(torch.randint(2**62, (1,), generator=step_generator(seed, epoch, step))) + group.rank)
 
 
 def training_indices(n: int, recipe: Recipe, seed: int, epoch: int) -> Iterator[Tensor]:

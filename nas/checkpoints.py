@@ -6,7 +6,7 @@ import argparse
 import csv
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from nas.about import other_class, read_note
 from nas.parallel import ALONE, Group
 from nas.progress import say
 from supernet.arch import ArchConfig
@@ -51,28 +52,34 @@ class Pretrained:
         return f"sha256 {hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()[:16]}"
 
 
-def load_weights(model: nn.Module, path: str | Path, *, adapt: bool = False) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, adapt: bool = False, classes: Sequence[str] = ()) -> None:
     """Load the weights of a file (see `read_weights`) into a network of `build_model`.
 
     Names and shapes must be the network's own. With `adapt`, as a start for training, a classifier for another number
-    of classes is left out (the network keeps its own), attention biases for a map of another size are resized, and a network
-    that groups its images keeps its own parts for that; a line on stderr says so.
+    of classes is left out (the network keeps its own), and so is one whose file names others than `classes`, or in another
+    order; attention biases for a map of another size are resized, and a network that groups its images keeps its own parts for
+    that; a line on stderr says so.
 
     Raises:
         InputError: the file cannot be read or does not fit. The network is then as it was.
     """
-    load_state(model, read_weights(Path(path)), Path(path), adapt=adapt)
+    known = read_note(path).get("classes", ())
+    other = other_class(known, classes) if len(known) == len(classes) else ""
+    load_state(model, read_weights(Path(path)), Path(path), adapt=adapt, other=other)
 
 
-def load_state(model: nn.Module, given: Mapping[str, Tensor], path: str | Path, *, adapt: bool = False) -> None:
-    """Load weights that were read from `path` (which messages name), as `load_weights` does."""
+def load_state(
+    model: nn.Module, given: Mapping[str, Tensor], path: str | Path, *, adapt: bool = False, other: str = ""
+) -> None:
+    """Load weights that were read from `path` (which messages name), as `load_weights` does. `other`: how their classes differ,
+    of the same number (see `nas.about.other_class`)."""
     own = model.state_dict()
     for name, tensor in given.items():
         if name in own and tensor.is_floating_point() != own[name].is_floating_point():
             raise InputError(f"the weights file {path} has {name} as {tensor.dtype}, not {own[name].dtype}: give another file")
     if adapt:
         with placed(f"the weights file {path}"):
-            given = _adapted(given, own, path)
+            given = _adapted(given, own, path, other)
     faults = [f"lacks {name}" for name in own if name not in given]
     faults += [f"has an unexpected {name}" for name in given if name not in own]
     faults += [
@@ -141,7 +148,7 @@ def plain(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {name: t.float() if t.is_floating_point() and t.itemsize < 4 else t for name, t in state.items()}
 
 
-def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path, other: str) -> dict[str, Tensor]:
     """Return the weights with the network's own classifier, resized attention biases and its own parts for groups of images,
     where that makes them fit."""
     adapted = dict(given)
@@ -150,8 +157,9 @@ def _adapted(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str |
         adapted.update({name: own[name] for name in parts})
     if all(n in given and n in own and given[n].ndim and given[n].shape[1:] == own[n].shape[1:] for n in CLASSIFIER):
         were, are = (len(tensors[CLASSIFIER[1]]) for tensors in (given, own))
-        if were != are:
-            say(f"the classifier of {path} is for {were} classes, not {are}: it is left out and learned anew")
+        if were != are or other:
+            theirs = f"{were} classes, not {are}" if were != are else f"other classes, or in another order ({other})"
+            say(f"the classifier of {path} is for {theirs}: it is left out and learned anew")
             adapted.update({name: own[name] for name in CLASSIFIER})
     resized = [name for name in own if name in given and at_size(name, given[name], own[name]) is not given[name]]
     if resized:

@@ -441,8 +441,9 @@ def train(arguments: Sequence[str] | None = None) -> None:
             # Nothing is scored: train on all.
             train_size = recipe.cropped_size(arch.image_size)
             data = load_data(given.data, arch.image_size, given.seed, score_images=1, train_size=train_size)
-            classes = len(data.classes)
-            teacher = load_teacher(given.teacher, arch.image_size, classes, device) if given.teacher is not None else None
+            teacher = None
+            if given.teacher is not None:
+                teacher = load_teacher(given.teacher, arch.image_size, data.classes, device)
             return {"arch": arch, "data": data, "recipe": recipe, "weights": weights, "teacher": teacher}
 
         result = train_network(

@@ -174,14 +174,19 @@ def machine_memory() -> int:
 
 @torch.no_grad()
 def recalibrated(module: nn.Module, x: Tensor) -> Tensor:
-    """Set a layer's batch-norm statistics to those of the batch `x`, leave it in eval mode, return its output."""
+    """Set a layer's batch-norm statistics to those of the batch `x`, leave it in eval mode, return its output.
+
+    Only its batch norms are in training mode meanwhile: what else behaves otherwise in it, as dropout, would draw.
+    """
+    module.eval()
     norms = list(_batch_norms(module))
     if not norms:
-        return through(module.eval(), x)
+        return through(module, x)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
+        norm.train()
         norm.momentum = 1.0  # the statistics become this batch's
-    y: Tensor = module.train()(x)
+    y: Tensor = module(x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     module.eval()

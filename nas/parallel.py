@@ -175,7 +175,7 @@ class Group:
     def average_statistics(self, model: nn.Module) -> None:
         """Make running statistics of batch norm their mean over the processes, in place; on GPUs they are the same in all of
         them already (`synchronised`)."""
-        if next(model.parameters()).device.type == "cuda":
+        if self.size == 1 or next(model.parameters()).device.type == "cuda":
             return
         self._average([buffer for buffer in model.buffers() if buffer.is_floating_point()])
 

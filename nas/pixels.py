@@ -108,8 +108,9 @@ def read_pixels(
     """Return the pixels of all files, and which files (n,) can be decoded; those that cannot have no meaningful pixels.
 
     What was decoded is kept on disk (`cache_folder`), so that the next call on the same files has it at once: pixels that fit
-    in memory, of others only which files can be decoded. `stamps` say what tells the files from others and from themselves
-    once they are changed. `progress` is called with (done, total) files.
+    in memory, of others only which files can be decoded. Those that could not are tried again: permissions change, and
+    servers come back. `stamps` say what tells the files from others and from themselves once they are changed. `progress` is
+    called with (done, total) files.
     """
     fits = len(files) * 3 * size * size <= MEMORY_LIMIT_BYTES
     folder = cache_folder()
@@ -120,7 +121,7 @@ def read_pixels(
     packed = Packed(folder / f"{told}-{size}px.npy", Files(files, size))
     mask = packed.path.with_suffix(".readable.npy")
     known = _mapped(mask, (len(files),), np.bool_)
-    if known is not None and (not fits or _trusted(packed, known)):
+    if known is not None and (not fits or _trusted(packed, known)) and not _more_readable(files, size, known):
         for path in (packed.path, mask):
             with suppress(OSError):
                 os.utime(path)  # used now, so it is not the first to go
@@ -277,11 +278,20 @@ def _trusted(packed: Packed, readable: NDArray[np.bool_]) -> bool:
     if packed._mapped is None:
         return False
     rows = np.flatnonzero(readable)
+    if not len(rows):
+        return False
     rows = rows[np.linspace(0, len(rows) - 1, min(SPOT_CHECKS, len(rows))).astype(np.int64)]
     try:
         return bool(np.array_equal(packed._mapped[rows], packed.files[torch.from_numpy(rows)].numpy()))
     except InputError:
         return False
+
+
+def _more_readable(files: Sequence[str], size: int, readable: NDArray[np.bool_]) -> bool:
+    """Return whether a file can be decoded now that could not be before."""
+    broken = [file for file, fine in zip(files, readable, strict=True) if not fine]
+    _, now = _decode_all(broken, size, False, None)
+    return bool(now.any())
 
 
 def _keep(folder: Path, arrays: dict[Path, NDArray[Any] | None]) -> bool:

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from nas.augmentation import seed_draws
 from nas.checkpoints import CLASSIFIER, Pretrained, load_checkpoint, load_state, load_weights, read_weights, save_checkpoint
 from nas.data import IMAGENET_MEAN, IMAGENET_STD, ImageData, epoch_batches
 from nas.distributed import in_all
@@ -35,6 +36,7 @@ from nas.steps import (
     check_parts,
     cosine,
     mixed_precision,
+    own_draws,
     parameter_groups,
     repeated_shapes,
     training_batches,
@@ -354,11 +356,15 @@ def _distil(
     The network's own blocks are in eval mode and get no gradient. Goes on from `checkpoint`. The processes of a `group` all
     call this; each has its rows of every batch.
     """
-    wanted = replacements(net.space, path)
+    slots = _slots(net)
+    wanted = [
+        (slot, index)
+        for slot, index in replacements(net.space, path)
+        if any(parameter.requires_grad for parameter in slots[slot].candidates[index].parameters())  # else nothing can learn
+    ]
     steps = settings.distillation_steps
     if not wanted or not steps:
         return
-    slots = _slots(net)
     by_slot: dict[int, list[int]] = {}
     for slot, index in wanted:
         by_slot.setdefault(slot, []).append(index)
@@ -382,12 +388,18 @@ def _distil(
         f"block-wise distillation: {len(wanted)} blocks that may replace others learn for {steps} steps of {batch} images what "
         "those give"
     )
-    with progress("distillation", steps, min(steps, ROUND * first)) as tick, connected(), repeated_shapes(device):
+    with (
+        progress("distillation", steps, min(steps, ROUND * first)) as tick,
+        connected(),
+        own_draws(device),
+        repeated_shapes(device),
+    ):
         for number in range(first, rounds):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             here = min(ROUND, steps - ROUND * number)
             order = epoch_batches(len(data.train), batch, seed, number, batch * here)
             for at, (x, _) in enumerate(training_batches(data, order, generator, device, group)):
+                seed_draws(seed, number, at, group)
                 for parameters in optimizer.param_groups:
                     parameters["lr"] = DISTILLATION_RATE * cosine(ROUND * number + at, steps)
                 optimizer.zero_grad(set_to_none=True)

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nas.augmentation import seed_draws
 from nas.data import ImageData, epoch_batches
 from nas.evaluation import Evaluator
 from nas.settings import SupernetSettings
-from nas.steps import cosine, mixed_precision, parameter_groups, training_batches
+from nas.steps import cosine, mixed_precision, own_draws, parameter_groups, training_batches
 from nas.trajectory import Evaluation
 from supernet.arch import ArchConfig
 
@@ -49,7 +50,8 @@ class Recovered:
 
     def __call__(self, arch: ArchConfig) -> Evaluation:
         model = self.evaluator.inherited(arch)
-        self._train(model)
+        with own_draws(self.device):
+            self._train(model)
         return self.evaluator.judge(model)
 
     def _train(self, model: nn.Sequential) -> None:
@@ -59,6 +61,7 @@ class Recovered:
         batches = epoch_batches(len(self.data.train), settings.batch_size, self.seed, 0, steps * settings.batch_size)
         model.train()
         for step, (x, y) in enumerate(training_batches(self.data, batches, generator, self.evaluator.device)):
+            seed_draws(self.seed, 0, step)
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate / 2 * cosine(step, steps)
             with mixed_precision(x.device, settings.precision):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -143,6 +143,11 @@ def clip_by_weights(parameters: Iterable[nn.Parameter], factor: float) -> None:
         )
         most = weights.clamp_min(1e-3) * factor
         parameter.grad.mul_(torch.where(gradient > most, most / gradient.clamp_min(1e-6), 1.0))
+
+
+def own_draws(device: torch.device) -> AbstractContextManager[None]:
+    """Return the context after which PyTorch's own generators, of the CPU and of a GPU, are as before it."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 class Ahead(Generic[T]):

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.augmentation import seed_draws
 from nas.checkpoints import CHECKPOINT_EVERY_S, load_checkpoint, save_checkpoint
 from nas.curves import curves
 from nas.data import ImageData, epoch_batches
@@ -34,6 +35,7 @@ from nas.steps import (
     check_parts,
     cosine,
     mixed_precision,
+    own_draws,
     parameter_groups,
     repeated_shapes,
     say_if_hardly_compiled,
@@ -375,6 +377,7 @@ def train_supernet(
         progress("supernet", sum(work), known) as tick,
         curves(folder, begun) as draw,
         connected(),
+        own_draws(device),
         _compiling(compiled),
         repeated_shapes(device) if isinstance(net, Supernet) else contextlib.nullcontext(),  # not where widths are drawn
     ):
@@ -384,6 +387,7 @@ def train_supernet(
                 generator.set_state(within.generator)
             net.train()
             for x, y in itertools.islice(batches, steps_of[epoch] - len(within.losses)):
+                seed_draws(seed, epoch, len(within.losses), group)
                 for parameters in weights.param_groups:
                     parameters["lr"] = settings.learning_rate * cosine(step, steps)
                 for optimizer in optimizers.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.about import other_class, read_note
 from nas.checkpoints import digest, load_weights
 from nas.data import IMAGENET_MEAN, IMAGENET_STD
 from nas.from_timm import TIMM, timm_with_weights
@@ -34,8 +35,9 @@ class Teacher:
     """Of the architecture and its weights."""
 
 
-def load_teacher(network: str | Path, image_size: int, num_classes: int, device: torch.device | None = None) -> Teacher:
-    """Return a teacher for images of this size, which are normalised as `nas.data` does it, on a device (None: the CPU):
+def load_teacher(network: str | Path, image_size: int, classes: Sequence[str], device: torch.device | None = None) -> Teacher:
+    """Return a teacher for images of this size and these classes, which are normalised as `nas.data` does it, on a device
+    (None: the CPU):
 
     - the network of a YAML file that has its weights beside it: those of `teacher.yaml` are `teacher.safetensors`, and so on;
       those of nas-train's `arch.yaml` are `model.safetensors`, those of nas-search's `searched.yaml` are `weights.safetensors`.
@@ -47,20 +49,21 @@ def load_teacher(network: str | Path, image_size: int, num_classes: int, device:
       held to tensors, but PyTorch also evaluates expressions that stand in it.
 
     Raises:
-        InputError: a file is missing or cannot be used, timm is, or the network has other classes.
+        InputError: a file is missing or cannot be used, timm is, or the network has other classes. Of timm's and of a `.pt2`
+            file, and of weights that do not name theirs, only the number of classes is known.
     """
     text = str(network)
     with placed(f"the teacher {network}"):  # whose files may be missing or damaged too
-        return _loaded(text, image_size, num_classes, device or torch.device("cpu"))
+        return _loaded(text, image_size, classes, device or torch.device("cpu"))
 
 
-def _loaded(text: str, image_size: int, num_classes: int, device: torch.device) -> Teacher:
+def _loaded(text: str, image_size: int, classes: Sequence[str], device: torch.device) -> Teacher:
     if text.startswith(TIMM):
-        teacher = _timm_teacher(text, num_classes)
+        teacher = _timm_teacher(text, len(classes))
     elif text.endswith(".pt2"):
-        return _exported_teacher(Path(text), image_size, num_classes, device)
+        return _exported_teacher(Path(text), image_size, len(classes), device)
     elif text.endswith((".yaml", ".yml")):
-        teacher = _own_teacher(Path(text), image_size, num_classes)
+        teacher = _own_teacher(Path(text), image_size, classes)
     else:
         raise InputError(
             f"the teacher {text} is no YAML file: give one that has its weights beside it, such as the teacher.yaml of "
@@ -82,12 +85,12 @@ class Adapted(nn.Module):
         size: int,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
-        contiguous: bool = False,
+        exported: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.size = size
-        self.contiguous = contiguous
+        self.exported = exported
         our_mean, our_std, its_mean, its_std = (
             torch.tensor(figures).view(3, 1, 1) for figures in (IMAGENET_MEAN, IMAGENET_STD, mean, std)
         )
@@ -98,19 +101,29 @@ class Adapted(nn.Module):
         x = x * self.scale + self.shift
         if x.shape[2] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.network(x.contiguous() if self.contiguous else x)
+        if not self.exported:
+            return self.network(x)
+        # Its views are of the layout, its conversions of the precision that it was traced in: it refuses others.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.network(x.contiguous())
 
 
-def _own_teacher(path: Path, image_size: int, num_classes: int) -> Teacher:
+def _own_teacher(path: Path, image_size: int, classes: Sequence[str]) -> Teacher:
     arch = ArchConfig.load(path).without_identity()
     weights = path.with_suffix(".safetensors")
     if not weights.exists():
         weights = path.with_name({"arch": "model", "searched": "weights"}.get(path.stem, path.stem) + ".safetensors")
     if not weights.exists():
         raise InputError(f"the teacher {path} needs its weights beside it, but {weights} does not exist: put them there")
-    _check_classes(path, arch.num_classes, num_classes)
+    _check_number(path, arch.num_classes, len(classes))
     own = build_model(arch)
     load_weights(own, weights)
+    known = read_note(weights).get("classes", ())
+    if len(known) == len(classes) and (other := other_class(known, classes)):
+        raise InputError(
+            f"the teacher {path} knows other classes than the data have, or in another order ({other}): give one that was "
+            "trained on the same classes in the same order"
+        )
     model = build_model(arch.at(image_size))
     given = own.state_dict()
     model.load_state_dict({name: at_size(name, given[name], like) for name, like in model.state_dict().items()})
@@ -119,7 +132,7 @@ def _own_teacher(path: Path, image_size: int, num_classes: int) -> Teacher:
 
 def _timm_teacher(name: str, num_classes: int) -> Teacher:
     model = timm_with_weights(name)
-    _check_classes(name, model.num_classes, num_classes)
+    _check_number(name, model.num_classes, num_classes)
     given: Mapping[str, Tensor] = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     cfg = model.pretrained_cfg
     teacher = Adapted(model, cfg["input_size"][1], cfg["mean"], cfg["std"])
@@ -145,10 +158,10 @@ def _exported_teacher(path: Path, image_size: int, num_classes: int, device: tor
             f"the teacher {path} cannot be used ({first_line(error)}): give a file of torch.export.save that takes one tensor "
             "of normalised images (N, 3, S, S), with a dynamic N, and returns logits (N, classes)"
         ) from error
-    _check_classes(path, int(classes), num_classes)
+    _check_number(path, int(classes), num_classes)
     program = move_to_device_pass(program, device)
-    # It was exported in eval mode; its module refuses to be asked for it. Its views are of the layout that it was traced in.
-    return Teacher(Adapted(program.module().requires_grad_(False), size, contiguous=True).to(device), digest(path))
+    # It was exported in eval mode; its module refuses to be asked for it.
+    return Teacher(Adapted(program.module().requires_grad_(False), size, exported=True).to(device), digest(path))
 
 
 @contextmanager
@@ -168,7 +181,7 @@ def _no_pickled_code() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _check_classes(name: object, known: int, wanted: int) -> None:
+def _check_number(name: object, known: int, wanted: int) -> None:
     if known != wanted:
         raise InputError(
             f"the teacher {name} knows {known} classes, but the data have {wanted}: give one that was trained on them"

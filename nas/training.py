@@ -44,6 +44,7 @@ from nas.steps import (
     check_parts,
     clip_by_weights,
     mixed_precision,
+    own_draws,
     parameter_groups,
     repeated_shapes,
     say_if_hardly_compiled,
@@ -126,7 +127,7 @@ def train_network(
         # After the layer scales, which are part of the weights.
         if weights is not None and not checkpoint.exists():
             if isinstance(weights, Path):
-                load_weights(model, weights, adapt=True)
+                load_weights(model, weights, adapt=True, classes=data.classes)
             else:
                 load_state(model, weights.state, weights.source, adapt=True)
         if teacher is not None and recipe.distillation_head:
@@ -254,9 +255,8 @@ def _run_epochs(run: _Run, first: int) -> None:
     val = run.data.val.shuffled(run.seed) if run.arch.multiplexes else run.data.val
     said = time.monotonic()
     done = run.per_epoch * first
-    devices = [run.device] if run.device.type == "cuda" else []
     with (
-        torch.random.fork_rng(devices),
+        own_draws(run.device),
         repeated_shapes(run.device),
         progress(run.arch.name, steps, done + len(history.losses)) as tick,
         curves(run.checkpoint.parent, done) as draw_curves,

@@ -14,7 +14,7 @@ from nas.evaluation import Evaluator, accuracy_of, machine_memory, memory_for_ac
 from nas.trajectory import Evaluation
 from supernet.arch import ArchConfig
 from supernet.metapath import Supernet
-from supernet.model import build_model
+from supernet.model import build_model, set_drop_path
 from supernet.space import SearchSpace
 from supernet.weights import subnetwork
 
@@ -189,6 +189,24 @@ def test_recalibrated_statistics_are_the_batch_s() -> None:
     assert (first.momentum, second.momentum) == (0.3, None)
     assert not any(module.training for module in layer.modules())
     assert not y.requires_grad
+
+
+def test_nothing_is_drawn_while_statistics_are_computed() -> None:
+    space = SearchSpace("drawing", 8, 3, (stage_space((8,), 1, 2, "dropping", "mb4d", "identity"),))
+    arch = space.arch((8,), (("dropping", "mb4d"),))
+    model, images = build_model(arch), pixels_of(pictures(40, 0)).float()
+    set_drop_path(model, 0.5)
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        recalibrate(model, images)
+        states.append({name: buffer.clone() for name, buffer in model.named_buffers() if "num_batches" not in name})
+    assert all(torch.equal(buffer, states[1][name]) for name, buffer in states[0].items())
+    block = model.get_submodule("stage1_block1")
+    with torch.no_grad():
+        entering = block.get_submodule("0")(recalibrated(model.get_submodule("stem"), images))
+    assert torch.allclose(block.get_buffer("2.running_var"), entering.var((0, 2, 3)), rtol=1e-3)
+    assert not any(module.training for module in model.modules())
 
 
 def test_a_layer_without_batch_norm_is_run_in_eval_mode_and_left_in_it() -> None:

@@ -201,6 +201,10 @@ def test_a_mixture_that_cannot_be_divided_is_refused_before_anything_is_trained(
     assert set(asked) <= {9, 12} and not (tmp_path / "supernet.pt").exists()
 
 
+def test_one_process_averages_the_statistics_of_whatever_it_is_given() -> None:
+    ALONE.average_statistics(torch.nn.AvgPool2d(3))  # without parameters, by which to tell its device
+
+
 def test_where_nothing_can_be_compiled_the_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(function: object) -> None:
         raise RuntimeError("no C++ compiler\nand much more")

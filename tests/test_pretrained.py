@@ -1,16 +1,17 @@
 """A search that begins with a network: its weights are read and told apart, its path gives its logits, and what may replace
 its blocks learns to give what they give. Networks of width 16 on digits, and the published ones at small sizes."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from elsewhere import Traffic
 from refusals import refusal
 from safetensors.torch import load_file, save_file
+from small_spaces import Dropping
 from test_weights import L1, distance, timm_state
 from torch import Tensor, nn
 
@@ -304,10 +305,44 @@ def test_a_step_of_distillation_waits_for_no_error(digits: ImageData) -> None:
     assert traffic.waits == 0
 
 
-def test_killed_distillation_goes_on_to_the_same_weights(
-    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@dataclass(frozen=True)
+class Pooled:
+    kind: ClassVar[str] = "pooled"
+    tokens: ClassVar[bool] = False
+    dim: int
+
+    def module(self, resolution: int) -> nn.Module:
+        return nn.AvgPool2d(3, 1, 1)
+
+
+def test_a_block_without_parameters_has_nothing_to_learn(
+    digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = supernet(digits, tmp_path / "whole").state_dict()
+    first, last = space_of(ARCH).stages
+    pooled = replace(first, candidates=(MB4D(16), MB4D(16, act="relu"), Pooled(16), Identity(16)))
+    space = replace(space_of(ARCH), stages=(pooled, replace(last, candidates=(*last.candidates[:2], Identity(16)))))
+    settings = replace(SETTINGS, distillation_steps=2)
+    net = pretrained_supernet(network(), ARCH, space, digits, settings, 0, tmp_path)
+    learning = [found for found in replacements(space, space.path(ARCH)) if found not in ((0, 2), (1, 2))]
+    assert f"{len(learning)} blocks that may replace others learn" in capsys.readouterr().err
+    with torch.no_grad():
+        assert net(images(2, 16), (2, 2, *space.path(ARCH)[2:])).isfinite().all()
+
+
+@pytest.mark.parametrize("drawing", [False, True])
+def test_killed_distillation_goes_on_to_the_same_weights(
+    drawing: bool, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = space_of(ARCH)
+    if drawing:
+        space = replace(
+            space, stages=(replace(space.stages[0], candidates=(MB4D(16), Dropping(16), Identity(16))), space.stages[1])
+        )
+
+    def distilled(folder: str) -> dict[str, Tensor]:
+        return pretrained_supernet(network(), ARCH, space, digits, SETTINGS, 0, tmp_path / folder).state_dict()
+
+    whole = distilled("whole")
     steps = 0
     original = pretrained._errors
 
@@ -320,11 +355,11 @@ def test_killed_distillation_goes_on_to_the_same_weights(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pretrained, "_errors", killed)
-        supernet(digits, tmp_path / "killed")
-    resumed = supernet(digits, tmp_path / "killed").state_dict()
+        distilled("killed")
+    resumed = distilled("killed")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     monkeypatch.setattr(pretrained, "_errors", lambda *args: pytest.fail("a finished distillation takes no step"))
-    supernet(digits, tmp_path / "killed")
+    distilled("killed")
 
 
 # -- On the data -------------------------------------------------------------------------------------------------------

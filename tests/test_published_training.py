@@ -69,7 +69,7 @@ def digits() -> ImageData:
 def teacher(digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     folder = tmp_path_factory.mktemp("teacher")
     train_network(ARCH, digits, PLAIN, folder, seed=1)
-    return load_teacher(folder / "arch.yaml", 16, 10)
+    return load_teacher(folder / "arch.yaml", 16, digits.classes)
 
 
 def batch(size: int = 16) -> tuple[Tensor, Tensor]:

@@ -364,6 +364,15 @@ def test_recovery_trains_a_copy_and_the_same_network_has_the_same_result_in_any_
         assert after.loss < 0.8 * plain(arch).loss, "twenty steps learn three colours"
 
 
+def test_recovery_of_blocks_that_draw_has_the_same_result_again(striped: ImageData) -> None:
+    space = SearchSpace("drawing", 8, 3, (stage_space((8, 16), 1, 2, "dropping", "identity"),))
+    recovered = Recovered(Evaluator(Supernet(space), striped, 32), striped, replace(RECOVERY, recovery_steps=3), seed=0)
+    first = recovered(space.largest)
+    torch.manual_seed(99)
+    assert recovered.evaluator(space.largest) == recovered.evaluator(space.largest)
+    assert recovered(space.largest) == first
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_recovery_takes_as_many_steps_as_asked_for(
     supernet: Supernet, striped: ImageData, monkeypatch: pytest.MonkeyPatch, steps: int

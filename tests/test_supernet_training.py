@@ -67,8 +67,10 @@ def noise() -> ImageData:
     return labelled(pixels, torch.randint(0, 3, (50,), generator=generator), 3)
 
 
-def trained(data: ImageData, folder: Path, seed: int = 0, settings: SupernetSettings = SETTINGS) -> State:
-    net = train_supernet(SPACE, data, settings, seed, folder)
+def trained(
+    data: ImageData, folder: Path, seed: int = 0, settings: SupernetSettings = SETTINGS, space: SearchSpace = SPACE
+) -> State:
+    net = train_supernet(space, data, settings, seed, folder)
     return {name: value.clone() for name, value in net.state_dict().items()}
 
 
@@ -132,6 +134,27 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     steps.clear()
     assert not differing(whole, trained(noise, tmp_path / "killed"))  # finished: nothing is trained
     assert not steps
+
+
+DRAWING = SearchSpace("drawing", 8, 3, (stage_space((8, 16), 1, 2, "dropping", "identity"),))
+
+
+@pytest.mark.parametrize("way", ["single", "elastic", "checkpointed"])
+def test_a_killed_run_of_blocks_that_draw_goes_on_to_the_same_weights(
+    way: str, noise: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = WAYS.get(way, SETTINGS)
+    whole = trained(noise, tmp_path / "whole", settings=settings, space=DRAWING)
+
+    def save_and_die(path: Path, epoch: int, **parts: Any) -> None:
+        save_checkpoint(path, epoch, **parts)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supernet_training, "save_checkpoint", save_and_die)
+        with pytest.raises(Killed):
+            trained(noise, tmp_path / "killed", settings=settings, space=DRAWING)
+    assert not differing(whole, trained(noise, tmp_path / "killed", settings=settings, space=DRAWING))
 
 
 @pytest.mark.parametrize("way", ["single", *WAYS])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nas import checkpoints, training
+from nas.about import note
 from nas.checkpoints import load_weights
 from nas.data import ImageData, load_images, normalise
 from nas.evaluation import accuracy_of
@@ -354,6 +355,26 @@ def test_weights_for_other_classes_and_sizes_are_adapted(whole: TrainingResult, 
     assert torch.equal(model.state_dict()[table][:, 0], weights[table][:, 0]), "offset 0 keeps its bias"
 
 
+def test_a_classifier_of_other_classes_is_learned_anew(
+    digits: ImageData, whole: TrainingResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(RECIPE, epochs=1, learning_rate=1e-9)
+    start = whole.folder / "model.safetensors"
+
+    def ends(folder: str, classes: tuple[str, ...]) -> dict[str, Tensor]:
+        data = replace(digits, classes=classes)
+        training.train_network(ARCH, data, recipe, tmp_path / folder, seed=0, weights=start)
+        return load_file(tmp_path / folder / "model.safetensors")
+
+    given, head = load_file(start), "head.fc.weight"
+    assert torch.allclose(ends("same", digits.classes)[head], given[head], atol=1e-6)
+    assert "learned anew" not in capsys.readouterr().err
+    found = ends("other", ("0", "2", "1", *digits.classes[3:]))
+    assert "(number 2 of 10 is '1', not '2'): it is left out and learned anew" in capsys.readouterr().err
+    assert not torch.allclose(found[head], given[head], atol=1e-2)
+    assert torch.allclose(found["stem.conv1.weight"], given["stem.conv1.weight"], atol=1e-6), "the rest is as it was given"
+
+
 def test_training_starts_from_given_weights(digits: ImageData, whole: TrainingResult, tmp_path: Path) -> None:
     recipe = replace(RECIPE, epochs=1, learning_rate=1e-9)
     start = whole.folder / "model.safetensors"
@@ -406,7 +427,7 @@ def test_a_teacher_alone_makes_a_student_agree_with_it(digits: ImageData, teache
         state[name] = state[name].roll(1, 0)
     save_file(state, tmp_path / "wrong.safetensors")
     ArchConfig.load(teacher_file).save(tmp_path / "wrong.yaml")
-    teacher = load_teacher(tmp_path / "wrong.yaml", 16, 10)
+    teacher = load_teacher(tmp_path / "wrong.yaml", 16, digits.classes)
     before = {name: tensor.clone() for name, tensor in teacher.network.state_dict().items()}
     recipe = replace(RECIPE, epochs=2, teacher_weight=1.0, images_per_epoch=0, distillation="hard")
     training.train_network(ARCH, digits, recipe, tmp_path / "out", seed=0, teacher=teacher)
@@ -424,7 +445,7 @@ def test_resumed_training_with_a_teacher_equals_uninterrupted(
     digits: ImageData, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(folder: str) -> dict[str, Tensor]:
-        teacher = load_teacher(teacher_file, 16, 10)
+        teacher = load_teacher(teacher_file, 16, digits.classes)
         training.train_network(ARCH, digits, replace(RECIPE, epochs=2), tmp_path / folder, seed=3, teacher=teacher)
         return load_file(tmp_path / folder / "model.safetensors")
 
@@ -445,23 +466,42 @@ def test_resumed_training_with_a_teacher_equals_uninterrupted(
         training.train_network(ARCH, digits, replace(RECIPE, epochs=2), tmp_path / "whole", seed=3)
 
 
-def test_a_teacher_is_a_file_with_its_weights_beside_it(teacher_file: Path, tmp_path: Path) -> None:
+def test_a_teacher_of_other_classes_or_in_another_order_is_refused(
+    digits: ImageData, teacher_file: Path, tmp_path: Path
+) -> None:
+    named = teacher_file.with_name("model.safetensors")
+    load_teacher(teacher_file, 16, digits.classes)
+    swapped = ("0", "2", "1", *digits.classes[3:])
+    for classes, number, theirs in ((swapped, 2, "2"), ((*digits.classes[:9], "zero"), 10, "zero")):
+        with pytest.raises(
+            InputError, match=rf"arch.yaml knows .*\(number {number} of 10 is '{number - 1}', not '{theirs}'\): give"
+        ):
+            load_teacher(teacher_file, 16, classes)
+    ArchConfig.load(teacher_file).save(tmp_path / "teacher.yaml")
+    save_file(load_file(named), tmp_path / "teacher.safetensors")
+    load_teacher(tmp_path / "teacher.yaml", 16, swapped)  # its weights do not name them
+    accents = "aeio\u00fc", "aeiou\u0308"  # a folder of one name, on two file systems
+    save_file(load_file(named), tmp_path / "teacher.safetensors", note((*digits.classes[:9], accents[0])))
+    load_teacher(tmp_path / "teacher.yaml", 16, (*digits.classes[:9], accents[1]))
+
+
+def test_a_teacher_is_a_file_with_its_weights_beside_it(digits: ImageData, teacher_file: Path, tmp_path: Path) -> None:
     arch = ArchConfig.load(teacher_file)
     state = load_file(teacher_file.with_name("model.safetensors"))
     for yaml, weights in (("teacher.yaml", "teacher.safetensors"), ("searched.yaml", "weights.safetensors")):
         arch.save(tmp_path / yaml)
         with pytest.raises(InputError, match=rf"{weights} does not exist"):
-            load_teacher(tmp_path / yaml, 16, 10)
+            load_teacher(tmp_path / yaml, 16, digits.classes)
         save_file(state, tmp_path / weights)
-        found = load_teacher(tmp_path / yaml, 16, 10)
+        found = load_teacher(tmp_path / yaml, 16, digits.classes)
         assert all(torch.equal(tensor, state[name]) for name, tensor in found.network.state_dict().items())
-    assert found.digest == load_teacher(tmp_path / "teacher.yaml", 16, 10).digest
-    larger = load_teacher(tmp_path / "teacher.yaml", 24, 10).network
+    assert found.digest == load_teacher(tmp_path / "teacher.yaml", 16, digits.classes).digest
+    larger = load_teacher(tmp_path / "teacher.yaml", 24, digits.classes).network
     assert larger(torch.zeros(1, 3, 24, 24)).shape == (1, 10), "at the student's size"
     with pytest.raises(InputError, match="knows 10 classes, but the data have 3"):
-        load_teacher(tmp_path / "teacher.yaml", 16, 3)
+        load_teacher(tmp_path / "teacher.yaml", 16, "abc")
     with pytest.raises(InputError, match="no YAML file"):
-        load_teacher("efficientformer_l1", 16, 10)
+        load_teacher("efficientformer_l1", 16, digits.classes)
 
 
 def test_given_weights_keep_their_layer_scales(

@@ -322,7 +322,7 @@ def go_on_from(path: Path) -> None:
 def learn_from(path: Path) -> None:
     TINY.save(path.with_name("teacher.yaml"))
     shutil.copyfile(path, path.with_name("teacher.safetensors"))
-    load_teacher(path.with_name("teacher.yaml"), 32, 3)
+    load_teacher(path.with_name("teacher.yaml"), 32, "abc")
 
 
 READERS = [use_weights, adapt_weights, begin_with_weights, go_on_from, learn_from]

@@ -141,7 +141,7 @@ class HeadModule(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or isinstance(self.norm, nn.LayerNorm):
+        if self.norm.training or isinstance(self.norm, nn.LayerNorm):  # the norm alone, while its statistics are computed
             return self.fc(self.pooled(x))
         x = x.mean(1) if self.tokens else x.mean((2, 3))
         # In eval mode a batch norm is a factor and an offset for each channel: it may come after the mean, and be one with the
