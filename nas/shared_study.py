@@ -26,11 +26,12 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, Jou
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 
-from supernet.errors import InputError, first_line
+from supernet.errors import FULL, InputError, first_line
 
 BEAT_S = 20.0  # how often a running trial says that its process is alive
 GRACE_S = 120.0  # a running trial that has been silent for so long has lost its process
 ASKED_S = 30.0  # the same before a trial says whose it is: only the sampler works meanwhile
+LINE = b'{"op_code":'  # how every line of Optuna's journal begins
 BOOT = "/proc/sys/kernel/random/boot_id"  # of this start of this machine; clones share name and the namespace's number
 
 
@@ -45,7 +46,12 @@ def study_name(label: str, request: Mapping[str, Any]) -> str:
 
 
 def opened(name: str, storage: str | Path | BaseStorage, sampler: BaseSampler, metrics: list[str]) -> Study:
-    """Return the study of this name, made if it is not there yet."""
+    """Return the study of this name, made if it is not there yet.
+
+    Raises:
+        InputError: the storage cannot be used.
+        OSError: the disk is full.
+    """
     shown = _without_password(str(storage)) if isinstance(storage, str | Path) else type(storage).__name__
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -63,6 +69,8 @@ def opened(name: str, storage: str | Path | BaseStorage, sampler: BaseSampler, m
     except InputError:
         raise
     except Exception as error:  # each database's driver has its own
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         raise InputError(
             f"the Optuna storage {shown} cannot be used ({first_line(error)}): give a file, or a URL such as "
             "postgresql://user@host/database"
@@ -85,7 +93,7 @@ def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
             )
         Path(text).parent.mkdir(parents=True, exist_ok=True)
         # Optuna's usual lock, a link to the journal, leads nowhere from a relative path: a killed process's is never found old.
-        return JournalStorage(JournalFileBackend(text, JournalFileOpenLock(text)))
+        return JournalStorage(JournalFileBackend(text, _Lock(text)))
     if scheme == "grpc":
         url = urlsplit(text)
         return optuna.storages.GrpcStorageProxy(host=url.hostname or "localhost", port=url.port or 13000)
@@ -100,6 +108,37 @@ def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
             return RDBStorage(text, engine_kwargs=engine)
         time.sleep(pause_s)
     return RDBStorage(text, engine_kwargs=engine)
+
+
+class _Lock(JournalFileOpenLock):
+    """A journal's lock. Whoever holds it finds whole lines: what a full disk or a power cut has left of a last one is cut off,
+    as the next line would be written behind it and be read with it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._path = path
+
+    def acquire(self) -> bool:
+        acquired = super().acquire()
+        try:
+            _cut_torn_line(self._path)
+        except BaseException:
+            self.release()
+            raise
+        return acquired
+
+
+def _cut_torn_line(path: str) -> None:
+    with open(path, "r+b") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read() == b"\n":
+            return
+        file.seek(0)
+        held = file.read()
+        if held[: len(LINE)] == LINE[: len(held)]:  # any other file was named by mistake, and is left as it is
+            file.truncate(held.rfind(b"\n") + 1)
 
 
 def _without_password(url: str) -> str:

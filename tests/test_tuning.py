@@ -1,6 +1,8 @@
 """A study evaluates as many networks as it has trials, each of them under the target, whoever runs it and however often."""
 
+import errno
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -633,6 +635,48 @@ def test_what_cannot_be_met_is_refused(storage: InMemoryStorage) -> None:
     assert "trials" in refusal(lambda: tuned(storage, trials=0))
     elsewhere = SearchSpace("other", 64, 10, (stage_space((48,), 2, 1, "mb4d", "identity"),)).smallest
     assert "strides" in refusal(lambda: tuned(storage, known=[elsewhere]))
+
+
+def test_a_torn_last_line_of_a_journal_is_no_trial_and_the_study_goes_on(tmp_path: Path) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    found = tuned(whole, trials=8)
+    tuned(torn, trials=5)
+    with torn.open("ab") as file:
+        file.write(b'{"op_code":4,"wor')
+    evaluate = Evaluator()
+    assert tuned(torn, evaluate, trials=8) == found
+    assert len(evaluate.candidates) == 3
+    assert all(json.loads(line) for line in torn.read_text().splitlines())
+
+
+def test_a_line_that_is_torn_while_another_process_works_is_cut_off_by_it(tmp_path: Path) -> None:
+    torn = tmp_path / "torn"
+
+    class Torn(Evaluator):
+        def __call__(self, arch: ArchConfig) -> Evaluation:
+            if len(self.asked) == 3:
+                with torn.open("ab") as file:
+                    file.write(b'{"op_code":4,"wor')
+            return super().__call__(arch)
+
+    evaluate = Torn()
+    tuned(torn, evaluate, trials=5)
+    assert len(complete(torn)) == len(evaluate.candidates) == 5
+
+
+def test_a_file_that_is_no_journal_keeps_its_last_line(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("to buy: milk\nand a space at the end of")
+    assert "notes" in refusal(lambda: tuned(tmp_path / "notes"))
+    assert (tmp_path / "notes").read_text().startswith("to buy: milk\nand a space at the end of")
+
+
+def test_a_full_disk_is_told_as_such_when_a_study_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(JournalFileBackend, "append_logs", full)
+    with pytest.raises(OSError, match="No space left"):
+        tuned(tmp_path / "s")
 
 
 def test_a_process_that_was_killed_while_it_wrote_blocks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
