@@ -81,7 +81,8 @@ def tune(
     return the same network.
 
     A study that has trials of other budgets, the target's or a limit's (`nas.guarantee` changes them where a device disagrees
-    with its table), goes on: those of its trials that keep these budgets count, and at least `more` are made under them.
+    with its table), goes on: those of its trials that keep these budgets count, and at least `more` are made under them. Asked
+    again for budgets that it had before, it answers as it did then: trials that were made later, under others, do not count.
 
     Args:
         evaluate: a network to its loss and accuracy. Asked for networks that keep the target and the limits, and for `begin`.
@@ -131,7 +132,7 @@ def tune(
     metrics = ["loss" if score == "loss" else "error", *(["ms"] if front else [])]
     run = _Run(opened(study_name, storage, chosen, metrics), chosen, evaluate, score, front, start)
     run.finish(trials, min(more, trials), on_trial)
-    options = tuple(run.best()[:OPTIONS])
+    options = tuple(run.best(trials, min(more, trials))[:OPTIONS])
     if not options:
         raise InputError(
             f"no network of {space.name} was found that keeps the target of {target.ms:g} ms and the limits together: give "
@@ -193,9 +194,16 @@ class _Run:
                         on_trial(found)
                 fruitless = fruitless + 1 if dropped in ("tried", "misses") and self.sampler.exhausted else 0
 
-    def best(self) -> list[Option]:
-        """Return the networks of the study that keep the target and the limits, the best first."""
+    def best(self, trials: int, more: int) -> list[Option]:
+        """Return the networks of the study that keep the target and the limits, the best first.
+
+        Where the study was done with these budgets (`finish`) at the last trial made under them, no later trial counts.
+        """
         found = [t for t in self._trials(TrialState.COMPLETE) if self.networks.kept_by(t)]
+        end = 1 + max((t.number for t in found if self._made_under_these(t)), default=-1)
+        kept, fresh = self._done(below=end)
+        if kept >= trials and fresh >= more:
+            found = [t for t in found if t.number < end]
         found.sort(key=lambda t: (t.values[0], t.user_attrs["ms"], t.number))
         return [self._option(t.number, self.networks.arch(t.params), _evaluation(t)) for t in found]
 
@@ -207,7 +215,10 @@ class _Run:
         done = [
             t for t in self._trials(TrialState.COMPLETE) if self.networks.kept_by(t) and (below is None or t.number < below)
         ]
-        return len(done), sum(t.user_attrs.get("budgets") == self.networks.budgets for t in done)
+        return len(done), sum(map(self._made_under_these, done))
+
+    def _made_under_these(self, trial: FrozenTrial) -> bool:
+        return bool(trial.user_attrs.get("budgets") == self.networks.budgets)
 
     def _ended(self) -> int:
         """Return how many trials have ended, but for those that missed, or gave way to another of the same network."""

@@ -281,6 +281,22 @@ def test_a_tighter_budget_counts_the_trials_that_keep_it_and_adds_some(storage: 
     assert len({trial.user_attrs["network"] for trial in complete(storage)}) == 20 + (20 - kept) + 7
 
 
+def test_a_budget_that_a_study_was_done_with_has_the_same_answer_after_a_tighter_one() -> None:
+    """A search that is killed after a miss asks again for what it was given before it tightened the budget."""
+    better = 0
+    for seed in range(6):
+        storage = InMemoryStorage()
+        budgets = (BUDGET_MS, 0.94 * BUDGET_MS, BUDGET_MS)
+        first, tighter, again = (tuned(storage, budget_ms=ms, trials=8, more=8, seed=seed) for ms in budgets)
+        assert again == first
+        better += tighter.evaluation.loss < first.evaluation.loss
+        assert tuned(storage, budget_ms=0.94 * BUDGET_MS, trials=8, more=8, seed=seed) == tighter
+        assert len(complete(storage)) == 16
+        more = tuned(storage, trials=20, seed=seed)  # a larger study counts all that it has
+        assert more.evaluation.loss == min(trial.value for trial in complete(storage))
+    assert better, "the networks of the tighter budget are no worse for the first one"
+
+
 def test_another_limit_is_another_budget_too(storage: InMemoryStorage) -> None:
     """With several devices the milliseconds of the second are a limit, and only theirs may be corrected."""
     other = Table({"mb4d": 1 / 8, "mb3d": 1 / 32, "identity": 0})
