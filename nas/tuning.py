@@ -43,7 +43,7 @@ from nas.proposals import Networks, Sampler, SamplerName, key
 from nas.shared_study import Others, beating, opened, worker
 from nas.slimming import check_limits, rounded_up
 from nas.table import Target
-from nas.trajectory import Evaluation, Limit, Option, Predictor, Score, Step, Trajectory
+from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, Score, Step, Trajectory
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace
@@ -102,8 +102,9 @@ def tune(
         on_trial: called after each network that this process evaluated.
 
     Raises:
-        InputError: the budget is not positive, or it or a limit is below the space's smallest network and all known ones, or
-            no network is found that keeps them all; the sampler or the score is unknown; the storage cannot be used; a known
+        NothingFits: the budget or a limit is below the space's smallest network and all known ones, or no network is found
+            that keeps them all.
+        InputError: the budget is not positive; the sampler or the score is unknown; the storage cannot be used; a known
             network is not in the space; or `evaluate` gives no finite number for what is minimised.
     """
     target = budget if isinstance(budget, Target) else Target(budget)
@@ -119,7 +120,7 @@ def tune(
     if networks.excess(networks.least) > 0:
         least_ms = min(table.predict_ms(arch) for arch in networks.sure)
         if target.ms < least_ms:
-            raise InputError(
+            raise NothingFits(
                 f"the target of {target.ms:g} ms is below the fastest network that is known of {space.name}: "
                 f"give at least {rounded_up(least_ms)} ms"
             )
@@ -134,7 +135,7 @@ def tune(
     run.finish(trials, min(more, trials), on_trial)
     options = tuple(run.best(trials, min(more, trials))[:OPTIONS])
     if not options:
-        raise InputError(
+        raise NothingFits(
             f"no network of {space.name} was found that keeps the target of {target.ms:g} ms and the limits together: give "
             "larger ones"
         )
