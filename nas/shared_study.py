@@ -20,18 +20,21 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalRedisBackend, JournalStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 
+from nas.profilers.bench import Failed
 from supernet.errors import FULL, InputError, first_line
 
 BEAT_S = 20.0  # how often a running trial says that its process is alive
 GRACE_S = 120.0  # a running trial that has been silent for so long has lost its process
 ASKED_S = 30.0  # the same before a trial says whose it is: only the sampler works meanwhile
 LINE = b'{"op_code":'  # how every line of Optuna's journal begins
+CLIENTS = ("sqlalchemy", "redis", "grpc")  # whose exceptions say that a storage is away, where Optuna passes them on
 BOOT = "/proc/sys/kernel/random/boot_id"  # of this start of this machine; clones share name and the namespace's number
 
 
@@ -52,7 +55,6 @@ def opened(name: str, storage: str | Path | BaseStorage, sampler: BaseSampler, m
         InputError: the storage cannot be used.
         OSError: the disk is full.
     """
-    shown = _without_password(str(storage)) if isinstance(storage, str | Path) else type(storage).__name__
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -72,7 +74,7 @@ def opened(name: str, storage: str | Path | BaseStorage, sampler: BaseSampler, m
         if isinstance(error, OSError) and error.errno in FULL:
             raise
         raise InputError(
-            f"the Optuna storage {shown} cannot be used ({first_line(error)}): give a file, or a URL such as "
+            f"the Optuna storage {_shown(storage)} cannot be used ({first_line(error)}): give a file, or a URL such as "
             "postgresql://user@host/database"
         ) from error
     finally:
@@ -141,8 +143,29 @@ def _cut_torn_line(path: str) -> None:
             file.truncate(held.rfind(b"\n") + 1)
 
 
-def _without_password(url: str) -> str:
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
+def _shown(storage: str | Path | BaseStorage) -> str:
+    """Return what a storage is called in a message: without a password."""
+    if isinstance(storage, BaseStorage):
+        return type(storage).__name__
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", str(storage))
+
+
+@contextmanager
+def within_reach(storage: str | Path | BaseStorage) -> Iterator[None]:
+    """Tell of a storage that goes away during a block of code, such as a database that is restarted.
+
+    Raises:
+        Failed: it did.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, StorageInternalError) and type(error).__module__.partition(".")[0] not in CLIENTS:
+            raise
+        raise Failed(
+            f"the Optuna storage {_shown(storage)} can no longer be used ({first_line(error.__cause__ or error)}): the same "
+            "command goes on from here"
+        ) from error
 
 
 class Others:
@@ -196,11 +219,15 @@ def beating(trial: Trial) -> Iterator[None]:
     over = threading.Event()
 
     def beat() -> None:
-        with suppress(RuntimeError):  # another process has ended the trial
-            for number in itertools.count(1):
-                if over.wait(BEAT_S):
-                    return
+        for number in itertools.count(1):
+            if over.wait(BEAT_S):
+                return
+            try:
                 trial.set_user_attr("beat", number)
+            except RuntimeError:  # another process has ended the trial
+                return
+            except Exception:  # noqa: S112 - the storage is away: it may come back, and the end of the trial tells if not
+                continue
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

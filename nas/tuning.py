@@ -40,7 +40,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from nas.kept import described
 from nas.progress import progress, say
 from nas.proposals import Networks, Sampler, SamplerName, key
-from nas.shared_study import Others, beating, opened, worker
+from nas.shared_study import Others, beating, opened, within_reach, worker
 from nas.slimming import check_limits, rounded_up
 from nas.table import Target
 from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, Score, Step, Trajectory
@@ -106,6 +106,7 @@ def tune(
             that keeps them all.
         InputError: the budget is not positive; the sampler or the score is unknown; the storage cannot be used; a known
             network is not in the space; or `evaluate` gives no finite number for what is minimised.
+        Failed: the storage went away meanwhile.
     """
     target = budget if isinstance(budget, Target) else Target(budget)
     if sampler not in get_args(SamplerName):
@@ -132,8 +133,9 @@ def tune(
     chosen = Sampler(sampler, networks, first, seed)
     metrics = ["loss" if score == "loss" else "error", *(["ms"] if front else [])]
     run = _Run(opened(study_name, storage, chosen, metrics), chosen, evaluate, score, front, start)
-    run.finish(trials, min(more, trials), on_trial)
-    options = tuple(run.best(trials, min(more, trials))[:OPTIONS])
+    with within_reach(storage):
+        run.finish(trials, min(more, trials), on_trial)
+        options = tuple(run.best(trials, min(more, trials))[:OPTIONS])
     if not options:
         raise NothingFits(
             f"no network of {space.name} was found that keeps the target of {target.ms:g} ms and the limits together: give "

@@ -8,8 +8,11 @@ import multiprocessing
 import os
 import random
 import signal
+import sqlite3
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
@@ -27,6 +31,7 @@ from small_spaces import stage_space
 
 from nas import proposals, shared_study, tuning
 from nas.kept import described
+from nas.profilers.bench import Failed
 from nas.proposals import SamplerName
 from nas.shared_study import study_name
 from nas.trajectory import Evaluation, Limit, Option, Trajectory
@@ -621,6 +626,54 @@ def test_any_storage_of_optuna(tmp_path: Path) -> None:
     assert len(study.trials) == len(seen) == 3
     assert study.best_value == found.evaluation.loss == min(option.evaluation.loss for option in seen)
     assert study.metric_names == ["loss"]
+
+
+def test_a_database_that_goes_away_is_told_in_one_line_and_the_study_goes_on(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 's.db'}"
+
+    def renamed(table: str, name: str) -> None:
+        with closing(sqlite3.connect(tmp_path / "s.db")) as database:
+            database.execute(f"ALTER TABLE {table} RENAME TO {name}")
+
+    class Away(Evaluator):
+        def __call__(self, arch: ArchConfig) -> Evaluation:
+            if len(self.asked) == 3:
+                renamed("trials", "away")
+            return super().__call__(arch)
+
+    with pytest.raises(Failed) as failed:
+        tuned(url, Away(), trials=4)
+    message = str(failed.value)
+    assert "s.db can no longer be used (" in message and "the same command goes on" in message and "\n" not in message
+    renamed("away", "trials")
+    evaluate = Evaluator()
+    tuned(url, evaluate, trials=4)
+    assert len(evaluate.candidates) == 2
+
+    def wrong(arch: ArchConfig) -> Evaluation:
+        raise ConnectionError("no fault of the storage")
+
+    with pytest.raises(ConnectionError):
+        tuned(url, wrong, trials=6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [StorageInternalError("gone"), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_beat_that_is_not_heard_is_no_error_and_the_next_may_be(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_study, "BEAT_S", 0.0)
+    said: list[int] = []
+    heard, uncaught = threading.Event(), []
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
+
+    class OneTrial:
+        def set_user_attr(self, name: str, value: int) -> None:
+            said.append(value)
+            if value == 1:
+                raise error
+            heard.set()
+
+    with shared_study.beating(OneTrial()):  # type: ignore[arg-type]
+        assert heard.wait(60)
+    assert said[:2] == [1, 2] and not uncaught
 
 
 def test_studies_of_different_requests_have_different_names() -> None:
