@@ -20,6 +20,7 @@ from nas.result import print_result
 from nas.search_stages import Work, carry_out, network_name
 from nas.settings import SupernetSettings
 from nas.slimming import check_limits, rounded_up
+from nas.solver import check_additive
 from nas.steps import accelerator
 from nas.strategies import Budgeted, check_strategy, limits_of, refuse_unreachable
 from nas.supernet_training import check_trainable, training_size
@@ -120,11 +121,19 @@ def run_search(
     if settings.objective != "latency":
         refuse_below_smallest(space, devices)
     check_limits(space, limits_of(space, None, settings.max_params, settings.max_macs))
+    if request.strategy != "greedy":
+        for device in devices:
+            check_additive(space, device.table)
     accelerator(settings.accelerator)  # refuses one that this machine does not have
     if given is not None:
         check_init(settings, data, joined())
     elif trained is None:
         check_trainable(settings, data, joined())
+    ended = folder / "result.json"
+    if request.strategy == "optuna" and settings.optuna_storage and (again or not ended.exists()):
+        from nas.shared_study import check_storage  # optuna takes a while to import
+
+        check_storage(settings.optuna_storage)
     first = devices[0]
     several = [{"device": d.name, "target_ms": d.target.ms, "table": str(d.path.resolve())} for d in devices]
     with alone(folder, shared=request.strategy == "optuna"):  # whose processes share a study, and may share its folder
@@ -150,7 +159,6 @@ def run_search(
         space.save(folder / "space.yaml")
         if trained is not None:
             borrow(trained.folder, folder)
-        ended = folder / "result.json"
         if again or not ended.exists():
             (folder / REPORT).unlink(missing_ok=True)
             carry_out(Work(devices, space, train_size, data, settings, request.strategy, request.seed, folder, given, again))

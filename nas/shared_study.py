@@ -55,9 +55,7 @@ def opened(name: str, storage: str | Path | BaseStorage, sampler: BaseSampler, m
         InputError: the storage cannot be used.
         OSError: the disk is full.
     """
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
+    with _usable(storage):
         study = optuna.create_study(
             storage=_storage(storage),
             sampler=sampler,
@@ -68,6 +66,21 @@ def opened(name: str, storage: str | Path | BaseStorage, sampler: BaseSampler, m
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(metrics)
+    return study
+
+
+def check_storage(storage: str | Path) -> None:
+    """Refuse a storage that cannot be used, before there is a study to open in it."""
+    with _usable(storage):
+        _storage(storage).get_all_studies()
+
+
+@contextmanager
+def _usable(storage: str | Path | BaseStorage) -> Iterator[None]:
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:  # each database's driver has its own
@@ -79,7 +92,6 @@ def opened(name: str, storage: str | Path | BaseStorage, sampler: BaseSampler, m
         ) from error
     finally:
         optuna.logging.set_verbosity(verbosity)
-    return study
 
 
 def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
@@ -94,6 +106,10 @@ def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
                 "sqlite:///study.db or postgresql://user@host/database"
             )
         Path(text).parent.mkdir(parents=True, exist_ok=True)
+        if Path(text).exists():
+            with open(text, "rb") as file:
+                if not LINE.startswith(file.read(len(LINE))):  # it may be a torn first line
+                    raise ValueError("it is no journal of Optuna")
         # Optuna's usual lock, a link to the journal, leads nowhere from a relative path: a killed process's is never found old.
         return JournalStorage(JournalFileBackend(text, _Lock(text)))
     if scheme == "grpc":
@@ -138,9 +154,7 @@ def _cut_torn_line(path: str) -> None:
         if file.read() == b"\n":
             return
         file.seek(0)
-        held = file.read()
-        if held[: len(LINE)] == LINE[: len(held)]:  # any other file was named by mistake, and is left as it is
-            file.truncate(held.rfind(b"\n") + 1)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _shown(storage: str | Path | BaseStorage) -> str:

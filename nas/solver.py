@@ -179,6 +179,11 @@ def _milliseconds(space: SearchSpace, table: LatencyTable, name: str, at_most: f
     return _Figure(name, at_most, line.line_of if line is not None else _itself, of, own.predict_ms)
 
 
+def check_additive(space: SearchSpace, table: LatencyTable) -> None:
+    """Refuse a table by which the milliseconds of the space's networks are no sum over their layers."""
+    _milliseconds(space, table, "ms", math.inf)
+
+
 def _itself(at_most: float) -> float:
     return at_most
 

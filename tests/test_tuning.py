@@ -733,10 +733,11 @@ def test_a_line_that_is_torn_while_another_process_works_is_cut_off_by_it(tmp_pa
     assert len(complete(torn)) == len(evaluate.candidates) == 5
 
 
-def test_a_file_that_is_no_journal_keeps_its_last_line(tmp_path: Path) -> None:
-    (tmp_path / "notes").write_text("to buy: milk\nand a space at the end of")
-    assert "notes" in refusal(lambda: tuned(tmp_path / "notes"))
-    assert (tmp_path / "notes").read_text().startswith("to buy: milk\nand a space at the end of")
+@pytest.mark.parametrize("text", ["to buy: milk\n", "to buy: milk\nand more", '{"a": 1}', "SQLite format 3"])
+def test_a_file_that_is_no_journal_is_left_as_it_is(text: str, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text(text)
+    assert "notes cannot be used (it is no journal of Optuna)" in refusal(lambda: tuned(tmp_path / "notes"))
+    assert (tmp_path / "notes").read_text() == text
 
 
 def test_a_full_disk_is_told_as_such_when_a_study_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
