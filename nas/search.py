@@ -104,6 +104,9 @@ def run_search(
     folder = request.out or Path("runs") / run_name(space.name, [ms for _, ms in targets], request.seed)
     if trained is not None and data.fingerprint != trained.request["data_fingerprint"]:
         raise InputError(f"the images of {data.source} are not those of {trained.folder}: search anew, without --from")
+    blocks = {"blocks": files} if (files := space.block_files()) else {}
+    if trained is not None and blocks and trained.request.get("blocks", files) != files:
+        raise InputError(f"{' and '.join(files)} is not what {trained.folder} was searched with: search anew, without --from")
     space_name = request.space or space.name
     if trained is not None:
         space_name = str(trained.space_file)
@@ -148,12 +151,13 @@ def run_search(
                 "data": data.source,
                 "data_fingerprint": data.fingerprint,
                 "space": space.to_yaml(),
+                **blocks,
                 "strategy": request.strategy,
                 "settings": settings.deciding(),
                 "seed": request.seed,
                 **({"init": given.arch.to_yaml(), "weights": given.digest} if given is not None else {}),
             },
-            since={"settings": SupernetSettings().deciding()},
+            since={"settings": SupernetSettings().deciding(), **blocks},
         )
         say_if_demonstration(data)
         space.save(folder / "space.yaml")
