@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from nas.progress import say
 from nas.slimming import LANDING
 from nas.table import Target
-from nas.trajectory import Trajectory
+from nas.trajectory import NothingFits, Trajectory
 from supernet.arch import ArchConfig, Stage
-from supernet.errors import InputError
 
 MEASUREMENTS = 6  # of found networks, at most
 SLACK = 0.03  # of the target: more is given back, by a larger budget
@@ -119,7 +118,7 @@ def meet(goals: Sequence[Goal], search: Search, charge: Callable[[Trajectory], f
             tighter = trajectory if any(ms > most for ms, most in zip(at, wanted, strict=True)) else None
         try:
             trajectory = search(wanted, tighter, LANDING if number == 1 else NEARER)
-        except InputError:
+        except NothingFits:
             if outcome is None:
                 raise
             break  # nothing leads to the tightened budget

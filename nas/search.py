@@ -20,6 +20,7 @@ from nas.result import print_result
 from nas.search_stages import Work, carry_out, network_name
 from nas.settings import SupernetSettings
 from nas.slimming import check_limits, rounded_up
+from nas.solver import check_additive
 from nas.steps import accelerator
 from nas.strategies import Budgeted, check_strategy, limits_of, refuse_unreachable
 from nas.supernet_training import check_trainable, training_size
@@ -103,6 +104,9 @@ def run_search(
     folder = request.out or Path("runs") / run_name(space.name, [ms for _, ms in targets], request.seed)
     if trained is not None and data.fingerprint != trained.request["data_fingerprint"]:
         raise InputError(f"the images of {data.source} are not those of {trained.folder}: search anew, without --from")
+    blocks = {"blocks": files} if (files := space.block_files()) else {}
+    if trained is not None and blocks and trained.request.get("blocks", files) != files:
+        raise InputError(f"{' and '.join(files)} is not what {trained.folder} was searched with: search anew, without --from")
     space_name = request.space or space.name
     if trained is not None:
         space_name = str(trained.space_file)
@@ -120,11 +124,19 @@ def run_search(
     if settings.objective != "latency":
         refuse_below_smallest(space, devices)
     check_limits(space, limits_of(space, None, settings.max_params, settings.max_macs))
+    if request.strategy != "greedy":
+        for device in devices:
+            check_additive(space, device.table)
     accelerator(settings.accelerator)  # refuses one that this machine does not have
     if given is not None:
         check_init(settings, data, joined())
     elif trained is None:
         check_trainable(settings, data, joined())
+    ended = folder / "result.json"
+    if request.strategy == "optuna" and settings.optuna_storage and (again or not ended.exists()):
+        from nas.shared_study import check_storage  # optuna takes a while to import
+
+        check_storage(settings.optuna_storage)
     first = devices[0]
     several = [{"device": d.name, "target_ms": d.target.ms, "table": str(d.path.resolve())} for d in devices]
     with alone(folder, shared=request.strategy == "optuna"):  # whose processes share a study, and may share its folder
@@ -139,18 +151,18 @@ def run_search(
                 "data": data.source,
                 "data_fingerprint": data.fingerprint,
                 "space": space.to_yaml(),
+                **blocks,
                 "strategy": request.strategy,
                 "settings": settings.deciding(),
                 "seed": request.seed,
                 **({"init": given.arch.to_yaml(), "weights": given.digest} if given is not None else {}),
             },
-            since={"settings": SupernetSettings().deciding()},
+            since={"settings": SupernetSettings().deciding(), **blocks},
         )
         say_if_demonstration(data)
         space.save(folder / "space.yaml")
         if trained is not None:
             borrow(trained.folder, folder)
-        ended = folder / "result.json"
         if again or not ended.exists():
             (folder / REPORT).unlink(missing_ok=True)
             carry_out(Work(devices, space, train_size, data, settings, request.strategy, request.seed, folder, given, again))

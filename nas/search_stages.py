@@ -307,6 +307,7 @@ def study_of(work: Work) -> Study:
         "settings": work.settings.deciding(),
         "seed": work.seed,
         "given": work.given.digest if work.given is not None else None,
+        **({"blocks": files} if (files := work.space.block_files()) else {}),
     }
     name = study_name(network_name(work.space.name, [device.target.ms for device in work.devices]), asked)
     return Study(name, storage, work.settings.optuna_sampler, work.settings.optuna_trials, work.seed)

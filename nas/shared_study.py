@@ -20,17 +20,21 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalRedisBackend, JournalStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 
-from supernet.errors import InputError, first_line
+from nas.profilers.bench import Failed
+from supernet.errors import FULL, InputError, first_line
 
 BEAT_S = 20.0  # how often a running trial says that its process is alive
 GRACE_S = 120.0  # a running trial that has been silent for so long has lost its process
 ASKED_S = 30.0  # the same before a trial says whose it is: only the sampler works meanwhile
+LINE = b'{"op_code":'  # how every line of Optuna's journal begins
+CLIENTS = ("sqlalchemy", "redis", "grpc")  # whose exceptions say that a storage is away, where Optuna passes them on
 BOOT = "/proc/sys/kernel/random/boot_id"  # of this start of this machine; clones share name and the namespace's number
 
 
@@ -45,11 +49,13 @@ def study_name(label: str, request: Mapping[str, Any]) -> str:
 
 
 def opened(name: str, storage: str | Path | BaseStorage, sampler: BaseSampler, metrics: list[str]) -> Study:
-    """Return the study of this name, made if it is not there yet."""
-    shown = _without_password(str(storage)) if isinstance(storage, str | Path) else type(storage).__name__
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
+    """Return the study of this name, made if it is not there yet.
+
+    Raises:
+        InputError: the storage cannot be used.
+        OSError: the disk is full.
+    """
+    with _usable(storage):
         study = optuna.create_study(
             storage=_storage(storage),
             sampler=sampler,
@@ -60,16 +66,32 @@ def opened(name: str, storage: str | Path | BaseStorage, sampler: BaseSampler, m
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(metrics)
+    return study
+
+
+def check_storage(storage: str | Path) -> None:
+    """Refuse a storage that cannot be used, before there is a study to open in it."""
+    with _usable(storage):
+        _storage(storage).get_all_studies()
+
+
+@contextmanager
+def _usable(storage: str | Path | BaseStorage) -> Iterator[None]:
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:  # each database's driver has its own
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         raise InputError(
-            f"the Optuna storage {shown} cannot be used ({first_line(error)}): give a file, or a URL such as "
+            f"the Optuna storage {_shown(storage)} cannot be used ({first_line(error)}): give a file, or a URL such as "
             "postgresql://user@host/database"
         ) from error
     finally:
         optuna.logging.set_verbosity(verbosity)
-    return study
 
 
 def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
@@ -84,8 +106,12 @@ def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
                 "sqlite:///study.db or postgresql://user@host/database"
             )
         Path(text).parent.mkdir(parents=True, exist_ok=True)
+        if Path(text).exists():
+            with open(text, "rb") as file:
+                if not LINE.startswith(file.read(len(LINE))):  # it may be a torn first line
+                    raise ValueError("it is no journal of Optuna")
         # Optuna's usual lock, a link to the journal, leads nowhere from a relative path: a killed process's is never found old.
-        return JournalStorage(JournalFileBackend(text, JournalFileOpenLock(text)))
+        return JournalStorage(JournalFileBackend(text, _Lock(text)))
     if scheme == "grpc":
         url = urlsplit(text)
         return optuna.storages.GrpcStorageProxy(host=url.hostname or "localhost", port=url.port or 13000)
@@ -102,8 +128,58 @@ def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
     return RDBStorage(text, engine_kwargs=engine)
 
 
-def _without_password(url: str) -> str:
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
+class _Lock(JournalFileOpenLock):
+    """A journal's lock. Whoever holds it finds whole lines: what a full disk or a power cut has left of a last one is cut off,
+    as the next line would be written behind it and be read with it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._path = path
+
+    def acquire(self) -> bool:
+        acquired = super().acquire()
+        try:
+            _cut_torn_line(self._path)
+        except BaseException:
+            self.release()
+            raise
+        return acquired
+
+
+def _cut_torn_line(path: str) -> None:
+    with open(path, "r+b") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read() == b"\n":
+            return
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _shown(storage: str | Path | BaseStorage) -> str:
+    """Return what a storage is called in a message: without a password."""
+    if isinstance(storage, BaseStorage):
+        return type(storage).__name__
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", str(storage))
+
+
+@contextmanager
+def within_reach(storage: str | Path | BaseStorage) -> Iterator[None]:
+    """Tell of a storage that goes away during a block of code, such as a database that is restarted.
+
+    Raises:
+        Failed: it did.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, StorageInternalError) and type(error).__module__.partition(".")[0] not in CLIENTS:
+            raise
+        raise Failed(
+            f"the Optuna storage {_shown(storage)} can no longer be used ({first_line(error.__cause__ or error)}): the same "
+            "command goes on from here"
+        ) from error
 
 
 class Others:
@@ -157,11 +233,15 @@ def beating(trial: Trial) -> Iterator[None]:
     over = threading.Event()
 
     def beat() -> None:
-        with suppress(RuntimeError):  # another process has ended the trial
-            for number in itertools.count(1):
-                if over.wait(BEAT_S):
-                    return
+        for number in itertools.count(1):
+            if over.wait(BEAT_S):
+                return
+            try:
                 trial.set_user_attr("beat", number)
+            except RuntimeError:  # another process has ended the trial
+                return
+            except Exception:  # noqa: S112 - the storage is away: it may come back, and the end of the trial tells if not
+                continue
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

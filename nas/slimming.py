@@ -47,7 +47,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from nas.table import Target
-from nas.trajectory import Evaluation, Limit, Option, Predictor, Score, Step, Trajectory, evaluate_all
+from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, Score, Step, Trajectory, evaluate_all
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace
@@ -117,8 +117,9 @@ def slim(
         on_step: called after each step.
 
     Raises:
-        InputError: the budget is not positive, or it or a limit is below the smallest network of the space; or `evaluate`
-            gives no finite number for what is charged, or the importance is not of the space.
+        NothingFits: the budget or a limit is below the smallest network of the space, or no action leads there.
+        InputError: the budget is not positive; or `evaluate` gives no finite number for what is charged, or the importance is
+            not of the space.
     """
     target = budget if isinstance(budget, Target) else Target(budget)
     if score not in get_args(Score):
@@ -127,7 +128,7 @@ def slim(
     run = _Run(space, importance, evaluate, table, target, score, landing, limits, mes)
     smallest_ms = table.predict_ms(space.smallest)
     if target.ms < smallest_ms:
-        raise InputError(
+        raise NothingFits(
             f"the target of {target.ms:g} ms is below the smallest network of {space.name}, at which slimming ends: "
             f"give at least {rounded_up(smallest_ms)} ms"
         )
@@ -145,7 +146,7 @@ def slim(
         if not options:
             missed = [f"{target.ms:g} ms"] if ms > target.ms else []
             missed += [f"{limit.at_most:.12g} {limit.name}" for limit in run.unmet(arch)]
-            raise InputError(f"no action saves anything from {ms:.4g} ms on: give more than {' and '.join(missed)}")
+            raise NothingFits(f"no action saves anything from {ms:.4g} ms on: give more than {' and '.join(missed)}")
         steps.append(Step(ms, evaluation, tuple(options), run.figures(arch, ms)))
         if on_step is not None:
             on_step(steps[-1])
@@ -191,7 +192,7 @@ def check_limits(space: SearchSpace, limits: Sequence[Limit]) -> None:
     for limit in limits:
         least = limit.of(space.smallest)
         if not least <= limit.at_most:
-            raise InputError(
+            raise NothingFits(
                 f"at most {limit.at_most:.12g} {limit.name} is below the smallest network of {space.name}: give at least "
                 f"{least:.12g}"
             )

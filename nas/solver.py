@@ -25,6 +25,7 @@ from nas.knapsack import MOST, Answer, Step, cheapest, trade_offs
 from nas.scores import Change, Drops
 from nas.slimming import rounded_up
 from nas.table import Calibration, LatencyTable
+from nas.trajectory import NothingFits
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.space import SearchSpace
@@ -112,7 +113,8 @@ def solutions(
         most: partial networks of a slot that are kept at once. With more the answer may be none, and has a gap.
 
     Raises:
-        InputError: no network keeps the budgets; or a figure is no sum over layers; or a table has no row for a layer.
+        NothingFits: no network keeps the budgets.
+        InputError: a figure is no sum over layers; or a table has no row for a layer.
     """
     problem = _Problem(space, drops, table, budgets)
     answers = trade_offs(problem.steps, problem.limits, most)
@@ -175,6 +177,11 @@ def _milliseconds(space: SearchSpace, table: LatencyTable, name: str, at_most: f
         return ms if line is None else ms * line.slope_of(layer)
 
     return _Figure(name, at_most, line.line_of if line is not None else _itself, of, own.predict_ms)
+
+
+def check_additive(space: SearchSpace, table: LatencyTable) -> None:
+    """Refuse a table by which the milliseconds of the space's networks are no sum over their layers."""
+    _milliseconds(space, table, "ms", math.inf)
 
 
 def _itself(at_most: float) -> float:
@@ -240,16 +247,16 @@ class _Problem:
         self.steps = self._steps()
         self.limits = [figure.limit(figure.at_most) for figure in self.figures]
 
-    def nothing(self) -> InputError:
+    def nothing(self) -> NothingFits:
         """What to say where no network keeps the budgets."""
         asked = [f"{f.at_most:.12g} {f.name}" for f in self.figures if f.at_most < math.inf]
         for figure, least in zip(self.figures, self.least(), strict=True):
             if least > figure.at_most:
-                return InputError(
+                return NothingFits(
                     f"at most {figure.at_most:.12g} {figure.name} is below every network of {self.space.name}: give at least "
                     f"{rounded_up(least)}"
                 )
-        return InputError(f"no network of {self.space.name} keeps {' and '.join(asked)} together: give more of one of them")
+        return NothingFits(f"no network of {self.space.name} keeps {' and '.join(asked)} together: give more of one of them")
 
     def least(self) -> list[float]:
         """Return the least of each figure that a network of the space can have."""

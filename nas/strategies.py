@@ -18,7 +18,7 @@ from nas.scores import Drop, Drops, Evaluate, single_changes
 from nas.slimming import LANDING, Importance, MobileEfficiency, rounded_up, slim
 from nas.solver import Budget, best, frontier, solutions
 from nas.table import LatencyTable
-from nas.trajectory import Evaluation, Limit, Option, Predictor, Score, Step, Trajectory, evaluate_all
+from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, Score, Step, Trajectory, evaluate_all
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace, space_names
@@ -231,7 +231,8 @@ def exact(
     best of those is the answer. Where `evaluate` says None of one of them, or is None itself, the best by the drops is.
 
     Raises:
-        InputError: no network keeps budgets and limits.
+        NothingFits: no network keeps budgets and limits.
+        InputError: milliseconds are no sum over layers, or evaluating a network gives no finite number for what is charged.
     """
     space, begin = scores.space, scores.start
     first = budgets[0]
@@ -320,7 +321,8 @@ def choose(
     Where the loop cannot reach what some network keeps (no single action leads there), the best by the drops is taken.
 
     Raises:
-        InputError: nothing is found.
+        NothingFits: nothing is found.
+        InputError: what the strategy refuses besides.
     """
     if strategy == "exact":
         found = exact(scores, budgets, limits, scores.evaluate)
@@ -331,12 +333,12 @@ def choose(
         return studied(scores, budgets, limits, study)
     try:
         return greedy(scores, budgets, limits, start=start, landing=landing, mes=mes, on_step=on_step)
-    except InputError as error:
-        if mes is not None or any(b.predictor is not b.table for b in budgets):
-            raise
+    except NothingFits as error:
+        if mes is not None or any(b.predictor is not b.table or fastest(scores.space, b.table) is None for b in budgets):
+            raise  # there is no best by the drops
         try:
             found = exact(scores, budgets, limits, scores.evaluate)
-        except InputError:
+        except NothingFits:
             raise error from None
         say(f"the loop does not reach it ({error}); the best by the drops does")
         say_shortlist(found)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from supernet.arch import ArchConfig
+from supernet.errors import InputError
 
 COLUMNS = (
     "step",
@@ -26,6 +27,10 @@ COLUMNS = (
 `Trajectory.columns` has more, among them the gain (`gain_ms`, `gain_mes`) that the drop is divided by."""
 
 Score = Literal["loss", "accuracy"]
+
+
+class NothingFits(InputError):
+    """No network keeps the budgets and limits that were asked for, or none was found."""
 
 
 class Evaluation(NamedTuple):

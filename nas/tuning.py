@@ -40,10 +40,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from nas.kept import described
 from nas.progress import progress, say
 from nas.proposals import Networks, Sampler, SamplerName, key
-from nas.shared_study import Others, beating, opened, worker
+from nas.shared_study import Others, beating, opened, within_reach, worker
 from nas.slimming import check_limits, rounded_up
 from nas.table import Target
-from nas.trajectory import Evaluation, Limit, Option, Predictor, Score, Step, Trajectory
+from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, Score, Step, Trajectory
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace
@@ -81,7 +81,8 @@ def tune(
     return the same network.
 
     A study that has trials of other budgets, the target's or a limit's (`nas.guarantee` changes them where a device disagrees
-    with its table), goes on: those of its trials that keep these budgets count, and at least `more` are made under them.
+    with its table), goes on: those of its trials that keep these budgets count, and at least `more` are made under them. Asked
+    again for budgets that it had before, it answers as it did then: trials that were made later, under others, do not count.
 
     Args:
         evaluate: a network to its loss and accuracy. Asked for networks that keep the target and the limits, and for `begin`.
@@ -101,9 +102,11 @@ def tune(
         on_trial: called after each network that this process evaluated.
 
     Raises:
-        InputError: the budget is not positive, or it or a limit is below the space's smallest network and all known ones, or
-            no network is found that keeps them all; the sampler or the score is unknown; the storage cannot be used; a known
+        NothingFits: the budget or a limit is below the space's smallest network and all known ones, or no network is found
+            that keeps them all.
+        InputError: the budget is not positive; the sampler or the score is unknown; the storage cannot be used; a known
             network is not in the space; or `evaluate` gives no finite number for what is minimised.
+        Failed: the storage went away meanwhile.
     """
     target = budget if isinstance(budget, Target) else Target(budget)
     if sampler not in get_args(SamplerName):
@@ -118,7 +121,7 @@ def tune(
     if networks.excess(networks.least) > 0:
         least_ms = min(table.predict_ms(arch) for arch in networks.sure)
         if target.ms < least_ms:
-            raise InputError(
+            raise NothingFits(
                 f"the target of {target.ms:g} ms is below the fastest network that is known of {space.name}: "
                 f"give at least {rounded_up(least_ms)} ms"
             )
@@ -130,10 +133,11 @@ def tune(
     chosen = Sampler(sampler, networks, first, seed)
     metrics = ["loss" if score == "loss" else "error", *(["ms"] if front else [])]
     run = _Run(opened(study_name, storage, chosen, metrics), chosen, evaluate, score, front, start)
-    run.finish(trials, min(more, trials), on_trial)
-    options = tuple(run.best()[:OPTIONS])
+    with within_reach(storage):
+        run.finish(trials, min(more, trials), on_trial)
+        options = tuple(run.best(trials, min(more, trials))[:OPTIONS])
     if not options:
-        raise InputError(
+        raise NothingFits(
             f"no network of {space.name} was found that keeps the target of {target.ms:g} ms and the limits together: give "
             "larger ones"
         )
@@ -193,9 +197,16 @@ class _Run:
                         on_trial(found)
                 fruitless = fruitless + 1 if dropped in ("tried", "misses") and self.sampler.exhausted else 0
 
-    def best(self) -> list[Option]:
-        """Return the networks of the study that keep the target and the limits, the best first."""
+    def best(self, trials: int, more: int) -> list[Option]:
+        """Return the networks of the study that keep the target and the limits, the best first.
+
+        Where the study was done with these budgets (`finish`) at the last trial made under them, no later trial counts.
+        """
         found = [t for t in self._trials(TrialState.COMPLETE) if self.networks.kept_by(t)]
+        end = 1 + max((t.number for t in found if self._made_under_these(t)), default=-1)
+        kept, fresh = self._done(below=end)
+        if kept >= trials and fresh >= more:
+            found = [t for t in found if t.number < end]
         found.sort(key=lambda t: (t.values[0], t.user_attrs["ms"], t.number))
         return [self._option(t.number, self.networks.arch(t.params), _evaluation(t)) for t in found]
 
@@ -207,7 +218,10 @@ class _Run:
         done = [
             t for t in self._trials(TrialState.COMPLETE) if self.networks.kept_by(t) and (below is None or t.number < below)
         ]
-        return len(done), sum(t.user_attrs.get("budgets") == self.networks.budgets for t in done)
+        return len(done), sum(map(self._made_under_these, done))
+
+    def _made_under_these(self, trial: FrozenTrial) -> bool:
+        return bool(trial.user_attrs.get("budgets") == self.networks.budgets)
 
     def _ended(self) -> int:
         """Return how many trials have ended, but for those that missed, or gave way to another of the same network."""

@@ -32,7 +32,7 @@ from supernet.specs import (
     knobs_of,
     label,
 )
-from supernet.user_block import users_code
+from supernet.user_block import file_digests, users_code
 
 _FOLDER = Path(__file__).parent / "spaces"
 MOST_WIDTHS = 256  # of a stage
@@ -214,6 +214,10 @@ class SearchSpace:
         """Every stage at its smallest width, every slot empty."""
         kinds = [["identity"] * s.depth for s in self.stages]
         return self.arch([s.widths[0] for s in self.stages], kinds, f"{self.name}-smallest")
+
+    def block_files(self) -> dict[str, str]:
+        """Return the files of users' own blocks among the candidates, with a digest of what each held when it was run."""
+        return file_digests(candidate.kind for stage in self.stages for candidate in stage.candidates)
 
     def sample(self, rng: random.Random) -> ArchConfig:
         """Return a random network: each width uniform, then each slot uniform over its candidates; each image by itself."""

@@ -2,8 +2,9 @@
 torch module. In YAML its kind is the file and the class: `my_blocks.py:GhostBlock`. No torch.
 """
 
+import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib.util import module_from_spec, spec_from_file_location
@@ -15,6 +16,9 @@ from supernet.errors import InputError, first_line
 
 loaded: dict[str, type[Any]] = {}
 """The users' own blocks whose files were run, by kind."""
+
+_digests: dict[str, str] = {}
+"""Of what each file held when it was run, by the name of its module: the beginning of its SHA-256."""
 
 
 def is_foreign(kind: str) -> bool:
@@ -48,6 +52,12 @@ def user_block(kind: str) -> type[Any]:
     return loaded[kind]
 
 
+def file_digests(kinds: Iterable[str]) -> dict[str, str]:
+    """Return, for each users' file among these kinds of block, a digest of what it held when it was run."""
+    files = {kind.rpartition(":")[0]: kind for kind in kinds if ".py:" in kind}
+    return {path: _digests[_module(path, kind).__name__] for path, kind in sorted(files.items())}
+
+
 @contextmanager
 def users_code(kind: str, what: str) -> Iterator[None]:
     """Refuse a block whose own code fails: whatever it raises names the block, and what was asked of it."""
@@ -77,6 +87,7 @@ def _module(path: str, kind: str) -> ModuleType:
     module = module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses look their own module up by name
     try:
+        _digests[module_name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever a user's file raises
         del sys.modules[module_name]

@@ -225,6 +225,39 @@ def test_a_target_below_the_smallest_network_is_refused_with_what_can_be_reached
     assert not (tmp_path / "out").exists(), "nothing is written for a request that cannot be met"
 
 
+@pytest.mark.parametrize("strategy", ["exact", "optuna"])
+def test_a_strategy_that_cannot_go_by_a_table_is_refused_before_the_folder_is_claimed(
+    strategy: str, space_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = additive_table(SearchSpace.load(space_file), "phone-npu")
+    (line,) = table.calibrations
+    others = tuple(replace(line, space=name, space_sha256=name) for name in ("a", "b"))
+    path = replace(table, calibrations=others).save(tmp_path / "phone")
+    where = ["--table", str(path), "--device", "phone-npu", "--space", str(space_file), "--out", "out"]
+    said = refused(cli.search, ["--target-ms", "0.5", "--strategy", strategy, *where], capsys)
+    assert "2 calibrations" in said and "nothing adds up" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("storage", "said"),
+    [
+        ("sqlite:study.db", "neither a file nor a URL"),
+        ("postgresql+nodriver://me@host/studies", "postgresql+nodriver://me@host/studies cannot be used"),
+        ("notes.txt", "notes.txt cannot be used"),
+    ],
+)
+def test_an_optuna_storage_that_cannot_be_used_is_refused_before_the_folder_is_claimed(
+    storage: str, said: str, space_file: Path, phone_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("no journal\n")
+    (tmp_path / "optuna.yaml").write_text(yaml.safe_dump({**yaml.safe_load(SETTINGS), "optuna_storage": storage}))
+    where = ["--table", str(phone_table), "--device", "phone-npu", "--space", str(space_file), "--out", "out"]
+    where += ["--config", "optuna.yaml", "--strategy", "optuna"]
+    assert said in refused(cli.search, ["--target-ms", "0.5", *where], capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_parts_of_a_step_that_are_not_equal_are_refused_before_the_folder_is_claimed(
     tmp_path: Path, space_file: Path, settings_file: Path, phone_table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from nas.guarantee import MEASUREMENTS, Check, Goal, Outcome, meet
 from nas.table import Target
-from nas.trajectory import Evaluation, Option, Step, Trajectory
+from nas.trajectory import Evaluation, NothingFits, Option, Step, Trajectory
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 
@@ -138,12 +138,24 @@ def test_a_tightened_budget_that_no_action_reaches_ends_the_search_with_what_was
 
     def stuck(budgets: tuple[float, ...], start: Trajectory | None, landing: float) -> Trajectory:
         if budgets[0] < 0.99:
-            raise InputError("no action saves anything")
+            raise NothingFits("no action saves anything")
         return search(budgets, start, landing)
 
     outcome = meet([goal(1.0, lambda arch: Check(1.2, 1.19, 1.21))], stuck)
     assert outcome.met is False
     assert outcome.measured == 1
+
+
+def test_what_is_wrong_in_a_repeated_search_is_told_and_is_no_missed_target() -> None:
+    search = Search()
+
+    def damaged(budgets: tuple[float, ...], start: Trajectory | None, landing: float) -> Trajectory:
+        if search.asked:
+            raise InputError("the file of evaluations is damaged")
+        return search(budgets, start, landing)
+
+    with pytest.raises(InputError, match="is damaged"):
+        meet([goal(1.0, lambda arch: Check(1.2, 1.19, 1.21))], damaged)
 
 
 def test_the_smallest_network_is_tried_before_giving_up() -> None:
@@ -183,7 +195,7 @@ class OfTwo:
     def __call__(self, budgets: tuple[float, ...], start: Trajectory | None, landing: float) -> Trajectory:
         fitting = [n for n in self.networks if all(ms <= most for ms, most in zip(n, budgets, strict=True))]
         if not fitting:
-            raise InputError("nothing fits")
+            raise NothingFits("nothing fits")
         a, b = max(fitting, key=sum)
         arch = ArchConfig(f"{a} {b}", 32, 10, (Stage(round(1e3 * a) * 8, 1, ()), Stage(round(1e3 * b) * 8, 1, ())))
         option = Option("shrink", 0, arch, a, 1.0, NOTHING, 0.0)

@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from small_spaces import stage_space
@@ -14,6 +15,7 @@ from nas.scores import Drop, Drops, changes_of, single_changes
 from nas.strategies import (
     Budgeted,
     Scores,
+    Study,
     choose,
     exact,
     fastest_ms,
@@ -25,7 +27,7 @@ from nas.strategies import (
     refuse_unreachable,
 )
 from nas.table import LatencyTable, Row, measured_layers
-from nas.trajectory import Evaluation, Limit, Trajectory
+from nas.trajectory import Evaluation, Limit, NothingFits, Trajectory
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.model import count
@@ -185,6 +187,24 @@ def test_a_start_that_keeps_everything_is_the_answer_of_every_strategy() -> None
         assert (found.arch, found.steps) == (SPACE.largest, ())
 
 
+@pytest.mark.parametrize("strategy", ["greedy", "exact", "optuna"])
+def test_that_nothing_fits_is_told_apart_from_what_is_wrong(strategy: str) -> None:
+    """A search that is repeated with tighter budgets ends with what it has where nothing fits, and nowhere else."""
+    tables, scores = [table_of("one-cpu", 0), table_of("two-npu", 1)], scores_of(0)
+    study = Study("study", "unheard://somewhere", "tpe", 8, 0)
+    half = [0.5 * table.predict_ms(SPACE.largest) for table in tables]
+    for budgets, limits in (([1e-3, half[1]], []), ([half[0], 1e-3], []), (half, [Limit("params", lambda _: 2.0, 1.0)])):
+        with pytest.raises(NothingFits):
+            choose(strategy, scores, budgets_of(tables, budgets), limits, study=study)
+
+    def damaged(arch: ArchConfig) -> Evaluation:
+        raise InputError("the file of evaluations is damaged")
+
+    with pytest.raises(InputError, match="is damaged") as refused:
+        choose(strategy, replace(scores, evaluate=damaged), budgets_of(tables, half), (), study=study)
+    assert not isinstance(refused.value, NothingFits)
+
+
 def test_where_the_loop_is_stuck_the_best_by_the_drops_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     """Every single change of the largest network is slower on the device, and other networks are quicker."""
     table, scores = table_of("one-cpu", 0), scores_of(0)
@@ -200,6 +220,18 @@ def test_where_the_loop_is_stuck_the_best_by_the_drops_is_taken(capsys: pytest.C
     found = choose("greedy", scores, budgets, (), start=None, landing=0.03)
     assert keeps(found.arch, budgets)
     assert "the best by the drops does" in capsys.readouterr().err
+
+    def damaged(arch: ArchConfig) -> Evaluation:
+        if arch == found.arch:
+            raise InputError("the file of evaluations is damaged")
+        return scores.evaluate(arch)
+
+    with pytest.raises(InputError, match="is damaged"):
+        choose("greedy", replace(scores, evaluate=damaged), budgets, ())
+    (line,) = table.calibrations
+    two = tuple(replace(line, space=name, space_sha256=name) for name in ("a", "b"))
+    with pytest.raises(NothingFits, match="no action saves anything"):  # there is no best by the drops
+        choose("greedy", scores, budgets_of([replace(odd, calibrations=two)], [budgets[0].ms]), ())
 
 
 def test_the_frontier_of_each_device_is_by_its_own_table() -> None:

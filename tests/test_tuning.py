@@ -1,13 +1,18 @@
 """A study evaluates as many networks as it has trials, each of them under the target, whoever runs it and however often."""
 
+import errno
 import itertools
+import json
 import math
 import multiprocessing
 import os
 import random
 import signal
+import sqlite3
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +21,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
@@ -25,6 +31,7 @@ from small_spaces import stage_space
 
 from nas import proposals, shared_study, tuning
 from nas.kept import described
+from nas.profilers.bench import Failed
 from nas.proposals import SamplerName
 from nas.shared_study import study_name
 from nas.trajectory import Evaluation, Limit, Option, Trajectory
@@ -277,6 +284,22 @@ def test_a_tighter_budget_counts_the_trials_that_keep_it_and_adds_some(storage: 
     tuned(storage, looser, budget_ms=3.9, trials=20, more=7)
     assert len(looser.candidates) == 7
     assert len({trial.user_attrs["network"] for trial in complete(storage)}) == 20 + (20 - kept) + 7
+
+
+def test_a_budget_that_a_study_was_done_with_has_the_same_answer_after_a_tighter_one() -> None:
+    """A search that is killed after a miss asks again for what it was given before it tightened the budget."""
+    better = 0
+    for seed in range(6):
+        storage = InMemoryStorage()
+        budgets = (BUDGET_MS, 0.94 * BUDGET_MS, BUDGET_MS)
+        first, tighter, again = (tuned(storage, budget_ms=ms, trials=8, more=8, seed=seed) for ms in budgets)
+        assert again == first
+        better += tighter.evaluation.loss < first.evaluation.loss
+        assert tuned(storage, budget_ms=0.94 * BUDGET_MS, trials=8, more=8, seed=seed) == tighter
+        assert len(complete(storage)) == 16
+        more = tuned(storage, trials=20, seed=seed)  # a larger study counts all that it has
+        assert more.evaluation.loss == min(trial.value for trial in complete(storage))
+    assert better, "the networks of the tighter budget are no worse for the first one"
 
 
 def test_another_limit_is_another_budget_too(storage: InMemoryStorage) -> None:
@@ -605,6 +628,54 @@ def test_any_storage_of_optuna(tmp_path: Path) -> None:
     assert study.metric_names == ["loss"]
 
 
+def test_a_database_that_goes_away_is_told_in_one_line_and_the_study_goes_on(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 's.db'}"
+
+    def renamed(table: str, name: str) -> None:
+        with closing(sqlite3.connect(tmp_path / "s.db")) as database:
+            database.execute(f"ALTER TABLE {table} RENAME TO {name}")
+
+    class Away(Evaluator):
+        def __call__(self, arch: ArchConfig) -> Evaluation:
+            if len(self.asked) == 3:
+                renamed("trials", "away")
+            return super().__call__(arch)
+
+    with pytest.raises(Failed) as failed:
+        tuned(url, Away(), trials=4)
+    message = str(failed.value)
+    assert "s.db can no longer be used (" in message and "the same command goes on" in message and "\n" not in message
+    renamed("away", "trials")
+    evaluate = Evaluator()
+    tuned(url, evaluate, trials=4)
+    assert len(evaluate.candidates) == 2
+
+    def wrong(arch: ArchConfig) -> Evaluation:
+        raise ConnectionError("no fault of the storage")
+
+    with pytest.raises(ConnectionError):
+        tuned(url, wrong, trials=6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [StorageInternalError("gone"), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_beat_that_is_not_heard_is_no_error_and_the_next_may_be(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_study, "BEAT_S", 0.0)
+    said: list[int] = []
+    heard, uncaught = threading.Event(), []
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
+
+    class OneTrial:
+        def set_user_attr(self, name: str, value: int) -> None:
+            said.append(value)
+            if value == 1:
+                raise error
+            heard.set()
+
+    with shared_study.beating(OneTrial()):  # type: ignore[arg-type]
+        assert heard.wait(60)
+    assert said[:2] == [1, 2] and not uncaught
+
+
 def test_studies_of_different_requests_have_different_names() -> None:
     request = {"target_ms": 4.0, "space": SPACE.to_yaml(), "seed": 0}
     name = study_name("three-4ms", request)
@@ -633,6 +704,49 @@ def test_what_cannot_be_met_is_refused(storage: InMemoryStorage) -> None:
     assert "trials" in refusal(lambda: tuned(storage, trials=0))
     elsewhere = SearchSpace("other", 64, 10, (stage_space((48,), 2, 1, "mb4d", "identity"),)).smallest
     assert "strides" in refusal(lambda: tuned(storage, known=[elsewhere]))
+
+
+def test_a_torn_last_line_of_a_journal_is_no_trial_and_the_study_goes_on(tmp_path: Path) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    found = tuned(whole, trials=8)
+    tuned(torn, trials=5)
+    with torn.open("ab") as file:
+        file.write(b'{"op_code":4,"wor')
+    evaluate = Evaluator()
+    assert tuned(torn, evaluate, trials=8) == found
+    assert len(evaluate.candidates) == 3
+    assert all(json.loads(line) for line in torn.read_text().splitlines())
+
+
+def test_a_line_that_is_torn_while_another_process_works_is_cut_off_by_it(tmp_path: Path) -> None:
+    torn = tmp_path / "torn"
+
+    class Torn(Evaluator):
+        def __call__(self, arch: ArchConfig) -> Evaluation:
+            if len(self.asked) == 3:
+                with torn.open("ab") as file:
+                    file.write(b'{"op_code":4,"wor')
+            return super().__call__(arch)
+
+    evaluate = Torn()
+    tuned(torn, evaluate, trials=5)
+    assert len(complete(torn)) == len(evaluate.candidates) == 5
+
+
+@pytest.mark.parametrize("text", ["to buy: milk\n", "to buy: milk\nand more", '{"a": 1}', "SQLite format 3"])
+def test_a_file_that_is_no_journal_is_left_as_it_is(text: str, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text(text)
+    assert "notes cannot be used (it is no journal of Optuna)" in refusal(lambda: tuned(tmp_path / "notes"))
+    assert (tmp_path / "notes").read_text() == text
+
+
+def test_a_full_disk_is_told_as_such_when_a_study_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(JournalFileBackend, "append_logs", full)
+    with pytest.raises(OSError, match="No space left"):
+        tuned(tmp_path / "s")
 
 
 def test_a_process_that_was_killed_while_it_wrote_blocks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

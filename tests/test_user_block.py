@@ -1,11 +1,18 @@
 """A block of a user's own, a spec and a module in their own file, works wherever the package's blocks do."""
 
+import hashlib
+import json
 import random
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
 import torch
+from refusals import refusal
+from test_cli import additive_table
 from test_lut import Device, device_ms, small_space
 
 import nas
@@ -16,7 +23,11 @@ from nas.onnx_model import onnx_bytes
 from nas.plan import work_for
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.timing import Workload
+from nas.request import Finished
+from nas.search import Request, run_search
+from nas.search_stages import Work, study_of
 from nas.table import LatencyTable, Row, measured_layers
+from supernet import user_block
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
 from supernet.deploy import deployed, deployed_layer, has_forms
@@ -220,6 +231,68 @@ def test_a_table_keeps_its_rows_where_its_file_was_not_asked_for(
     assert both.foreign == later.foreign, "another space's build keeps them too"
     assert [c.space for c in both.calibrations] == [*(c.space for c in table.calibrations), "small"]
     assert not contradicted_rows(both), "networks of blocks that are not known say nothing"
+
+
+@pytest.fixture
+def request_for_it(space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
+    """A search in the folder `run`, which ends as soon as the folder is claimed."""
+
+    def begun(work: Work) -> None:
+        Path("begun").touch()
+        raise SystemExit
+
+    monkeypatch.setattr("nas.search.carry_out", begun)
+    table = additive_table(space, "board-cpu").save(tmp_path / "tables")
+    return Request(10.0, "board-cpu", (table,), space="space.yaml", out=Path("run"), strategy="optuna")
+
+
+def searched(request: Request, **more: Any) -> None:
+    """Begin a search, as a process of its own does."""
+    Path("begun").unlink(missing_ok=True)
+    for module in [name for name in sys.modules if name.startswith("metapath_user_")]:
+        del sys.modules[module]
+    user_block.loaded.pop("my_blocks.py:Gated", None)
+    with pytest.raises(SystemExit):
+        run_search(request, **more)
+    assert Path("begun").exists()
+
+
+def test_a_file_that_was_edited_is_another_request(request_for_it: Request) -> None:
+    searched(request_for_it)
+    searched(request_for_it)
+    held = json.loads(Path("run/request.json").read_text())
+    assert held["blocks"] == {"my_blocks.py": hashlib.sha256(BLOCK.encode()).hexdigest()[:16]}
+
+    Path("my_blocks.py").write_text(BLOCK.replace("torch.sigmoid", "torch.tanh"))
+    assert 'run holds another request (blocks {"my_blocks.py": ' in refusal(lambda: searched(request_for_it))
+    finished = Finished(Path("run"), held, {}, SearchSpace.load("space.yaml"))
+    other = replace(request_for_it, target_ms=9.0, out=Path("other"))
+    assert "my_blocks.py is not what run was searched with" in refusal(lambda: searched(other, trained=finished))
+    assert not Path("other").exists()
+
+    del held["blocks"]  # a folder of an earlier version goes on
+    Path("run/request.json").write_text(json.dumps(held))
+    searched(request_for_it)
+    searched(other, trained=Finished(Path("run"), held, {}, SearchSpace.load("space.yaml")))
+
+
+def test_a_study_of_an_edited_block_is_another_one(request_for_it: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+
+    def named(work: Work) -> None:
+        names.append(study_of(work).name)
+        Path("begun").touch()
+        raise SystemExit
+
+    monkeypatch.setattr("nas.search.carry_out", named)
+    for out, gate in (("a", "torch.sigmoid"), ("b", "torch.sigmoid"), ("c", "torch.tanh")):
+        Path("my_blocks.py").write_text(BLOCK.replace("torch.sigmoid", gate))
+        searched(replace(request_for_it, out=Path(out)))
+    assert names[0] == names[1] != names[2]
+
+
+def test_a_search_without_a_users_block_has_the_request_that_it_had() -> None:
+    assert SearchSpace.load("efficientformer-tiny").block_files() == {}
 
 
 def test_it_is_exported(space: SearchSpace) -> None:
