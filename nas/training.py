@@ -56,6 +56,7 @@ from supernet.distillation import add_second_classifier, one_classifier
 from supernet.errors import InputError
 from supernet.files import write_atomically
 from supernet.model import build_model, set_drop_path
+from supernet.user_block import file_digests
 
 MEASURED_STEPS = 10  # by whose time that of the rest is estimated
 
@@ -139,6 +140,8 @@ def train_network(
     # Claimed only now: what was refused so far leaves the folder free for the corrected request.
     defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
     defaults = {**defaults, "teacher": None, "train_image_size": arch.image_size}
+    if "blocks" in request:
+        defaults["blocks"] = request["blocks"]
     group.agreed(lambda: claim(folder, request, since=defaults) if group.first else None)
     model = group.synchronised(model)
     # Compiled first: PyTorch does not look into a DistributedDataParallel, and would compile some of the layers, unnoticed.
@@ -492,6 +495,7 @@ def _request(
     arch: ArchConfig, data: ImageData, recipe: Recipe, seed: int, weights: Path | Pretrained | None, teacher: Teacher | None
 ) -> dict[str, Any]:
     """Return what decides the outcome of a training, as `nas.request.claim` takes it."""
+    blocks = file_digests(block.kind for stage in arch.stages for block in stage.blocks)
     return {
         "command": "nas-train",
         **asdict(recipe),
@@ -503,4 +507,5 @@ def _request(
         "weights": None if weights is None else digest(weights) if isinstance(weights, Path) else weights.digest,
         "teacher": None if teacher is None else teacher.digest,
         "arch": arch.to_yaml(),
+        **({"blocks": blocks} if blocks else {}),
     }

@@ -17,16 +17,19 @@ from test_lut import Device, device_ms, small_space
 
 import nas
 from nas.audit import contradicted_rows
+from nas.data import load_data
 from nas.lut import build_table
 from nas.measure import Model
 from nas.onnx_model import onnx_bytes
 from nas.plan import work_for
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.timing import Workload
+from nas.recipe import RECIPES
 from nas.request import Finished
 from nas.search import Request, run_search
 from nas.search_stages import Work, study_of
 from nas.table import LatencyTable, Row, measured_layers
+from nas.training import train_network
 from supernet import user_block
 from supernet.arch import ArchConfig
 from supernet.blocks import build_layer
@@ -293,6 +296,20 @@ def test_a_study_of_an_edited_block_is_another_one(request_for_it: Request, monk
 
 def test_a_search_without_a_users_block_has_the_request_that_it_had() -> None:
     assert SearchSpace.load("efficientformer-tiny").block_files() == {}
+
+
+def test_a_training_is_not_gone_on_with_once_its_block_was_edited(space: SearchSpace, tmp_path: Path) -> None:
+    arch = replace(space.largest, num_classes=10)
+    data = load_data(None, 16, seed=0)
+    recipe = replace(RECIPES["quick"], epochs=1, images_per_epoch=64, batch_size=32)
+    train_network(arch, data, recipe, Path("trained"), 0)
+    held = json.loads(Path("trained/request.json").read_text())
+    assert held["blocks"] == {"my_blocks.py": hashlib.sha256(BLOCK.encode()).hexdigest()[:16]}
+    Path("trained/request.json").write_text(json.dumps(held | {"blocks": {"my_blocks.py": "another"}}))
+    assert "trained holds another request (blocks" in refusal(lambda: train_network(arch, data, recipe, Path("trained"), 0))
+    del held["blocks"]  # a folder of an earlier version goes on
+    Path("trained/request.json").write_text(json.dumps(held))
+    train_network(arch, data, recipe, Path("trained"), 0)
 
 
 def test_it_is_exported(space: SearchSpace) -> None:
