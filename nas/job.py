@@ -27,7 +27,7 @@ from onnx import TensorProto, external_data_helper, numpy_helper
 from nas.device_ids import MACS, PHONES, suffix
 from nas.export_forms import COREML, ONNX, require_current_form
 from nas.measure import CACHED, STREAMING, Model, build_module, input_shape, name_of
-from nas.plan import Work
+from nas.plan import PROTOCOL, Work
 from nas.profilers.bench import MIN_MS_OF_A_CALL
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
@@ -84,6 +84,7 @@ def export_job(
         "space": space.to_yaml(),
         "seed": seed,
         "run": run,
+        "protocol": PROTOCOL,
         "settings": settings,
         "plan": {
             **asdict(work.plan),

@@ -93,7 +93,7 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
                 return found
 
             bench = Bench(samples, opened, profiler.stopwatch(), random.Random(seed), work.plan, say)
-            carry_out(work.plan, bench, tick, profiler.between(work.plan.working_set_bytes))
+            carry_out(work.plan, bench, tick, profiler.between(work.plan.most_touched_bytes))
     except TooNoisy:
         marker.unlink(missing_ok=True)  # the next build begins anew
         raise
@@ -227,7 +227,7 @@ def _results_of(path: Path, device: str | None) -> tuple[str, SearchSpace, Work,
     if device not in (None, found):
         raise InputError(f"{path} is of {found}, not of {device}: leave --device out, or bring the results of {device}")
     space = SearchSpace.from_dict(parse_yaml(manifest["space"], "the job's space"), "the job's space")
-    place = {**place_of(results, manifest), "protocol": PROTOCOL}
+    place = {**place_of(results, manifest), "protocol": manifest.get("protocol")}
     layers = measured_layers(space.layers())
     named = {str(layer): layer for layer in layers}
     if not set(manifest["rows"]) <= set(named):

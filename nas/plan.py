@@ -38,7 +38,7 @@ Terms = dict[Model, float]
 
 CHAINS = ((1, 2, 4), (1, 3), (1, 2))
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a weight
-PROTOCOL = "one working set, weighted mix"  # how rows are measured: rows of another way are not added up with them
+PROTOCOL = "equal memory beside chains, weighted mix"  # how rows are measured: those of another way are no part of a sum
 FIT_NETWORKS = 16  # fit the calibration
 CHECK_NETWORKS = 12  # tell its error
 FEWEST_NETWORKS = 12  # of a space: both parts shrink with it
@@ -136,15 +136,33 @@ def work_for(space: SearchSpace, layers: Sequence[Layer] | None = None, seed: in
     params = typical_params(space)
     rows = {layer: terms_of(layer, params) for layer in (measured_layers(space.layers()) if layers is None else layers)}
     pieces = sorted(dict.fromkeys(model for terms in rows.values() for model in terms), key=lambda m: len(set(m)) > 1)
+    pieces = [EMPTY, *(model for model in pieces if model != EMPTY)]
     networks = stratified(space, FIT_NETWORKS + CHECK_NETWORKS, random.Random(seed))
     plan = Plan(
-        pieces=(name_of(EMPTY), *(name_of(model) for model in pieces if model != EMPTY)),
+        pieces=tuple(map(name_of, pieces)),
         networks=tuple(name_of(tuple(arch.layers())) for arch in networks),
         rows=tuple({name_of(model): weight for model, weight in terms.items()} for terms in rows.values()),
         smallest=name_of(tuple(space.smallest.layers())),
-        working_set_bytes=BYTES[precision] * params,
+        touched_bytes={name_of(model): BYTES[precision] * left for model, left in _left_of(params, pieces).items()},
     )
     return Work(rows, networks, space.smallest, plan, params)
+
+
+def _left_of(params: int, models: Sequence[Model]) -> dict[Model, int]:
+    """Return how many of a typical network's `params` each model leaves to other layers.
+
+    Chains of one block all leave what the longest of them leaves: what a cold call costs once falls with how much other memory
+    was touched before it, and would not drop out of a slope over chains that differ in that.
+    """
+    longest: dict[Layer, int] = {}
+    for model in models:
+        if len(set(model)) == 1:
+            longest[model[0]] = max(longest.get(model[0], 0), len(model))
+
+    def of(model: Model) -> int:
+        return longest[model[0]] * _params(model[0]) if len(set(model)) == 1 else sum(map(_params, model))
+
+    return {model: max(0, params - of(model)) for model in models}
 
 
 def requested_space(space: str | None, arch: str | None) -> SearchSpace:

@@ -159,7 +159,7 @@ def _export(folder: Path, arch: ArchConfig, table: LatencyTable, space: SearchSp
     on_mac = table.meta.get("runtime") == "coreml" and not table.device.startswith("iphone")
     if on_mac or ("-cpu" not in table.device and "-npu" not in table.device):
         raise InputError(f"networks for {table.device} are measured by nas-search on the machine with it, not by a job")
-    plan = Plan(pieces=(), networks=(name,), rows=(), smallest=name, working_set_bytes=0, passes=VISITS)
+    plan = Plan(pieces=(), networks=(name,), rows=(), smallest=name, touched_bytes={}, passes=VISITS)
     export_job(
         folder,
         space,

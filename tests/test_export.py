@@ -498,7 +498,7 @@ def test_the_core_ml_table_s_package_is_the_exported_one(
         monkeypatch.setattr(module, "coremltools", lambda: None)
     arch.save("searched.yaml")
     layers = tuple(arch.layers())
-    plan = Plan(pieces=(), networks=(name_of(layers),), rows=(), smallest=name_of(layers), working_set_bytes=0, passes=(1,))
+    plan = Plan(pieces=(), networks=(name_of(layers),), rows=(), smallest=name_of(layers), touched_bytes={}, passes=(1,))
     for way in (
         lambda: export_network("searched.yaml", None, Path("m.mlpackage")),
         lambda: coreml.CoreMlMac("npu").open(layers),

@@ -263,7 +263,7 @@ def write_job(tmp_path: Path, device: str = "iphone15pro-npu", units: str = "CPU
             "networks": names[3:4],
             "rows": [{"1 x mb4d": 1.0}],
             "smallest": "network 1",
-            "working_set_bytes": 1 << 20,
+            "touched_bytes": {"1 x mb4d": 1 << 20},
             "row_goal": 0.02,
             "floor": 0.002,
             "network_goal": 0.01,
@@ -337,7 +337,18 @@ def test_the_command_makes_a_table_of_what_the_phone_says(xcode: FakeXcode, here
     entry = manifest["models"][manifest["references"][0]]
     groups = {"Settings": manifest["settings"], "Timing": manifest["timing"], "Plan": manifest["plan"], "Entry": entry}
     declared = set(re.findall(r"let (\w+):", (iphone.HARNESS / "Job.swift").read_text()))
-    fits_only_python = {"space", "run", "rows", "verify", "made_with", "smallest", "row_goal", "floor", "network_goal"}
+    fits_only_python = {
+        "space",
+        "run",
+        "rows",
+        "verify",
+        "made_with",
+        "protocol",
+        "smallest",
+        "row_goal",
+        "floor",
+        "network_goal",
+    }
     told_by_python = {"runtime", "precision", "batch", "threads", "export"}
     for struct, group in {"Manifest": manifest, **groups, "Input": entry["input"]}.items():
         assert needs(struct) <= set(group), "the app reads no field that is not there"
@@ -349,7 +360,7 @@ def test_a_job_of_a_search_is_run_too_and_its_results_are_for_the_search(
 ) -> None:
     space = small_space()
     which = {"request_sha256": "0" * 64, "network": name_of(tuple(space.largest.layers()))}
-    plan = Plan(pieces=(), networks=(which["network"],), rows=(), smallest=which["network"], working_set_bytes=0)
+    plan = Plan(pieces=(), networks=(which["network"],), rows=(), smallest=which["network"], touched_bytes={})
     work = Work({}, [space.largest], space.largest, plan)
     export_job(tmp_path / "job", space, work, device="iphone15pro-npu", form="coreml", verify=which)
     cli.build_lut(["--device", "iphone-npu", "--team-id", TEAM, "--import-results", "job", "--out", "out"])

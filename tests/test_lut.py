@@ -26,7 +26,7 @@ from nas.table import LatencyTable, measured_layers
 from supernet.blocks import build_layer
 from supernet.errors import InputError
 from supernet.space import SearchSpace, StageSpace
-from supernet.specs import MB3D, MB4D, Embedding, Flat, Head, Layer, Stem, Unflat
+from supernet.specs import MB3D, MB4D, Embedding, Flat, Head, Layer, Stem, Unflat, is_block
 
 CALL_MS = 0.01
 
@@ -140,7 +140,7 @@ def test_models_that_share_one_another_are_visited_until_every_row_is_known(tmp_
 
         return run, 1000
 
-    plan = Plan((), (), (), "a", 0, passes=(32,))
+    plan = Plan((), (), (), "a", {}, passes=(32,))
     samples = Samples(tmp_path / "samples.csv", "")
     bench = Bench(samples, opened, machine.stopwatch(), rng, plan)
     goals = [Goal({"a": 1.0, "shared": -0.5}, 0.01), Goal({"b": 1.0, "shared": -0.5}, 0.01)]
@@ -150,7 +150,7 @@ def test_models_that_share_one_another_are_visited_until_every_row_is_known(tmp_
     assert {name: samples.count(name) for name in ("a", "b", "shared")} == {"a": 32, "b": 32, "shared": 32}
 
 
-def test_a_piece_is_timed_in_the_working_set_of_a_typical_network(tmp_path: Path) -> None:
+def test_other_memory_is_touched_before_each_call_as_the_plan_says(tmp_path: Path) -> None:
     machine, touched = Device(), Counter[int]()
 
     def touches(size: int) -> Workload:
@@ -159,15 +159,40 @@ def test_a_piece_is_timed_in_the_working_set_of_a_typical_network(tmp_path: Path
 
         return run
 
-    sizes = {"small": 1000, "large": 7000, "huge": 20_000}
     samples = Samples(tmp_path / "samples.csv", "")
-    plan = Plan((), (), (), "small", 10_000)
+    plan = Plan((), (), (), "small", {"small": 9000, "large": 3000, "huge": 0})
+    assert plan.most_touched_bytes == 9000
     bench = Bench(
-        samples, lambda name: (machine.open((Layer(MB4D(16), 8),))[0], sizes[name]), machine.stopwatch(), random.Random(0), plan
+        samples, lambda name: (machine.open((Layer(MB4D(16), 8),))[0], 1), machine.stopwatch(), random.Random(0), plan
     )
-    bench.measure(sizes, [], lambda _: None, (0, 12), touches)
+    bench.measure(plan.touched_bytes, [], lambda _: None, (0, 12), touches)
     samples.close()
-    assert set(touched) == {9000, 3000}, "the rest of 10,000 bytes, nothing beside the huge one"
+    assert set(touched) == {9000, 3000}, "nothing beside the huge one"
+
+
+def test_a_piece_is_timed_in_the_working_set_of_a_typical_network() -> None:
+    space = SearchSpace.load("efficientformer-tiny")
+    work = work_for(space)
+
+    def params(model: Model) -> int:
+        return sum(p.numel() for layer in model for p in build_layer(layer).parameters())
+
+    touched = {model: work.plan.touched_bytes.get(name) for name, model in work.models.items()}
+    assert touched[EMPTY] == 4 * work.typical_params, "the weights of a typical network, in fp32"
+    shortened = 0
+    for layer, terms in work.rows.items():
+        if is_block(layer.spec):
+            longest = max(terms, key=len)
+            left = max(0, 4 * (work.typical_params - params(longest)))
+            assert {touched[chain] for chain in terms} == {left}, "else what a cold call costs once would be part of the slope"
+            shortened += len(longest) < 4
+        else:
+            (whole,) = (model for model in terms if layer in model)
+            assert touched[whole] == 4 * (work.typical_params - params(whole))
+    assert shortened, "some blocks are so large that four of them are more than a typical network"
+    halves = work_for(space, precision="int8").plan.touched_bytes
+    assert {name: 4 * size for name, size in halves.items()} == work.plan.touched_bytes
+    assert not any(name in work.plan.touched_bytes for name in work.plan.networks), "whole networks are timed in a plain loop"
 
 
 @pytest.mark.parametrize("space", [small_space(), SearchSpace.load("efficientformer-tiny")])

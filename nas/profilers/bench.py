@@ -76,16 +76,16 @@ class Plan:
 
     `pieces` are the models that rows are made of, `rows` the terms of every row (model -> weight), `networks` whole
     networks. A row is known when its interval is within `row_goal` of it, or within `floor` of what `smallest`, the
-    smallest network, takes; a network when its interval is within `network_goal`. `working_set_bytes` is what passes through
-    the caches between two runs of a layer in a network: before each timed call of a piece, a device that can touches as much
-    other memory as the piece's own weights leave of it.
+    smallest network, takes; a network when its interval is within `network_goal`. `touched_bytes` is how much other memory
+    is read before each timed call of a piece, by devices that can: in a network the weights of other layers pass through
+    the caches between two runs of a layer.
     """
 
     pieces: tuple[str, ...]
     networks: tuple[str, ...]
     rows: tuple[Mapping[str, float], ...]
     smallest: str
-    working_set_bytes: int
+    touched_bytes: Mapping[str, int]
     row_goal: float = 0.02
     floor: float = 0.002
     network_goal: float = 0.01
@@ -93,6 +93,10 @@ class Plan:
     passes: tuple[int, ...] = (6, 12, 32, 64)  # visits of a model by the end of each pass; every pass opens it anew
     batch_models: int = 120  # that are open at once
     batch_bytes: int = 1 << 30
+
+    @property
+    def most_touched_bytes(self) -> int:
+        return max(self.touched_bytes.values(), default=0)
 
     @property
     def visits(self) -> int:
@@ -224,8 +228,8 @@ class Bench:
             while queue and len(live) < self.plan.batch_models and size < self.plan.batch_bytes:
                 name = queue.pop(0)
                 live[name], more = self.open_model(name)
-                if touches is not None and more < self.plan.working_set_bytes:
-                    between[name] = touches(self.plan.working_set_bytes - more)
+                if touches is not None and (touched := self.plan.touched_bytes.get(name, 0)):
+                    between[name] = touches(touched)
                 size += more
             visit_in_rounds(live, self.stopwatch, partial(self._open, list(live), goals, limit), record, self.rng, between)
             tick(sum(limit - self.samples.count(name) for name in live))

@@ -203,7 +203,7 @@ def measure(folder: Path, manifest: dict[str, Any], again: bool) -> None:
         stopwatch = Stopwatch(cached, streaming)
         bench = Bench(samples, opened, stopwatch, random.Random(manifest["seed"]), plan)
         try:
-            carry_out(plan, bench, watched, touches(plan.working_set_bytes))
+            carry_out(plan, bench, watched, touches(plan.most_touched_bytes))
         except TooNoisy as error:
             kept.rename(kept.with_suffix(".noisy"))
             raise SystemExit(f"run_job.py: {error}") from None

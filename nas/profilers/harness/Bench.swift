@@ -129,7 +129,8 @@ final class Bench {
         random = Random(state: job.manifest.timing.seed)
         let onCpu = job.manifest.settings.compute_units == "CPU_ONLY"
         // What the Neural Engine keeps of weights between two calls is not ours to clear.
-        other = onCpu ? [Float](repeating: 1, count: job.manifest.plan.working_set_bytes / 4) : []
+        let most = job.manifest.plan.touched_bytes.values.max() ?? 0
+        other = onCpu ? [Float](repeating: 1, count: most / 4) : []
         configuration.computeUnits = onCpu ? .cpuOnly : .cpuAndNeuralEngine
     }
 
@@ -142,26 +143,24 @@ final class Bench {
         }
         for half in 1...2 {
             let visits = half == 1 ? rounds / 2 : rounds
-            try measure(plan.pieces, until: visits, touching: true)
-            try measure(plan.networks, until: visits, touching: false)
+            try measure(plan.pieces, until: visits)
+            try measure(plan.networks, until: visits)
         }
         try writeResults()
     }
 
-    private func measure(_ names: [String], until visits: Int, touching: Bool) throws {
+    private func measure(_ names: [String], until visits: Int) throws {
+        let plan = job.manifest.plan
         var queue = names.filter { isMeasurable($0) && count($0) < visits }
         while !queue.isEmpty {
             var live: [String: LoadedModel] = [:]
-            var touched: [String: Int] = [:]  // bytes of other memory before each call
             var size = 0
-            while !queue.isEmpty, live.count < job.manifest.plan.batch_models, size < job.manifest.plan.batch_bytes {
+            while !queue.isEmpty, live.count < plan.batch_models, size < plan.batch_bytes {
                 let name = queue.removeFirst()
                 report("loading", name)
                 if let model = try load(name) {
-                    let own = bytes(of: name)
                     live[name] = model
-                    touched[name] = touching ? max(0, 4 * other.count - own) : 0
-                    size += own
+                    size += bytes(of: name)
                 }
             }
             before = nil
@@ -172,7 +171,7 @@ final class Bench {
                 for name in open {
                     guard let model = live[name] else { continue }
                     do {
-                        try visit(name, model, touching: touched[name] ?? 0)
+                        try visit(name, model, touching: plan.touched_bytes[name] ?? 0)
                     } catch {
                         try log.add(["model": name, "flag": "load-error", "why": "\(error)"])
                         live[name] = nil

@@ -35,7 +35,7 @@ struct Manifest: Decodable {
     struct Plan: Decodable {
         let pieces: [String]
         let networks: [String]
-        let working_set_bytes: Int
+        let touched_bytes: [String: Int]  // of other memory before each call of a piece
         let min_visits: Int
         let passes: [Int]
         let batch_models: Int
