@@ -101,7 +101,7 @@ def main() -> None:
     models |= {name_of(tuple(arch.layers())): tuple(arch.layers()) for arch in networks}
     names = random.Random(0).sample(sorted(models), len(models))
     passes = (given.visits // 3, 2 * given.visits // 3, given.visits)
-    plan = Plan((), tuple(names), (), names[0], 0, passes=passes)
+    plan = Plan((), tuple(names), (), names[0], {}, passes=passes)
     with tempfile.TemporaryDirectory() as folder, profiler.exclusive(), progress("timing", plan.visits) as tick:
         samples = Samples(Path(folder) / "samples.csv", "")
         bench = Bench(samples, lambda name: profiler.open(models[name]), profiler.stopwatch(), random.Random(given.seed), plan)
