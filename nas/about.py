@@ -73,8 +73,12 @@ def other_class(known: Sequence[str], wanted: Sequence[str]) -> str:
 
 
 def targets_beside(network: str | Path) -> list[dict[str, Any]]:
-    """Return what the search of `searched.yaml` was for, from the `result.json` beside it; nothing where there is none."""
+    """Return what the search of a network was for: from the `result.json` beside `searched.yaml`, or from the weights beside
+    the `arch.yaml` of a training. Nothing where there is neither."""
     path = Path(network)
+    if path.name == "arch.yaml":
+        of_training: list[dict[str, Any]] = read_note(path.with_name("model.safetensors")).get("targets", [])
+        return of_training
     with suppress(OSError, ValueError, TypeError, AttributeError, InputError):
         result = json.loads(path.with_name("result.json").read_text(encoding="utf-8"))
         if path.name == "searched.yaml":

@@ -18,6 +18,7 @@ from nas.audit import say_if_untrue
 from nas.device_ids import KINDS
 from nas.guarantee import SLACK
 from nas.kept import complexity_of, described, read_evaluations, write_csv
+from nas.profile import per_image
 from nas.request import Finished, claim, finished
 from nas.scores import Drops
 from nas.slimming import Importance, start_network
@@ -202,6 +203,8 @@ def _on_device(budget: Budgeted, path: Path, arch: ArchConfig) -> dict[str, Any]
         "measured_ms": None,
         "measured_low_ms": None,
         "measured_high_ms": None,
+        "measured_raw_ms": None,
+        "batch": budget.table.meta.get("batch", 1),
     }
 
 
@@ -209,8 +212,8 @@ def _print(result: Mapping[str, Any], held: Finished, out: Path) -> None:
     print(f"{out / 'searched.yaml'}")
     for device in result["targets"]:
         print(
-            f"  target {device['target_ms']:g} ms on {device['device']}: predicted {device['predicted_ms']:.4g} ms "
-            f"({device['provenance']} table), not measured"
+            f"  target {device['target_ms']:g} ms on {device['device']}: predicted {device['predicted_ms']:.4g} ms"
+            f"{per_image(device['predicted_ms'], device['batch'])} ({device['provenance']} table), not measured"
         )
     whole = "" if result["loss"] is None else f"; as a whole network {result['loss']:.4f}"
     print(

@@ -365,6 +365,16 @@ def profile(arguments: Sequence[str] | None = None) -> None:
     run_command(parser.prog, work)
 
 
+class _PrintRecipe(argparse.Action):
+    """Print a recipe and end, before what a training needs is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        from nas.recipe import recipe_text
+
+        run_command(parser.prog, lambda: print(recipe_text(values), end=""))
+        parser.exit()
+
+
 def train(arguments: Sequence[str] | None = None) -> None:
     """Run `nas-train`."""
     parser = command_parser(
@@ -390,6 +400,9 @@ def train(arguments: Sequence[str] | None = None) -> None:
         metavar="R",
         help="quick (default), finetune (for given weights), efficientformer or efficientvit (as published, for ImageNet), or "
         "a YAML file of settings (docs/training.md lists them)",
+    )
+    parser.add_argument(
+        "--print-recipe", action=_PrintRecipe, metavar="NAME", help="print a named recipe as such a file, to be edited, and end"
     )
     parser.add_argument(
         "--weights",

@@ -86,7 +86,8 @@ def load_images(
     """Load an image folder, or scikit-learn's handwritten digits where `path` is None.
 
     A folder is `path/train/<class>/*` with an optional `path/val/<class>/*`, or `path/<class>/*`. Without `val/`, a
-    tenth of each class (at least one image) is set apart by `seed`. The scoring images are `score_images`, but at most
+    tenth of each class (at least one image) is set apart, the same whatever the `seed`: weights of one seed are validated
+    under another on images that they have not seen. The scoring images are `score_images`, but at most
     a third, of the remaining ones: drawn by `seed`, in proportion to the classes. Images are scaled so that their short
     side is `image_size` pixels (None: `natural_size(path)`) and cropped at the centre; training images to `train_size` where
     that is more, as crops are to be taken from them, but not to more than `natural_size(path)`. `progress` is called with
@@ -368,7 +369,7 @@ def _divide(
     """Return the parts (train, score, val) of the usable rows; all masks are (n,)."""
     train, val = np.flatnonzero(usable & ~in_val), np.flatnonzero(usable & in_val)
     if not len(val):
-        train, val = _split_validation(train, labels, seed)
+        train, val = _split_validation(train, labels)
     train, score = _split_scoring(train, labels, score_images, seed)
     parts = [Images(pixels, torch.from_numpy(rows), torch.from_numpy(labels[rows])) for rows in (train, score, val)]
     return parts[0], parts[1], parts[2]
@@ -381,11 +382,9 @@ def _at(size: int, part: Images, folder: _Folder) -> Images:
     return Images(pixels, torch.arange(len(part)), part.labels)
 
 
-def _split_validation(
-    rows: NDArray[np.int64], labels: NDArray[np.int64], seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _split_validation(rows: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the rows that stay for training and those that validate: a tenth of each class, at least one image."""
-    rank, count = _ranks(labels[rows], _rng(seed, "val"))
+    rank, count = _ranks(labels[rows], _rng(0, "val"))
     chosen = rank < np.maximum(1, np.rint(count / 10))
     return rows[~chosen], rows[chosen]
 

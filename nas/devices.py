@@ -33,7 +33,7 @@ def open_profiler(
     if device in PHONES:
         raise InputError(f"{device} is a kind of device: say which one, such as iphone15pro-npu (nas-build-lut --list)")
     found = _of_id(device)
-    if found is None and re.fullmatch(r"[a-z0-9.-]+-(cpu|npu)(-[a-z0-9.-]+)?", device):
+    if found is None and _is_id(device):
         raise InputError(
             f"{device} is not this machine's ({_open_cpu(None, None, None).id} is): write a job for it with --export-job DIR, "
             "or reach it by --device ssh://user@host"
@@ -68,8 +68,30 @@ def table_of_kind(device: str) -> str:
     found = [id for id in find_tables() if id.startswith(maker) and id.endswith(f"-{unit}")]
     if len(found) == 1:
         return found[0]
-    there = f"there are tables of {', '.join(found)}" if found else "there is no table of one yet (nas-build-lut makes it)"
-    raise InputError(f"{device} is a kind of device, and {there}: say which one, such as iphone15pro-{unit}")
+    if not found:
+        raise InputError(
+            f"there is no table of an {device} yet: make it with `nas-build-lut --device {device} --team-id TEAM` on a Mac to "
+            "which the phone is connected (docs/coreml.md)"
+        )
+    raise InputError(
+        f"{device} is a kind of device, and there are tables of {', '.join(found)}: say which one, such as --device {found[0]}"
+    )
+
+
+def no_table(device: str) -> InputError:
+    """Return what is said of a device that has no table and is not this machine's: what makes one, where it is an id."""
+    if not _is_id(device):
+        return unknown("device", device, known_devices())
+    core_ml = " --format coreml" if device.startswith(("iphone", "ipad")) or "-npu" in device else ""
+    return InputError(
+        f"there is no table of {device}, which is not this machine ({_open_cpu(None, None, None).id}): make it with "
+        f"`nas-build-lut --device {device} --export-job DIR{core_ml}`, or with `nas-build-lut` there"
+    )
+
+
+def _is_id(device: str) -> bool:
+    """Whether this is how the id of a device that is elsewhere may read."""
+    return re.fullmatch(r"[a-z0-9.-]+-(cpu|npu)(-[a-z0-9.-]+)?", device) is not None
 
 
 def _of_id(device: str) -> Profiler | None:

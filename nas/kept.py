@@ -77,6 +77,7 @@ class Checks:
     neither is done twice; what was normalised by another table's references is passed over."""
 
     HEADER = ("network", "ms", "low_ms", "high_ms", "measured_at", "cached_reference_ms", "streaming_reference_ms")
+    RAW = "raw_ms"  # a further column, which an earlier version's files do not have
 
     def __init__(self, path: Path, table: LatencyTable) -> None:
         from nas.devices import profiler_of
@@ -99,7 +100,8 @@ class Checks:
                     if not 0 < low_ms <= ms <= high_ms < math.inf:
                         raise ValueError(f"{line['network']} has {ms} ms between {low_ms} and {high_ms}")
                     if all(line[name] == said for name, said in self.references.items()):
-                        found[line["network"]] = Check(ms, low_ms, high_ms), line["measured_at"]
+                        raw_ms = float(line[self.RAW]) if line.get(self.RAW) else None
+                        found[line["network"]] = Check(ms, low_ms, high_ms, raw_ms), line["measured_at"]
         return found
 
     def __call__(self, arch: ArchConfig) -> Check:
@@ -138,11 +140,13 @@ class Checks:
         self._keep(described(arch.without_identity()), found)
 
     def _keep(self, name: str, found: Measurement) -> None:
-        self.known = {**self._read(), **self.known, name: (Check(found.ms, found.low_ms, found.high_ms), now())}
+        self.known = {**self._read(), **self.known, name: (Check(found.ms, found.low_ms, found.high_ms, found.raw_ms), now())}
         # With all digits: a budget that follows from a measurement is the same for whoever reads it.
-        of_each = {n: {k: repr(float(v)) for k, v in asdict(check).items()} for n, (check, _) in self.known.items()}
+        of_each = {
+            n: {k: repr(float(v)) for k, v in asdict(check).items() if v is not None} for n, (check, _) in self.known.items()
+        }
         records = ({"network": n, **of_each[n], "measured_at": at, **self.references} for n, (_, at) in self.known.items())
-        write_csv(self.path, records, self.HEADER)
+        write_csv(self.path, records, (*self.HEADER, self.RAW))
 
 
 def write_complexity(path: Path, space: SearchSpace) -> None:

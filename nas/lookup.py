@@ -16,7 +16,7 @@ from nas.plan import for_batch
 from nas.progress import say
 from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, ships, table_folders, user_folder
 from supernet.arch import ArchConfig
-from supernet.errors import InputError, unknown
+from supernet.errors import InputError
 from supernet.space import SearchSpace, space_names
 
 
@@ -57,6 +57,7 @@ class OnDevice:
             "measured_ms": check.ms,
             "measured_low_ms": check.low_ms,
             "measured_high_ms": check.high_ms,
+            "measured_raw_ms": check.raw_ms,
             "batch": self.table.meta.get("batch", 1),
         }
 
@@ -131,7 +132,7 @@ def resolve_table(device: str | None, table: Path | None) -> tuple[str, Path | N
     Raises:
         InputError: the device is unknown, several tables could be meant, or the table is of another device.
     """
-    from nas.devices import known_devices, open_profiler
+    from nas.devices import no_table, open_profiler
 
     here = open_profiler().id
     wanted = resolve_device(device) if device is not None else None
@@ -151,7 +152,7 @@ def resolve_table(device: str | None, table: Path | None) -> tuple[str, Path | N
         try:
             open_profiler(wanted)
         except InputError:
-            raise unknown("device", device, known_devices()) from None
+            raise no_table(wanted) from None
     return wanted, found.get(wanted)
 
 
@@ -175,11 +176,11 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
             table.predict_ms(space.smallest)  # refuses a table without a calibration for such networks
             say_if_untrue(table)
             return table.for_space(space), path
-        now = profiler.environment()["runtime_version"]
-        if table.meta.get("runtime_version") != now:
+        now, then = profiler.environment()["runtime_version"], table.meta.get("runtime_version")
+        if then != now:
             command = f"nas-build-lut --device {device} --space {space_name} --out {shlex.quote(str(path.parent))}"
             say(
-                f"warning: the table was measured with {table.meta['runtime']} {table.meta['runtime_version']}, this is "
+                f"warning: the table was measured with {table.meta.get('runtime')} {then or 'of an unknown version'}, this is "
                 f"{now}: `{command}` measures it anew"
             )
         say_if_untrue(table)

@@ -18,7 +18,7 @@ from nas.export_forms import EarlierForm
 from nas.progress import say
 from nas.table import LatencyTable, find_tables
 from supernet.arch import ArchConfig
-from supernet.errors import InputError, unknown
+from supernet.errors import InputError
 from supernet.specs import Layer
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
     With `layers`, where they go too, by layer and by kind of operator, with a picture in `plot` (default:
     `<network>-layers.png`). On another device than this one there is only what its table says of each layer.
     """
-    from nas.devices import known_devices, open_profiler, profiler_of, table_of_kind
+    from nas.devices import no_table, open_profiler, profiler_of, table_of_kind
     from nas.networks import find_arch, load_model
 
     found = find_tables()
@@ -46,7 +46,7 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
         try:
             profiler = open_profiler(device or "cpu")
         except InputError as error:
-            raise (error if device in KINDS else unknown("device", device, known_devices())) from None
+            raise (error if device in KINDS else no_table(str(device))) from None
         wanted = profiler.id
         try:
             table = LatencyTable.load(found[wanted]) if wanted in found else None
@@ -94,7 +94,10 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
             from nas.operators import bound_model, profile_operators
 
             model = load_model(network, arch)
-            measured = measure_alone(profiler, bound_model(model.onnx, network), reference)
+            opened = [bound_model(model.onnx, network)]  # refused before anything is timed
+            measured = measure_alone(
+                profiler, Reopened(lambda: opened.pop() if opened else bound_model(model.onnx, network)), reference
+            )
             if layers:
                 breakdown = profile_operators(model.onnx, network, measured.ms, model.layers)
         elif arch is not None:

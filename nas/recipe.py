@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import yaml
 
 from nas.steps import PRECISIONS, cosine
 from supernet.errors import InputError, unknown
@@ -72,6 +74,8 @@ class Recipe:
     drop_path: float = 0.0
     """Stochastic depth: the chance that the last block's branches are left out for an image; it grows from 0 block by block."""
 
+    mirror: bool = True
+    """Whether images are mirrored, left to right, half of the time; not to be where that makes another class of them."""
     shift: float = 0.125
     """Images are shifted by up to this share of their side, the border reflected; without effect where they are cropped."""
     crop_scale: float = 1.0
@@ -199,6 +203,17 @@ RECIPES["efficientformer"] = Recipe(
 RECIPES["efficientvit"] = replace(
     RECIPES["efficientformer"], batch_size=2048, learning_rate_batch=512, clip_agc=0.02, warm_up_rate=1e-6
 )
+
+
+def recipe_text(name: str) -> str:
+    """Return a named recipe as the text of a recipe's YAML file.
+
+    Raises:
+        InputError: there is no such recipe.
+    """
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return f"# the recipe {name}; docs/training.md says what each is\n" + yaml.safe_dump(asdict(RECIPES[name]), sort_keys=False)
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

@@ -57,8 +57,6 @@ def print_result(result: Mapping[str, Any], space: SearchSpace, folder: Path, so
         words += ["--weights", str(folder / "weights.safetensors"), "--teacher", str(teacher), "--recipe", "finetune"]
     if not result["demonstration"]:
         words += ["--data", source]
-    if result["seed"]:  # by it the validation images are drawn: of another one's, the search may have learned some
-        words += ["--seed", str(result["seed"])]
     print(f"  next: {shlex.join(words)} --out {'trained' if init is None else 'tuned'}")
 
 
@@ -73,7 +71,8 @@ def _on_device(device: Mapping[str, Any], folder: Path) -> str:
             f"{device['measured_high_ms']:.4g}){per_image(device['measured_ms'], device['batch'])}"
         )
         missed = device["measured_high_ms"] > device["target_ms"]
-    line = f"  target {device['target_ms']:g} ms on {device['device']}: predicted {device['predicted_ms']:.4g} ms, {measured}"
+    predicted = f"predicted {device['predicted_ms']:.4g} ms{per_image(device['predicted_ms'], device['batch'])}"
+    line = f"  target {device['target_ms']:g} ms on {device['device']}: {predicted}, {measured}"
     return line + ("; THE TARGET IS MISSED" if missed else "")
 
 

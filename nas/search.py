@@ -100,6 +100,7 @@ def run_search(
     for place in found:
         space = groups_of(space, settings.objective, place.device, place.table)
     data = load_data(request.data, train_size, request.seed, settings.score_images)
+    data = replace(data, flips=data.flips and settings.mirror)
     space = space.with_classes(len(data.classes))
     folder = request.out or Path("runs") / run_name(space.name, [ms for _, ms in targets], request.seed)
     if trained is not None and data.fingerprint != trained.request["data_fingerprint"]:

@@ -49,6 +49,9 @@ class SupernetSettings:
     """Pixels to train at; 0: the data's size, enlarged until the last stage's map is 4x4, at most the deployed size."""
     weight_epochs: int = 8
     mixture_epochs: int = 2
+    mirror: bool = True
+    """Whether training images are mirrored, left to right, half of the time: not where that makes another class of them, as of
+    digits."""
     images_per_epoch: int = 0
     """Images that an epoch of the weights sees, an epoch of the mixture a quarter of them (at least 1,024); 0: all on a
     GPU, 6,000 at most on a CPU. How many networks each image goes through is up to `paths`."""

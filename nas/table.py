@@ -49,8 +49,8 @@ class Row:
     """Milliseconds of one layer, normalised, with a 95 % interval and the method that gave them.
 
     `p10_ms`, `p25_ms` and `p90_ms` are percentiles over single visits, `visits` the fewest visits of a model that the row
-    is made of. `isolated_ms` is the time of the layer alone in a session, where it was measured: what a naive table would
-    hold. `flag` says what speaks against the row.
+    is made of. `isolated_ms` is the time of the layer alone in a session, where it was measured: other memory is touched before
+    its calls too. `flag` says what speaks against the row.
     """
 
     ms: float
@@ -526,7 +526,7 @@ def _parse_calibration(entry: Mapping[str, Any]) -> Calibration:
 def _check_meta(meta: Mapping[str, Any]) -> None:
     """Refuse a sidecar whose fields, where it has them, are not what is computed with."""
     for name in ("batch", "threads"):
-        if meta.get(name) is not None and not (type(meta[name]) is int and meta[name] > 0):
+        if name in meta and not (type(meta[name]) is int and meta[name] > 0):
             raise ValueError(f"{name} must be a whole number of at least 1, but is {meta[name]!r}")
     for name in ("builds", "warnings"):
         if not isinstance(meta.get(name, []), list):

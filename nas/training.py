@@ -299,7 +299,7 @@ def _introduce(run: _Run, first: int) -> None:
     if recipe.compile:
         say_if_hardly_compiled(run.model)
     if recipe.distillation_head and run.teacher is None:
-        say("the recipe is for a student of a teacher, but none is given (--teacher): it learns from the labels alone")
+        say("no teacher is given (--teacher): it learns from the labels alone")
 
 
 def _measured(images: Images) -> tuple[int, int]:
@@ -379,7 +379,7 @@ def _batches(run: _Run, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
     own = (indices[run.group.rows(len(indices))] for indices in order)
     for at, (pixels, labels) in enumerate(loaded(run.data.train, own, run.device), first):
         generator, whole = step_generator(run.seed, epoch, at), len(labels) * run.group.size
-        draws = draw(whole, pixels.shape[2], run.recipe, run.data.flips, generator, size)
+        draws = draw(whole, pixels.shape[2], run.recipe, run.data.flips and run.recipe.mirror, generator, size)
         seed = int(torch.randint(2**62, (1,), generator=generator)) + run.group.rank  # each process for its own images
         rows = run.group.rows(whole)
         x, y = augmented(pixels, labels, draws.of(rows.start, rows.stop), run.recipe, len(run.data.classes), size)

@@ -445,10 +445,14 @@ def _with_activations(candidates: Sequence[Block], activations: object) -> list[
     if activations is None:
         return list(candidates)
     names = checked_list(activations, "activations")
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise InputError(f"activations must be names, such as gelu, but has {wrong[0]!r}")
     found: dict[Block, None] = {}
     for candidate in candidates:
         if hasattr(candidate, "act"):
-            found.update(dict.fromkeys(replace(candidate, act=act) for act in names))  # type: ignore[type-var]
+            for act in names:
+                with users_code(label(candidate), f"with act {act}"):
+                    found[replace(candidate, act=act)] = None  # type: ignore[type-var]
         else:
             found[candidate] = None
     return list(found)

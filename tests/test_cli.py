@@ -19,6 +19,7 @@ from test_lut import device_ms
 from test_tutorial import pretend
 
 from nas import cli
+from nas.about import targets_beside
 from nas.lookup import places, usable_table
 from nas.measure import Profiler, with_ordinary_values
 from nas.parallel import Group
@@ -377,6 +378,8 @@ def test_from_images_to_a_network_within_its_target(
     assert json.loads(about["classes"]) == ["cat", "dog"]
     (target,) = json.loads(about["targets"])
     assert target["target_ms"] == json.loads((run / "result.json").read_text())["target_ms"], "through both commands"
+    assert target["batch"] == 1
+    assert targets_beside("trained/arch.yaml") == [target], "and through a training that goes on from the first one's files"
     cli.profile(["model.onnx", "--json"])
     profile = json.loads(capsys.readouterr().out)
     assert profile["measured_low_ms"] <= profile["measured_ms"] <= profile["measured_high_ms"]

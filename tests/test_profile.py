@@ -206,7 +206,11 @@ def test_a_row_that_is_missing_is_named_with_the_command_for_its_device(
 
 
 def test_a_kind_that_is_elsewhere_means_its_only_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no table of one yet" in refused(["small.yaml", "--device", "iphone-npu"], capsys)
+    said = refused(["small.yaml", "--device", "iphone-npu"], capsys)
+    assert "`nas-build-lut --device iphone-npu --team-id TEAM` on a Mac" in said
+    for device, form in (("iphone15pro-npu", " --format coreml"), ("raspberrypi5-cpu", "")):
+        said = refused(["small.yaml", "--device", device], capsys)
+        assert f"no table of {device}" in said and f"`nas-build-lut --device {device} --export-job DIR{form}`" in said
     table = save_table(tmp_path / "tables", "iphone15pro-npu")
     save_table(tmp_path / "tables", "iphone15pro-cpu")
     cli.profile(["small.yaml", "--device", "iphone-npu", "--json"])

@@ -153,7 +153,7 @@ def test_without_a_teacher_there_is_one_classifier_and_it_is_said(
     digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_network(ARCH, digits, replace(EVERYTHING, epochs=1, cooldown_epochs=0), tmp_path, seed=0)
-    assert "none is given (--teacher)" in capsys.readouterr().err
+    assert "no teacher is given (--teacher)" in capsys.readouterr().err
     assert "head.fc.weight" in torch.load(tmp_path / "checkpoint.pt", weights_only=True)["net"]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nas import cli
 from nas.recipe import RECIPES, Recipe, load_recipe
 from nas.steps import cosine
 from supernet.errors import InputError
@@ -36,6 +37,23 @@ def test_a_recipe_comes_back_from_a_file_with_every_field(name: str, tmp_path: P
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(asdict(RECIPES[name])))
     assert load_recipe(path) == RECIPES[name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_printed_recipe_is_a_file_of_it(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.train(["--print-recipe", name])
+    assert end.value.code == 0
+    path = tmp_path / "mine.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert load_recipe(path) == RECIPES[name]
+
+
+def test_an_unknown_recipe_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.train(["--print-recipe", "quik"])
+    assert end.value.code == 2
+    assert "unknown recipe 'quik'" in capsys.readouterr().err
 
 
 def test_quick_and_finetune_do_what_they_did() -> None:

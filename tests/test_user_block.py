@@ -395,6 +395,14 @@ def test_a_width_that_it_refuses_in_its_own_words_is_refused_in_one_line(
     Path("picky.yaml").write_text(text.format([24, 32, 48]))
     with pytest.raises(InputError, match=r"'picky\.py:Picky' fails with ValueError \(three groups\) at width 32"):
         SearchSpace.load("picky.yaml")
+    acting = PICKY.replace("ratio: float = 0.5", "act: str = 'gelu'").replace("self.dim % 3", "self.act == 'tanhh'")
+    Path("acting.py").write_text(acting)
+    text_of_acts = text.replace("picky.py", "acting.py").replace("stride: 2,", "stride: 2, activations: {acts},")
+    refusals = {"[gelu, tanhh]": r"fails with ValueError \(three groups\) with act tanhh", "[[gelu]]": "must be names"}
+    for acts, words in refusals.items():
+        Path("acting.yaml").write_text(text_of_acts.format([24], acts=acts))
+        with pytest.raises(InputError, match=words):
+            SearchSpace.load("acting.yaml")
     Path("picky.yaml").write_text(text.format([24, 48]))
     around = SearchSpace.around(SearchSpace.load("picky.yaml").largest, width_shares=(0.66,))
     assert around.stages[0].widths == (24, 48), "32, which would be nearer, it cannot have"
