@@ -1,6 +1,7 @@
 """Build a latency table: measure what a space needs (see `plan`), make rows of it, calibrate on whole networks.
 
-Every visit is appended to `<device>.samples.csv`; a killed build goes on from there.
+Every visit is appended to `<device>.samples.csv`; a killed build goes on from there. Its marker, one a space, says since when
+its visits are in that file; those that another space's build has made meanwhile are visits of the same models, and count.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
             say(f"{path} already has every row of {space.name}")
             return old
     work = work_for(space, layers, seed, place["precision"])
-    marker = folder / f"{profiler.id}.building.json"
+    marker = folder / f"{profiler.id}.{space_sha256(space)[:8]}.building.json"
+    _forget(m for m in _markers(folder, profiler.id) if not _is_of(m, place))  # the visits from here on are no part of those
     started = _started(marker, space, place)
     flags = _Flags(folder / f"{profiler.id}.flags.json", started)
     try:
@@ -95,7 +97,7 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
             bench = Bench(samples, opened, profiler.stopwatch(), random.Random(seed), work.plan, say)
             carry_out(work.plan, bench, tick, profiler.between(work.plan.most_touched_bytes))
     except TooNoisy:
-        marker.unlink(missing_ok=True)  # the next build begins anew
+        _forget(_markers(folder, profiler.id))  # the next build begins anew, of whatever space: these visits are in all of them
         raise
     except InputError:
         if not samples.visits:  # nothing to go on with
@@ -108,8 +110,9 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
     at_end = {name: value for name, value in profiler.environment().items() if value != place.get(name)}
     place = {**place, "at_end": at_end}
     table = write_table(profiler.id, space, work, samples.visits, place, old, folder, flags=flags.words)
-    for left_over in (marker, flags.path):
-        left_over.unlink(missing_ok=True)
+    marker.unlink(missing_ok=True)
+    if not _markers(folder, profiler.id):  # nobody goes on with these visits
+        flags.path.unlink(missing_ok=True)
     return table
 
 
@@ -300,7 +303,7 @@ def table_to_extend(
     try:
         old = LatencyTable.load(path, any_form=True)
     except InputError as error:
-        if only_missing and not path.with_suffix(".building.json").exists():  # with it, a kill came while both were written
+        if only_missing and not _markers(path.parent, path.stem):  # with one, a kill came while both were written
             raise
         say(f"{error}: this build replaces it")
         return None
@@ -320,6 +323,26 @@ def table_to_extend(
         spaces = ", ".join(c.space for c in old.calibrations)
         say(f"{path} was measured with {given}: this build replaces it, with its rows of {spaces}")
     return None if changed else old
+
+
+def _markers(folder: Path, device: str) -> list[Path]:
+    """Return the markers of a device's builds that have not ended."""
+    return list(folder.glob(f"{device}.{'[0-9a-f]' * 8}.building.json"))
+
+
+def _is_of(marker: Path, place: Mapping[str, Any]) -> bool:
+    """Whether the build of a marker measures as it is measured now."""
+    try:
+        before = read_json(marker, "the marker of a build")
+    except InputError:
+        return False
+    return all(before.get(name) == place.get(name) for name in SAME)
+
+
+def _forget(markers: Iterable[Path]) -> None:
+    """Let builds that have not ended begin anew."""
+    for marker in markers:
+        marker.unlink(missing_ok=True)
 
 
 def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> str:
@@ -367,22 +390,21 @@ def rows_off_their_visits(table: LatencyTable, samples: Path) -> list[Doubt]:
 
 
 class _Flags:
-    """Words about models, kept in a file for a build that is killed and goes on."""
+    """Words about models, kept in a file beside the visits of a device: what a build may go on with has words too, whichever
+    build said them. `words` are those since this build `started`."""
 
     def __init__(self, path: Path, started: str) -> None:
-        self.path, self.started = path, started
-        self.words: dict[str, str] = {}
-        try:
-            before = read_json(path, "the file of flags")
-            if before["started"] == started:
-                self.words = {str(model): str(word) for model, word in before["words"].items()}
-        except (InputError, KeyError, AttributeError):
-            pass
+        self.path = path
+        self._all: dict[str, tuple[str, str]] = {}  # model -> when, and what
+        with suppress(InputError, TypeError, ValueError):
+            self._all = {str(name): (str(at), str(word)) for name, (at, word) in read_json(path, "the file of flags").items()}
+        self.words = {name: word for name, (at, word) in self._all.items() if at >= started}
 
     def update(self, words: Mapping[str, str]) -> None:
         if not words.items() <= self.words.items():
             self.words |= words
-            write_atomically(self.path, json.dumps({"started": self.started, "words": self.words}))
+            self._all |= {name: (now(), word) for name, word in words.items()}
+            write_atomically(self.path, json.dumps(self._all, indent=1) + "\n")
 
 
 def row_of(layer: Layer, terms: Terms, found: Mapping[Model, Measurement]) -> Row:

@@ -256,7 +256,7 @@ def test_an_import_waits_for_no_other_work_on_its_table_and_takes_nothing_from_i
 ) -> None:
     path, out = written(folder, pretended_results(folder, work)), tmp_path / "out"
     out.mkdir()
-    marker = out / "pretended-cpu.building.json"
+    marker = out / "pretended-cpu.01234567.building.json"
     marker.write_text("{}")
     import_results(path, out)
     assert marker.exists(), "a build that was killed goes on"
