@@ -57,12 +57,17 @@ def build_table(
         return _built(profiler, space, folder, only_missing, seed)
 
 
+def place_here(profiler: Profiler) -> dict[str, Any]:
+    """Return what a table says of how its rows are measured now."""
+    return {**profiler.environment(), "protocol": PROTOCOL}
+
+
 def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: bool, seed: int) -> LatencyTable:
     torch.manual_seed(seed)
     path = folder / f"{profiler.id}.csv"
-    place = {**profiler.environment(), "protocol": PROTOCOL}
+    place = place_here(profiler)
     space = for_batch(space, int(place["batch"]))
-    old = table_to_extend(path, place, only_missing)
+    old = table_to_extend(path, place, only_missing, space=space.name)
     layers = measured_layers(space.layers())
     if only_missing and old is not None:
         layers = [layer for layer in layers if layer not in old.rows]
@@ -294,10 +299,21 @@ def _on_medians(path: Path, folder: Path, device: str, table: LatencyTable) -> L
 
 
 def table_to_extend(
-    path: Path, place: Mapping[str, Any], only_missing: bool, provenance: str = "measured"
+    path: Path,
+    place: Mapping[str, Any],
+    only_missing: bool,
+    provenance: str = "measured",
+    *,
+    space: str = "",
+    anew: str = "build it anew without --missing",
 ) -> LatencyTable | None:
     """Return the table that is to be extended, if it was measured in the same way. A damaged one is replaced, unless its
-    rows are needed."""
+    rows are needed.
+
+    Raises:
+        InputError: it is of other hardware, or its rows are needed and it is damaged or was measured in another way; `anew` is
+            what helps, which measures those of `space`.
+    """
     if not path.exists():
         return None
     try:
@@ -318,7 +334,9 @@ def table_to_extend(
     changed = [k for k in (*SAME, "origin") if was.get(k) != here.get(k)]
     given = ", ".join(f"{k} {was[k]}" if was.get(k) is not None else f"another {k}" for k in changed)
     if changed and only_missing:
-        raise InputError(f"the table {path} was measured with {given}: build it anew without --missing")
+        others = ", ".join(sorted({c.space for c in old.calibrations} - {space}))
+        go = f" (its rows of {others} go with it)" if others else ""
+        raise InputError(f"the table {path} was measured with {given}: {anew}{go}")
     if changed:
         spaces = ", ".join(c.space for c in old.calibrations)
         say(f"{path} was measured with {given}: this build replaces it, with its rows of {spaces}")

@@ -366,8 +366,10 @@ def test_other_spaces_are_calibrated_anew_on_rows_that_they_share(
 def test_a_table_of_another_runtime_is_not_extended(device: Device, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build_table(device, small_space((16,)), tmp_path)
     device.runtime_version = "2.0"
-    with pytest.raises(InputError, match=r"runtime_version 1\.0.*without --missing"):
+    with pytest.raises(InputError, match=r"runtime_version 1\.0: build it anew without --missing$"):
         build_table(device, small_space((16, 32)), tmp_path, only_missing=True)
+    with pytest.raises(InputError, match=r"build it anew without --missing \(its rows of small go with it\)$"):
+        build_table(device, replace(small_space((24,)), name="other"), tmp_path, only_missing=True)
     capsys.readouterr()
     build_table(device, small_space((16, 32)), tmp_path)
     assert "this build replaces it, with its rows of small" in capsys.readouterr().err
