@@ -38,7 +38,7 @@ from supernet.errors import InputError, first_line
 from supernet.files import PART, parse_yaml, read_json, write_atomically
 from supernet.space import SearchSpace
 
-SCHEMA = 2
+SCHEMA = 3
 FORMATS = ("onnx", "coreml")
 PROFILERS = Path(__file__).parent / "profilers"
 OURS = {"models", "nas", "run_job.py", "run_job.lock", "results.json", "imported"}  # in a job folder, beside its manifest

@@ -65,7 +65,7 @@ def pretended_results(folder: Path, work: Work, scale: float = 1.0) -> dict[str,
         return [scale * device_ms(m) for m in (model, CACHED, STREAMING)]
 
     return {
-        "schema": 2,
+        "schema": 3,
         "unit": "ms",
         "job_sha256": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
         "device": "pretended-cpu",
@@ -159,7 +159,7 @@ def is_in_seconds(results: dict[str, Any]) -> None:
 
 
 def other_schema(results: dict[str, Any]) -> None:
-    results["schema"] = 1
+    results["schema"] = 2
 
 
 def other_device(results: dict[str, Any]) -> None:
@@ -190,7 +190,7 @@ def no_unit(results: dict[str, Any]) -> None:
         (stopped_early, "lacks 1 of"),
         (says_seconds, "are in 's'; only milliseconds"),
         (is_in_seconds, "look like seconds"),
-        (other_schema, "schema 1"),
+        (other_schema, r"has schema 2, this version reads 3: export the job anew and run it"),
         (other_device, "results are of another-cpu"),
         (not_a_number, "not three positive times"),
         (no_unit, "no whole results file"),
@@ -557,6 +557,12 @@ def half_a_manifest(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def former_manifest(folder: Path) -> None:
+    """A job of before there was other memory to touch."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 2}))
+
+
 def no_model(folder: Path) -> None:
     sorted((folder / "models").iterdir())[3].unlink()
 
@@ -577,6 +583,7 @@ def damaged_samples(folder: Path) -> None:
         (half_a_module, "nas/ beside it is not whole .*: copy the whole job folder again"),
         (no_manifest, r"manifest\.json cannot be read .*: copy the whole job folder again"),
         (half_a_manifest, r"manifest\.json is not whole: copy the job folder again"),
+        (former_manifest, "reads ONNX jobs of schema 3, this one is onnx 2: export the job anew"),
         (no_model, r"models/.* cannot be read .*: copy the whole job folder again"),
         (damaged_samples, "is damaged .*: remove it, and its visits are made again"),
     ],
@@ -772,3 +779,6 @@ def test_a_job_is_of_the_schema_that_its_runner_takes(folder: Path) -> None:
     from nas.profilers import run_job
 
     assert json.loads((folder / "manifest.json").read_text())["schema"] == job.SCHEMA == run_job.SCHEMA
+    harness = Path(run_job.__file__).parent / "harness"
+    assert f"kind.schema == {job.SCHEMA}, kind.format" in (harness / "Job.swift").read_text()
+    assert f'"schema": {job.SCHEMA},' in (harness / "Bench.swift").read_text()

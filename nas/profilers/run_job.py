@@ -34,7 +34,7 @@ except (ImportError, SyntaxError) as error:  # a copy that was cut
     print(f"run_job.py: nas/ beside it is not whole ({error}): copy the whole job folder again", file=sys.stderr)
     sys.exit(2)
 
-SCHEMA = 2
+SCHEMA = 3
 LOCK = "run_job.lock"
 
 
