@@ -250,6 +250,33 @@ def test_refused_results_are_measured_anew_but_not_those_that_have_no_place(
     assert len(kept) == 2, "what was measured with no place for its table is taken from what was kept"
 
 
+def test_a_job_is_gone_on_with_by_who_began_it_and_measured_anew_by_everybody_else(
+    folder: Path, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device keeps visits by the job's hash, whoever hands it over."""
+    asked: list[str] = []
+    stops = True
+
+    def machine(address: Address, job: Path) -> Path:
+        results = {**pretended_results(job, work), "device": None}
+        asked.append(results["job_sha256"])
+        if stops:
+            raise Failed("the connection broke")
+        return written(job, results)
+
+    monkeypatch.setattr("nas.remote.reach", lambda address: None)
+    monkeypatch.setattr("nas.remote.run_over_ssh", machine)
+    with pytest.raises(Failed):
+        build_over_ssh("ssh://pi", SPACE, tmp_path / "out")
+    stops = False
+    for cache in ("cache", "cache", "of a colleague"):
+        monkeypatch.setattr("nas.job._cache", lambda cache=cache: tmp_path / cache)
+        build_over_ssh("ssh://pi", SPACE, tmp_path / "out")
+    stopped, ended, again, elsewhere = asked
+    assert stopped == ended, "what a killed command had measured is gone on with"
+    assert len({ended, again, elsewhere}) == 3, "and what is finished is measured anew"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="the test speaks POSIX")
 def test_an_import_waits_for_no_other_work_on_its_table_and_takes_nothing_from_it(
     folder: Path, work: Work, tmp_path: Path

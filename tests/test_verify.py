@@ -102,6 +102,20 @@ def test_the_job_measures_the_found_network_and_nothing_else(
     assert manifest["device"] == "board-cpu"
 
 
+def test_two_searches_of_one_request_do_not_share_what_a_device_has_kept(target: float) -> None:
+    """Its network is the same, and devices keep visits by the job's hash."""
+    shutil.copytree("run", "twin")
+    for name in ("run", "twin", "run"):
+        cli.search(["--from", name, "--verify"])
+        manifests = [Path(f"{each}/verify-job/manifest.json") for each in ("run", "twin")]
+        if name == "run":
+            first = manifests[0].read_bytes()
+    assert manifests[0].read_bytes() == first, "the same job until its results were read"
+    mine, its = (json.loads(path.read_text()) for path in manifests)
+    assert mine["verify"] == its["verify"] and mine["models"] == its["models"]
+    assert mine["run"] != its["run"]
+
+
 def test_a_network_that_meets_its_target_there_is_confirmed(target: float) -> None:
     before = Path("run/searched.yaml").read_text()
     cli.search(["--from", "run", "--verify"])
@@ -170,7 +184,12 @@ def test_results_of_a_device_that_was_too_busy_are_refused(capsys: pytest.Captur
         cli.search(["--from", "run", "--verify", str(path)])
     line = capsys.readouterr().err
     assert ended.value.code == 1 and line.count("\n") == 1
-    assert "its reference workload took 0.25 to 0.75 ms" in line and f"Run the job of {path} again" in line
+    before = hashlib.sha256(Path("run/verify-job/manifest.json").read_bytes()).hexdigest()
+    cli.search(["--from", "run", "--verify"])
+    after = hashlib.sha256(Path("run/verify-job/manifest.json").read_bytes()).hexdigest()
+    assert before != after, "a phone would give the same visits again"
+    assert "its reference workload took 0.25 to 0.75 ms" in line
+    assert "`nas-search --from run --verify` makes a job anew: run it when the device has nothing else to do" in line
     assert result()["measured_ms"] is None
 
 
