@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.alone import alone
-from nas.job import end_run, export_job, read_results, run_of, visits_of
+from nas.job import end_run, export_job, place_of, read_results, run_of, visits_of
 from nas.kept import Checks
 from nas.lookup import OnDevice
 from nas.measure import measure_alone, name_of, table_reference
@@ -23,7 +23,7 @@ from nas.settings import UNBOUND, SupernetSettings
 from nas.ssh import Address, run_over_ssh
 from nas.table import LatencyTable, Target
 from supernet.arch import ArchConfig
-from supernet.errors import InputError
+from supernet.errors import InputError, one_line
 from supernet.space import SearchSpace
 
 VISITS = (12, 36, 60)  # of the network, by the end of each pass
@@ -144,8 +144,19 @@ def _take(
     except TooNoisy:
         end_run(job)
         raise
+    for warning in _warnings(measured, manifest, which["network"]):
+        say(f"warning: {warning}")
     checks[place.name].add(arch, summarise(visits, table_reference(place.table)))
     end_run(job)
+
+
+def _warnings(results: dict[str, Any], manifest: dict[str, Any], network: str) -> list[str]:
+    """Return what speaks against trusting what a device wrote of the network, a sentence each."""
+    said = place_of(results, manifest)["warnings"]
+    found = [one_line(str(warning)) for warning in said] if isinstance(said, list) else []
+    if results["flags"].get(network) == "off-npu":
+        found.append("some operations of the network ran off the Neural Engine: its time is that of the detour")
+    return found
 
 
 def _measured_network(run: Path) -> Path:

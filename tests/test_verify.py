@@ -225,6 +225,20 @@ def test_a_device_that_could_not_run_the_network_is_told(capsys: pytest.CaptureF
     assert "could not run the network (load-error)" in line
 
 
+def test_what_a_device_says_against_its_own_results_is_passed_on(capsys: pytest.CaptureFixture[str], target: float) -> None:
+    cli.search(["--from", "run", "--verify"])
+    path = board_says(0.985 * target)
+    results = json.loads(path.read_text())
+    results["environment"]["warnings"] = ["it runs on battery", "the processor was throttled meanwhile"]
+    path.write_text(json.dumps({**results, "flags": dict.fromkeys(results["visits"], "off-npu")}))
+    capsys.readouterr()
+    cli.search(["--from", "run", "--verify", str(path)])
+    said = capsys.readouterr().err.splitlines()
+    assert {"warning: it runs on battery", "warning: the processor was throttled meanwhile"} <= set(said)
+    assert any("warning: some operations of the network ran off the Neural Engine" in line for line in said)
+    assert result()["met"]
+
+
 def test_slack_is_given_back_only_to_a_network_that_was_verified(target: float) -> None:
     cli.search(["--from", "run", "--verify"])
     before = ArchConfig.load("run/searched.yaml")
