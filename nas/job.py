@@ -69,9 +69,9 @@ def export_job(
     """Write a job folder and return its manifest's path. It is whole or has no manifest.
 
     `device` is the id that the table will have; None: the device names itself. The same request again is the same job, which a
-    device goes on with; `run` tells those apart that are to be measured anew. `verify` names the run of a search whose found network
-    is to be measured, instead of a table. `replaces`: the folder is this package's own, where a job replaces that of another
-    request.
+    device goes on with; `run` tells those apart that are to be measured anew. `verify` names the run of a search whose found
+    network is to be measured, instead of a table. `replaces`: the folder is this package's own, where a job replaces that of
+    another request.
 
     Raises:
         InputError: the device id, the format or a setting is not allowed, or the folder holds something else or, unless it

@@ -20,7 +20,7 @@ from nas.request import Finished, finished, interrupted
 from nas.search import Request, beginning, run_search
 from nas.search_stages import CANDIDATE, measurements_file
 from nas.settings import UNBOUND, SupernetSettings
-from nas.ssh import Address, run_over_ssh
+from nas.ssh import Address, reach, run_over_ssh
 from nas.table import LatencyTable, Target
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, one_line
@@ -89,6 +89,8 @@ def _measured(run: Path, held: Finished, places: list[OnDevice], device: str | N
             say(f"what this network takes is known (measurements.csv): nothing is measured at {device}")
         if address is not None and all(check.profiler is not None for check in checks.values()):
             raise InputError(f"{' and '.join(checks)} is measured on this machine, nothing at {device}: leave --device out")
+        if address is not None and elsewhere:
+            reach(address)  # first: the rest takes its time
         for place in places:
             profiler = checks[place.name].profiler
             if profiler is not None:
@@ -123,8 +125,8 @@ def _say_how(job: Path, table: LatencyTable, run: Path) -> None:
 def _take(
     run: Path, results: Path, places: list[OnDevice], checks: dict[str, Checks], which: dict[str, str], arch: ArchConfig
 ) -> None:
-    """Keep what a device wrote of the network. Its job has ended then, and also where that was too noisy: the device would give
-    the same visits again."""
+    """Keep what a device wrote of the network. Its job has ended then, and also where it cannot be used: the device would
+    give the same again."""
     measured, manifest = read_results(results)
     if manifest["verify"] != which:
         raise InputError(f"{results} does not measure the network of this search: export its job with --from RUN --verify")
@@ -136,12 +138,12 @@ def _take(
         )
     _refuse_another_device(results, measured, place.table)
     visits = visits_of(measured).get(which["network"])
-    if visits is None:
-        raise InputError(f"{results}: the device could not run the network ({measured['flags'][which['network']]})")
     job, again = _job_of(run, places, place), f"nas-search --from {shlex.quote(str(run))} --verify"
     try:
+        if visits is None:
+            raise InputError(f"{results}: the device could not run the network ({measured['flags'][which['network']]})")
         refuse_noise(visits_of(measured), f"`{again}` makes a job anew: run it when the device has nothing else to do")
-    except TooNoisy:
+    except (InputError, TooNoisy):
         end_run(job)
         raise
     for warning in _warnings(measured, manifest, which["network"]):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from refusals import refusal
 from test_lut import cost, device_ms, small_space
 
 from nas import cli, job
@@ -27,7 +29,7 @@ from nas.profilers.bench import Failed, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
 from nas.remote import build_over_ssh
-from nas.ssh import Address, run_over_ssh
+from nas.ssh import Address, reach, run_over_ssh
 from nas.table import LatencyTable
 from supernet.errors import InputError
 from supernet.files import PART
@@ -679,7 +681,7 @@ def test_a_runtime_that_the_processor_cannot_run_is_told_with_the_fix(real_job: 
     done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 1
     assert "is killed by signal 4" in done.stderr
-    assert "pip install" in done.stderr
+    assert f"{shlex.quote(sys.executable)} -m pip install 'onnxruntime<" in done.stderr
 
 
 @pytest.fixture
@@ -738,6 +740,34 @@ def test_a_machine_that_is_not_reached_costs_no_models(
     assert ended.value.code == ends
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nas-build-lut: cannot")]
     assert f"cannot run python3 on me@pi: {said}" in line and "banner" not in line
+
+
+def interpreter(path: Path, body: str) -> Address:
+    """A program there that stands in for a Python."""
+    path.write_text(body)
+    path.chmod(0o755)
+    return Address.parse(f"ssh://me@pi{path}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the test speaks POSIX")
+def test_a_python_that_cannot_run_jobs_is_refused_before_anything_is_made_for_it(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reach(Address.parse(f"ssh://me@pi:2222{sys.executable}"))
+    monkeypatch.setattr("nas.remote.export_job", lambda *_, **__: pytest.fail("models are written"))
+    bare = interpreter(machine / "bare", f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    said = refusal(lambda: build_over_ssh(f"ssh://me@pi{bare.python}", SPACE, machine / "out"))
+    assert said == (
+        f"{bare.python} on me@pi cannot run jobs (No module named 'numpy'): run there: {bare.python} -m pip install "
+        "onnxruntime numpy"
+    )
+    body = f"#!{sys.executable}\nimport sys\nassert sys.argv[1] == '-c'\nsys.version_info = (3, 9, 2)\nexec(sys.argv[2])\n"
+    old = interpreter(machine / "python3.9", body)
+    assert refusal(lambda: reach(old)) == (
+        f"{old.python} on me@pi cannot run jobs (it is Python 3.9): give ssh://me@pi/path/to/python, one of 3.10 or newer"
+    )
+    with pytest.raises(Failed, match=r"cannot run /none/python on me@pi: .*not found"):
+        reach(Address.parse("ssh://me@pi/none/python"))
 
 
 @pytest.mark.parametrize(

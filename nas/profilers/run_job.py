@@ -12,19 +12,21 @@ import json
 import os
 import platform
 import random
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+PIP = shlex.quote(sys.executable or "python3") + " -m pip install"
 if sys.version_info < (3, 10):  # noqa: UP036  the device may have less than this package needs
     sys.exit("run_job.py needs Python 3.10 or newer: this is " + sys.version.split()[0])
 try:
     import numpy as np
     import onnxruntime
 except ImportError as error:
-    sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): python3 -m pip install onnxruntime numpy")
+    sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): {PIP} onnxruntime numpy")
 
 try:
     from nas.profilers.bench import Bench, Damaged, Plan, Samples, TooNoisy, carry_out, now, usable_cpus
@@ -124,10 +126,10 @@ def probe(folder: Path) -> None:
     if child.returncode < 0:
         raise SystemExit(
             f"onnxruntime {version} is killed by signal {-child.returncode} here: its build needs instructions that this "
-            "processor or system lacks. Install another one: python3 -m pip install 'onnxruntime<" + version + "'"
+            f"processor or system lacks. Install another one: {PIP} 'onnxruntime<{version}'"
         )
     last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-    raise SystemExit(f"onnxruntime {version} cannot run a model of this job ({last}): python3 -m pip install -U onnxruntime")
+    raise SystemExit(f"onnxruntime {version} cannot run a model of this job ({last}): {PIP} -U onnxruntime")
 
 
 class Progress:
