@@ -557,6 +557,43 @@ def test_a_job_runs_with_onnxruntime_and_numpy_alone(real_job: Path, tmp_path: P
     assert samples.read_bytes() == visits, "a finished job has nothing left to time, and says its results again"
 
 
+def test_throttling_is_asked_for_by_time_and_what_came_between_is_told() -> None:
+    from nas.profilers.ort_session import throttles
+    from nas.profilers.run_job import ASKED_EVERY_S, Throttling
+
+    now, asked = 0.0, 0
+    words: list[int | None] = []
+
+    def bits() -> int | None:
+        nonlocal asked
+        asked += 1
+        return words.pop(0)
+
+    def after(*said: int | None) -> str | None:
+        """A second between visits, and the firmware asked at both ends and in between."""
+        nonlocal now, asked
+        words[:], asked = said, 0
+        found = Throttling(bits, lambda: now)
+        while len(words) > 1:
+            now += 1.0
+            found.watch()
+        found.ask()
+        return throttles(found.found)
+
+    assert after(0, 0, 0, 0) is None and asked == 4
+    began = now
+    after(0, 0, 0, 0)
+    assert now - began == 2 * ASKED_EVERY_S
+    assert after(0, 0b0100, 0, 0) == "throttled", "as it was when it was asked"
+    assert after(0b0001, 0) == "under-voltage", "at the start"
+    assert after(0, 0b1000) == "soft temperature limit", "at the end"
+    assert after(0x50000, 0x50000) is None, "that was before"
+    assert after(0x50000, 0x70000) == "clock capped", "between"
+    assert after(0x10000, 0, 0x10000) == "under-voltage", "a driver had cleared it meanwhile"
+    assert after(0, None, 0) is None, "an answer that lacks"
+    assert after(None) is None and asked == 1, "no such firmware: it is not asked again"
+
+
 def test_a_job_whose_model_was_changed_is_refused_on_the_device(real_job: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(real_job, copy)
