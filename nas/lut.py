@@ -77,14 +77,14 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
     work = work_for(space, layers, seed, place["precision"])
     marker = folder / f"{profiler.id}.{space_sha256(space)[:8]}.building.json"
     _forget(m for m in _markers(folder, profiler.id) if not _is_of(m, place))  # the visits from here on are no part of those
-    started = _started(marker, space, place)
+    for warning in place["warnings"]:
+        say(f"warning: {warning}")
+    started, place["warnings"] = _started(marker, space, place)
     flags = _Flags(folder / f"{profiler.id}.flags.json", started)
     try:
         samples = Samples(folder / f"{profiler.id}.samples.csv", started)
     except Damaged as error:
         raise InputError(str(error)) from error
-    for warning in place["warnings"]:
-        say(f"warning: {warning}")
     say(
         f"measuring {len(layers)} rows of {profiler.id} for {space.name} from {len(work.plan.pieces)} models and "
         f"{len(work.networks)} networks, {place['runtime']} {place['runtime_version']}, {place['precision']}, batch "
@@ -363,20 +363,20 @@ def _forget(markers: Iterable[Path]) -> None:
         marker.unlink(missing_ok=True)
 
 
-def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> str:
-    """Return when the build that is to go on began; a marker left by a kill, of the same settings, says so."""
+def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return when the build that is to go on began, and what there was to warn of at each of its starts; a marker left by a
+    kill, of the same settings, says so."""
     request = {"space": space_sha256(space), **{k: place.get(k) for k in SAME}}
-    if marker.exists():
-        try:
-            before = read_json(marker, "the marker of a build")
-        except InputError:
-            before = {}
+    started, warnings = now(), list(place.get("warnings", ()))
+    with suppress(InputError):  # there is none
+        before = read_json(marker, "the marker of a build")
         if {k: before.get(k) for k in request} == request and isinstance(before.get("started"), str):
-            say(f"going on with the build that began at {before['started']}")
-            return str(before["started"])
-    started = now()
-    write_atomically(marker, json.dumps({**request, "started": started}, indent=2) + "\n")
-    return started
+            started = before["started"]
+            say(f"going on with the build that began at {started}")
+            earlier = before.get("warnings")
+            warnings = list(dict.fromkeys([*map(str, earlier if isinstance(earlier, list) else ()), *warnings]))
+    write_atomically(marker, json.dumps({**request, "started": started, "warnings": warnings}, indent=2) + "\n")
+    return started, warnings
 
 
 def rows_off_their_visits(table: LatencyTable, samples: Path) -> list[Doubt]:

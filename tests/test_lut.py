@@ -319,6 +319,24 @@ def test_a_killed_build_is_gone_on_with_after_a_build_of_another_space(
     assert not [*(tmp_path / "killed").glob("*.building.json"), *(tmp_path / "killed").glob("*.flags.json")]
 
 
+def test_a_table_tells_what_there_was_to_warn_of_at_each_start_of_its_build(tmp_path: Path) -> None:
+    class Warned(Device):
+        said: tuple[str, ...] = ()
+
+        def environment(self) -> dict[str, Any]:
+            return {**super().environment(), "warnings": list(self.said)}
+
+    device = Warned()
+    for said in (("it runs on battery", "it is busy"), ("it is throttled", "it is busy")):
+        device.said = said
+        kill_after(device, small_space(), tmp_path, 50)
+    device.said = ()
+    table = build_table(device, small_space(), tmp_path)
+    assert table.meta["warnings"] == ["it runs on battery", "it is busy", "it is throttled"]
+    assert table.meta["at_end"]["warnings"] == []
+    assert build_table(device, small_space(), tmp_path).meta["warnings"] == []
+
+
 def test_a_killed_build_begins_anew_where_visits_of_another_kind_came_between(
     device: Device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
