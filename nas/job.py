@@ -2,7 +2,8 @@
 
 The folder holds `manifest.json` (the plan, and every model's hash), the models without their large weights, which are
 made on the device, and, for ONNX, `run_job.py` with the very modules that time this machine's CPU. The same request
-gives the same folder, byte for byte, so a device goes on where it was.
+gives the same folder, byte for byte, so a device goes on where it was. What this machine hands over itself has a number
+beside, because the device may have kept an earlier job of the same request, from here or from elsewhere (see `run_of`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -38,10 +40,11 @@ from supernet.errors import InputError, first_line
 from supernet.files import PART, parse_yaml, read_json, write_atomically
 from supernet.space import SearchSpace
 
-SCHEMA = 2
+SCHEMA = 3
 FORMATS = ("onnx", "coreml")
 PROFILERS = Path(__file__).parent / "profilers"
-OURS = {"models", "nas", "run_job.py", "run_job.lock", "results.json", "imported"}  # in a job folder, beside its manifest
+RUN = "run"  # in a job folder that this machine hands over itself: the number of the job in progress
+OURS = {"models", "nas", "run_job.py", "run_job.lock", "results.json", RUN}  # in a job folder, beside its manifest
 REQUEST = ("device", "format", "space", "seed", "verify", "threads", "precision", "batch")  # in a manifest and its settings
 LARGE = 256  # elements; a weight of more is made on the device
 TRAVELLING = ("__init__", "timing", "bench", "ort_session", "run_job")  # modules of nas.profilers
@@ -66,9 +69,9 @@ def export_job(
     """Write a job folder and return its manifest's path. It is whole or has no manifest.
 
     `device` is the id that the table will have; None: the device names itself. The same request again is the same job, which a
-    device goes on with; `run` counts those that are to be measured anew. `verify` names the run of a search whose found network
-    is to be measured, instead of a table. `replaces`: the folder is this package's own, where a job replaces that of another
-    request.
+    device goes on with; `run` tells those apart that are to be measured anew. `verify` names the run of a search whose found
+    network is to be measured, instead of a table. `replaces`: the folder is this package's own, where a job replaces that of
+    another request.
 
     Raises:
         InputError: the device id, the format or a setting is not allowed, or the folder holds something else or, unless it
@@ -195,6 +198,25 @@ def _refuse_another(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
 def job_folder(space: SearchSpace, settings: str) -> Path:
     """Where a job that this machine hands over itself is kept."""
     return _cache() / "jobs" / f"{space.name}-{space_sha256(space)[:8]}{settings}"
+
+
+def run_of(folder: Path) -> int:
+    """Return the number of the job in progress in a folder, a new one where there is none.
+
+    Devices keep what they have measured of a job, by its manifest's hash. With a number of its own, a job that is handed over
+    anew, here or from a machine that knows nothing of this one, is measured anew; one that was stopped keeps its number.
+    """
+    path = folder / RUN
+    with contextlib.suppress(OSError, ValueError):
+        return int(path.read_text())
+    number = time.time_ns()
+    write_atomically(path, f"{number}\n")
+    return number
+
+
+def end_run(folder: Path) -> None:
+    """Let the next job of a folder be measured anew: the results of this one were read."""
+    (folder / RUN).unlink(missing_ok=True)
 
 
 def _cache() -> Path:

@@ -165,7 +165,7 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
     """
     from nas.audit import say_if_untrue
     from nas.devices import measuring, open_profiler, profiler_of
-    from nas.lut import build_table
+    from nas.lut import build_table, place_here, table_to_extend
 
     device, path = place.device, place.table
     table = LatencyTable.load(path) if path is not None else None
@@ -178,16 +178,18 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
             return table.for_space(space), path
         now, then = profiler.environment()["runtime_version"], table.meta.get("runtime_version")
         if then != now:
-            command = f"nas-build-lut --device {device} --space {space_name} --out {shlex.quote(str(path.parent))}"
             say(
                 f"warning: the table was measured with {table.meta.get('runtime')} {then or 'of an unknown version'}, this is "
-                f"{now}: `{command}` measures it anew"
+                f"{now}: {_command(device, space_name, path.parent)} measures it anew"
             )
         say_if_untrue(table)
         if table.serves(space):
             return table.calibrated_for(space), path
     assert profiler is not None
     folder = path.parent if path is not None and path.parent in table_folders()[:2] else user_folder()
+    if table is not None:  # what cannot be added to is refused before it is said that anything is measured
+        anew = f"measure it anew with {_command(device, space_name, folder)}"
+        table_to_extend(folder / f"{device}.csv", place_here(profiler), only_missing=True, space=space.name, anew=anew)
     if table is None:
         say(f"this machine's table ({device}) is not there yet: measuring it first")
     elif table.missing(space.layers()):
@@ -200,3 +202,8 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
     measured = space if space.num_classes > MANY_CLASSES else space.with_classes(FEW_CLASSES)
     table = build_table(profiler, measured, folder, only_missing=True)
     return table.calibrated_for(space), folder / f"{device}.csv"
+
+
+def _command(device: str, space_name: str, folder: Path) -> str:
+    """Return the command that measures all rows of a space anew."""
+    return f"`{shlex.join(['nas-build-lut', '--device', device, '--space', space_name, '--out', str(folder)])}`"

@@ -1,6 +1,7 @@
 """Build a latency table: measure what a space needs (see `plan`), make rows of it, calibrate on whole networks.
 
-Every visit is appended to `<device>.samples.csv`; a killed build goes on from there.
+Every visit is appended to `<device>.samples.csv`; a killed build goes on from there. Its marker, one a space, says since when
+its visits are in that file; those that another space's build has made meanwhile are visits of the same models, and count.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,17 @@ def build_table(
         return _built(profiler, space, folder, only_missing, seed)
 
 
+def place_here(profiler: Profiler) -> dict[str, Any]:
+    """Return what a table says of how its rows are measured now."""
+    return {**profiler.environment(), "protocol": PROTOCOL}
+
+
 def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: bool, seed: int) -> LatencyTable:
     torch.manual_seed(seed)
     path = folder / f"{profiler.id}.csv"
-    place = {**profiler.environment(), "protocol": PROTOCOL}
+    place = place_here(profiler)
     space = for_batch(space, int(place["batch"]))
-    old = table_to_extend(path, place, only_missing)
+    old = table_to_extend(path, place, only_missing, space=space.name)
     layers = measured_layers(space.layers())
     if only_missing and old is not None:
         layers = [layer for layer in layers if layer not in old.rows]
@@ -69,15 +75,16 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
             say(f"{path} already has every row of {space.name}")
             return old
     work = work_for(space, layers, seed, place["precision"])
-    marker = folder / f"{profiler.id}.building.json"
-    started = _started(marker, space, place)
+    marker = folder / f"{profiler.id}.{space_sha256(space)[:8]}.building.json"
+    _forget(m for m in _markers(folder, profiler.id) if not _is_of(m, place))  # the visits from here on are no part of those
+    for warning in place["warnings"]:
+        say(f"warning: {warning}")
+    started, place["warnings"] = _started(marker, space, place)
     flags = _Flags(folder / f"{profiler.id}.flags.json", started)
     try:
         samples = Samples(folder / f"{profiler.id}.samples.csv", started)
     except Damaged as error:
         raise InputError(str(error)) from error
-    for warning in place["warnings"]:
-        say(f"warning: {warning}")
     say(
         f"measuring {len(layers)} rows of {profiler.id} for {space.name} from {len(work.plan.pieces)} models and "
         f"{len(work.networks)} networks, {place['runtime']} {place['runtime_version']}, {place['precision']}, batch "
@@ -95,7 +102,7 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
             bench = Bench(samples, opened, profiler.stopwatch(), random.Random(seed), work.plan, say)
             carry_out(work.plan, bench, tick, profiler.between(work.plan.most_touched_bytes))
     except TooNoisy:
-        marker.unlink(missing_ok=True)  # the next build begins anew
+        _forget(_markers(folder, profiler.id))  # the next build begins anew, of whatever space: these visits are in all of them
         raise
     except InputError:
         if not samples.visits:  # nothing to go on with
@@ -108,8 +115,9 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
     at_end = {name: value for name, value in profiler.environment().items() if value != place.get(name)}
     place = {**place, "at_end": at_end}
     table = write_table(profiler.id, space, work, samples.visits, place, old, folder, flags=flags.words)
-    for left_over in (marker, flags.path):
-        left_over.unlink(missing_ok=True)
+    marker.unlink(missing_ok=True)
+    if not _markers(folder, profiler.id):  # nobody goes on with these visits
+        flags.path.unlink(missing_ok=True)
     return table
 
 
@@ -291,16 +299,27 @@ def _on_medians(path: Path, folder: Path, device: str, table: LatencyTable) -> L
 
 
 def table_to_extend(
-    path: Path, place: Mapping[str, Any], only_missing: bool, provenance: str = "measured"
+    path: Path,
+    place: Mapping[str, Any],
+    only_missing: bool,
+    provenance: str = "measured",
+    *,
+    space: str = "",
+    anew: str = "build it anew without --missing",
 ) -> LatencyTable | None:
     """Return the table that is to be extended, if it was measured in the same way. A damaged one is replaced, unless its
-    rows are needed."""
+    rows are needed.
+
+    Raises:
+        InputError: it is of other hardware, or its rows are needed and it is damaged or was measured in another way; `anew` is
+            what helps, which measures those of `space`.
+    """
     if not path.exists():
         return None
     try:
         old = LatencyTable.load(path, any_form=True)
     except InputError as error:
-        if only_missing and not path.with_suffix(".building.json").exists():  # with it, a kill came while both were written
+        if only_missing and not _markers(path.parent, path.stem):  # with one, a kill came while both were written
             raise
         say(f"{error}: this build replaces it")
         return None
@@ -315,27 +334,49 @@ def table_to_extend(
     changed = [k for k in (*SAME, "origin") if was.get(k) != here.get(k)]
     given = ", ".join(f"{k} {was[k]}" if was.get(k) is not None else f"another {k}" for k in changed)
     if changed and only_missing:
-        raise InputError(f"the table {path} was measured with {given}: build it anew without --missing")
+        others = ", ".join(sorted({c.space for c in old.calibrations} - {space}))
+        go = f" (its rows of {others} go with it)" if others else ""
+        raise InputError(f"the table {path} was measured with {given}: {anew}{go}")
     if changed:
         spaces = ", ".join(c.space for c in old.calibrations)
         say(f"{path} was measured with {given}: this build replaces it, with its rows of {spaces}")
     return None if changed else old
 
 
-def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> str:
-    """Return when the build that is to go on began; a marker left by a kill, of the same settings, says so."""
+def _markers(folder: Path, device: str) -> list[Path]:
+    """Return the markers of a device's builds that have not ended."""
+    return list(folder.glob(f"{device}.{'[0-9a-f]' * 8}.building.json"))
+
+
+def _is_of(marker: Path, place: Mapping[str, Any]) -> bool:
+    """Whether the build of a marker measures as it is measured now."""
+    try:
+        before = read_json(marker, "the marker of a build")
+    except InputError:
+        return False
+    return all(before.get(name) == place.get(name) for name in SAME)
+
+
+def _forget(markers: Iterable[Path]) -> None:
+    """Let builds that have not ended begin anew."""
+    for marker in markers:
+        marker.unlink(missing_ok=True)
+
+
+def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return when the build that is to go on began, and what there was to warn of at each of its starts; a marker left by a
+    kill, of the same settings, says so."""
     request = {"space": space_sha256(space), **{k: place.get(k) for k in SAME}}
-    if marker.exists():
-        try:
-            before = read_json(marker, "the marker of a build")
-        except InputError:
-            before = {}
+    started, warnings = now(), list(place.get("warnings", ()))
+    with suppress(InputError):  # there is none
+        before = read_json(marker, "the marker of a build")
         if {k: before.get(k) for k in request} == request and isinstance(before.get("started"), str):
-            say(f"going on with the build that began at {before['started']}")
-            return str(before["started"])
-    started = now()
-    write_atomically(marker, json.dumps({**request, "started": started}, indent=2) + "\n")
-    return started
+            started = before["started"]
+            say(f"going on with the build that began at {started}")
+            earlier = before.get("warnings")
+            warnings = list(dict.fromkeys([*map(str, earlier if isinstance(earlier, list) else ()), *warnings]))
+    write_atomically(marker, json.dumps({**request, "started": started, "warnings": warnings}, indent=2) + "\n")
+    return started, warnings
 
 
 def rows_off_their_visits(table: LatencyTable, samples: Path) -> list[Doubt]:
@@ -367,22 +408,21 @@ def rows_off_their_visits(table: LatencyTable, samples: Path) -> list[Doubt]:
 
 
 class _Flags:
-    """Words about models, kept in a file for a build that is killed and goes on."""
+    """Words about models, kept in a file beside the visits of a device: what a build may go on with has words too, whichever
+    build said them. `words` are those since this build `started`."""
 
     def __init__(self, path: Path, started: str) -> None:
-        self.path, self.started = path, started
-        self.words: dict[str, str] = {}
-        try:
-            before = read_json(path, "the file of flags")
-            if before["started"] == started:
-                self.words = {str(model): str(word) for model, word in before["words"].items()}
-        except (InputError, KeyError, AttributeError):
-            pass
+        self.path = path
+        self._all: dict[str, tuple[str, str]] = {}  # model -> when, and what
+        with suppress(InputError, TypeError, ValueError):
+            self._all = {str(name): (str(at), str(word)) for name, (at, word) in read_json(path, "the file of flags").items()}
+        self.words = {name: word for name, (at, word) in self._all.items() if at >= started}
 
     def update(self, words: Mapping[str, str]) -> None:
         if not words.items() <= self.words.items():
             self.words |= words
-            write_atomically(self.path, json.dumps({"started": self.started, "words": self.words}))
+            self._all |= {name: (now(), word) for name, word in words.items()}
+            write_atomically(self.path, json.dumps(self._all, indent=1) + "\n")
 
 
 def row_of(layer: Layer, terms: Terms, found: Mapping[Model, Measurement]) -> Row:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nas.device_ids import GPUS, MACS, PHONES, settings_in, suffix
-from nas.job import FORMATS, check_device_id, export_job, job_folder, read_results
+from nas.job import FORMATS, check_device_id, end_run, export_job, job_folder, read_results, run_of
 from nas.lut import Unusable, import_results
 from nas.plan import for_batch, work_for
 from nas.profilers.bench import TooNoisy
@@ -16,7 +16,6 @@ from nas.progress import say
 from nas.ssh import Address, reach, run_over_ssh
 from nas.table import LatencyTable
 from supernet.errors import InputError, unknown
-from supernet.files import write_atomically
 from supernet.space import SearchSpace
 
 
@@ -95,9 +94,9 @@ def build_over_ssh(
     port = f"-{address.port}" if address.port else ""
     job = job_folder(space, f"-{address.host}{port}{suffix(threads, precision, batch)}")
     work = work_for(space, precision=precision)
-    export_job(job, space, work, device=None, threads=threads, precision=precision, batch=batch, run=_run(job), replaces=True)
+    export_job(job, space, work, device=None, threads=threads, precision=precision, batch=batch, run=run_of(job), replaces=True)
     results = run_over_ssh(address, job)
-    with _counted(job):
+    with _ending(job):
         return import_results(results, folder)
 
 
@@ -109,8 +108,8 @@ def build_on_iphone(device: str, space: SearchSpace, folder: Path, team_id: str 
     found = iphone_id(udid, device.removeprefix("iphone-"))
     space = for_batch(space, 1)
     job = job_folder(space, f"-{found}")
-    export_job(job, space, work_for(space, precision="fp16"), device=found, form="coreml", run=_run(job), replaces=True)
-    with _counted(job):
+    export_job(job, space, work_for(space, precision="fp16"), device=found, form="coreml", run=run_of(job), replaces=True)
+    with _ending(job):
         return import_results(_measured_on_iphone(device, job, team_id, udid), folder)
 
 
@@ -137,28 +136,20 @@ def _need_team(device: str, team_id: str | None) -> str:
     return team_id
 
 
-def _run(job: Path) -> int:
-    """Return how many results of this job were read: the next one is measured anew, not taken from what the device kept."""
-    try:
-        return int((job / "imported").read_text())
-    except (OSError, ValueError):
-        return 0
-
-
 @contextmanager
-def _counted(job: Path) -> Iterator[None]:
-    """Count the table that the block makes of a job's results. Results that cannot be used count too: the device has kept them,
-    and would give the same ones again. Those that a table's folder has no place for do not."""
+def _ending(job: Path) -> Iterator[None]:
+    """End a job of which the block makes a table: the next one is measured anew. Results that cannot be used end it too: the
+    device has kept them, and would give the same ones again. Those that a table's folder has no place for do not."""
     try:
         yield
     except (Unusable, TooNoisy):
-        _count(job)
+        _end(job)
         raise
-    _count(job)
+    _end(job)
 
 
-def _count(job: Path) -> None:
-    write_atomically(job / "imported", f"{_run(job) + 1}\n")
+def _end(job: Path) -> None:
+    end_run(job)
     (job / "results.json").unlink(missing_ok=True)
 
 

@@ -16,6 +16,7 @@ from nas.progress import say
 from supernet.errors import InputError
 
 SSH_FAILED = 255  # its exit code where it is ssh that failed, not what it ran
+REFUSED = 78  # that of `_trial` where it refuses; shells and Python have other ones
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,37 @@ class Address:
 
 
 def reach(address: Address) -> None:
-    """Ask another machine for its Python: before anything is made for it, it must be there.
+    """Ask another machine for its Python, with what a job needs: before anything is made for it, they must be there.
 
     Raises:
-        InputError: there is no ssh here, or it does not get there.
+        InputError: there is no ssh here, it does not get there, or that Python cannot run jobs.
         Failed: there is no such Python there.
     """
     say(f"asking {address.host} for {address.python}")
-    command = [*_ssh(address), address.host, f"{shlex.quote(address.python)} --version"]
+    command = [*_ssh(address), address.host, f"{shlex.quote(address.python)} -c {shlex.quote(_trial(address))}"]
     _step(f"run {address.python} on {address.host}", command, first=True)
+
+
+def _trial(address: Address) -> str:
+    """Return a program, for any Python, that refuses in one line where this one cannot run jobs. It is one line itself, which
+    all shells take in quotes."""
+    cannot = f"{address.python} on {address.host} cannot run jobs ("
+    port = f":{address.port}" if address.port else ""
+    newer = f"): give ssh://{address.host}{port}/path/to/python, one of 3.10 or newer"
+    install = f"): run there: {shlex.quote(address.python)} -m pip install onnxruntime numpy"
+    program = f"""
+import sys
+def refuse(why, do):
+    sys.stderr.write({cannot!r} + why + do + chr(10))
+    sys.exit({REFUSED})
+if sys.version_info < (3, 10):
+    refuse("it is Python %d.%d" % tuple(sys.version_info[:2]), {newer!r})
+try:
+    import numpy, onnxruntime
+except ImportError as error:
+    refuse(" ".join(str(error).split())[:200], {install!r})
+"""
+    return f"exec({program!r})"
 
 
 def _ssh(address: Address) -> list[str]:
@@ -86,4 +109,6 @@ def _step(what: str, command: Sequence[str], shown: bool = False, first: bool = 
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         if first and done.returncode == SSH_FAILED:  # later on, a connection that worked has broken
             raise InputError(f"cannot {what}: {last}; give an address and a user that `ssh` gets to")
+        if first and done.returncode == REFUSED:
+            raise InputError(last)
         raise Failed(f"cannot {what}: {last}")

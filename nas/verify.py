@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from nas.alone import alone
-from nas.job import export_job, read_results, visits_of
+from nas.job import end_run, export_job, place_of, read_results, run_of, visits_of
 from nas.kept import Checks
 from nas.lookup import OnDevice
 from nas.measure import measure_alone, name_of, table_reference
 from nas.plan import Work
-from nas.profilers.bench import Plan, refuse_noise
+from nas.profilers.bench import Plan, TooNoisy, refuse_noise
 from nas.profilers.timing import summarise
 from nas.progress import say
 from nas.request import Finished, finished, interrupted
 from nas.search import Request, beginning, run_search
 from nas.search_stages import CANDIDATE, measurements_file
 from nas.settings import UNBOUND, SupernetSettings
-from nas.ssh import Address, run_over_ssh
+from nas.ssh import Address, reach, run_over_ssh
 from nas.table import LatencyTable, Target
 from supernet.arch import ArchConfig
-from supernet.errors import InputError
+from supernet.errors import InputError, one_line
 from supernet.space import SearchSpace
 
 VISITS = (12, 36, 60)  # of the network, by the end of each pass
@@ -89,14 +89,15 @@ def _measured(run: Path, held: Finished, places: list[OnDevice], device: str | N
             say(f"what this network takes is known (measurements.csv): nothing is measured at {device}")
         if address is not None and all(check.profiler is not None for check in checks.values()):
             raise InputError(f"{' and '.join(checks)} is measured on this machine, nothing at {device}: leave --device out")
+        if address is not None and elsewhere:
+            reach(address)  # first: the rest takes its time
         for place in places:
             profiler = checks[place.name].profiler
             if profiler is not None:
                 checks[place.name].add(arch, measure_alone(profiler, arch, table_reference(place.table)))
         jobs = []
         for place in elsewhere:
-            folder = run / ("verify-job" if len(places) == 1 else f"verify-job-{place.name}")
-            jobs.append(_export(folder, arch, place.table, held.space, which))
+            jobs.append(_export(_job_of(run, places, place), arch, place.table, held.space, which))
             if address is None:
                 _say_how(jobs[-1], place.table, run)
         if address is None and jobs:
@@ -105,8 +106,13 @@ def _measured(run: Path, held: Finished, places: list[OnDevice], device: str | N
             assert address is not None
             results = run_over_ssh(address, jobs[0])
     if results is not None:
-        _take(results, places, checks, which, arch)
+        _take(run, results, places, checks, which, arch)
     return True
+
+
+def _job_of(run: Path, places: list[OnDevice], place: OnDevice) -> Path:
+    """Return the folder of the job for one of a search's devices."""
+    return run / ("verify-job" if len(places) == 1 else f"verify-job-{place.name}")
 
 
 def _say_how(job: Path, table: LatencyTable, run: Path) -> None:
@@ -116,8 +122,11 @@ def _say_how(job: Path, table: LatencyTable, run: Path) -> None:
     print(f"{job}: {how}, bring results.json back, and give it to `{back}`")
 
 
-def _take(results: Path, places: list[OnDevice], checks: dict[str, Checks], which: dict[str, str], arch: ArchConfig) -> None:
-    """Keep what a device wrote of the network."""
+def _take(
+    run: Path, results: Path, places: list[OnDevice], checks: dict[str, Checks], which: dict[str, str], arch: ArchConfig
+) -> None:
+    """Keep what a device wrote of the network. Its job has ended then, and also where it cannot be used: the device would
+    give the same again."""
     measured, manifest = read_results(results)
     if manifest["verify"] != which:
         raise InputError(f"{results} does not measure the network of this search: export its job with --from RUN --verify")
@@ -129,10 +138,27 @@ def _take(results: Path, places: list[OnDevice], checks: dict[str, Checks], whic
         )
     _refuse_another_device(results, measured, place.table)
     visits = visits_of(measured).get(which["network"])
-    if visits is None:
-        raise InputError(f"{results}: the device could not run the network ({measured['flags'][which['network']]})")
-    refuse_noise(visits_of(measured), f"Run the job of {results} again when the device has nothing else to do")
+    job, again = _job_of(run, places, place), f"nas-search --from {shlex.quote(str(run))} --verify"
+    try:
+        if visits is None:
+            raise InputError(f"{results}: the device could not run the network ({measured['flags'][which['network']]})")
+        refuse_noise(visits_of(measured), f"`{again}` makes a job anew: run it when the device has nothing else to do")
+    except (InputError, TooNoisy):
+        end_run(job)
+        raise
+    for warning in _warnings(measured, manifest, which["network"]):
+        say(f"warning: {warning}")
     checks[place.name].add(arch, summarise(visits, table_reference(place.table)))
+    end_run(job)
+
+
+def _warnings(results: dict[str, Any], manifest: dict[str, Any], network: str) -> list[str]:
+    """Return what speaks against trusting what a device wrote of the network, a sentence each."""
+    said = place_of(results, manifest)["warnings"]
+    found = [one_line(str(warning)) for warning in said] if isinstance(said, list) else []
+    if results["flags"].get(network) == "off-npu":
+        found.append("some operations of the network ran off the Neural Engine: its time is that of the detour")
+    return found
 
 
 def _measured_network(run: Path) -> Path:
@@ -169,6 +195,7 @@ def _export(folder: Path, arch: ArchConfig, table: LatencyTable, space: SearchSp
         threads=int(table.meta.get("threads", 1)),
         precision=str(table.meta.get("precision", "fp32")),
         batch=int(table.meta.get("batch", 1)),
+        run=run_of(folder),
         verify=which,
         replaces=True,
     )

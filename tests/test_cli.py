@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import yaml
 from PIL import Image
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 from tables import plain_calibration
 from test_lut import device_ms
@@ -20,7 +21,8 @@ from test_tutorial import pretend
 
 from nas import cli
 from nas.about import targets_beside
-from nas.lookup import places, usable_table
+from nas.lookup import Place, places, usable_table
+from nas.lut import SAME, place_here
 from nas.measure import Profiler, with_ordinary_values
 from nas.parallel import Group
 from nas.pretrained import space_of
@@ -28,7 +30,7 @@ from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import Measurement
 from nas.scores import Drops
-from nas.table import LatencyTable, Row, measured_layers
+from nas.table import LatencyTable, Row, Target, measured_layers
 from supernet.arch import ArchConfig
 from supernet.model import build_model, count
 from supernet.space import SearchSpace
@@ -700,8 +702,10 @@ def test_what_a_table_of_this_machine_lacks_is_measured_beside_it_unless_it_ship
 ) -> None:
     monkeypatch.setattr("nas.profilers.ort_cpu.cpu_id", lambda: "this-cpu")
     monkeypatch.setattr("nas.table._SHIPPED", tmp_path / "shipped")
-    other = additive_table(SearchSpace.load("efficientformer-tiny"), "this-cpu")
-    replace(other, meta={**other.meta, "runtime": "onnxruntime", "runtime_version": "1.0"}).save(there)
+    other = replace(additive_table(SearchSpace.load("efficientformer-tiny"), "this-cpu"), provenance="measured")
+    version = "1.0" if there == "shipped" else onnxruntime.__version__  # what ships is not added to
+    as_here = {**place_here(OrtCpu()), "runtime_version": version}
+    replace(other, meta={**other.meta, **{name: as_here[name] for name in SAME}}).save(there)
     asked: list[tuple[str, int, Path, bool]] = []
 
     def build(profiler: Profiler, space: SearchSpace, into: Path, *, only_missing: bool) -> LatencyTable:
@@ -719,11 +723,12 @@ def test_what_a_table_of_this_machine_lacks_is_measured_beside_it_unless_it_ship
         err = capsys.readouterr().err
         assert "this machine's table lacks rows of micro: measuring it first\n" in err
         anew = f"`nas-build-lut --device this-cpu --space micro.yaml --out {place.table.parent}` measures it anew"
-        assert f"measured with onnxruntime 1.0, this is {onnxruntime.__version__}: {anew}\n" in err
+        said = f"measured with onnxruntime 1.0, this is {onnxruntime.__version__}: {anew}\n"
+        assert (said in err) == (there == "shipped")
     space = SearchSpace.load(space_file).with_classes(10)
     of_another = replace(plain_calibration(space), space="other", space_sha256="0")
-    known = replace(additive_table(space, "this-cpu"), calibrations=(of_another,))
-    known = replace(known, meta={**known.meta, "runtime": "onnxruntime", "runtime_version": onnxruntime.__version__})
+    known = replace(additive_table(space, "this-cpu"), calibrations=(of_another,), provenance="measured")
+    known = replace(known, meta={**known.meta, **{name: place_here(OrtCpu())[name] for name in SAME}})
     assert place.table is not None
     known.save(place.table.parent)
     usable_table(place, space, "micro.yaml")
@@ -731,6 +736,26 @@ def test_what_a_table_of_this_machine_lacks_is_measured_beside_it_unless_it_ship
     err = capsys.readouterr().err
     assert "has the rows of micro and no calibration for it: measuring networks of it first" in err
     assert f"--table {place.table} takes the table as it is" in err
+
+
+def test_a_table_of_this_machine_that_cannot_be_added_to_is_refused_with_the_command_that_replaces_it(
+    space_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The user never typed --missing, and is not told that anything is measured."""
+    monkeypatch.setattr("nas.profilers.ort_cpu.cpu_id", lambda: "this-cpu")
+    monkeypatch.setattr("nas.table.user_folder", lambda: tmp_path / "my tables")
+    monkeypatch.setattr("nas.lut.build_table", lambda *_, **__: pytest.fail("it is measured"))
+    other = replace(additive_table(SearchSpace.load("efficientformer-tiny"), "this-cpu"), provenance="measured")
+    as_here = {name: place_here(OrtCpu())[name] for name in SAME}
+    path = replace(other, meta={**other.meta, **as_here, "protocol": "former"}).save(tmp_path / "my tables")
+    space = SearchSpace.load(space_file)
+    said = refusal(lambda: usable_table(Place(Target(1.0), "this-cpu", path, named=False), space, "my space.yaml"))
+    command = f"`nas-build-lut --device this-cpu --space 'my space.yaml' --out '{tmp_path / 'my tables'}'`"
+    assert said == (
+        f"the table {path} was measured with protocol former: measure it anew with {command} "
+        "(its rows of efficientformer-tiny go with it)"
+    )
+    assert "measuring" not in capsys.readouterr().err
 
 
 def test_nas_profile_without_a_table_names_the_command_that_makes_one(

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from refusals import refusal
 from test_lut import cost, device_ms, small_space
 
 from nas import cli, job
@@ -27,7 +29,7 @@ from nas.profilers.bench import Failed, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
 from nas.remote import build_over_ssh
-from nas.ssh import Address, run_over_ssh
+from nas.ssh import Address, reach, run_over_ssh
 from nas.table import LatencyTable
 from supernet.errors import InputError
 from supernet.files import PART
@@ -65,7 +67,7 @@ def pretended_results(folder: Path, work: Work, scale: float = 1.0) -> dict[str,
         return [scale * device_ms(m) for m in (model, CACHED, STREAMING)]
 
     return {
-        "schema": 2,
+        "schema": 3,
         "unit": "ms",
         "job_sha256": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
         "device": "pretended-cpu",
@@ -159,7 +161,7 @@ def is_in_seconds(results: dict[str, Any]) -> None:
 
 
 def other_schema(results: dict[str, Any]) -> None:
-    results["schema"] = 1
+    results["schema"] = 2
 
 
 def other_device(results: dict[str, Any]) -> None:
@@ -190,7 +192,7 @@ def no_unit(results: dict[str, Any]) -> None:
         (stopped_early, "lacks 1 of"),
         (says_seconds, "are in 's'; only milliseconds"),
         (is_in_seconds, "look like seconds"),
-        (other_schema, "schema 1"),
+        (other_schema, r"has schema 2, this version reads 3: export the job anew and run it"),
         (other_device, "results are of another-cpu"),
         (not_a_number, "not three positive times"),
         (no_unit, "no whole results file"),
@@ -250,13 +252,40 @@ def test_refused_results_are_measured_anew_but_not_those_that_have_no_place(
     assert len(kept) == 2, "what was measured with no place for its table is taken from what was kept"
 
 
+def test_a_job_is_gone_on_with_by_who_began_it_and_measured_anew_by_everybody_else(
+    folder: Path, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device keeps visits by the job's hash, whoever hands it over."""
+    asked: list[str] = []
+    stops = True
+
+    def machine(address: Address, job: Path) -> Path:
+        results = {**pretended_results(job, work), "device": None}
+        asked.append(results["job_sha256"])
+        if stops:
+            raise Failed("the connection broke")
+        return written(job, results)
+
+    monkeypatch.setattr("nas.remote.reach", lambda address: None)
+    monkeypatch.setattr("nas.remote.run_over_ssh", machine)
+    with pytest.raises(Failed):
+        build_over_ssh("ssh://pi", SPACE, tmp_path / "out")
+    stops = False
+    for cache in ("cache", "cache", "of a colleague"):
+        monkeypatch.setattr("nas.job._cache", lambda cache=cache: tmp_path / cache)
+        build_over_ssh("ssh://pi", SPACE, tmp_path / "out")
+    stopped, ended, again, elsewhere = asked
+    assert stopped == ended, "what a killed command had measured is gone on with"
+    assert len({ended, again, elsewhere}) == 3, "and what is finished is measured anew"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="the test speaks POSIX")
 def test_an_import_waits_for_no_other_work_on_its_table_and_takes_nothing_from_it(
     folder: Path, work: Work, tmp_path: Path
 ) -> None:
     path, out = written(folder, pretended_results(folder, work)), tmp_path / "out"
     out.mkdir()
-    marker = out / "pretended-cpu.building.json"
+    marker = out / "pretended-cpu.01234567.building.json"
     marker.write_text("{}")
     import_results(path, out)
     assert marker.exists(), "a build that was killed goes on"
@@ -528,6 +557,43 @@ def test_a_job_runs_with_onnxruntime_and_numpy_alone(real_job: Path, tmp_path: P
     assert samples.read_bytes() == visits, "a finished job has nothing left to time, and says its results again"
 
 
+def test_throttling_is_asked_for_by_time_and_what_came_between_is_told() -> None:
+    from nas.profilers.ort_session import throttles
+    from nas.profilers.run_job import ASKED_EVERY_S, Throttling
+
+    now, asked = 0.0, 0
+    words: list[int | None] = []
+
+    def bits() -> int | None:
+        nonlocal asked
+        asked += 1
+        return words.pop(0)
+
+    def after(*said: int | None) -> str | None:
+        """A second between visits, and the firmware asked at both ends and in between."""
+        nonlocal now, asked
+        words[:], asked = said, 0
+        found = Throttling(bits, lambda: now)
+        while len(words) > 1:
+            now += 1.0
+            found.watch()
+        found.ask()
+        return throttles(found.found)
+
+    assert after(0, 0, 0, 0) is None and asked == 4
+    began = now
+    after(0, 0, 0, 0)
+    assert now - began == 2 * ASKED_EVERY_S
+    assert after(0, 0b0100, 0, 0) == "throttled", "as it was when it was asked"
+    assert after(0b0001, 0) == "under-voltage", "at the start"
+    assert after(0, 0b1000) == "soft temperature limit", "at the end"
+    assert after(0x50000, 0x50000) is None, "that was before"
+    assert after(0x50000, 0x70000) == "clock capped", "between"
+    assert after(0x10000, 0, 0x10000) == "under-voltage", "a driver had cleared it meanwhile"
+    assert after(0, None, 0) is None, "an answer that lacks"
+    assert after(None) is None and asked == 1, "no such firmware: it is not asked again"
+
+
 def test_a_job_whose_model_was_changed_is_refused_on_the_device(real_job: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(real_job, copy)
@@ -557,6 +623,12 @@ def half_a_manifest(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def former_manifest(folder: Path) -> None:
+    """A job of before there was other memory to touch."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 2}))
+
+
 def no_model(folder: Path) -> None:
     sorted((folder / "models").iterdir())[3].unlink()
 
@@ -577,6 +649,7 @@ def damaged_samples(folder: Path) -> None:
         (half_a_module, "nas/ beside it is not whole .*: copy the whole job folder again"),
         (no_manifest, r"manifest\.json cannot be read .*: copy the whole job folder again"),
         (half_a_manifest, r"manifest\.json is not whole: copy the job folder again"),
+        (former_manifest, "reads ONNX jobs of schema 3, this one is onnx 2: export the job anew"),
         (no_model, r"models/.* cannot be read .*: copy the whole job folder again"),
         (damaged_samples, "is damaged .*: remove it, and its visits are made again"),
     ],
@@ -645,7 +718,7 @@ def test_a_runtime_that_the_processor_cannot_run_is_told_with_the_fix(real_job: 
     done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 1
     assert "is killed by signal 4" in done.stderr
-    assert "pip install" in done.stderr
+    assert f"{shlex.quote(sys.executable)} -m pip install 'onnxruntime<" in done.stderr
 
 
 @pytest.fixture
@@ -704,6 +777,34 @@ def test_a_machine_that_is_not_reached_costs_no_models(
     assert ended.value.code == ends
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nas-build-lut: cannot")]
     assert f"cannot run python3 on me@pi: {said}" in line and "banner" not in line
+
+
+def interpreter(path: Path, body: str) -> Address:
+    """A program there that stands in for a Python."""
+    path.write_text(body)
+    path.chmod(0o755)
+    return Address.parse(f"ssh://me@pi{path}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the test speaks POSIX")
+def test_a_python_that_cannot_run_jobs_is_refused_before_anything_is_made_for_it(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reach(Address.parse(f"ssh://me@pi:2222{sys.executable}"))
+    monkeypatch.setattr("nas.remote.export_job", lambda *_, **__: pytest.fail("models are written"))
+    bare = interpreter(machine / "bare", f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    said = refusal(lambda: build_over_ssh(f"ssh://me@pi{bare.python}", SPACE, machine / "out"))
+    assert said == (
+        f"{bare.python} on me@pi cannot run jobs (No module named 'numpy'): run there: {bare.python} -m pip install "
+        "onnxruntime numpy"
+    )
+    body = f"#!{sys.executable}\nimport sys\nassert sys.argv[1] == '-c'\nsys.version_info = (3, 9, 2)\nexec(sys.argv[2])\n"
+    old = interpreter(machine / "python3.9", body)
+    assert refusal(lambda: reach(old)) == (
+        f"{old.python} on me@pi cannot run jobs (it is Python 3.9): give ssh://me@pi/path/to/python, one of 3.10 or newer"
+    )
+    with pytest.raises(Failed, match=r"cannot run /none/python on me@pi: .*not found"):
+        reach(Address.parse("ssh://me@pi/none/python"))
 
 
 @pytest.mark.parametrize(
@@ -772,3 +873,6 @@ def test_a_job_is_of_the_schema_that_its_runner_takes(folder: Path) -> None:
     from nas.profilers import run_job
 
     assert json.loads((folder / "manifest.json").read_text())["schema"] == job.SCHEMA == run_job.SCHEMA
+    harness = Path(run_job.__file__).parent / "harness"
+    assert f"kind.schema == {job.SCHEMA}, kind.format" in (harness / "Job.swift").read_text()
+    assert f'"schema": {job.SCHEMA},' in (harness / "Bench.swift").read_text()

@@ -274,6 +274,84 @@ def test_twenty_kills_lose_a_visit_each_at_most_and_change_no_row(
     assert len(lines) - 1 <= visits_needed + 20
 
 
+def kill_after(device: Device, space: SearchSpace, folder: Path, visits: int) -> None:
+    """Begin a build, and kill it after so many visits."""
+    add, left = Samples.add, visits
+
+    def add_until_killed(self: Samples, name: str, visit: Visit) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        add(self, name, visit)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Samples, "add", add_until_killed)
+        build_table(device, space, folder)
+
+
+def visits_in(folder: Path) -> int:
+    return len((folder / "pretended-cpu.samples.csv").read_text().splitlines()) - 1
+
+
+def test_a_killed_build_is_gone_on_with_after_a_build_of_another_space(
+    device: Device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space, other = small_space(), replace(small_space((24,)), name="other")
+    block = Layer(MB4D(48), 4)  # in both
+    whole = build_table(device, space, tmp_path / "whole")
+    kill_after(device, space, tmp_path / "killed", 300)
+    kill_after(device, other, tmp_path / "killed", 100)
+    device.flags = {name_of((block,) * 4): "off-npu"}  # which the build that opens the model is told
+    build_table(device, other, tmp_path / "killed")
+    device.flags = {}
+    assert len(list((tmp_path / "killed").glob("*.building.json"))) == 1, "the first one's"
+    before = visits_in(tmp_path / "killed")
+    capsys.readouterr()
+    table = build_table(device, space, tmp_path / "killed")
+    assert "going on with the build that began at" in capsys.readouterr().err
+    assert visits_in(tmp_path / "killed") - before <= visits_in(tmp_path / "whole") - 300, "what was measured counts"
+    assert table.serves(space) and table.serves(other)
+    for layer, row in whole.rows.items():
+        assert table.rows[layer].ms == pytest.approx(row.ms, rel=1e-6)
+    assert table.rows[block].flag == "off-npu", "its visits are those of the other build"
+    assert rows_off_their_visits(table, tmp_path / "killed" / "pretended-cpu.samples.csv") == []
+    assert not [*(tmp_path / "killed").glob("*.building.json"), *(tmp_path / "killed").glob("*.flags.json")]
+
+
+def test_a_table_tells_what_there_was_to_warn_of_at_each_start_of_its_build(tmp_path: Path) -> None:
+    class Warned(Device):
+        said: tuple[str, ...] = ()
+
+        def environment(self) -> dict[str, Any]:
+            return {**super().environment(), "warnings": list(self.said)}
+
+    device = Warned()
+    for said in (("it runs on battery", "it is busy"), ("it is throttled", "it is busy")):
+        device.said = said
+        kill_after(device, small_space(), tmp_path, 50)
+    device.said = ()
+    table = build_table(device, small_space(), tmp_path)
+    assert table.meta["warnings"] == ["it runs on battery", "it is busy", "it is throttled"]
+    assert table.meta["at_end"]["warnings"] == []
+    assert build_table(device, small_space(), tmp_path).meta["warnings"] == []
+
+
+def test_a_killed_build_begins_anew_where_visits_of_another_kind_came_between(
+    device: Device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They lie in one file, and a build takes all of a span of time."""
+    kill_after(device, small_space(), tmp_path, 100)
+    device.runtime_version = "2.0"
+    kill_after(device, small_space((24,)), tmp_path, 100)
+    device.runtime_version = "1.0"
+    capsys.readouterr()
+    table = build_table(device, small_space(), tmp_path)
+    assert "going on" not in capsys.readouterr().err
+    last = (tmp_path / "pretended-cpu.samples.csv").read_text().splitlines()[200]  # the last of what was killed
+    assert table.meta["builds"][0]["started"] > last.split(",")[0]
+
+
 def test_missing_measures_only_what_is_not_there_and_keeps_the_rest(device: Device, tmp_path: Path) -> None:
     path = tmp_path / f"{build_table(device, small_space((16,)), tmp_path).device}.csv"
     first = LatencyTable.load(path)
@@ -306,8 +384,10 @@ def test_other_spaces_are_calibrated_anew_on_rows_that_they_share(
 def test_a_table_of_another_runtime_is_not_extended(device: Device, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build_table(device, small_space((16,)), tmp_path)
     device.runtime_version = "2.0"
-    with pytest.raises(InputError, match=r"runtime_version 1\.0.*without --missing"):
+    with pytest.raises(InputError, match=r"runtime_version 1\.0: build it anew without --missing$"):
         build_table(device, small_space((16, 32)), tmp_path, only_missing=True)
+    with pytest.raises(InputError, match=r"build it anew without --missing \(its rows of small go with it\)$"):
+        build_table(device, replace(small_space((24,)), name="other"), tmp_path, only_missing=True)
     capsys.readouterr()
     build_table(device, small_space((16, 32)), tmp_path)
     assert "this build replaces it, with its rows of small" in capsys.readouterr().err
@@ -430,7 +510,8 @@ def test_a_machine_that_comes_and_goes_is_waited_for_then_told_instead_of_measur
 
         def run_at_some_pace() -> None:
             device.slowness = 4.0 if device.rng.random() < 0.02 else 1.0 if device.rng.random() < 0.02 else device.slowness
-            (tmp_path / "pretended-cpu.building.json").unlink(missing_ok=True)  # as somebody does who gives up on a build
+            for marker in tmp_path.glob("*.building.json"):  # as somebody does who gives up on a build
+                marker.unlink()
             run()
 
         return run_at_some_pace, size
@@ -468,7 +549,7 @@ def test_a_build_that_is_refused_before_its_first_visit_leaves_nothing_behind(de
     device.open = refuses_later  # type: ignore[method-assign]
     with pytest.raises(InputError, match="cannot be compiled"):
         build_table(device, small_space(), tmp_path / "out")
-    assert (tmp_path / "out" / "pretended-cpu.building.json").exists(), "there is something to go on with"
+    assert len(list((tmp_path / "out").glob("pretended-cpu.*.building.json"))) == 1, "there is something to go on with"
 
 
 def test_what_disturbs_a_device_for_a_while_is_waited_for() -> None:

@@ -192,10 +192,11 @@ def test_the_visits_of_a_table_under_way(content: bytes, folder: Path) -> None:
         assert all(math.isfinite(visit.raw_ms) for visits in samples.visits.values() for visit in visits)
 
 
-@given(content=json_files('{"space": "0", "runtime": "x", "started": "2026", "words": {"a": "off-npu"}}'))
+@given(content=json_files('{"space": "0", "runtime": "x", "started": "2026", "a": ["2026", "off-npu"], "warnings": ["hot"]}'))
 def test_the_marks_of_a_table_under_way(content: bytes, space: SearchSpace, folder: Path) -> None:
     place = dict.fromkeys(("runtime", "runtime_version", "threads", "precision", "batch", "export"), "x")
-    assert _started(put(folder / "x.building.json", content), space, place)
+    started, warnings = _started(put(folder / "x.building.json", content), space, place)
+    assert started and all(isinstance(warning, str) for warning in warnings)
     assert isinstance(_Flags(put(folder / "x.flags.json", content), "2026").words, dict)
 
 

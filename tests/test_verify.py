@@ -70,7 +70,7 @@ def board_says(ms: float, slowness: float = 1.0) -> Path:
     manifest = json.loads((folder / "manifest.json").read_text())
     visit = [slowness * ms, *(slowness * reference for reference in REFERENCES)]
     results = {
-        "schema": 2,
+        "schema": 3,
         "unit": "ms",
         "job_sha256": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
         "device": "board-cpu",
@@ -100,6 +100,20 @@ def test_the_job_measures_the_found_network_and_nothing_else(
     assert manifest["plan"]["networks"] == [network]
     assert set(manifest["models"]) == {network, name_of(CACHED), name_of(STREAMING), "empty"}
     assert manifest["device"] == "board-cpu"
+
+
+def test_two_searches_of_one_request_do_not_share_what_a_device_has_kept(target: float) -> None:
+    """Its network is the same, and devices keep visits by the job's hash."""
+    shutil.copytree("run", "twin")
+    for name in ("run", "twin", "run"):
+        cli.search(["--from", name, "--verify"])
+        manifests = [Path(f"{each}/verify-job/manifest.json") for each in ("run", "twin")]
+        if name == "run":
+            first = manifests[0].read_bytes()
+    assert manifests[0].read_bytes() == first, "the same job until its results were read"
+    mine, its = (json.loads(path.read_text()) for path in manifests)
+    assert mine["verify"] == its["verify"] and mine["models"] == its["models"]
+    assert mine["run"] != its["run"]
 
 
 def test_a_network_that_meets_its_target_there_is_confirmed(target: float) -> None:
@@ -170,7 +184,12 @@ def test_results_of_a_device_that_was_too_busy_are_refused(capsys: pytest.Captur
         cli.search(["--from", "run", "--verify", str(path)])
     line = capsys.readouterr().err
     assert ended.value.code == 1 and line.count("\n") == 1
-    assert "its reference workload took 0.25 to 0.75 ms" in line and f"Run the job of {path} again" in line
+    before = hashlib.sha256(Path("run/verify-job/manifest.json").read_bytes()).hexdigest()
+    cli.search(["--from", "run", "--verify"])
+    after = hashlib.sha256(Path("run/verify-job/manifest.json").read_bytes()).hexdigest()
+    assert before != after, "a phone would give the same visits again"
+    assert "its reference workload took 0.25 to 0.75 ms" in line
+    assert "`nas-search --from run --verify` makes a job anew: run it when the device has nothing else to do" in line
     assert result()["measured_ms"] is None
 
 
@@ -204,6 +223,20 @@ def test_a_device_that_could_not_run_the_network_is_told(capsys: pytest.CaptureF
     capsys.readouterr()
     line = refused(cli.search, ["--from", "run", "--verify", str(path)], capsys)
     assert "could not run the network (load-error)" in line
+
+
+def test_what_a_device_says_against_its_own_results_is_passed_on(capsys: pytest.CaptureFixture[str], target: float) -> None:
+    cli.search(["--from", "run", "--verify"])
+    path = board_says(0.985 * target)
+    results = json.loads(path.read_text())
+    results["environment"]["warnings"] = ["it runs on battery", "the processor was throttled meanwhile"]
+    path.write_text(json.dumps({**results, "flags": dict.fromkeys(results["visits"], "off-npu")}))
+    capsys.readouterr()
+    cli.search(["--from", "run", "--verify", str(path)])
+    said = capsys.readouterr().err.splitlines()
+    assert {"warning: it runs on battery", "warning: the processor was throttled meanwhile"} <= set(said)
+    assert any("warning: some operations of the network ran off the Neural Engine" in line for line in said)
+    assert result()["met"]
 
 
 def test_slack_is_given_back_only_to_a_network_that_was_verified(target: float) -> None:

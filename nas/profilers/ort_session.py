@@ -24,6 +24,7 @@ Array = np.ndarray[Any, Any]
 
 PRECISIONS = ("fp32", "int8")
 CACHE_LINE = 64  # bytes
+THROTTLES = ("under-voltage", "clock capped", "throttled", "soft temperature limit")  # of a Raspberry Pi: a bit each
 CLOCK = r"@\s*[\d.]+\s*[gGmM][hH]z"  # in a processor's name
 CAN_PIN = hasattr(os, "sched_setaffinity")  # Linux can; macOS and Windows cannot
 
@@ -234,13 +235,19 @@ def warnings_about(place: Mapping[str, Any]) -> list[str]:
 
 def throttle_state() -> str | None:
     """Return what a Raspberry Pi's firmware says of throttling now, None where there is nothing to say or to ask."""
+    return throttles(throttle_bits() or 0)
+
+
+def throttles(bits: int) -> str | None:
+    """Return in words what the lowest bits of the firmware's word say."""
+    return ", ".join(name for bit, name in enumerate(THROTTLES) if bits >> bit & 1) or None
+
+
+def throttle_bits() -> int | None:
+    """Return the firmware's word: bits 0 to 3 are of now, bits 16 to 19 of any time before. None where there is none to ask."""
     text = _read("/sys/devices/platform/soc/soc:firmware/get_throttled") or _output("vcgencmd", "get_throttled")
     match = re.search(r"(?:0x)?([0-9a-fA-F]+)\s*$", text or "")
-    if not match:
-        return None
-    bits = int(match.group(1), 16)
-    names = {0: "under-voltage", 1: "clock capped", 2: "throttled", 3: "soft temperature limit"}
-    return ", ".join(name for bit, name in names.items() if bits >> bit & 1) or None
+    return int(match.group(1), 16) if match else None
 
 
 def _core_kinds() -> str | None:

@@ -12,29 +12,42 @@ import json
 import os
 import platform
 import random
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+PIP = shlex.quote(sys.executable or "python3") + " -m pip install"
 if sys.version_info < (3, 10):  # noqa: UP036  the device may have less than this package needs
     sys.exit("run_job.py needs Python 3.10 or newer: this is " + sys.version.split()[0])
 try:
     import numpy as np
     import onnxruntime
 except ImportError as error:
-    sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): python3 -m pip install onnxruntime numpy")
+    sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): {PIP} onnxruntime numpy")
 
 try:
     from nas.profilers.bench import Bench, Damaged, Plan, Samples, TooNoisy, carry_out, now, usable_cpus
-    from nas.profilers.ort_session import OrtModel, cpu_id, environment, pinned, throttle_state, touches, warnings_about
+    from nas.profilers.ort_session import (
+        OrtModel,
+        cpu_id,
+        environment,
+        pinned,
+        throttle_bits,
+        throttles,
+        touches,
+        warnings_about,
+    )
     from nas.profilers.timing import Stopwatch, Workload
 except (ImportError, SyntaxError) as error:  # a copy that was cut
     print(f"run_job.py: nas/ beside it is not whole ({error}): copy the whole job folder again", file=sys.stderr)
     sys.exit(2)
 
-SCHEMA = 2
+SCHEMA = 3
+ASKED_EVERY_S = 5.0  # the firmware, about throttling
 LOCK = "run_job.lock"
 
 
@@ -124,10 +137,10 @@ def probe(folder: Path) -> None:
     if child.returncode < 0:
         raise SystemExit(
             f"onnxruntime {version} is killed by signal {-child.returncode} here: its build needs instructions that this "
-            "processor or system lacks. Install another one: python3 -m pip install 'onnxruntime<" + version + "'"
+            f"processor or system lacks. Install another one: {PIP} 'onnxruntime<{version}'"
         )
     last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-    raise SystemExit(f"onnxruntime {version} cannot run a model of this job ({last}): python3 -m pip install -U onnxruntime")
+    raise SystemExit(f"onnxruntime {version} cannot run a model of this job ({last}): {PIP} -U onnxruntime")
 
 
 class Progress:
@@ -144,6 +157,34 @@ class Progress:
             self.said = clock
             left = (clock - self.started) * (self.total - self.done) / self.done
             print(f"{100 * self.done / self.total:3.0f} % done, at most {left / 60:.0f} min left", flush=True)
+
+
+class Throttling:
+    """What a Raspberry Pi's firmware says of throttling while a job runs: what is so when it is asked, every few seconds, and
+    what it keeps of the time between."""
+
+    NOW = 0xF  # bits of its word; those of any time before are 16 bits higher
+
+    def __init__(self, bits: Callable[[], int | None] = throttle_bits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.bits, self.clock = bits, clock
+        self.found = 0
+        self.last = bits()  # None: there is no such firmware
+        self.asked = clock()
+        if self.last is not None:
+            self.found = self.last & self.NOW
+
+    def watch(self) -> None:
+        """Ask, if it was not asked lately."""
+        if self.clock() - self.asked >= ASKED_EVERY_S:
+            self.ask()
+
+    def ask(self) -> None:
+        if self.last is None:
+            return
+        self.asked, word = self.clock(), self.bits()
+        if word is not None:
+            self.found |= (word | (word & ~self.last) >> 16) & self.NOW
+            self.last = word
 
 
 def main() -> None:
@@ -175,13 +216,12 @@ def measure(folder: Path, manifest: dict[str, Any], again: bool) -> None:
     for warning in place["warnings"]:
         print(f"warning: {warning}", flush=True)
     print(f"timing {len(plan.pieces) + len(plan.networks)} models with onnxruntime {onnxruntime.__version__}", flush=True)
-    throttled = set()
+    throttling = Throttling()
     tick = Progress(plan.visits)
 
     def watched(visits: float) -> None:
         tick(visits)
-        if random.random() < 0.01:
-            throttled.add(throttle_state())
+        throttling.watch()
 
     job = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     # Of this processor: the folder may be carried on to another device, or lie in a home that several share.
@@ -211,9 +251,9 @@ def measure(folder: Path, manifest: dict[str, Any], again: bool) -> None:
             raise SystemExit("run_job.py: stopped; the same command goes on from here") from None
         finally:
             samples.close()
-    states = sorted(state for state in throttled if state)
-    if states:
-        place["warnings"].append(f"the processor was throttled meanwhile ({', '.join(states)}): mend cooling or power supply")
+    throttling.ask()
+    if said := throttles(throttling.found):
+        place["warnings"].append(f"the processor was throttled meanwhile ({said}): mend cooling or power supply")
         print(f"warning: {place['warnings'][-1]}", flush=True)
     place["finished_at"] = now()
     results = {
