@@ -29,6 +29,7 @@ from torch import Tensor
 
 from nas.profilers.bench import usable_cpus
 from nas.progress import say
+from nas.stopping import outlive
 from supernet.errors import InputError
 
 if TYPE_CHECKING:
@@ -164,7 +165,12 @@ def _batches(images: Images, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor
         yield from map(images.batch, batches)
         return
     loader = torch.utils.data.DataLoader(
-        _Batches(images), batch_size=None, sampler=batches, num_workers=workers(), prefetch_factor=AHEAD
+        _Batches(images),
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers(),
+        prefetch_factor=AHEAD,
+        worker_init_fn=outlive,
     )
     try:
         for batch in loader:

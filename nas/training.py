@@ -50,6 +50,7 @@ from nas.steps import (
     say_if_hardly_compiled,
     set_layer_scale,
 )
+from nas.stopping import stopping
 from nas.teacher import Teacher
 from supernet.arch import ArchConfig
 from supernet.distillation import add_second_classifier, one_classifier
@@ -338,33 +339,41 @@ def _estimating(tick: Tick, steps: int, skipped: int, measured: int) -> Callable
 
 
 def _run_epoch(run: _Run, epoch: int, step_taken: Callable[[], None]) -> None:
-    """Take the steps of an epoch (counted from 0) that the history has no losses of yet."""
+    """Take the steps of an epoch (counted from 0) that the history has no losses of yet, and write a checkpoint.
+
+    Raises:
+        KeyboardInterrupt: a signal has stopped it, after a step that the checkpoint has.
+    """
     history, began, before = run.history, time.monotonic(), run.history.seconds
     saved = began
     run.model.train()
     batches = Ahead(_batches(run, epoch))
-    for at, (x, y, seed) in enumerate(batches, len(history.losses)):
-        step = run.per_epoch * epoch + at
-        for parameters in run.optimizer.param_groups:
-            parameters["lr"] = run.rate(step)
-        torch.manual_seed(seed)
-        # While an accelerator computes the step, the images of the next one are made.
-        loss = train_step(run.model, run.optimizer, x, y, run.recipe, run.teacher, run.network, run.group, batches.make)
-        if not math.isfinite(loss):
-            kept = f" and --weights {run.checkpoint}, which is of before" if run.checkpoint.exists() else ""
-            raise FloatingPointError(
-                f"the loss of {run.arch.name} is not finite in epoch {epoch + 1}, at step {step + 1}: train with a recipe of a "
-                f"lower learning_rate, into another --out{kept}"
-            )
-        if run.average is not None:
-            run.average.update(run.model)
-        history.losses.append(loss)
-        step_taken()
-        now = time.monotonic()
-        history.seconds = before + now - began
-        if now - saved >= CHECKPOINT_EVERY_S and at + 1 < run.per_epoch:
-            run.save(epoch)
-            saved = now
+    with stopping(run.group) as asked:
+        for at, (x, y, seed) in enumerate(batches, len(history.losses)):
+            step = run.per_epoch * epoch + at
+            for parameters in run.optimizer.param_groups:
+                parameters["lr"] = run.rate(step)
+            torch.manual_seed(seed)
+            # While an accelerator computes the step, the images of the next one are made.
+            loss = train_step(run.model, run.optimizer, x, y, run.recipe, run.teacher, run.network, run.group, batches.make)
+            if not math.isfinite(loss):
+                kept = f" and --weights {run.checkpoint}, which is of before" if run.checkpoint.exists() else ""
+                raise FloatingPointError(
+                    f"the loss of {run.arch.name} is not finite in epoch {epoch + 1}, at step {step + 1}: train with a recipe "
+                    f"of a lower learning_rate, into another --out{kept}"
+                )
+            if run.average is not None:
+                run.average.update(run.model)
+            history.losses.append(loss)
+            step_taken()
+            now = time.monotonic()
+            history.seconds = before + now - began
+            if now - saved >= CHECKPOINT_EVERY_S and at + 1 < run.per_epoch:
+                run.save(epoch)
+                saved = now
+            if asked():
+                break
+        run.save(epoch)  # a kill while it validates, which may take long, loses no steps
 
 
 def _batches(run: _Run, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -387,8 +396,7 @@ def _batches(run: _Run, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
 
 
 def _finish_epoch(run: _Run, epoch: int, val: Images, draw_curves: Callable[[Points], None]) -> None:
-    """Write a checkpoint; validate, add a row to the history and points to the curves, and write another one."""
-    run.save(epoch)  # a kill while it validates, which may take long, loses no steps
+    """Validate, add a row to the history and points to the curves, and write a checkpoint."""
     history, began = run.history, time.monotonic()
     loss, accuracy = accuracy_of(run.model, val, run.group)
     scores = {"val_loss": loss, "val_accuracy": accuracy}

@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -124,6 +126,40 @@ def test_a_kill_in_a_validation_loses_no_step(digits: ImageData, tmp_path: Path,
     monkeypatch.setattr(training, "train_step", lambda *args: taken.append(original(*args)) or taken[-1])
     training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
     assert len(taken) == 10, "those of the second and third epoch"
+
+
+@pytest.mark.parametrize("step", [7, 10])  # within the second epoch, its last one
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_loses_no_step(
+    number: signal.Signals,
+    step: int,
+    digits: ImageData,
+    whole: TrainingResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original, taken = training.train_step, 0
+
+    def signalled(*args: Any) -> float:
+        nonlocal taken
+        taken += 1
+        if taken == step:
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    monkeypatch.setattr(training, "train_step", signalled)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
+    assert taken == step, "the step under way is the last one"
+    assert signal.getsignal(number) == before
+    held = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert (held["epoch"], len(held["history"]["losses"])) == (1, step - 5)
+    training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
+    assert taken == 15, "none is taken again"
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole.folder, tmp_path))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert without_seconds(tmp_path) == without_seconds(whole.folder)
 
 
 def test_seed_decides_start_and_order(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
