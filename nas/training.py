@@ -59,6 +59,7 @@ from supernet.files import write_atomically
 from supernet.model import build_model, set_drop_path
 from supernet.user_block import file_digests
 
+WORK = ("checkpoint.pt", "metrics.csv", "model.safetensors")  # a folder without one has nothing of a training yet
 MEASURED_STEPS = 10  # by whose time that of the rest is estimated
 
 
@@ -143,7 +144,8 @@ def train_network(
     defaults = {**defaults, "teacher": None, "train_image_size": arch.image_size}
     if "blocks" in request:
         defaults["blocks"] = request["blocks"]
-    group.agreed(lambda: claim(folder, request, since=defaults) if group.first else None)
+    begun = any((folder / name).exists() for name in WORK)
+    group.agreed(lambda: claim(folder, request, defaults, begun) if group.first else None)
     model = group.synchronised(model)
     # Compiled first: PyTorch does not look into a DistributedDataParallel, and would compile some of the layers, unnoticed.
     network = group.divided(torch.compile(model) if recipe.compile else model)  # type: ignore[arg-type]

@@ -583,6 +583,33 @@ def test_a_request_of_an_earlier_version_means_the_defaults_of_what_it_does_not_
         claim(tmp_path, {"seed": 1, "teacher": "sha", "settings": {"epochs": 3}})
 
 
+def test_a_request_that_never_began_gives_way_to_another_of_its_command(tmp_path: Path) -> None:
+    claim(tmp_path, {"command": "nas-train", "batch_size": 4096})
+    claim(tmp_path, {"command": "nas-train", "batch_size": 64}, begun=False)
+    assert json.loads((tmp_path / "request.json").read_text())["batch_size"] == 64
+    with pytest.raises(InputError, match="batch_size 64, now 32"):
+        claim(tmp_path, {"command": "nas-train", "batch_size": 32})
+    with pytest.raises(InputError, match="command nas-train, now nas-search"):
+        claim(tmp_path, {"command": "nas-search"}, begun=False)
+
+
+def test_a_training_that_failed_in_its_first_step_leaves_its_folder_free(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*args: object) -> float:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(training, "train_step", step)
+        training.train_network(ARCH, digits, replace(RECIPE, batch_size=64), tmp_path, seed=3)
+    forbid_training(monkeypatch)
+    with pytest.raises(AssertionError, match="a training step was taken"):
+        training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(InputError, match="batch_size 32, now 16"):
+        training.train_network(ARCH, digits, replace(RECIPE, batch_size=16), tmp_path, seed=3)
+
+
 def test_claim_shows_where_long_values_differ(tmp_path: Path) -> None:
     claim(tmp_path, {"x": "a" * 100 + "OLD" + "b" * 100})
     with pytest.raises(InputError) as caught:
