@@ -215,6 +215,8 @@ def decode(path: str, size: int) -> NDArray[np.uint8]:
         image.load()
         with suppress(Exception):  # of damaged EXIF data; the pixels are whole, and lie as they lie
             ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F":  # convert() would take values from 0 to 1 for black
+            raise ValueError("its values are no levels of a picture, but floating-point numbers")
         if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
             grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
             return square(Image.fromarray(grey), size)
