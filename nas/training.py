@@ -55,7 +55,7 @@ from nas.teacher import Teacher
 from supernet.arch import ArchConfig
 from supernet.distillation import add_second_classifier, one_classifier
 from supernet.errors import InputError
-from supernet.files import write_atomically
+from supernet.files import read_csv, reading, write_atomically
 from supernet.model import build_model, set_drop_path
 from supernet.user_block import file_digests
 
@@ -98,9 +98,9 @@ def train_network(
     what they do together), `metrics.csv` (a row for each epoch; the learning rate is that of its last step, the training loss
     is smoothed) and `checkpoint.pt`, written before and after each validation, and every ten minutes in a long epoch; and the
     curves of `nas.curves`. The next call with the same arguments goes on from there, to the same weights as if it had never
-    stopped; if the training is finished, it returns its result. The weights name their classes, and the `targets` of the
-    network's search (see `nas.about`), for nas-export. On CPUs, on one machine with one number of threads, the same seed gives
-    the same weights; on a GPU they are the same up to rounding.
+    stopped; if the training is finished, it returns its result, also where `checkpoint.pt` has been deleted. The weights name
+    their classes, and the `targets` of the network's search (see `nas.about`), for nas-export. On CPUs, on one machine with one
+    number of threads, the same seed gives the same weights; on a GPU they are the same up to rounding.
     The processes of a `group` all call this; each has its rows of every batch, and the first one alone writes.
 
     Raises:
@@ -146,6 +146,9 @@ def train_network(
         defaults["blocks"] = request["blocks"]
     begun = any((folder / name).exists() for name in WORK)
     group.agreed(lambda: claim(folder, request, defaults, begun) if group.first else None)
+    if ended := group.from_first(lambda: _ended(folder, recipe)):
+        say(f"the training in {folder} has finished before: its result is returned")
+        return TrainingResult(arch, *ended, recipe.all_epochs, folder)
     model = group.synchronised(model)
     # Compiled first: PyTorch does not look into a DistributedDataParallel, and would compile some of the layers, unnoticed.
     network = group.divided(torch.compile(model) if recipe.compile else model)  # type: ignore[arg-type]
@@ -179,6 +182,19 @@ def train_network(
         write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, note(run.data.classes, targets)))
     last, of = run.history.rows[-1], "val" if run.average is None else "ema"
     return TrainingResult(arch, last[f"{of}_loss"], last[f"{of}_accuracy"], recipe.all_epochs, folder)
+
+
+def _ended(folder: Path, recipe: Recipe) -> tuple[float, float] | None:
+    """Return the loss and the accuracy of a training that ended, and whose checkpoint has been deleted since."""
+    path = folder / "metrics.csv"
+    if (folder / "checkpoint.pt").exists() or not (folder / "model.safetensors").exists() or not path.exists():
+        return None
+    names = [f"{'ema' if recipe.ema else 'val'}_{name}" for name in ("loss", "accuracy")]
+    do = "give another --out"
+    rows = read_csv(path, ["epoch", *names], "the metrics file", do)
+    with reading(f"the metrics file {path}", do):
+        last = max(rows, key=lambda row: int(row["epoch"]), default={"epoch": "0"})
+        return (float(last[names[0]]), float(last[names[1]])) if int(last["epoch"]) == recipe.all_epochs else None
 
 
 def _check_division(batch: int, arch: ArchConfig, recipe: Recipe, group: Group, device: torch.device) -> None:

@@ -229,6 +229,28 @@ def test_finished_request_returns_at_once(digits: ImageData, whole: TrainingResu
     assert (whole.folder / "model.safetensors").exists(), "what a kill left unwritten is written"
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_finished_training_needs_its_checkpoint_no_more(
+    ema: float, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, epochs=2, ema=ema)
+    result = training.train_network(ARCH, digits, recipe, tmp_path, seed=3)
+    before = (tmp_path / "model.safetensors").stat()
+    (tmp_path / "checkpoint.pt").unlink()
+    forbid_training(monkeypatch)
+    assert training.train_network(ARCH, digits, recipe, tmp_path, seed=3) == result
+    assert (tmp_path / "model.safetensors").stat() == before
+    with pytest.raises(InputError, match="seed 3, now 4"):
+        training.train_network(ARCH, digits, recipe, tmp_path, seed=4)
+    metrics = (tmp_path / "metrics.csv").read_text()
+    (tmp_path / "metrics.csv").write_text(metrics.replace("\n2,", "\ntwo,"))
+    with pytest.raises(InputError, match=r"metrics\.csv cannot be used"):
+        training.train_network(ARCH, digits, recipe, tmp_path, seed=3)
+    (tmp_path / "metrics.csv").write_text("".join(metrics.splitlines(keepends=True)[:-1]))  # of one epoch
+    with pytest.raises(AssertionError, match="a training step was taken"):
+        training.train_network(ARCH, digits, recipe, tmp_path, seed=3)
+
+
 def test_data_of_another_size_are_refused(digits: ImageData, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="images of 32 px, but the data are loaded at 16 px"):
         training.train_network(ARCH.at(32), digits, RECIPE, tmp_path / "out", seed=0)
