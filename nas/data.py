@@ -223,12 +223,18 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, images_per_epo
     size = images_per_epoch or n
     if size > batch_size:
         size -= size % batch_size
-    start = epoch * size
-    first, last = start // n, (start + size - 1) // n
-    shuffles = np.concatenate([_rng(seed, "epoch", turn).permutation(n) for turn in range(first, last + 1)])
-    indices = torch.from_numpy(shuffles[start - first * n :][:size])
+    turn, at = divmod(epoch * size, n)
+    order = _rng(seed, "epoch", turn).permutation(n)
     for begin in range(0, size, batch_size):
-        yield indices[begin : begin + batch_size]
+        parts, wanted = [], min(batch_size, size - begin)
+        while wanted:
+            if at == n:
+                turn, at = turn + 1, 0
+                order = _rng(seed, "epoch", turn).permutation(n)
+            parts.append(order[at : at + wanted])
+            at += len(parts[-1])
+            wanted -= len(parts[-1])
+        yield torch.from_numpy(np.concatenate(parts))
 
 
 @dataclass(frozen=True, eq=False)

@@ -654,6 +654,18 @@ def test_epochs_see_every_image_before_any_is_repeated(n: int, batch_size: int, 
     assert len(rounds) > 1 and rounds[0] != rounds[1], "each round has its own order"
 
 
+@pytest.mark.parametrize(("n", "batch_size", "size"), [(7, 3, 7), (7, 3, 20), (7, 20, 45), (5, 16, 9), (4, 4, 8), (30, 4, 8)])
+def test_an_epochs_order_is_that_of_one_row_of_shuffles(n: int, batch_size: int, size: int) -> None:
+    size -= size % batch_size if size > batch_size else 0
+    shuffles = [np.random.default_rng([3, *b"epoch", turn]).permutation(n) for turn in range(5 * size // n + 1)]
+    found = [torch.cat(list(epoch_batches(n, batch_size, 3, epoch, size))) for epoch in range(5)]
+    assert torch.cat(found).tolist() == np.concatenate(shuffles)[: 5 * size].tolist()
+
+
+def test_an_endless_epoch_begins_at_once() -> None:
+    assert len(next(epoch_batches(10, 4, 0, 1, 10**12))) == 4
+
+
 def test_epoch_smaller_than_a_batch_is_one_batch() -> None:
     (batch,) = epoch_batches(3, 64, seed=0, epoch=5)
     assert sorted(batch.tolist()) == [0, 1, 2]
