@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
 import logging
+import shutil
 import tempfile
 import uuid
 import warnings
@@ -18,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nas.alone import alone
 from supernet.errors import InputError, first_line
-from supernet.files import unwritten
+from supernet.files import PART, unwritten
 
 _CONVERSION_DATE = "com.github.apple.coremltools.conversion_date"
 _LEFT_OVER = ("batch_norm", "instance_norm")  # of operations that a deployed network does not have
@@ -125,41 +128,69 @@ def save_package(
 
     The same module gives the same bytes in any process with the same versions. The package's metadata hold `key`, the SHA-256
     of the weights, and `about`. A package is a folder: it is written beside `path` and given its name when it is whole and
-    `check`, if given, has looked at it.
+    `check`, if given, has looked at it. A kill between the two renames that this takes leaves the old one under a hidden name;
+    the next call gives it back its own.
 
     Args:
         names: of the input and of the output.
         check: is called with the package before anything at `path` changes; what it raises is passed on.
 
     Raises:
-        InputError: the module cannot be converted, `path` is something else than a package, or it cannot be written.
+        InputError: the module cannot be converted, `path` is something else than a package, or it cannot be written; or
+            another process is writing it.
         OSError: the disk is full or fails. What was there before is as it was.
     """
     path = Path(path)
-    if path.exists() and not (path / "Manifest.json").is_file():
-        raise InputError(f"{path} exists and is no Core ML package: it is left as it is; give another name")
-    model = convert(module, example, *names)
-    metadata = model.user_defined_metadata
-    metadata.pop(_CONVERSION_DATE, None)
-    if key or not about:
-        metadata["metapath.key"] = key
-    metadata["metapath.weights_sha256"] = weights_sha256(module)
-    for name, text in (about or {}).items():
-        metadata[name] = text
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
-            package = Path(folder) / path.name
-            model.save(str(package))
-            _make_reproducible(package)
-            if check is not None:
-                check(package)
-            if path.exists():  # a folder cannot be replaced in one step: the old one steps aside first
-                path.rename(Path(folder) / "replaced")
-            package.replace(path)
+        with alone(path.parent, path.name):
+            _clear(path)
+            if path.exists() and not (path / "Manifest.json").is_file():
+                raise InputError(f"{path} exists and is no Core ML package: it is left as it is; give another name")
+            model = convert(module, example, *names)
+            metadata = model.user_defined_metadata
+            metadata.pop(_CONVERSION_DATE, None)
+            if key or not about:
+                metadata["metapath.key"] = key
+            metadata["metapath.weights_sha256"] = weights_sha256(module)
+            for name, text in (about or {}).items():
+                metadata[name] = text
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=PART) as folder:
+                package = Path(folder) / path.name
+                model.save(str(package))
+                _make_reproducible(package)
+                if check is not None:
+                    check(package)
+                _replace(path, package)
     except OSError as error:
         raise unwritten(path, error) from error
     return package_sha256(path)
+
+
+def _aside(path: Path) -> Path:
+    """Return where an old package is while the new one takes its name."""
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _replace(path: Path, package: Path) -> None:
+    """Give a package its name. A folder cannot be replaced in one step: the old one steps aside, and comes back if need be."""
+    aside = _aside(path)
+    if path.exists():
+        path.rename(aside)
+    try:
+        package.rename(path)
+    finally:
+        if aside.exists() and not path.exists():
+            aside.rename(path)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clear(path: Path) -> None:
+    """Put right what a killed process left: an old package gets its name back, unless the new one has it; the rest goes."""
+    aside = _aside(path)
+    if aside.exists() and not path.exists():
+        aside.rename(path)
+    for left_over in (aside, *path.parent.glob(f".{glob.escape(path.name)}.*{PART}")):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _make_reproducible(package: Path) -> None:

@@ -7,8 +7,9 @@ import hashlib
 import os
 import random
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ from supernet.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+VALIDATION = ("dev", "test", "valid", "validation")  # what others call folders beside train/
+ENDINGS = 3  # of files that were left out, to be named
 MIN_IMAGES_PER_CLASS = 3  # one each to train, to score and to validate
 
 _LAYOUT = "expected PATH/train/<class>/* with an optional PATH/val/<class>/*, or PATH/<class>/*"
@@ -66,6 +69,7 @@ class ImageData:
     skipped: tuple[Path, ...]  # files that cannot be decoded
     source: str  # the resolved folder, or "digits"
     fingerprint: str  # changes with the names and the sizes of the files
+    left_out: tuple[str, ...] = ()  # what else the folder has, in lines for people
 
     @property
     def train_size(self) -> int:
@@ -120,13 +124,14 @@ def load_images(
         skipped=skipped,
         source=str(folder.root.resolve()),
         fingerprint=folder.fingerprint,
+        left_out=folder.left_out,
     )
 
 
 def load_data(
     path: Path | None, image_size: int, seed: int, score_images: int = 512, train_size: int | None = None
 ) -> ImageData:
-    """Load the images of a command; say what a folder holds and what of it was skipped."""
+    """Load the images of a command; say what a folder holds, and what of it was skipped or not looked at."""
     if path is None:  # what that means is said where work begins: a refusal that comes before is one line
         return load_images(None, image_size, seed, score_images=score_images)
     with progress_of(f"reading {path}", 1.0) as tick:
@@ -142,6 +147,8 @@ def load_data(
         say(f"skipped a broken image: {file}")
     if data.skipped:
         say(f"{len(data.skipped)} broken images were skipped")
+    for line in data.left_out:
+        say(line)
     say(
         f"{data.source}: {len(data.classes)} classes; {len(data.train):,} images to train, "
         + (f"{len(data.score):,} to score, " if score_images > 1 else "")
@@ -217,12 +224,18 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, images_per_epo
     size = images_per_epoch or n
     if size > batch_size:
         size -= size % batch_size
-    start = epoch * size
-    first, last = start // n, (start + size - 1) // n
-    shuffles = np.concatenate([_rng(seed, "epoch", turn).permutation(n) for turn in range(first, last + 1)])
-    indices = torch.from_numpy(shuffles[start - first * n :][:size])
+    turn, at = divmod(epoch * size, n)
+    order = _rng(seed, "epoch", turn).permutation(n)
     for begin in range(0, size, batch_size):
-        yield indices[begin : begin + batch_size]
+        parts, wanted = [], min(batch_size, size - begin)
+        while wanted:
+            if at == n:
+                turn, at = turn + 1, 0
+                order = _rng(seed, "epoch", turn).permutation(n)
+            parts.append(order[at : at + wanted])
+            at += len(parts[-1])
+            wanted -= len(parts[-1])
+        yield torch.from_numpy(np.concatenate(parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +247,18 @@ class _Folder:
     in_val: NDArray[np.bool_]  # (n,)
     fingerprint: str
     stamps: tuple[str, ...]  # (n,): name, size and time of each file
+    others: tuple[str, ...]  # of each class in train/: what else it has
+    left_out: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class _Class:
+    """The folder of a class."""
+
+    images: list["os.DirEntry[str]"] = field(default_factory=list)
+    endings: Counter[str] = field(default_factory=Counter)
+    """Of its files of other kinds."""
+    folders: int = 0
 
 
 def _list_folder(root: Path) -> _Folder:
@@ -244,12 +269,14 @@ def _list_folder(root: Path) -> _Folder:
     train = _class_files(root / "train" if parted else root)
     val = _class_files(root / "val") if parted and (root / "val").is_dir() else None
     classes = tuple(sorted(train))
-    if not any(train.values()):
-        raise InputError(f"data folder {root} has no images ({', '.join(SUFFIXES)}) in class folders: {_LAYOUT}")
+    if not any(held.images for held in train.values()):
+        others = f", but {found}" if (found := _others(train.values())) else ""
+        raise InputError(f"data folder {root} has no images ({', '.join(SUFFIXES)}) in class folders{others}: {_LAYOUT}")
     if len(classes) == 1:
         raise InputError(f"data folder {root} has one class only, {classes[0]!r}, but two are needed: {_LAYOUT}")
-    if val is not None and not any(val.values()):
-        raise InputError(f"{root / 'val'} has no images: add some, or remove it to have a tenth of train/ set apart")
+    if val is not None and not any(held.images for held in val.values()):
+        others = f", but {found}" if (found := _others(val.values())) else ""
+        raise InputError(f"{root / 'val'} has no images{others}: add some, or remove it to have a tenth of train/ set apart")
     for name in sorted(val or ()):
         if name not in train:
             raise InputError(f"{root / 'val'} has the class {name!r}, which train/ lacks: rename, add or remove it")
@@ -257,7 +284,7 @@ def _list_folder(root: Path) -> _Folder:
     entries, labels, in_val, lines, stamps = [], [], [], [], []
     for part, held in ((train, False), (val or {}, True)):
         for name in sorted(part):
-            for entry in part[name]:
+            for entry in part[name].images:
                 entries.append(entry.path)
                 labels.append(classes.index(name))
                 in_val.append(held)
@@ -273,6 +300,8 @@ def _list_folder(root: Path) -> _Folder:
         in_val=np.array(in_val, np.bool_),
         fingerprint=hashlib.sha256(os.fsencode("".join(sorted(lines)))).hexdigest(),
         stamps=tuple(stamps),
+        others=tuple(_others([train[name]]) for name in classes),
+        left_out=tuple(_left_out(root, parted, val is not None, [*train.values(), *(val or {}).values()])),
     )
     _check_classes(folder, np.ones(len(entries), np.bool_))
     return folder
@@ -291,14 +320,44 @@ def _entries(folder: Path) -> list["os.DirEntry[str]"]:
         raise InputError(f"data folder {folder} cannot be read ({error.strerror}): check its permissions") from error
 
 
-def _class_files(part: Path) -> dict[str, list["os.DirEntry[str]"]]:
-    return {
-        folder.name: [
-            entry for entry in _entries(Path(folder.path)) if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir()
-        ]
-        for folder in _entries(part)
-        if folder.is_dir()
-    }
+def _class_files(part: Path) -> dict[str, _Class]:
+    found = {}
+    for folder in _entries(part):
+        if not folder.is_dir():
+            continue
+        found[folder.name] = held = _Class()
+        for entry in _entries(Path(folder.path)):
+            if entry.is_dir():
+                held.folders += 1
+            elif entry.name.lower().endswith(SUFFIXES):
+                held.images.append(entry)
+            else:
+                held.endings[Path(entry.name).suffix.lower() or "without an ending"] += 1
+    return found
+
+
+def _others(classes: Iterable[_Class]) -> str:
+    """Return what folders of classes have that is no image of theirs, in words."""
+    endings, folders = Counter[str](), 0
+    for held in classes:
+        endings.update(held.endings)
+        folders += held.folders
+    parts = []
+    if number := endings.total():
+        named = ", ".join(ending for ending, _ in endings.most_common(ENDINGS)) + (", ..." if len(endings) > ENDINGS else "")
+        parts.append(f"{number:,} {'files' if number > 1 else 'file'} of other kinds ({named})")
+    if folders:
+        parts.append(f"{folders:,} {'folders' if folders > 1 else 'folder'} inside classes")
+    return ", ".join(parts)
+
+
+def _left_out(root: Path, parted: bool, validated: bool, classes: Iterable[_Class]) -> Iterator[str]:
+    """Yield, in lines for people, what of a data set's folder is not looked at."""
+    if others := _others(classes):
+        yield f"left out: {others}"
+    for entry in _entries(root) if parted else ():
+        if entry.name.lower() in VALIDATION and entry.is_dir():
+            yield f"{entry.path} is not used" + ("" if validated else ": name it val to validate on it")
 
 
 def _check_classes(folder: _Folder, readable: NDArray[np.bool_]) -> None:
@@ -310,8 +369,9 @@ def _check_classes(folder: _Folder, readable: NDArray[np.bool_]) -> None:
     held = np.bincount(folder.labels[readable & folder.in_val], minlength=n)
     for label, name in enumerate(folder.classes):
         if trained[label] < MIN_IMAGES_PER_CLASS:
+            others = f", beside {folder.others[label]}" if folder.others[label] else ""
             raise InputError(
-                f"class {name!r} of {folder.root} has {trained[label]} training images{broken}, but at least "
+                f"class {name!r} of {folder.root} has {trained[label]} training images{broken}{others}, but at least "
                 f"{MIN_IMAGES_PER_CLASS} are needed: add images or remove the class; {_LAYOUT}"
             )
         if listed[label] and not held[label]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from nas.profilers.bench import usable_cpus
 from nas.progress import say
+from nas.stopping import outlive
 from supernet.errors import InputError
 
 if TYPE_CHECKING:
@@ -164,7 +165,12 @@ def _batches(images: Images, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor
         yield from map(images.batch, batches)
         return
     loader = torch.utils.data.DataLoader(
-        _Batches(images), batch_size=None, sampler=batches, num_workers=workers(), prefetch_factor=AHEAD
+        _Batches(images),
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers(),
+        prefetch_factor=AHEAD,
+        worker_init_fn=outlive,
     )
     try:
         for batch in loader:
@@ -209,6 +215,8 @@ def decode(path: str, size: int) -> NDArray[np.uint8]:
         image.load()
         with suppress(Exception):  # of damaged EXIF data; the pixels are whole, and lie as they lie
             ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F":  # convert() would take values from 0 to 1 for black
+            raise ValueError("its values are no levels of a picture, but floating-point numbers")
         if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
             grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
             return square(Image.fromarray(grey), size)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import yaml
 
-from nas.steps import PRECISIONS, cosine
+from nas.steps import MOST_IMAGES, PRECISIONS, cosine
 from supernet.errors import InputError, unknown
 from supernet.files import checked_fields, read_yaml
 
@@ -112,6 +112,12 @@ class Recipe:
         _at_least(self, clip_agc=0, rand_augment_std=0, mixup=0, cutmix=0, crop_ratio=1)
         if self.images_per_epoch == 1:
             raise InputError("images_per_epoch must be 0, for all, or at least 2, but is 1")
+        if self.images_per_epoch > MOST_IMAGES:
+            raise InputError(
+                f"images_per_epoch must be at most {MOST_IMAGES}, but is {self.images_per_epoch}: give more epochs"
+            )
+        if self.repeats > self.batch_size:
+            raise InputError(f"repeats must be at most batch_size, {self.batch_size}, but is {self.repeats}")
         for name in ("learning_rate", "layer_scale", "teacher_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a positive number, but is {getattr(self, name)}")

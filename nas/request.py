@@ -18,11 +18,13 @@ SHOWN = 60  # characters of a value in a refusal
 BEFORE = 15  # of them, those before the first difference of two long values
 
 
-def claim(folder: Path, request: Mapping[str, Any], since: Mapping[str, Any] | None = None) -> None:
+def claim(folder: Path, request: Mapping[str, Any], since: Mapping[str, Any] | None = None, begun: bool = True) -> None:
     """Make `folder` the place of `request`, whose values JSON can hold, by writing `folder/request.json`.
 
     A folder that has been claimed by an equal request is left as it is. `since`: what names mean that an earlier version's
-    request does not have yet, their defaults; those of a mapping in it, name by name.
+    request does not have yet, their defaults; those of a mapping in it, name by name. `begun`: whether the folder has anything
+    of a request's work; where it has not, as after one that ran out of memory in its first step, another request of the same
+    command takes its place.
 
     Raises:
         InputError: the folder holds another request, or cannot be read or written.
@@ -37,7 +39,9 @@ def claim(folder: Path, request: Mapping[str, Any], since: Mapping[str, Any] | N
     given = json.loads(text)  # tuples have become lists, as in the file
     names = [*given, *(name for name in held if name not in given)]
     differing = [name for name in names if (name in held) != (name in given) or held.get(name) != given.get(name)]
-    if differing:
+    if differing and not begun and held.get("command") == given.get("command"):
+        write_atomically(path, text + "\n")
+    elif differing:
         shown = "; ".join(_difference(name, held, given) for name in differing[:3])
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise InputError(f"{folder} holds another request ({shown}{more}): give another --out")

@@ -30,6 +30,7 @@ from supernet.files import read_json, reading, write_atomically
 from supernet.space import SearchSpace
 
 TRAINED = ("supernet.pt", "channels.json", "distillation.pt", "evaluations.csv")  # what another target changes nothing in
+BEFORE = ("request.json", "space.yaml", "tensorboard")  # what a search's folder holds before anything is trained
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def run_search(
         check_storage(settings.optuna_storage)
     first = devices[0]
     several = [{"device": d.name, "target_ms": d.target.ms, "table": str(d.path.resolve())} for d in devices]
-    with alone(folder, shared=request.strategy == "optuna"):  # whose processes share a study, and may share its folder
+    shared = request.strategy == "optuna"  # whose processes share a study, and may share its folder
+    with alone(folder, shared=shared):
         claim(
             folder,
             {
@@ -159,6 +161,7 @@ def run_search(
                 **({"init": given.arch.to_yaml(), "weights": given.digest} if given is not None else {}),
             },
             since={"settings": SupernetSettings().deciding(), **blocks},
+            begun=shared or any(entry.name not in BEFORE for entry in folder.iterdir() if not entry.name.startswith(".")),
         )
         say_if_demonstration(data)
         space.save(folder / "space.yaml")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from nas.steps import PRECISIONS
+from nas.steps import MOST_IMAGES, PRECISIONS
 from nas.taylor import Method
 from nas.trajectory import Score
 from supernet.errors import InputError, placed, unknown
@@ -166,6 +166,10 @@ class SupernetSettings:
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")
         if self.images_per_epoch == 1:
             raise InputError("images_per_epoch must be 0, for all, or at least 2, but is 1")
+        if self.images_per_epoch > MOST_IMAGES:
+            raise InputError(
+                f"images_per_epoch must be at most {MOST_IMAGES}, but is {self.images_per_epoch}: give more epochs"
+            )
         if self.paths == "elastic" and self.mixture_epochs:
             raise InputError(
                 f"paths: elastic has no logits for mixtures to train, but mixture_epochs is {self.mixture_epochs}: give "

@@ -42,6 +42,7 @@ from nas.steps import (
     set_layer_scale,
     training_batches,
 )
+from nas.stopping import stopping
 from nas.taylor import Method
 from supernet.arch import ArchConfig
 from supernet.elastic import ElasticSupernet, widest
@@ -310,6 +311,9 @@ def train_supernet(
     the same arguments goes on from it, to the same weights as if it had never stopped. On CPUs, on one machine with one number
     of threads, the same seed gives the same weights; on a GPU they are the same up to rounding. The processes of a `group` all
     call this, and each has its rows of every batch; they run the same networks, so they have gradients of the same parameters.
+
+    Raises:
+        KeyboardInterrupt: a signal has stopped it, after a step that the checkpoint has.
     """
 
     group.alike(
@@ -386,39 +390,42 @@ def train_supernet(
             if within.losses:
                 generator.set_state(within.generator)
             net.train()
-            for x, y in itertools.islice(batches, steps_of[epoch] - len(within.losses)):
-                seed_draws(seed, epoch, len(within.losses), group)
-                for parameters in weights.param_groups:
-                    parameters["lr"] = settings.learning_rate * cosine(step, steps)
-                for optimizer in optimizers.values():
-                    optimizer.zero_grad(set_to_none=True)
-                if epoch < settings.weight_epochs:
-                    loss = weight_step(net, x, y, settings, generator, step)
-                else:
-                    done = (step - (steps - mixture_steps)) / max(1, mixture_steps - 1)
-                    tau = temperature(min(1.0, done), settings.tau_start, settings.tau_end)
-                    loss = mixture_step(net, x, y, settings, generator, tau)
-                group.average_gradients(net.parameters())
-                group.average_statistics(net)
-                nn.utils.clip_grad_norm_((parameter for _, parameter in named), settings.clip_norm)
-                for optimizer in optimizers.values():
-                    optimizer.step()  # what has no gradient stays as it is: the logits but in mixtures
-                within.losses.append(group.mean(loss))
-                step += 1
-                tick(costs[epoch])
-                last = len(within.losses) == steps_of[epoch]
-                if group.first and not last and time.monotonic() - saved >= CHECKPOINT_EVERY_S:
-                    _check_finite(net, within, step, f"in epoch {epoch + 1} of {epochs}", checkpoint)
-                    within.generator = generator.get_state()
-                    save_checkpoint(checkpoint, epoch, **parts)
+            with stopping(group) as asked:
+                for x, y in itertools.islice(batches, steps_of[epoch] - len(within.losses)):
+                    seed_draws(seed, epoch, len(within.losses), group)
+                    for parameters in weights.param_groups:
+                        parameters["lr"] = settings.learning_rate * cosine(step, steps)
+                    for optimizer in optimizers.values():
+                        optimizer.zero_grad(set_to_none=True)
+                    if epoch < settings.weight_epochs:
+                        loss = weight_step(net, x, y, settings, generator, step)
+                    else:
+                        done = (step - (steps - mixture_steps)) / max(1, mixture_steps - 1)
+                        tau = temperature(min(1.0, done), settings.tau_start, settings.tau_end)
+                        loss = mixture_step(net, x, y, settings, generator, tau)
+                    group.average_gradients(net.parameters())
+                    group.average_statistics(net)
+                    nn.utils.clip_grad_norm_((parameter for _, parameter in named), settings.clip_norm)
+                    for optimizer in optimizers.values():
+                        optimizer.step()  # what has no gradient stays as it is: the logits but in mixtures
+                    within.losses.append(group.mean(loss))
+                    step += 1
+                    tick(costs[epoch])
+                    last, stop = len(within.losses) == steps_of[epoch], asked()
+                    if group.first and not last and (stop or time.monotonic() - saved >= CHECKPOINT_EVERY_S):
+                        _check_finite(net, within, step, f"in epoch {epoch + 1} of {epochs}", checkpoint)
+                        within.generator = generator.get_state()
+                        save_checkpoint(checkpoint, epoch, **parts)
+                        saved = time.monotonic()
+                    if stop and not last:
+                        raise KeyboardInterrupt
+                of_batches = _check_finite(net, within, step, f"in epoch {epoch + 1} of {epochs}", checkpoint)
+                curve = "supernet/loss" if epoch < settings.weight_epochs else "supernet/mixture_loss"
+                draw({curve: enumerate(of_batches, step - len(of_batches) + 1)})
+                within.losses.clear()
+                if group.first:
+                    save_checkpoint(checkpoint, epoch + 1, **parts)
                     saved = time.monotonic()
-            of_batches = _check_finite(net, within, step, f"in epoch {epoch + 1} of {epochs}", checkpoint)
-            curve = "supernet/loss" if epoch < settings.weight_epochs else "supernet/mixture_loss"
-            draw({curve: enumerate(of_batches, step - len(of_batches) + 1)})
-            within.losses.clear()
-            if group.first:
-                save_checkpoint(checkpoint, epoch + 1, **parts)
-                saved = time.monotonic()
     if group.size > 1 or compiled:
         # Without SyncBatchNorm, which would wait for the others in a search, and with layers that may be copied.
         trained, net = net.state_dict(), untrained()

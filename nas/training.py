@@ -50,14 +50,16 @@ from nas.steps import (
     say_if_hardly_compiled,
     set_layer_scale,
 )
+from nas.stopping import stopping
 from nas.teacher import Teacher
 from supernet.arch import ArchConfig
 from supernet.distillation import add_second_classifier, one_classifier
 from supernet.errors import InputError
-from supernet.files import write_atomically
+from supernet.files import read_csv, reading, write_atomically
 from supernet.model import build_model, set_drop_path
 from supernet.user_block import file_digests
 
+WORK = ("checkpoint.pt", "metrics.csv", "model.safetensors")  # a folder without one has nothing of a training yet
 MEASURED_STEPS = 10  # by whose time that of the rest is estimated
 
 
@@ -96,9 +98,9 @@ def train_network(
     what they do together), `metrics.csv` (a row for each epoch; the learning rate is that of its last step, the training loss
     is smoothed) and `checkpoint.pt`, written before and after each validation, and every ten minutes in a long epoch; and the
     curves of `nas.curves`. The next call with the same arguments goes on from there, to the same weights as if it had never
-    stopped; if the training is finished, it returns its result. The weights name their classes, and the `targets` of the
-    network's search (see `nas.about`), for nas-export. On CPUs, on one machine with one number of threads, the same seed gives
-    the same weights; on a GPU they are the same up to rounding.
+    stopped; if the training is finished, it returns its result, also where `checkpoint.pt` has been deleted. The weights name
+    their classes, and the `targets` of the network's search (see `nas.about`), for nas-export. On CPUs, on one machine with one
+    number of threads, the same seed gives the same weights; on a GPU they are the same up to rounding.
     The processes of a `group` all call this; each has its rows of every batch, and the first one alone writes.
 
     Raises:
@@ -142,7 +144,11 @@ def train_network(
     defaults = {**defaults, "teacher": None, "train_image_size": arch.image_size}
     if "blocks" in request:
         defaults["blocks"] = request["blocks"]
-    group.agreed(lambda: claim(folder, request, since=defaults) if group.first else None)
+    begun = any((folder / name).exists() for name in WORK)
+    group.agreed(lambda: claim(folder, request, defaults, begun) if group.first else None)
+    if ended := group.from_first(lambda: _ended(folder, recipe)):
+        say(f"the training in {folder} has finished before: its result is returned")
+        return TrainingResult(arch, *ended, recipe.all_epochs, folder)
     model = group.synchronised(model)
     # Compiled first: PyTorch does not look into a DistributedDataParallel, and would compile some of the layers, unnoticed.
     network = group.divided(torch.compile(model) if recipe.compile else model)  # type: ignore[arg-type]
@@ -176,6 +182,19 @@ def train_network(
         write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, note(run.data.classes, targets)))
     last, of = run.history.rows[-1], "val" if run.average is None else "ema"
     return TrainingResult(arch, last[f"{of}_loss"], last[f"{of}_accuracy"], recipe.all_epochs, folder)
+
+
+def _ended(folder: Path, recipe: Recipe) -> tuple[float, float] | None:
+    """Return the loss and the accuracy of a training that ended, and whose checkpoint has been deleted since."""
+    path = folder / "metrics.csv"
+    if (folder / "checkpoint.pt").exists() or not (folder / "model.safetensors").exists() or not path.exists():
+        return None
+    names = [f"{'ema' if recipe.ema else 'val'}_{name}" for name in ("loss", "accuracy")]
+    do = "give another --out"
+    rows = read_csv(path, ["epoch", *names], "the metrics file", do)
+    with reading(f"the metrics file {path}", do):
+        last = max(rows, key=lambda row: int(row["epoch"]), default={"epoch": "0"})
+        return (float(last[names[0]]), float(last[names[1]])) if int(last["epoch"]) == recipe.all_epochs else None
 
 
 def _check_division(batch: int, arch: ArchConfig, recipe: Recipe, group: Group, device: torch.device) -> None:
@@ -338,33 +357,41 @@ def _estimating(tick: Tick, steps: int, skipped: int, measured: int) -> Callable
 
 
 def _run_epoch(run: _Run, epoch: int, step_taken: Callable[[], None]) -> None:
-    """Take the steps of an epoch (counted from 0) that the history has no losses of yet."""
+    """Take the steps of an epoch (counted from 0) that the history has no losses of yet, and write a checkpoint.
+
+    Raises:
+        KeyboardInterrupt: a signal has stopped it, after a step that the checkpoint has.
+    """
     history, began, before = run.history, time.monotonic(), run.history.seconds
     saved = began
     run.model.train()
     batches = Ahead(_batches(run, epoch))
-    for at, (x, y, seed) in enumerate(batches, len(history.losses)):
-        step = run.per_epoch * epoch + at
-        for parameters in run.optimizer.param_groups:
-            parameters["lr"] = run.rate(step)
-        torch.manual_seed(seed)
-        # While an accelerator computes the step, the images of the next one are made.
-        loss = train_step(run.model, run.optimizer, x, y, run.recipe, run.teacher, run.network, run.group, batches.make)
-        if not math.isfinite(loss):
-            kept = f" and --weights {run.checkpoint}, which is of before" if run.checkpoint.exists() else ""
-            raise FloatingPointError(
-                f"the loss of {run.arch.name} is not finite in epoch {epoch + 1}, at step {step + 1}: train with a recipe of a "
-                f"lower learning_rate, into another --out{kept}"
-            )
-        if run.average is not None:
-            run.average.update(run.model)
-        history.losses.append(loss)
-        step_taken()
-        now = time.monotonic()
-        history.seconds = before + now - began
-        if now - saved >= CHECKPOINT_EVERY_S and at + 1 < run.per_epoch:
-            run.save(epoch)
-            saved = now
+    with stopping(run.group) as asked:
+        for at, (x, y, seed) in enumerate(batches, len(history.losses)):
+            step = run.per_epoch * epoch + at
+            for parameters in run.optimizer.param_groups:
+                parameters["lr"] = run.rate(step)
+            torch.manual_seed(seed)
+            # While an accelerator computes the step, the images of the next one are made.
+            loss = train_step(run.model, run.optimizer, x, y, run.recipe, run.teacher, run.network, run.group, batches.make)
+            if not math.isfinite(loss):
+                kept = f" and --weights {run.checkpoint}, which is of before" if run.checkpoint.exists() else ""
+                raise FloatingPointError(
+                    f"the loss of {run.arch.name} is not finite in epoch {epoch + 1}, at step {step + 1}: train with a recipe "
+                    f"of a lower learning_rate, into another --out{kept}"
+                )
+            if run.average is not None:
+                run.average.update(run.model)
+            history.losses.append(loss)
+            step_taken()
+            now = time.monotonic()
+            history.seconds = before + now - began
+            if now - saved >= CHECKPOINT_EVERY_S and at + 1 < run.per_epoch:
+                run.save(epoch)
+                saved = now
+            if asked():
+                break
+        run.save(epoch)  # a kill while it validates, which may take long, loses no steps
 
 
 def _batches(run: _Run, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -387,8 +414,7 @@ def _batches(run: _Run, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
 
 
 def _finish_epoch(run: _Run, epoch: int, val: Images, draw_curves: Callable[[Points], None]) -> None:
-    """Write a checkpoint; validate, add a row to the history and points to the curves, and write another one."""
-    run.save(epoch)  # a kill while it validates, which may take long, loses no steps
+    """Validate, add a row to the history and points to the curves, and write a checkpoint."""
     history, began = run.history, time.monotonic()
     loss, accuracy = accuracy_of(run.model, val, run.group)
     scores = {"val_loss": loss, "val_accuracy": accuracy}

@@ -1,11 +1,14 @@
 """Core ML: what is converted, and timing on a Mac, with a fake of the Mac alone."""
 
+import errno
 import gc
 import re
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +26,7 @@ from nas.profilers.iphone import iphone_id
 from nas.profilers.timing import Stopwatch
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
+from supernet.files import PART
 from supernet.specs import FFN, MB3D, MB4D, AttnEmbedding, AttnFFN, Embedding, Flat, Head, Layer, Stem, Unflat
 
 SMALL = MB3D(32, num_heads=2, key_dim=8, attn_ratio=2)
@@ -149,6 +153,82 @@ def test_a_package_is_reproducible_and_says_what_it_is(tmp_path: Path) -> None:
 
 
 # --- a Mac ----------------------------------------------------------------------------------------------------------------
+
+
+class Packages:
+    """Conversions that write a package of a number, which counts them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.number = 0
+        monkeypatch.setattr(coreml_package, "convert", lambda *_: SimpleNamespace(user_defined_metadata={}, save=self._write))
+        monkeypatch.setattr(coreml_package, "_make_reproducible", lambda package: None)
+
+    def _write(self, path: str) -> None:
+        self.number += 1
+        Path(path).mkdir()
+        Path(path, "Manifest.json").write_text(str(self.number))
+
+    def save(self, path: Path) -> str:
+        save_package(nn.Identity(), torch.zeros(1), path)
+        return (path / "Manifest.json").read_text()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])  # of the two renames of a replacement
+def test_a_package_that_is_being_replaced_outlives_a_kill(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages, path = Packages(monkeypatch), tmp_path / "[net] 1.mlpackage"
+    assert packages.save(path) == "1"
+    real, seen = Path.rename, 0
+
+    def rename(old: Path, new: Path) -> Path:
+        nonlocal seen
+        if seen == after:
+            raise Killed  # and whatever would put things right
+        seen += 1
+        return real(old, new)
+
+    def removed(*args: object, **more: object) -> None:
+        if seen == after:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", rename)
+        patch.setattr(coreml_package.shutil, "rmtree", removed if after == 2 else coreml_package.shutil.rmtree)
+        patch.setattr(coreml_package.tempfile, "TemporaryDirectory", lambda **how: nullcontext(mkdtemp(**how)))
+        packages.save(path)
+    held = [folder for folder in (path, coreml_package._aside(path)) if folder.exists()]
+    assert (held[0] / "Manifest.json").read_text() == ("2" if after == 2 else "1")
+    # The next one begins with the old package at its place, and leaves nothing beside its own.
+    with monkeypatch.context() as patch, pytest.raises(InputError):
+        patch.setattr(coreml_package, "convert", refusing)
+        packages.save(path)
+    assert (path / "Manifest.json").read_text() == ("2" if after == 2 else "1")
+    assert packages.save(path) == "3"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def refusing(*args: object) -> None:
+    raise InputError("it cannot be converted")
+
+
+def test_a_package_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages, path = Packages(monkeypatch), tmp_path / "net.mlpackage"
+    packages.save(path)
+    real = Path.rename
+
+    def rename(old: Path, new: Path) -> Path:
+        if old.parent.name.endswith(PART):
+            raise OSError(errno.EIO, "the disk fails")
+        return real(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot be written"):
+        patch.setattr(Path, "rename", rename)
+        packages.save(path)
+    assert (path / "Manifest.json").read_text() == "1"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_off_a_mac_one_line_names_the_job_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nas import pixels
-from nas.data import ImageData, Images, augment, epoch_batches, load_images, natural_size, normalise
+from nas.data import ImageData, Images, augment, epoch_batches, load_data, load_images, natural_size, normalise
 from supernet.errors import InputError
 
 
@@ -204,6 +204,8 @@ def palette(transparent: bool) -> tuple[Image.Image, dict[str, object]]:
         ("moving.gif", lambda: (of_mode("RGB", RED), {"save_all": True, "append_images": [of_mode("RGB", GREEN)]}), RED),
         ("pixel.bmp", lambda: (Image.new("RGB", (1, 1), RED), {}), RED),
         ("line.png", lambda: (Image.new("RGB", (1, 500), RED), {}), RED),
+        ("packed.tif", lambda: (Image.new("RGB", (9, 6), RED), {"compression": "tiff_lzw"}), RED),
+        ("deep.tiff", lambda: (Image.fromarray(np.full((6, 9), 100 << 8 | 255, np.uint16)), {}), (100, 100, 100)),
     ],
 )
 def test_unusual_pictures_keep_their_colours(tmp_path: Path, name: str, make, expected: tuple[int, int, int]) -> None:
@@ -218,6 +220,16 @@ def test_16_bits_a_channel_are_scaled_not_cut_off(tmp_path: Path) -> None:
     row = b"\0" + struct.pack(">HHH", 200 << 8, 100 << 8 | 255, 3) * 4
     png(tmp_path / "deep.png", (4, 4), 16, row * 4)
     assert pixels.decode(str(tmp_path / "deep.png"), 4)[:, 0, 0].tolist() == [200, 100, 0]
+
+
+def test_new_endings_are_images_and_numbers_without_a_range_are_none(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 3, "b": 3})
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "a" / "scan.TIFF")
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "a" / "saved.jfif", format="jpeg")
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "b" / "measured.tif")
+    found = load_images(tmp_path, 8, seed=0)
+    assert len(found.train) + len(found.score) + len(found.val) == 8
+    assert found.skipped == (tmp_path / "b" / "measured.tif",)
 
 
 def test_a_picture_is_turned_as_its_camera_was(tmp_path: Path) -> None:
@@ -443,6 +455,32 @@ def test_batches_are_decoded_ahead_in_other_processes_in_their_order(folder: Pat
         list(pixels.loaded(part, order, torch.device("cpu")))
 
 
+def test_what_is_not_looked_at_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path / "train", {"a": 10, "b": 10})
+    assert load_images(tmp_path, 8, seed=0).left_out == ()
+    for number in range(1200):
+        (tmp_path / "train" / "a" / f"{number}.AVIF").touch()
+    for name in ("notes.txt", "b.txt", "LICENSE", "one.csv", ".hidden"):
+        (tmp_path / "train" / "b" / name).touch()
+    paint(tmp_path / "train" / "b" / "more" / "inside.png")
+    fill(tmp_path / "valid", {"a": 1, "b": 1})
+    fill(tmp_path / "masks", {"a": 1, "b": 1})
+    load_data(tmp_path, 8, 0)
+    said = capsys.readouterr().err.splitlines()
+    assert "left out: 1,204 files of other kinds (.avif, .txt, without an ending, ...), 1 folder inside classes" in said
+    assert f"{tmp_path / 'valid'} is not used: name it val to validate on it" in said
+    fill(tmp_path / "val", {"a": 1, "b": 1})
+    (tmp_path / "val" / "b" / "1.svg").touch()
+    assert load_images(tmp_path, 8, seed=0).left_out == (
+        "left out: 1,205 files of other kinds (.avif, .txt, without an ending, ...), 1 folder inside classes",
+        f"{tmp_path / 'valid'} is not used",
+    )
+
+
+def test_classes_may_be_called_like_parts(tmp_path: Path) -> None:
+    assert load_images(fill(tmp_path, {"test": 3, "valid": 3}), 8, seed=0).left_out == ()
+
+
 def test_natural_size_is_the_median_short_side(tmp_path: Path) -> None:
     for index, size in enumerate([(8, 30), (40, 10), (12, 12), (12, 99), (50, 14)]):
         paint(tmp_path / "a" / f"{index}.png", size=size)
@@ -485,6 +523,20 @@ def refuse_small_class(root: Path) -> Path:
     return fill(root, {"a": 5, "b": 2})
 
 
+def refuse_class_of_other_files(root: Path) -> Path:
+    fill(root, {"a": 3, "b": 1})
+    (root / "b" / "1.dcm").touch()
+    (root / "b" / "2.dcm").touch()
+    return root
+
+
+def refuse_other_files(root: Path) -> Path:
+    for name in ("a/1.dcm", "b/1.heic", "b/2.heic"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    return root
+
+
 def refuse_foreign_class_in_val(root: Path) -> Path:
     fill(root / "val", {"a": 1, "wolf": 1})
     fill(root / "train", {"a": 3, "b": 3})
@@ -520,6 +572,11 @@ def refuse_val_class_of_broken_images(root: Path) -> Path:
         (refuse_images_without_classes, "has no images .* in class folders"),
         (lambda root: fill(root, {"only": 5}), "has one class only, 'only'"),
         (refuse_small_class, "class 'b' .* has 2 training images, but at least 3 are needed"),
+        (
+            refuse_class_of_other_files,
+            r"class 'b' .* has 1 training images, beside 2 files of other kinds \(\.dcm\), but at least 3",
+        ),
+        (refuse_other_files, r"has no images .* in class folders, but 3 files of other kinds \(\.heic, \.dcm\): expected"),
         (refuse_foreign_class_in_val, "val has the class 'wolf', which train/ lacks"),
         (refuse_empty_val, "val has no images"),
         (refuse_class_of_broken_images, "class 'b' .* has 0 training images that can be decoded .3 broken"),
@@ -595,6 +652,18 @@ def test_epochs_see_every_image_before_any_is_repeated(n: int, batch_size: int, 
     rounds = [order[start : start + n].tolist() for start in range(0, len(order) - n + 1, n)]
     assert all(sorted(turn) == list(range(n)) for turn in rounds)
     assert len(rounds) > 1 and rounds[0] != rounds[1], "each round has its own order"
+
+
+@pytest.mark.parametrize(("n", "batch_size", "size"), [(7, 3, 7), (7, 3, 20), (7, 20, 45), (5, 16, 9), (4, 4, 8), (30, 4, 8)])
+def test_an_epochs_order_is_that_of_one_row_of_shuffles(n: int, batch_size: int, size: int) -> None:
+    size -= size % batch_size if size > batch_size else 0
+    shuffles = [np.random.default_rng([3, *b"epoch", turn]).permutation(n) for turn in range(5 * size // n + 1)]
+    found = [torch.cat(list(epoch_batches(n, batch_size, 3, epoch, size))) for epoch in range(5)]
+    assert torch.cat(found).tolist() == np.concatenate(shuffles)[: 5 * size].tolist()
+
+
+def test_an_endless_epoch_begins_at_once() -> None:
+    assert len(next(epoch_batches(10, 4, 0, 1, 10**12))) == 4
 
 
 def test_epoch_smaller_than_a_batch_is_one_batch() -> None:

@@ -505,6 +505,28 @@ def test_a_folder_of_another_command_is_refused(capsys: pytest.CaptureFixture[st
     )
 
 
+def test_a_search_that_failed_in_its_first_step_leaves_its_folder_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    table = board_table(tmp_path, monkeypatch)
+    ms = 0.8 * table.predict_ms(SearchSpace.load("micro.yaml").largest)
+    search = ["--target-ms", f"{ms:.6f}", "--device", "board-cpu", "--space", "micro.yaml", "--config", "settings.yaml"]
+    search += ["--out", "run", "--seed"]
+    monkeypatch.setattr(supernet_training, "weight_step", fail)
+    monkeypatch.setattr(supernet_training, "mixture_step", fail)
+    for seed in ("0", "1"):
+        code, said = ended(cli.search, [*search, seed], capsys)
+        assert code == 1 and "out of memory" in said
+        assert json.loads(Path("run/request.json").read_text())["seed"] == int(seed)
+    # Another process may be at work on a study here.
+    assert "strategy greedy, now optuna" in refused(cli.search, [*search, "1", "--strategy", "optuna"], capsys)
+    Path("run/channels.json").touch()
+    assert "seed 1, now 2" in refused(cli.search, [*search, "2"], capsys)
+
+
 # -- Files of strangers ------------------------------------------------------------------------------------------------
 
 

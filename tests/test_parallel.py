@@ -329,6 +329,20 @@ def test_two_processes_of_which_one_is_killed_again_and_again_equal_two_that_are
     assert same_weights(whole, broken)
 
 
+def test_two_processes_that_are_stopped_end_their_step_and_go_on(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert ended(whole, "killed") == [0, 0]
+    broken.mkdir()
+    for rank in (0, 1):
+        (broken / f"kills-{rank}").write_text("step 6 SIGTERM")
+    assert ended(broken, "killed") == [1, 1]
+    assert said(broken, 0)[-1] == "train: stopped"
+    held = torch.load(broken / "run" / "checkpoint.pt", weights_only=True)
+    assert (held["epoch"], len(held["history"]["losses"])) == (1, 2), "the sixth step, of four an epoch, is in it"
+    assert ended(broken, "killed") == [0, 0]
+    assert same_weights(whole, broken)
+
+
 def test_the_one_that_is_left_says_what_has_happened(tmp_path: Path) -> None:
     tmp_path.joinpath("kills-1").write_text("step 2")
     assert ended(tmp_path, "killed") == [1, -signal.SIGKILL]

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from nas import cli
+from nas.augmentation import training_indices
 from nas.recipe import RECIPES, Recipe, load_recipe
+from nas.settings import SupernetSettings
 from nas.steps import cosine
 from supernet.errors import InputError
 
@@ -103,6 +105,7 @@ def test_a_cooldown_stays_at_the_lowest_rate() -> None:
         ("batch_size", 1),
         ("images_per_epoch", -1),
         ("images_per_epoch", 1),
+        ("images_per_epoch", 100_000_001),
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),
         ("layer_scale", -1.0),
@@ -134,11 +137,20 @@ def test_a_cooldown_stays_at_the_lowest_rate() -> None:
         ("cutmix_share", 1.1),
         ("erasing", -1.0),
         ("repeats", 0),
+        ("repeats", 33),  # above batch_size
     ],
 )
 def test_impossible_recipes_are_refused(field: str, value: object) -> None:
     with pytest.raises(InputError, match=field):
         Recipe(**{**asdict(RECIPE), field: value})
+
+
+def test_the_most_that_is_allowed_makes_no_long_lists() -> None:
+    recipe = replace(RECIPE, images_per_epoch=100_000_000, repeats=32)
+    first = next(training_indices(5, recipe, 0, 10**6))
+    assert len(first) == 32 and len(set(first.tolist())) == 1, "one image, over and over"
+    with pytest.raises(InputError, match="images_per_epoch must be at most 100000000"):
+        SupernetSettings(images_per_epoch=100_000_001)
 
 
 def test_a_head_that_would_learn_nothing_is_refused() -> None:

@@ -1,6 +1,8 @@
 """A seed decides a supernet, a kill does not change it, and what the images need becomes important."""
 
 import copy
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -181,6 +183,31 @@ def test_a_run_that_is_killed_at_every_step_goes_on_to_the_same_weights(
     torch.manual_seed(99)
     assert not differing(whole, trained(noise, tmp_path / "killed", settings=settings))
     assert differing(whole, trained(noise, tmp_path / "other", seed=1, settings=settings))
+
+
+@pytest.mark.parametrize(("step", "epoch", "losses"), [(3, 1, 1), (4, 2, 0), (7, 3, 1), (10, 5, 0)])  # of two an epoch
+def test_a_signal_loses_no_step(
+    step: int, epoch: int, losses: int, noise: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained(noise, tmp_path / "whole")
+    forward, taken = Supernet.forward, 0
+
+    def signalled(*args: Any) -> Tensor:
+        nonlocal taken
+        taken += 1
+        if taken == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*args)
+
+    monkeypatch.setattr(Supernet, "forward", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        trained(noise, tmp_path / "stopped")
+    assert taken == step, "the step under way is the last one"
+    held = torch.load(tmp_path / "stopped" / "supernet.pt", weights_only=True)
+    assert (held["epoch"], len(held["within"].get("losses", ()))) == (epoch, losses)
+    torch.manual_seed(99)
+    assert not differing(whole, trained(noise, tmp_path / "stopped"))
+    assert taken == 10, "none is taken again"
 
 
 def test_checkpointed_activations_lead_to_the_same_weights(noise: ImageData, tmp_path: Path) -> None:

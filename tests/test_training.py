@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -126,6 +128,40 @@ def test_a_kill_in_a_validation_loses_no_step(digits: ImageData, tmp_path: Path,
     assert len(taken) == 10, "those of the second and third epoch"
 
 
+@pytest.mark.parametrize("step", [7, 10])  # within the second epoch, its last one
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_loses_no_step(
+    number: signal.Signals,
+    step: int,
+    digits: ImageData,
+    whole: TrainingResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original, taken = training.train_step, 0
+
+    def signalled(*args: Any) -> float:
+        nonlocal taken
+        taken += 1
+        if taken == step:
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    monkeypatch.setattr(training, "train_step", signalled)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
+    assert taken == step, "the step under way is the last one"
+    assert signal.getsignal(number) == before
+    held = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert (held["epoch"], len(held["history"]["losses"])) == (1, step - 5)
+    training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
+    assert taken == 15, "none is taken again"
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole.folder, tmp_path))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert without_seconds(tmp_path) == without_seconds(whole.folder)
+
+
 def test_seed_decides_start_and_order(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -191,6 +227,28 @@ def test_finished_request_returns_at_once(digits: ImageData, whole: TrainingResu
     (whole.folder / "model.safetensors").unlink()
     assert training.train_network(ARCH, digits, RECIPE, whole.folder, seed=3) == whole
     assert (whole.folder / "model.safetensors").exists(), "what a kill left unwritten is written"
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_finished_training_needs_its_checkpoint_no_more(
+    ema: float, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, epochs=2, ema=ema)
+    result = training.train_network(ARCH, digits, recipe, tmp_path, seed=3)
+    before = (tmp_path / "model.safetensors").stat()
+    (tmp_path / "checkpoint.pt").unlink()
+    forbid_training(monkeypatch)
+    assert training.train_network(ARCH, digits, recipe, tmp_path, seed=3) == result
+    assert (tmp_path / "model.safetensors").stat() == before
+    with pytest.raises(InputError, match="seed 3, now 4"):
+        training.train_network(ARCH, digits, recipe, tmp_path, seed=4)
+    metrics = (tmp_path / "metrics.csv").read_text()
+    (tmp_path / "metrics.csv").write_text(metrics.replace("\n2,", "\ntwo,"))
+    with pytest.raises(InputError, match=r"metrics\.csv cannot be used"):
+        training.train_network(ARCH, digits, recipe, tmp_path, seed=3)
+    (tmp_path / "metrics.csv").write_text("".join(metrics.splitlines(keepends=True)[:-1]))  # of one epoch
+    with pytest.raises(AssertionError, match="a training step was taken"):
+        training.train_network(ARCH, digits, recipe, tmp_path, seed=3)
 
 
 def test_data_of_another_size_are_refused(digits: ImageData, tmp_path: Path) -> None:
@@ -545,6 +603,33 @@ def test_a_request_of_an_earlier_version_means_the_defaults_of_what_it_does_not_
         claim(tmp_path, {"seed": 1, "teacher": None, "settings": {"epochs": 3, "precision": "fp32"}}, since)
     with pytest.raises(InputError, match="teacher absent, now"):
         claim(tmp_path, {"seed": 1, "teacher": "sha", "settings": {"epochs": 3}})
+
+
+def test_a_request_that_never_began_gives_way_to_another_of_its_command(tmp_path: Path) -> None:
+    claim(tmp_path, {"command": "nas-train", "batch_size": 4096})
+    claim(tmp_path, {"command": "nas-train", "batch_size": 64}, begun=False)
+    assert json.loads((tmp_path / "request.json").read_text())["batch_size"] == 64
+    with pytest.raises(InputError, match="batch_size 64, now 32"):
+        claim(tmp_path, {"command": "nas-train", "batch_size": 32})
+    with pytest.raises(InputError, match="command nas-train, now nas-search"):
+        claim(tmp_path, {"command": "nas-search"}, begun=False)
+
+
+def test_a_training_that_failed_in_its_first_step_leaves_its_folder_free(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*args: object) -> float:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(training, "train_step", step)
+        training.train_network(ARCH, digits, replace(RECIPE, batch_size=64), tmp_path, seed=3)
+    forbid_training(monkeypatch)
+    with pytest.raises(AssertionError, match="a training step was taken"):
+        training.train_network(ARCH, digits, RECIPE, tmp_path, seed=3)
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(InputError, match="batch_size 32, now 16"):
+        training.train_network(ARCH, digits, replace(RECIPE, batch_size=16), tmp_path, seed=3)
 
 
 def test_claim_shows_where_long_values_differ(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def accumulated_supernet(folder: Path, group: Group, settings: SupernetSettings)
 
 def killed(folder: Path, group: Group = ALONE) -> None:
     """Train a network, with a checkpoint after every step. The file `kills-<rank>` has a line for each time that the process is
-    killed: at which call of which function since its start."""
+    killed, or stopped by SIGTERM if it says so: at which call of which function since its start."""
     left = folder / f"kills-{group.rank}"
     seen: Counter[str] = Counter()
 
@@ -211,9 +211,9 @@ def killed(folder: Path, group: Group = ALONE) -> None:
         def called(*args: Any, **more: Any) -> Any:
             seen[name] += 1
             kills = left.read_text().splitlines() if left.exists() else []
-            if kills and kills[0] == f"{name} {seen[name]}":
+            if kills and kills[0].removesuffix(" SIGTERM") == f"{name} {seen[name]}":
                 left.write_text("\n".join(kills[1:]))
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGTERM if kills[0].endswith("SIGTERM") else signal.SIGKILL)
             return function(*args, **more)
 
         return called
