@@ -520,7 +520,7 @@ def export(arguments: Sequence[str] | None = None) -> None:
         type=seed_number,
         default=0,
         metavar="N",
-        help="which images calibrate; the seed of nas-train keeps validation images apart where PATH has no val/ (default: 0)",
+        help="which images calibrate (default: 0)",
     )
     given = parser.parse_args(arguments)
 

@@ -52,9 +52,9 @@ def print_result(result: Mapping[str, Any], space: SearchSpace, folder: Path, so
     if result["demonstration"]:
         print("  found on the embedded digits: a demonstration; give --data PATH for a network to ship")
     words = ["nas-train", str(folder / "searched.yaml")]
+    words += ["--weights", str(folder / "weights.safetensors")]
     if init is not None:
-        teacher = folder / Path(init["teacher"]).name
-        words += ["--weights", str(folder / "weights.safetensors"), "--teacher", str(teacher), "--recipe", "finetune"]
+        words += ["--teacher", str(folder / Path(init["teacher"]).name), "--recipe", "finetune"]
     if not result["demonstration"]:
         words += ["--data", source]
     print(f"  next: {shlex.join(words)} --out {'trained' if init is None else 'tuned'}")
@@ -66,9 +66,10 @@ def _on_device(device: Mapping[str, Any], folder: Path) -> str:
         how = f"nas-search --from {shlex.quote(str(folder))} --verify measures it there, or says how"
         measured = f"not measured: {device['device']} is elsewhere ({how})"
     else:
+        clock = f"; {raw_ms:.4g} ms by the clock" if (raw_ms := device.get("measured_raw_ms")) else ""
         measured = (
             f"measured {device['measured_ms']:.4g} ms (95 %: {device['measured_low_ms']:.4g} to "
-            f"{device['measured_high_ms']:.4g}){per_image(device['measured_ms'], device['batch'])}"
+            f"{device['measured_high_ms']:.4g}{clock}){per_image(device['measured_ms'], device['batch'])}"
         )
         missed = device["measured_high_ms"] > device["target_ms"]
     predicted = f"predicted {device['predicted_ms']:.4g} ms{per_image(device['predicted_ms'], device['batch'])}"
