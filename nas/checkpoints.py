@@ -44,6 +44,8 @@ class Pretrained:
     """Under the names of `build_model(arch)`."""
     source: str
     """Where the weights are from: a resolved path, or timm:NAME."""
+    classes: tuple[str, ...] = ()
+    """The names of its classes, where the weights say them."""
 
     @property
     def digest(self) -> str:

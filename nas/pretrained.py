@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from nas.about import note, other_class, read_note
 from nas.augmentation import seed_draws
 from nas.checkpoints import CLASSIFIER, Pretrained, load_checkpoint, load_state, load_weights, read_weights, save_checkpoint
 from nas.data import IMAGENET_MEAN, IMAGENET_STD, ImageData, epoch_batches
@@ -81,6 +82,7 @@ def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:
     else:
         given = read_weights(Path(weights))
     source = weights if weights.startswith(TIMM) else str(Path(weights).resolve())
+    names: tuple[str, ...] = tuple(read_note(weights).get("classes", ()))
     with placed(weights):
         if any(_OURS.match(name) for name in given):
             classes = given.get(CLASSIFIER[1])
@@ -99,7 +101,7 @@ def load_pretrained(network: str, weights: str, arch: ArchConfig) -> Pretrained:
                 f"these are neither timm's, its authors' nor this package's weights of {network}: they have "
                 f"{found or 'nothing'}: give timm.create_model(name).state_dict(), or the model.safetensors of nas-train"
             )
-    return Pretrained(arch, model.state_dict(), source)
+    return Pretrained(arch, model.state_dict(), source, names if len(names) == arch.num_classes else ())
 
 
 def _renormalise(model: nn.Sequential, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -240,23 +242,26 @@ def _on_map(block: Block) -> Block | None:
 def on_data(given: Pretrained, data: ImageData, settings: SupernetSettings, seed: int, folder: Path) -> nn.Sequential:
     """Return the network at the data's image size, with their classes, in eval mode: as it was given, or trained a little.
 
-    It is trained, for `init_epochs` as a whole, where its classifier is new or no better than chance: scores would mean
-    nothing. The training is kept in `folder/init`, where the same call goes on, beside `given.safetensors`, the weights as they
-    were given. `folder` then holds `teacher.yaml` and `teacher.safetensors`, the network at the size that it is deployed at.
+    It is trained, for `init_epochs` as a whole, where its classifier is new, because its classes are others than the data's, or
+    is no better than chance: scores would mean nothing. The training is kept in `folder/init`, where the same call goes on,
+    beside `given.safetensors`, the weights as they were given. `folder` then holds `teacher.yaml` and `teacher.safetensors`, the
+    network at the size that it is deployed at.
     """
     device = accelerator(settings.accelerator)
     arch = given.arch.at(data.image_size).with_classes(len(data.classes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(arch)
-    load_state(model, given.state, given.source, adapt=True)
+    other = other_class(given.classes, data.classes) if len(given.classes) == len(data.classes) else ""
+    load_state(model, given.state, given.source, adapt=True, other=other)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     start = folder / "init" / "given.safetensors"
     if not start.exists():
-        write_atomically(start, safetensors.torch.save({n: t.contiguous() for n, t in given.state.items()}))
+        known = note(given.classes) if given.classes else None  # as when they were given: --from --verify begins with these
+        write_atomically(start, safetensors.torch.save({n: t.contiguous() for n, t in given.state.items()}, known))
     teacher = given.arch.with_classes(len(data.classes))
     deployed = build_model(teacher)
-    reason = _why_train(given, model, data)
+    reason = _why_train(given, model, data, other)
     if reason:
         say(f"{reason}: it is trained for {settings.init_epochs} epochs (init_epochs) before anything is taken away")
         recipe = short_recipe(settings, data, settings.init_epochs, 1 / 4)  # all but the classifier is to be kept
@@ -269,7 +274,7 @@ def on_data(given: Pretrained, data: ImageData, settings: SupernetSettings, seed
         tensors = deployed.state_dict()
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     teacher.save(folder / "teacher.yaml")
-    write_atomically(folder / "teacher.safetensors", safetensors.torch.save(tensors))
+    write_atomically(folder / "teacher.safetensors", safetensors.torch.save(tensors, note(data.classes)))
     return model.eval()
 
 
@@ -279,10 +284,14 @@ def _trained_from(
     train_network(arch, data, recipe, folder, seed, weights=weights, group=group)
 
 
-def _why_train(given: Pretrained, model: nn.Module, data: ImageData) -> str:
+def _why_train(given: Pretrained, model: nn.Module, data: ImageData, other: str) -> str:
     classes = len(data.classes)
     if given.arch.num_classes != classes:
         return f"{given.arch.name} knows {given.arch.num_classes} classes, the data have {classes}, so its classifier is new"
+    if other:
+        return (
+            f"{given.arch.name} knows other classes than the data have, or in another order ({other}), so its classifier is new"
+        )
     _, accuracy = accuracy_of(model, data.score)
     chance = 1 / classes
     if accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / len(data.score)):

@@ -42,7 +42,8 @@ class SupernetSettings:
 
     First the weights alone learn (`weight_epochs`), in the way that `paths` says; then weights and logits learn by the
     Gumbel-Softmax mixture (`mixture_epochs`), the temperature falling from `tau_start` to `tau_end`. Either may be left out:
-    no `weight_epochs` is EfficientFormer's own way (with `noise: uniform`), no `mixture_epochs` leaves the logits untrained.
+    no `weight_epochs` is EfficientFormer's own way (with `noise: uniform`, and more `mixture_epochs`, as each has a quarter of
+    the images), no `mixture_epochs` leaves the logits untrained.
     """
 
     image_size: int = 0
@@ -113,7 +114,8 @@ class SupernetSettings:
     max_macs: int = 0
     """Multiply-accumulates of an image; 0: any number."""
     mes_size_unit: float = 3e6
-    """Of mes: parameters that count as one, in 100 (params / unit)^-alpha (ms / unit)^-alpha. The defaults are the source's."""
+    """Of mes: parameters that count as one, in 100 (params / unit)^-alpha (ms / unit)^-alpha. The defaults are
+    said to be the source's."""
     mes_latency_unit_ms: float = 1.0
     """Of mes: milliseconds that count as one."""
     mes_size_alpha: float = 0.5

@@ -69,7 +69,8 @@ _Places = Iterator[list[_Offer]]  # where an action may be taken, the best first
 class MobileEfficiency:
     """The mobile efficiency score: 100 (params / size_unit)^-size_alpha (ms / latency_unit_ms)^-latency_alpha.
 
-    `params`: a network to its parameters. The constants are those of EfficientFormerV2, for milliseconds on an iPhone 12.
+    `params`: a network to its parameters. The constants are EfficientFormerV2's as we have them, second-hand, for milliseconds
+    on an iPhone 12.
     """
 
     params: Callable[[ArchConfig], float]

@@ -84,6 +84,7 @@ def unit_scores(
         found = {unit: total.sqrt() for unit, total in _summed(squares, arch, layers).items()}
     else:
         found, count = {}, 0
+        parameters = {name: weight for name, weight in parameters.items() if weight.requires_grad}  # a fixed one has no part
         for x, y in batches:
             loss = F.cross_entropy(model(x), y)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -16,6 +16,7 @@ from test_weights import L1, distance, timm_state
 from torch import Tensor, nn
 
 from nas import from_timm, pretrained
+from nas.about import note, read_note
 from nas.checkpoints import save_checkpoint
 from nas.data import ImageData, load_images, normalise
 from nas.evaluation import recalibrate
@@ -393,6 +394,22 @@ def test_a_classifier_of_other_classes_is_trained_too(
 ) -> None:
     on_data(given(), digits, SETTINGS, 0, tmp_path)
     assert "is chance, so its classes are not the data's" in capsys.readouterr().err
+
+
+def test_a_classifier_whose_names_are_others_is_trained_too_however_well_it_does(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names in another order: many images may still be right, by classes that the data do not have there."""
+    monkeypatch.setattr(pretrained, "accuracy_of", lambda *args: (0.5, 0.8))
+    names = [*digits.classes[:8], digits.classes[9], digits.classes[8]]
+    save_file(network().state_dict(), tmp_path / "given.safetensors", note(names))
+    read = load_pretrained("mine", str(tmp_path / "given.safetensors"), ARCH)
+    assert read.classes == tuple(names)
+    on_data(read, digits, SETTINGS, 0, tmp_path)
+    assert "other classes than the data, or in another order (number 9 of 10 is '9', not '8')" in capsys.readouterr().err
+    start = str(tmp_path / "init" / "given.safetensors")
+    assert load_pretrained("mine", start, ARCH).classes == tuple(names), "as --verify begins again"
+    assert read_note(tmp_path / "teacher.safetensors")["classes"] == list(digits.classes)
 
 
 def test_trained_at_another_size_the_teacher_is_of_the_deployed_size(

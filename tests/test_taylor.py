@@ -1,5 +1,6 @@
 """Units that do nothing are found by gradient times weight, and what a search keeps of it is the same after a kill."""
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -107,6 +108,15 @@ def test_scores_are_averaged_over_batches(model: nn.Sequential, data: ImageData)
     assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
     assert torch.equal(calibration_batches(data, 40, seed=1)[0][0], calibration_batches(data, 24, seed=1)[0][0])
     assert not torch.equal(calibration_batches(data, 40, seed=1)[0][0], batches[0][0])
+
+
+def test_a_weight_that_is_fixed_has_no_part_in_it(model: nn.Sequential, data: ImageData) -> None:
+    fixed = copy.deepcopy(model)
+    dict(fixed.named_parameters())["stem.conv2.weight"].requires_grad_(False)
+    found = unit_scores(fixed, LARGEST, calibration_batches(data, 8))
+    free = unit_scores(model, LARGEST, calibration_batches(data, 8))
+    torch.testing.assert_close(found.stages[1], free.stages[1])
+    assert found.stages[0].shape == free.stages[0].shape and not torch.equal(found.stages[0], free.stages[0])
 
 
 def test_every_unit_of_every_layer_has_a_score(model: nn.Sequential, data: ImageData) -> None:
