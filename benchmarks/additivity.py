@@ -3,19 +3,18 @@
     python benchmarks/additivity.py --run runs/mine --networks 100 --pairs 60
     python benchmarks/additivity.py --data ~/cifar10 --space efficientformer-tiny --config settings.yaml --out runs/additivity
 
-With --run, the supernet, the settings and the drops are those of a search that ended or goes on; else a supernet is trained
-first. Intervals are of 95 %, over resamples of the networks. Killed, it goes on with the same command.
+With --run, the supernet, the settings and the drops are those of a search that ended, or was stopped once its supernet was
+trained; else a supernet is trained first. Intervals are of 95 %, over resamples of the networks. Killed, it goes on with the
+same command.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
-import yaml
-from studies import claim_supernet
+from studies import Run, claim_supernet, images_of
 
-from nas.data import load_data, natural_size
+from nas.alone import alone
 from nas.judging import evaluator_of
 from nas.kept import Remembered
 from nas.progress import progress
@@ -24,7 +23,7 @@ from nas.scores import Drops, additivity, measure_drops, measure_pairs, pairs_to
 from nas.settings import SupernetSettings
 from nas.slimming import start_network
 from nas.statistics import bootstrap, kendall_tau, line, r_squared
-from nas.supernet_training import logits_of, train_supernet, training_size
+from nas.supernet_training import logits_of, train_supernet
 from supernet.errors import InputError
 from supernet.space import SearchSpace
 
@@ -41,22 +40,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
-    if given.run is not None:
-        request = json.loads((given.run / "request.json").read_text())
-        if "init" in request:
-            raise InputError(f"{given.run} began with a network of its own (--init), which has no supernet to train: leave it")
-        space = SearchSpace.from_dict(yaml.safe_load(request["space"]), f"the space of {given.run}")
-        settings, seed = SupernetSettings(**request["settings"]), request["seed"]
-        source, folder = None if request["data"] == "digits" else Path(request["data"]), given.run
+    run = Run.read(given.run) if given.run is not None else None
+    with alone(run.folder if run is not None else given.out):
+        compare(given, run)
+
+
+def compare(given: argparse.Namespace, run: Run | None) -> None:
+    """Evaluate what is not known yet, and print how far the predictions are from it."""
+    if run is not None:
+        space, settings, seed, folder = run.space, run.settings, run.seed, run.folder
+        supernet, data = run.supernet()
     else:
-        space, settings = SearchSpace.load(given.space), SupernetSettings.load(given.config)
-        source, seed, folder = given.data, given.seed, given.out
-    size = training_size(space, natural_size(source), settings.image_size)
-    data = load_data(source, size, seed, settings.score_images)
-    space = space.with_classes(len(data.classes))
-    if given.run is None:
+        space, settings, seed, folder = (
+            SearchSpace.load(given.space),
+            SupernetSettings.load(given.config),
+            given.seed,
+            given.out,
+        )
+        data = images_of(space, given.data, seed, settings)
+        space = space.with_classes(len(data.classes))
         claim_supernet(folder, "benchmarks/additivity.py", space, settings, seed, data)
-    supernet = train_supernet(space.at(size), data, settings, seed, folder)
+        supernet = train_supernet(space.at(data.image_size), data, settings, seed, folder)
     logits = logits_of(supernet, settings)
     base = space.largest if logits is None else start_network(space, logits)
     evaluator = evaluator_of(supernet, base, data, settings, folder)
@@ -72,7 +76,7 @@ def main() -> None:
     with progress("pairs", len(pairs_to_measure(drops, given.pairs))) as tick:
         with_pairs = measure_pairs(drops, evaluate, given.pairs, tick)
 
-    print(f"{space.name} at {size} px, {data.source}, seed {seed}: base loss {drops.evaluation.loss:.4f}")
+    print(f"{space.name} at {data.image_size} px, {data.source}, seed {seed}: base loss {drops.evaluation.loss:.4f}")
     rises = [drop.drop_loss for drop in drops.singles.values()]
     print(f"{len(rises)} drops of single changes: median {np.median(rises):.4f}, largest {max(rises):.4f}")
     print(f"| prediction, on {given.networks} networks with several changes | R2 | Kendall's tau | slope |")

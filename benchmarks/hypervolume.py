@@ -3,31 +3,35 @@
     python benchmarks/hypervolume.py --run runs/mine --evaluations 400
     python benchmarks/hypervolume.py --table my-cpu.csv --space efficientformer-tiny --additive
 
-With --run, networks are evaluated by the supernet of a search that ended or goes on; with --additive, by the sum of its drops
-(without a run: of made-up ones), for which the exact front cannot be beaten. What the solver needs, the drops of all single
-changes, is evaluated too: it counts for `exact` and for `seeded` (Optuna after the drops and some networks of the exact front),
-and `cold` is Optuna alone. The hypervolume is that of all networks evaluated so far that keep the target, as a share of the
-rectangle between the reference (the target; the loss of guessing, or of the smallest network) and the ideal (the latency of
-the smallest network; the least loss that any method found). Killed, it goes on with the same command.
+With --run, networks are evaluated by the supernet of a search that ended, or was stopped once its supernet was trained; with
+--additive, by the sum of its drops (without a run: of made-up ones), for which the exact front cannot be beaten. What the
+solver needs, the drops of all single changes, is evaluated too: it counts for `exact` and for `seeded` (Optuna after the drops
+and some networks of the exact front), and `cold` is Optuna alone. The hypervolume is that of all networks evaluated so far that
+keep the target, as a share of the rectangle between the reference (the target; the loss of guessing, or of the smallest
+network) and the ideal (the latency of the smallest network; the least loss that any method found). Killed, it goes on with the
+same command.
 """
 
 import argparse
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-import yaml
 from optuna.storages import InMemoryStorage
+from studies import Run
 
+from nas.alone import alone
+from nas.judging import evaluator_of
 from nas.kept import Remembered, described
 from nas.progress import progress
 from nas.proposals import SamplerName
+from nas.recovery import Recovered
 from nas.scores import Drops, measure_drops, single_changes
-from nas.settings import SupernetSettings
+from nas.slimming import start_network
 from nas.solver import frontier
-from nas.supernet_training import logits_of, train_supernet, training_size
+from nas.supernet_training import logits_of
 from nas.table import LatencyTable
 from nas.trajectory import Evaluation
 from nas.tuning import tune
@@ -84,25 +88,10 @@ def made_up(space: SearchSpace, seed: int) -> Callable[[ArchConfig], Evaluation]
     return evaluate
 
 
-def of_run(folder: Path) -> tuple[SearchSpace, LatencyTable, Drops, Callable[[ArchConfig], Evaluation]]:
+def of_run(run: Run) -> tuple[SearchSpace, LatencyTable, Drops, Callable[[ArchConfig], Evaluation]]:
     """Return the space of a run, its table, its drops, and how its supernet does on a network."""
-    from nas.data import load_data, natural_size
-    from nas.judging import evaluator_of
-    from nas.recovery import Recovered
-    from nas.slimming import start_network
-
-    try:
-        request = json.loads((folder / "request.json").read_text())
-    except OSError as error:
-        raise InputError(f"{folder} is no run of nas-search: {error}") from error
-    if "init" in request:
-        raise InputError(f"{folder} began with a network of its own (--init), which has no supernet to train: leave it")
-    space = SearchSpace.from_dict(yaml.safe_load(request["space"]), f"the space of {folder}")
-    settings, seed = SupernetSettings(**request["settings"]), request["seed"]
-    source = None if request["data"] == "digits" else Path(request["data"])
-    size = training_size(space, natural_size(source), settings.image_size)
-    data = load_data(source, size, seed, settings.score_images)
-    supernet = train_supernet(space.at(size), data, settings, seed, folder)
+    space, settings, seed, folder = run.space, run.settings, run.seed, run.folder
+    supernet, data = run.supernet()
     logits = logits_of(supernet, settings)
     base = space.largest if logits is None else start_network(space, logits)
     kept, of_search = folder / "hypervolume-evaluations.csv", folder / "evaluations.csv"
@@ -115,7 +104,7 @@ def of_run(folder: Path) -> tuple[SearchSpace, LatencyTable, Drops, Callable[[Ar
     else:
         with progress("drops of single changes", len(single_changes(space, base)) + 1) as tick:
             drops = measure_drops(space, base, evaluate, tick)
-    return space, LatencyTable.load(request["table"]).calibrated_for(space), drops, evaluate
+    return space, LatencyTable.load(run.table).calibrated_for(space), drops, evaluate
 
 
 class Recorded:
@@ -145,9 +134,15 @@ def main() -> None:
     parser.add_argument("--known", type=int, default=20, help="networks of the exact front that Optuna is seeded with")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    run = Run.read(given.run) if given.run is not None else None
+    with alone(run.folder) if run is not None else nullcontext():
+        compare(given, run)
 
-    if given.run is not None:
-        space, table, drops, evaluate = of_run(given.run)
+
+def compare(given: argparse.Namespace, run: Run | None) -> None:
+    """Evaluate networks as each method chooses them, and print how the hypervolumes grow."""
+    if run is not None:
+        space, table, drops, evaluate = of_run(run)
     elif given.table is not None and given.additive:
         space = SearchSpace.load(given.space)
         table = LatencyTable.load(given.table).calibrated_for(space)

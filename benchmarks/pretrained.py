@@ -224,23 +224,34 @@ class Comparison:
 
     def uniform(self, target_ms: float, name: str) -> Outcome:
         """Narrow all stages by one share, to the widest network whose latency is at or under the target."""
+        folder = self.folder / name
+        plan, start = folder / "share.json", folder / "start.safetensors"
+        if not plan.exists():  # timed once: after a kill another share might meet the target, which is not what was tuned
+            share, model = self.widest(target_ms)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(start, save_safetensors({n: t.contiguous() for n, t in model.state_dict().items()}))
+            write_atomically(plan, json.dumps(share) + "\n")
+        share = json.loads(plan.read_text())
+        target = replace(self.at_share(share), name=name)
+        before = accuracy_of(self.loaded(target, start), self.data.val)[1]
+        tuned = self.tuned(target, start, folder / "tuned")
+        ms, after = self.timed(tuned, target).ms, accuracy_of(tuned, self.data.val)[1]
+        return Outcome("uniform, magnitude ({} of the width)", ms, parameters(tuned), before, after, share)
+
+    def widest(self, target_ms: float) -> tuple[float, nn.Sequential]:
+        """Return the largest share of the widths whose network's latency is at or under the target, and that network."""
         for share in SHARES_OF_WIDTH:
-            widths = [stage.widths[0] for stage in SearchSpace.around(self.arch, width_shares=(share,)).stages]
-            target = at_widths(self.arch, widths)
+            target = self.at_share(share)
             model = build_model(target)
             model.load_state_dict(narrowed(self.original.state_dict(), self.arch, target, self.scores))
             recalibrate(model, self.images)
             if self.timed(model, target).high_ms <= target_ms:
-                break
-        else:
-            raise InputError(f"no uniform width is as fast as {target_ms:g} ms: give larger --shares")
-        before = accuracy_of(model, self.data.val)[1]
-        start = self.folder / name / "start.safetensors"
-        start.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(start, save_safetensors({n: t.contiguous() for n, t in model.state_dict().items()}))
-        tuned = self.tuned(replace(target, name=name), start, self.folder / name / "tuned")
-        ms, after = self.timed(tuned, target).ms, accuracy_of(tuned, self.data.val)[1]
-        return Outcome("uniform, magnitude ({} of the width)", ms, parameters(tuned), before, after, share)
+                return share, model
+        raise InputError(f"no uniform width is as fast as {target_ms:g} ms: give larger --shares")
+
+    def at_share(self, share: float) -> ArchConfig:
+        widths = [stage.widths[0] for stage in SearchSpace.around(self.arch, width_shares=(share,)).stages]
+        return at_widths(self.arch, widths)
 
     def torch_pruned(self, target_ms: float) -> Outcome:
         """Prune by Torch-Pruning's magnitude at one ratio, to the slowest network at or under the target, and tune it."""

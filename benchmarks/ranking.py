@@ -6,17 +6,19 @@
 
 Draws networks of a space within 5 % of one latency, trains each alone with several seeds, trains supernets in every way, and
 scores the networks by each. Prints for every way of scoring: Kendall's tau-b with the networks' accuracy (mean over the
-supernets' seeds, with a bootstrap interval over the networks), the regret of taking the best of ten by the score, and how far
-supernets of other seeds agree; beside them what needs no supernet (MACs, parameters, a shuffled score), and the ceiling: how
-far two seeds of the same training agree. Everything is kept under --out: the same command goes on after a kill, and --part
-divides the work among processes. A report is of what the study in --out was asked for.
+supernets' seeds, with a bootstrap interval over the networks), how far that is above the tau of MACs and of parameters (on the
+same resampled networks), the regret of taking the best of ten by the score, and how far supernets of other seeds agree; beside
+them what needs no supernet: MACs, parameters, and shuffled scores, with the range of 95 % of them. Accuracy is the mean over
+the trainings' seeds. Two seeds of the same trainings agree as far as one line says; beside that stands each score's tau with
+the accuracy of single seeds. Everything is kept under --out: the same command goes on after a kill, and --part divides the work
+among processes. A report is of what the study in --out was asked for.
 """
 
 import argparse
 import csv
 import itertools
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from studies import last_row, part_of, table_sha256, take_claimed, train_alone, with_larger_val
 
 from nas.data import ImageData, load_images
@@ -51,6 +54,8 @@ VAL_IMAGES = 10_000  # of CIFAR-10's 50,000: accuracy is known to half a point
 SCORE_IMAGES = 2000  # that supernets are scored on, and nothing else sees
 EPOCHS = 4  # of each phase of a supernet's training: how often it is checkpointed
 RECOVERY_STEPS = 20
+FEWEST_NETWORKS = 8  # whose order says anything
+SHUFFLES = 200
 NETWORKS_SEED = 0  # of the draws within the band
 MEDIAN_SEED = 1  # of those whose median latency is the band's middle
 
@@ -110,10 +115,16 @@ def macs_of_an_image(space: SearchSpace, way: str) -> float:
 
 def settings_of(space: SearchSpace, way: str, images: int) -> SupernetSettings:
     """Return the settings of a way, which sees so many images that it takes as many multiply-accumulates as single paths do
-    with `images`."""
+    with `images`.
+
+    Raises:
+        InputError: those are too few for the way's epochs.
+    """
     seen = round(images * macs_of_an_image(space, "single paths") / macs_of_an_image(space, way))
     # An epoch of a mixture sees a quarter of `images_per_epoch`.
     per_epoch = seen if WAYS[way]["mixture_epochs"] else seen // EPOCHS
+    if per_epoch < 2:  # 0 would mean all
+        raise InputError(f"{images} images of single paths are too few for a supernet of {way}: give more --supernet-images")
     return SupernetSettings(images_per_epoch=per_epoch, recovery_steps=RECOVERY_STEPS, **WAYS[way])
 
 
@@ -157,7 +168,8 @@ def print_report(archs: Sequence[ArchConfig], table: LatencyTable, given: argpar
             truths[seed] = [100 * float(row["val_accuracy"]) for row in rows if row is not None]
     if not truths:
         raise InputError(f"no seed's networks are all trained in {given.out}: run it without --report first")
-    truth = np.mean(list(truths.values()), axis=0)
+    of_seeds = list(truths.values())
+    truth = np.mean(of_seeds, axis=0)
     predicted = [table.predict_ms(arch) for arch in archs]
     print(
         f"{len(archs)} networks of {given.space}, {min(predicted):.3f} to {max(predicted):.3f} ms on {table.device}; "
@@ -165,20 +177,27 @@ def print_report(archs: Sequence[ArchConfig], table: LatencyTable, given: argpar
         f"(sd {truth.std(ddof=1):.2f})"
     )
     if len(truths) > 1:
-        taus = [kendall_tau(a, b) for a, b in itertools.combinations(truths.values(), 2)]
-        print(f"ceiling: two seeds of the same trainings agree with tau {mean(taus):.2f}")
-    print(
-        "\n| supernet | score | tau (95 %) | regret of the best of ten, points | seeds agree, tau |\n|---|---|---:|---:|---:|"
+        taus = [kendall_tau(a, b) for a, b in itertools.combinations(of_seeds, 2)]
+        print(f"two seeds of the same trainings agree with tau {mean(taus):.2f}, to which the tau with one seed compares")
+    columns = (
+        "tau (95 %)",
+        "tau with one seed",
+        "tau above MACs' (95 %)",
+        "tau above parameters' (95 %)",
+        "regret of the best of ten, points",
+        "supernets agree, tau",
     )
+    print(f"\n| supernet | score | {' | '.join(columns)} |\n|---|---|{'---:|' * len(columns)}")
     rivals = {
         "MACs": [float(count(arch).macs) for arch in archs],
         "parameters": [float(count(arch).params) for arch in archs],
         "milliseconds": predicted,
     }
+    sizes = {name: rivals[name] for name in ("MACs", "parameters")}
     for name, score in rivals.items():
-        _print_row("none", name, [score], truth)
-    shuffled = [list(np.random.default_rng(seed).permutation(len(archs)).astype(float)) for seed in range(200)]
-    _print_row("none", "shuffled", shuffled, truth)
+        _print_row("none", name, cells_of([score], of_seeds, {n: s for n, s in sizes.items() if n != name}))
+    shuffled = [np.random.default_rng(seed).permutation(len(archs)).astype(float) for seed in range(SHUFFLES)]
+    _print_row("none", "shuffled", cells_of_chance(shuffled, of_seeds))
     for way in WAYS:
         found: dict[str, list[list[float]]] = {}
         for seed in range(given.supernet_seeds):
@@ -187,21 +206,48 @@ def print_report(archs: Sequence[ArchConfig], table: LatencyTable, given: argpar
             for name in [n for n in (lines[0] if lines else {}) if n != "network"]:
                 found.setdefault(name, []).append([float(line[name]) for line in lines])
         for name, scores in found.items():
-            _print_row(way, name, scores, truth)
+            _print_row(way, name, cells_of(scores, of_seeds, sizes))
 
 
-def _print_row(way: str, name: str, scores: Sequence[Sequence[float]], truth: Iterable[float]) -> None:
-    """Print one way of scoring: means over the scores that it gave (one a supernet's seed)."""
+def cells_of(scores: Sequence[ArrayLike], truths: Sequence[ArrayLike], sizes: Mapping[str, ArrayLike]) -> list[str]:
+    """Return what is printed of one way of scoring: means over the scores that it gave, one a supernet's seed.
 
-    def tau(truth: np.ndarray, *scores: np.ndarray) -> float:
+    Args:
+        truths: the networks' accuracies in percent, a list for each seed of their trainings.
+        sizes: MACs and parameters, but what is the score itself, which has no distance from itself.
+    """
+
+    def tau(truth: ArrayLike, *scores: ArrayLike) -> float:
         return mean(kendall_tau(score, truth) for score in scores)
 
-    low, high = bootstrap(list(truth), *scores, statistic=tau)
-    regrets = [regret_among(score, list(truth)) for score in scores]
-    agree = [kendall_tau(a, b) for a, b in itertools.combinations(scores, 2)] if len(scores) < 10 else []
-    between = f"{mean(agree):.2f}" if agree else ""
-    mean_tau = mean(kendall_tau(score, list(truth)) for score in scores)
-    print(f"| {way} | {name} | {mean_tau:.2f} ({low:.2f} to {high:.2f}) | {mean(regrets):.2f} | {between} |")
+    def above(truth: ArrayLike, size: ArrayLike, *scores: ArrayLike) -> float:
+        return tau(truth, *scores) - kendall_tau(size, truth)
+
+    truth = np.mean(truths, axis=0)
+    low, high = bootstrap(truth, *scores, statistic=tau)
+    cells = [f"{tau(truth, *scores):.2f} ({low:.2f} to {high:.2f})", f"{mean(tau(one, *scores) for one in truths):.2f}"]
+    for name in ("MACs", "parameters"):
+        if name in sizes:
+            low, high = bootstrap(truth, sizes[name], *scores, statistic=above)
+            cells.append(f"{above(truth, sizes[name], *scores):.2f} ({low:.2f} to {high:.2f})")
+        else:
+            cells.append("")
+    agree = [kendall_tau(a, b) for a, b in itertools.combinations(scores, 2)]
+    return [*cells, f"{mean(regret_among(s, truth) for s in scores):.2f}", f"{mean(agree):.2f}" if agree else ""]
+
+
+def cells_of_chance(scores: Sequence[ArrayLike], truths: Sequence[ArrayLike]) -> list[str]:
+    """Return what is printed of scores that know nothing: as of `cells_of`, but with the range of 95 % of them."""
+    truth = np.mean(truths, axis=0)
+    taus = [kendall_tau(score, truth) for score in scores]
+    low, high = np.quantile(taus, [0.025, 0.975])
+    with_one = mean(kendall_tau(score, one) for score in scores for one in truths)
+    regrets = mean(regret_among(score, truth) for score in scores)
+    return [f"{mean(taus):.2f} ({low:.2f} to {high:.2f})", f"{with_one:.2f}", "", "", f"{regrets:.2f}", ""]
+
+
+def _print_row(way: str, name: str, cells: Sequence[str]) -> None:
+    print(f"| {way} | {name} | {' | '.join(cells)} |")
 
 
 def folder_of(out: Path, way: str, seed: int) -> Path:
@@ -231,6 +277,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("ranking"))
     given = parser.parse_args()
     part, parts = part_of(given.part)
+    if given.networks < FEWEST_NETWORKS:
+        raise InputError(f"--networks must be at least {FEWEST_NETWORKS}, whose order says something, but is {given.networks}")
+    if given.supernet_images < 1:
+        raise InputError(f"--supernet-images must be at least 1, but is {given.supernet_images}")
     table = LatencyTable.load(given.table)
     sha256 = table_sha256(given.table)
     if given.report and take_claimed(given, ASKED).get("table_sha256") != sha256:
@@ -244,6 +294,7 @@ def main() -> None:
     space = SearchSpace.load(given.space).with_classes(len(data.classes))
     rng = random.Random(MEDIAN_SEED)
     median_ms = sorted(table.predict_ms(space.sample(rng)) for _ in range(1000))[500]
+    settings = {way: settings_of(space, way, given.supernet_images) for way in WAYS}
     # Drawn before the claim, which a latency that has too few networks would stand in the way of another one; written after it.
     drawn = [] if files[-1].exists() else networks_in_band(space, table, given.ms or median_ms, given.networks)
     asked = {name: value for name, value in vars(given).items() if name in ASKED}
@@ -269,8 +320,8 @@ def main() -> None:
                 work.append(partial(train_alone, arch, seed, data, recipe, given.out / "alone" / f"{i:02d}-seed{seed}"))
         if seed < given.supernet_seeds:
             for way in WAYS:
-                settings = settings_of(space, way, given.supernet_images)
-                work.append(partial(score_networks, space, archs, data, settings, seed, folder_of(given.out, way, seed)))
+                folder = folder_of(given.out, way, seed)
+                work.append(partial(score_networks, space, archs, data, settings[way], seed, folder))
     for number, job in enumerate(work):
         if number % parts == part - 1:
             say(f"piece {number + 1} of {len(work)}")

@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from nas.augmentation import augmented, draw, step_generator, steps_of, training_indices
 from nas.checkpoints import History, load_checkpoint, save_checkpoint
-from nas.data import SUFFIXES, ImageData, Images
+from nas.data import SUFFIXES, ImageData, Images, load_data, natural_size
 from nas.evaluation import accuracy_of
 from nas.measure import table_reference
 from nas.progress import progress, say
@@ -28,12 +28,13 @@ from nas.recipe import Recipe
 from nas.request import claim
 from nas.settings import SupernetSettings
 from nas.steps import accelerator, parameter_groups, set_layer_scale
+from nas.supernet_training import AnySupernet, train_supernet, training_size
 from nas.table import LatencyTable
 from nas.teacher import Teacher
 from nas.training import train_network, train_step
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
-from supernet.files import read_json, write_atomically
+from supernet.files import parse_yaml, read_json, reading, write_atomically
 from supernet.space import SearchSpace
 
 NOTE = "held_out.json"  # of which images a folder of `hold_out` was made
@@ -92,6 +93,58 @@ def claim_supernet(
     held["settings"] = {**SupernetSettings().deciding(), **held["settings"]}  # an earlier version had fewer
     if differing := [name for name, value in request.items() if held.get(name) != value]:
         raise InputError(f"{folder} is of a search with another {' and '.join(differing)}: give its own, or another folder")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a nas-search that ended, or was stopped: what it was asked for that its supernet depends on."""
+
+    folder: Path
+    space: SearchSpace
+    settings: SupernetSettings
+    seed: int
+    source: Path | None
+    """What `--data` was."""
+    table: Path
+    """Of its first target."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Read its request.
+
+        Raises:
+            InputError: the folder is none of a nas-search, or of one that has no supernet to train.
+        """
+        do = "give the --out folder of a nas-search"
+        held = read_json(folder / "request.json", "the request file", do)
+        if held.get("command") != "nas-search":
+            raise InputError(f"{folder} is of {held.get('command', 'another command')}, not of nas-search: {do}")
+        if "init" in held:
+            raise InputError(f"{folder} began with a network of its own (--init), which has no supernet to train: leave it")
+        with reading(f"the request file {folder / 'request.json'}", do):
+            space = SearchSpace.from_dict(parse_yaml(held["space"], f"the space of {folder}"), f"the space of {folder}")
+            settings = SupernetSettings.of_run(held["settings"], None)
+            source = None if held["data"] == "digits" else Path(held["data"])
+            return cls(folder, space, settings, int(held["seed"]), source, Path(held["table"]))
+
+    def supernet(self) -> tuple[AnySupernet, ImageData]:
+        """Return its supernet, and the images as the search had them.
+
+        Raises:
+            InputError: the search was stopped before the supernet was trained.
+        """
+        epochs = self.settings.weight_epochs + self.settings.mixture_epochs
+        if load_checkpoint(self.folder / "supernet.pt") < epochs:
+            raise InputError(f"the supernet of {self.folder} is not trained yet: let its nas-search go on first")
+        data = images_of(self.space, self.source, self.seed, self.settings)
+        return train_supernet(self.space.at(data.image_size), data, self.settings, self.seed, self.folder), data
+
+
+def images_of(space: SearchSpace, source: Path | None, seed: int, settings: SupernetSettings) -> ImageData:
+    """Return the images that a nas-search trains and judges a supernet by."""
+    size = training_size(space, natural_size(source), settings.image_size)
+    data = load_data(source, size, seed, settings.score_images)
+    return replace(data, flips=data.flips and settings.mirror)
 
 
 def with_larger_val(data: ImageData, images: int) -> ImageData:

@@ -195,6 +195,8 @@ def main() -> None:
         parser.error("give either --network or --space")
     if given.space and given.what:
         parser.error("--what is of a --network: of a --space, the widths of its stages are cut")
+    if given.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, but is {given.seeds}")
     given.what = given.what or ["width", *KNOBS]
     run(given)
 
