@@ -244,8 +244,8 @@ def on_data(given: Pretrained, data: ImageData, settings: SupernetSettings, seed
 
     It is trained, for `init_epochs` as a whole, where its classifier is new, because its classes are others than the data's, or
     is no better than chance: scores would mean nothing. The training is kept in `folder/init`, where the same call goes on,
-    beside `given.safetensors`, the weights as they were given. `folder` then holds `teacher.yaml` and `teacher.safetensors`, the
-    network at the size that it is deployed at.
+    beside `given.safetensors`, the weights as they were given. `folder` then holds `teacher.yaml` and
+    `teacher.safetensors`, the network at the size that it is deployed at.
     """
     device = accelerator(settings.accelerator)
     arch = given.arch.at(data.image_size).with_classes(len(data.classes))
@@ -290,7 +290,7 @@ def _why_train(given: Pretrained, model: nn.Module, data: ImageData, other: str)
         return f"{given.arch.name} knows {given.arch.num_classes} classes, the data have {classes}, so its classifier is new"
     if other:
         return (
-            f"{given.arch.name} knows other classes than the data have, or in another order ({other}), so its classifier is new"
+            f"{given.arch.name} knows other classes than the data, or in another order ({other}), so its classifier is new"
         )
     _, accuracy = accuracy_of(model, data.score)
     chance = 1 / classes
