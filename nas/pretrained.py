@@ -289,9 +289,7 @@ def _why_train(given: Pretrained, model: nn.Module, data: ImageData, other: str)
     if given.arch.num_classes != classes:
         return f"{given.arch.name} knows {given.arch.num_classes} classes, the data have {classes}, so its classifier is new"
     if other:
-        return (
-            f"{given.arch.name} knows other classes than the data, or in another order ({other}), so its classifier is new"
-        )
+        return f"{given.arch.name} knows other classes than the data, or in another order ({other}), so its classifier is new"
     _, accuracy = accuracy_of(model, data.score)
     chance = 1 / classes
     if accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / len(data.score)):
