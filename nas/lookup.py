@@ -166,11 +166,14 @@ def usable_table(place: Place, space: SearchSpace, space_name: str) -> tuple[Lat
     from nas.audit import say_if_untrue
     from nas.devices import measuring, open_profiler, profiler_of
     from nas.lut import build_table, place_here, table_to_extend
+    from nas.measure import table_reference
 
     device, path = place.device, place.table
     table = LatencyTable.load(path) if path is not None else None
     profiler = profiler_of(table) if table is not None else open_profiler(device)
     if table is not None and path is not None:
+        if profiler is not None:
+            table_reference(table)  # refuses, before anything is trained, a table that measurements cannot be compared with
         if place.named or profiler is None:
             table.require(space.layers(), measuring(table, f"--space {space_name}"))
             table.predict_ms(space.smallest)  # refuses a table without a calibration for such networks

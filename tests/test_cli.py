@@ -758,6 +758,16 @@ def test_a_table_of_this_machine_that_cannot_be_added_to_is_refused_with_the_com
     assert "measuring" not in capsys.readouterr().err
 
 
+def test_a_table_of_this_machine_that_measurements_cannot_be_compared_with_is_refused_first(
+    space_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nas.profilers.ort_cpu.cpu_id", lambda: "this-cpu")
+    space = SearchSpace.load(space_file)
+    table = replace(additive_table(space, "this-cpu"), meta={})
+    place = Place(Target(1.0), "this-cpu", table.save(tmp_path), named=True)
+    assert "does not say what the references take" in refusal(lambda: usable_table(place, space, "micro.yaml"))
+
+
 def test_nas_profile_without_a_table_names_the_command_that_makes_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], space_file: Path
 ) -> None:
