@@ -24,7 +24,7 @@ from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import random_network
 from nas.profilers.bench import Bench, Goal, Plan, Samples
 from nas.profilers.ort_cpu import OrtCpu
-from nas.profilers.timing import References, Visit, summarise
+from nas.profilers.timing import References, Stopwatch, Visit, summarise
 from nas.progress import progress
 from nas.statistics import kendall_tau
 from nas.table import LatencyTable
@@ -33,6 +33,7 @@ from supernet.space import SearchSpace
 from supernet.specs import Layer
 
 BINS = 10
+OPEN = 30  # sessions at once
 
 
 def figures(predicted: Sequence[float], measured: Sequence[float]) -> str:
@@ -46,11 +47,10 @@ def figures(predicted: Sequence[float], measured: Sequence[float]) -> str:
     )
 
 
-def single_calls(profiler: Profiler, layers: Sequence[Layer], reference: References) -> dict[Layer, float]:
+def single_calls(profiler: Profiler, watch: Stopwatch, layers: Sequence[Layer], reference: References) -> dict[Layer, float]:
     """Milliseconds of the first call of each layer's session, at the pace at which the references take `reference`."""
     found = {}
-    with profiler.exclusive(), progress("single calls", len(layers)) as tick:
-        watch = profiler.stopwatch()
+    with progress("single calls", len(layers)) as tick:
         for layer in layers:
             run = profiler.open((layer,))[0]
             start = time.perf_counter_ns()
@@ -94,21 +94,22 @@ def main() -> None:
     stages_seen = {arch.stages for arch in seen}
     networks = [a for a in unseen(space, table, given.networks, given.seed) if a.stages not in stages_seen]
     alone = list(dict.fromkeys(layer for arch in networks for layer in arch.layers()))
-    once = single_calls(profiler, alone, reference)
-
     # One shuffled order for everything, in rounds: a machine that is slower for a minute slows all of it.
     models: dict[str, Model] = {name_of((layer,)): (layer,) for layer in alone}
     models |= {name_of(tuple(arch.layers())): tuple(arch.layers()) for arch in networks}
     names = random.Random(0).sample(sorted(models), len(models))
     passes = (given.visits // 3, 2 * given.visits // 3, given.visits)
-    plan = Plan((), tuple(names), (), names[0], {}, passes=passes)
-    with tempfile.TemporaryDirectory() as folder, profiler.exclusive(), progress("timing", plan.visits) as tick:
-        samples = Samples(Path(folder) / "samples.csv", "")
-        bench = Bench(samples, lambda name: profiler.open(models[name]), profiler.stopwatch(), random.Random(given.seed), plan)
-        goals = [Goal({name: 1.0}, 0.005) for name in names]
-        for limits in zip((0, *passes), passes, strict=False):
-            bench.measure(names, goals, tick, limits)
-        samples.close()
+    plan = Plan((), tuple(names), (), names[0], {}, passes=passes, batch_models=OPEN)
+    with tempfile.TemporaryDirectory() as folder, profiler.exclusive():
+        watch = profiler.stopwatch()  # before anything else is opened: after hundreds of sessions new references are slower
+        once = single_calls(profiler, watch, alone, reference)
+        with progress("timing", plan.visits) as tick:
+            samples = Samples(Path(folder) / "samples.csv", "")
+            bench = Bench(samples, lambda name: profiler.open(models[name]), watch, random.Random(given.seed), plan)
+            goals = [Goal({name: 1.0}, 0.005) for name in names]
+            for limits in zip((0, *passes), passes, strict=False):
+                bench.measure(names, goals, tick, limits)
+            samples.close()
     found = {name: summarise(visits, reference) for name, visits in samples.visits.items()}
     measured = [found[name_of(tuple(arch.layers()))] for arch in networks]
     ms = [m.ms for m in measured]
