@@ -6,6 +6,10 @@ The networks are drawn evenly from ten equal bins of predicted latency. Beside t
 the same run: the sum of every layer timed alone in its own session (the median of many calls), calibrated the same way and not
 at all; and the sum of single calls of every layer, the first of its session. All of them are at the pace that the machine
 had when the table was built, as the references tell it.
+
+The networks that the table was calibrated on are timed again in the same rounds. How far they are from what they took then is
+what the machine has changed by since, beside the references; and the table's rows, calibrated on what they take now, are what a
+table built in this very hour would say.
 """
 
 import argparse
@@ -13,12 +17,12 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from nas.calibration import least_absolute
+from nas.calibration import calibrate, least_absolute
 from nas.devices import profiler_of
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import random_network
@@ -90,13 +94,14 @@ def main() -> None:
     table = table.calibrated_for(space)
     profiler, reference = profiler_of(table), table_reference(table)
     assert profiler is not None, f"{table.device} is not this machine"
-    seen = [ArchConfig.from_dict(yaml.safe_load(n.arch), "a network") for c in table.calibrations for n in c.networks]
+    then = [network for c in table.calibrations for network in c.networks]
+    seen = [network.network() for network in then]
     stages_seen = {arch.stages for arch in seen}
     networks = [a for a in unseen(space, table, given.networks, given.seed) if a.stages not in stages_seen]
     alone = list(dict.fromkeys(layer for arch in networks for layer in arch.layers()))
     # One shuffled order for everything, in rounds: a machine that is slower for a minute slows all of it.
     models: dict[str, Model] = {name_of((layer,)): (layer,) for layer in alone}
-    models |= {name_of(tuple(arch.layers())): tuple(arch.layers()) for arch in networks}
+    models |= {name_of(tuple(arch.layers())): tuple(arch.layers()) for arch in (*networks, *seen)}
     names = random.Random(0).sample(sorted(models), len(models))
     passes = (given.visits // 3, 2 * given.visits // 3, given.visits)
     plan = Plan((), tuple(names), (), names[0], {}, passes=passes, batch_models=OPEN)
@@ -113,6 +118,9 @@ def main() -> None:
     found = {name: summarise(visits, reference) for name, visits in samples.visits.items()}
     measured = [found[name_of(tuple(arch.layers()))] for arch in networks]
     ms = [m.ms for m in measured]
+    again = [found[name_of(tuple(arch.layers()))] for arch in seen]
+    change = [100 * (now.ms / network.ms - 1) for now, network in zip(again, then, strict=True)]
+    anew = replace(table, calibrations=(calibrate(space, table, seen, again),))
     isolated = {layer: found[name_of((layer,))].ms for layer in alone}
     predicted = [table.predict_ms(arch) for arch in networks]
     plain = [sum(isolated[layer] for layer in arch.layers()) for arch in networks]
@@ -129,7 +137,12 @@ def main() -> None:
     )
     half = np.median([100 * m.half_width_ms / m.ms for m in measured])
     print(f"measured to a median half-width of {half:.2f} % (95 %)")
+    print(
+        f"the table's own {len(seen)} networks differ from what they took when it was built by {np.median(change):+.1f} % "
+        f"(median; {min(change):+.1f} to {max(change):+.1f} %)"
+    )
     print(f"  table                                     {figures(predicted, ms)}")
+    print(f"  the same, calibrated anew on its networks {figures([anew.predict_ms(arch) for arch in networks], ms)}")
     print(f"  sum of layers timed alone                 {figures(plain, ms)}")
     print(f"  the same, fitted to these very networks   {figures(refitted.tolist(), ms)}")
     print(f"  sum of single calls without warm-up       {figures(first, ms)}")
