@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.data import IMAGENET_MEAN, IMAGENET_STD
+from nas.device_ids import is_core_ml
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 
@@ -100,8 +101,7 @@ def targets_of_file(
     kept = []
     for target in targets:
         device = str(target.get("device", ""))
-        core_ml = "-npu" in device or "-coreml-" in device or device.startswith(("iphone", "ipad"))
-        timed = "coreml" if core_ml else "onnx" if "-cpu" in device else "another"
+        timed = "coreml" if is_core_ml(device) else "onnx" if "-cpu" in device else "another"
         there = (timed, "deploy", "-int8" in device, target.get("image_size"), target.get("batch", 1))
         same = there == (format, form, int8, image_size, batch)
         kept.append({name: value for name, value in target.items() if same or name not in ("predicted_ms", "measured_ms")})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from nas.device_ids import GPUS, KINDS, MACS, PHONES, settings_in
+from nas.device_ids import GPUS, HERE, KINDS, MACS, PHONES, is_gpu, is_id, is_phone, settings_in, takes_jobs
 from nas.measure import Profiler
 from nas.profilers.bench import usable_cpus
 from nas.table import LatencyTable, find_tables
@@ -33,11 +32,8 @@ def open_profiler(
     if device in PHONES:
         raise InputError(f"{device} is a kind of device: say which one, such as iphone15pro-npu (nas-build-lut --list)")
     found = _of_id(device)
-    if found is None and _is_id(device):
-        raise InputError(
-            f"{device} is not this machine's ({_open_cpu(None, None, None).id} is): write a job for it with --export-job DIR, "
-            "or reach it by --device ssh://user@host"
-        )
+    if found is None and (is_id(device) or is_gpu(device)):
+        raise InputError(f"{device} is not this machine's ({_open_cpu(None, None, None).id} is): {_elsewhere(device)}")
     if found is None:
         raise unknown("device", device, (*KINDS, _open_cpu(None, None, None).id))
     if (threads, precision, batch) != (None, None, None):
@@ -78,20 +74,32 @@ def table_of_kind(device: str) -> str:
     )
 
 
+def is_called(device: str, id: str) -> bool:
+    """Whether what a user calls a device, its id or a kind, means the device of this id, which need have no table yet."""
+    if device in PHONES:
+        return is_phone(id) and settings_in(id)[0].endswith(device.removeprefix("iphone"))
+    return id == (open_profiler(device).id if device in HERE else device)
+
+
 def no_table(device: str) -> InputError:
     """Return what is said of a device that has no table and is not this machine's: what makes one, where it is an id."""
-    if not _is_id(device):
+    if not (is_id(device) or is_gpu(device)):
         return unknown("device", device, known_devices())
-    core_ml = " --format coreml" if device.startswith(("iphone", "ipad")) or "-npu" in device else ""
-    return InputError(
-        f"there is no table of {device}, which is not this machine ({_open_cpu(None, None, None).id}): make it with "
-        f"`nas-build-lut --device {device} --export-job DIR{core_ml}`, or with `nas-build-lut` there"
-    )
+    here = _open_cpu(None, None, None).id
+    return InputError(f"there is no table of {device}, which is not this machine ({here}): {_elsewhere(device)}")
 
 
-def _is_id(device: str) -> bool:
-    """Whether this is how the id of a device that is elsewhere may read."""
-    return re.fullmatch(r"[a-z0-9.-]+-(cpu|npu)(-[a-z0-9.-]+)?", device) is not None
+def _elsewhere(device: str) -> str:
+    """Return how another machine's device is measured: by a job that is brought to it, or by a command there."""
+    if takes_jobs(device):
+        job = f"write a job for it with `nas-build-lut --device {device} --export-job DIR"
+        if is_phone(device):
+            return f"{job} --format coreml`"
+        return f"{job}`, reach it by `--device ssh://user@host`, or run `nas-build-lut` there"
+    base, settings = settings_in(device)
+    kind = "cuda" if is_gpu(device) else "mac-npu" if base.endswith("-npu") else "mac-cpu"
+    given = "".join(f" --{name} {value}" for name, value in settings.items() if value is not None)
+    return f"measure it there, with `nas-build-lut --device {kind}{given}`"
 
 
 def _of_id(device: str) -> Profiler | None:

@@ -26,11 +26,11 @@ import platformdirs
 import torch
 from onnx import TensorProto, external_data_helper, numpy_helper
 
-from nas.device_ids import MACS, PHONES, suffix
+from nas.device_ids import PHONES, is_id, suffix
 from nas.export_forms import COREML, ONNX, require_current_form
 from nas.measure import CACHED, STREAMING, Model, build_module, input_shape, name_of
 from nas.plan import PROTOCOL, Work
-from nas.profilers.bench import MIN_MS_OF_A_CALL
+from nas.profilers.bench import JOB_SCHEMA, MIN_MS_OF_A_CALL
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
 from nas.profilers.timing import DISCARDED, MAX_CALLS, MIN_CALLS, VISIT_MS, References, Visit
@@ -40,7 +40,6 @@ from supernet.errors import InputError, first_line
 from supernet.files import PART, parse_yaml, read_json, write_atomically
 from supernet.space import SearchSpace
 
-SCHEMA = 3
 FORMATS = ("onnx", "coreml")
 PROFILERS = Path(__file__).parent / "profilers"
 RUN = "run"  # in a job folder that this machine hands over itself: the number of the job in progress
@@ -81,7 +80,7 @@ def export_job(
         check_device_id(device)
     settings = _settings(form, device, threads, precision, batch)
     manifest: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": JOB_SCHEMA,
         "device": device,
         "format": form,
         "space": space.to_yaml(),
@@ -225,10 +224,9 @@ def _cache() -> Path:
 
 def check_device_id(device: str) -> None:
     """Refuse what cannot be the id of a device that runs elsewhere."""
-    if device in (*MACS, *PHONES):
-        example = ("iphone15pro" if device.startswith("iphone") else "apple-m2") + device[device.index("-") :]
-        raise InputError(f"{device} is a kind of device: name the very one, such as {example}")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*-(cpu|npu)(-[a-z0-9.-]+)?", device):
+    if device in PHONES:
+        raise InputError(f"{device} is a kind of device: name the very one, such as {device.replace('iphone', 'iphone15pro')}")
+    if not is_id(device):
         raise InputError(
             f"{device!r} cannot be a device id: give <model>-<unit>, small letters, digits, dots and dashes, such as "
             "raspberrypi5-cpu or iphone15pro-npu"
@@ -339,8 +337,8 @@ def read_results(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         why = first_line(error)
         raise InputError(f"{path} is no whole results file ({why}): bring results.json from the device again") from error
-    if schema != SCHEMA:
-        raise InputError(f"{path} has schema {schema!r}, this version reads {SCHEMA}: export the job anew and run it")
+    if schema != JOB_SCHEMA:
+        raise InputError(f"{path} has schema {schema!r}, this version reads {JOB_SCHEMA}: export the job anew and run it")
     if unit != "ms":
         raise InputError(f"the times in {path} are in {unit!r}; only milliseconds ('ms') are taken: run the job's own program")
     manifest = _manifest_of(path, str(job))

@@ -21,6 +21,7 @@ import torch
 from nas.alone import alone
 from nas.audit import NOISY, Doubt, doubts, flagged, say_if_untrue
 from nas.calibration import calibrate, on_medians, refitted
+from nas.devices import is_called
 from nas.job import device_of, place_of, read_results, visits_of
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import FEWEST_NETWORKS, PROTOCOL, Terms, Work, for_batch, terms_of, work_for
@@ -209,7 +210,7 @@ def _judged() -> Iterator[None]:
 
 
 def import_results(path: Path, folder: Path, device: str | None = None) -> LatencyTable:
-    """Make the table of a job's results, write it to `folder` and return it. `device`: the results must be of this one.
+    """Make the table of a job's results, write it to `folder` and return it. `device`: what they must be of, an id or a kind.
 
     Raises:
         Unusable: the results are not whole, not of their job, not of `device`, or not in milliseconds.
@@ -232,7 +233,7 @@ def _results_of(path: Path, device: str | None) -> tuple[str, SearchSpace, Work,
     if manifest["verify"] is not None:
         raise InputError(f"{path} measures the network of a search: give it to nas-search --from RUN --verify")
     found = device_of(results, manifest)
-    if device not in (None, found):
+    if device is not None and not is_called(device, found):
         raise InputError(f"{path} is of {found}, not of {device}: leave --device out, or bring the results of {device}")
     space = SearchSpace.from_dict(parse_yaml(manifest["space"], "the job's space"), "the job's space")
     place = {**place_of(results, manifest), "protocol": manifest.get("protocol")}

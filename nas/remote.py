@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nas.device_ids import GPUS, MACS, PHONES, settings_in, suffix
+from nas.device_ids import GPUS, MACS, PHONES, is_core_ml, is_phone, settings_in, suffix
 from nas.job import FORMATS, check_device_id, end_run, export_job, job_folder, read_results, run_of
 from nas.lut import Unusable, import_results
 from nas.plan import for_batch, work_for
@@ -39,8 +39,12 @@ def export(
         raise unknown("format", form, FORMATS)
     named = device
     if form == "onnx":
-        if device.endswith("-npu") or device in (*GPUS, *MACS, *PHONES):
-            raise InputError(f"a job of ONNX models is timed on a CPU, not on {device}: give --format coreml, or a CPU's name")
+        if device in (*GPUS, *MACS) or is_core_ml(device):
+            raise InputError(
+                f"a job of ONNX models is timed on a CPU, not on {device}: give "
+                + ("--format coreml, or " if is_phone(device) else "")
+                + "a CPU's name"
+            )
         base, said = settings_in(device)
         asked = {"threads": threads, "precision": precision, "batch": batch}
         for name, value in asked.items():
@@ -49,7 +53,7 @@ def export(
         threads, precision, batch = threads or said["threads"], precision or said["precision"], batch or said["batch"]
         named = base + suffix(threads or 1, precision or "fp32", batch or 1)
     else:
-        if not device.startswith("iphone"):
+        if not is_phone(device):
             raise InputError(
                 f"a Core ML job is run on an iPhone, not on {device}: give its id, such as iphone15pro-npu; a Mac measures "
                 "itself, by nas-build-lut --device mac-npu there"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.alone import alone
+from nas.device_ids import takes_jobs
 from nas.job import end_run, export_job, place_of, read_results, run_of, visits_of
 from nas.kept import Checks
 from nas.lookup import OnDevice
@@ -182,8 +183,7 @@ def _refuse_another_device(path: Path, results: dict[str, Any], table: LatencyTa
 
 def _export(folder: Path, arch: ArchConfig, table: LatencyTable, space: SearchSpace, which: dict[str, str]) -> Path:
     name = which["network"]
-    on_mac = table.meta.get("runtime") == "coreml" and not table.device.startswith("iphone")
-    if on_mac or ("-cpu" not in table.device and "-npu" not in table.device):
+    if not takes_jobs(table.device):
         raise InputError(f"networks for {table.device} are measured by nas-search on the machine with it, not by a job")
     plan = Plan(pieces=(), networks=(name,), rows=(), smallest=name, touched_bytes={}, passes=VISITS)
     export_job(

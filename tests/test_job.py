@@ -20,12 +20,13 @@ import pytest
 from refusals import refusal
 from test_lut import cost, device_ms, small_space
 
-from nas import cli, job
+from nas import cli
+from nas.devices import is_called
 from nas.job import export_job, without_weights
 from nas.lut import import_medians, import_results
 from nas.measure import CACHED, STREAMING, Model
 from nas.plan import Work, work_for
-from nas.profilers.bench import Failed, TooNoisy
+from nas.profilers.bench import JOB_SCHEMA, Failed, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
 from nas.remote import build_over_ssh
@@ -100,6 +101,17 @@ def test_results_find_the_manifest_of_a_job_that_was_exported_here(folder: Path,
     (tmp_path / "elsewhere").mkdir()
     path = written(tmp_path / "elsewhere", pretended_results(folder, work))
     assert import_results(path, tmp_path / "out").device == "pretended-cpu"
+
+
+def test_results_may_be_said_to_be_of_a_kind_of_device(
+    folder: Path, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(folder, pretended_results(folder, work))
+    with pytest.raises(InputError, match="is of pretended-cpu, not of cpu"):  # which is this machine's
+        import_results(path, tmp_path / "out", "cpu")
+    monkeypatch.setattr(OrtCpu, "id", "pretended-cpu")
+    assert import_results(path, tmp_path / "out", "cpu").device == "pretended-cpu"
+    assert is_called("iphone-npu", "iphone15pro-npu") and not is_called("iphone-npu", "iphone15pro-cpu")
 
 
 def test_rows_of_models_that_the_device_could_not_load_are_left_out(folder: Path, work: Work, tmp_path: Path) -> None:
@@ -827,6 +839,9 @@ def test_an_address_keeps_the_names_that_ssh_knows() -> None:
         (["--device", "pi-cpu", "--export-job", "x", "--format", "tflite"], "unknown format 'tflite'"),
         (["--device", "pi-cpu", "--export-job", "x", "--precision", "fp16"], "cannot have the precision 'fp16'"),
         (["--device", "iphone15-npu", "--export-job", "x"], "give --format coreml"),
+        (["--device", "iphone15-cpu", "--export-job", "x"], "timed on a CPU, not on iphone15-cpu: give --format coreml"),
+        (["--device", "apple-m2-npu-b8", "--export-job", "x"], "timed on a CPU, not on apple-m2-npu-b8: give a CPU's name"),
+        (["--device", "apple-m2-coreml-cpu", "--export-job", "x"], "timed on a CPU, not on apple-m2-coreml-cpu"),
         (["--device", "iphone-npu", "--export-job", "x", "--format", "coreml"], "name the very one"),
         (["--export-job", "x", "--format", "coreml"], "--device iphone15pro-npu"),
         (["--export-job", "x", "--format", "tflite"], "unknown format 'tflite'"),
@@ -872,7 +887,7 @@ def test_int8_jobs_travel_light_too(tmp_path: Path) -> None:
 def test_a_job_is_of_the_schema_that_its_runner_takes(folder: Path) -> None:
     from nas.profilers import run_job
 
-    assert json.loads((folder / "manifest.json").read_text())["schema"] == job.SCHEMA == run_job.SCHEMA
+    assert json.loads((folder / "manifest.json").read_text())["schema"] == JOB_SCHEMA
     harness = Path(run_job.__file__).parent / "harness"
-    assert f"kind.schema == {job.SCHEMA}, kind.format" in (harness / "Job.swift").read_text()
-    assert f'"schema": {job.SCHEMA},' in (harness / "Bench.swift").read_text()
+    assert f"kind.schema == {JOB_SCHEMA}, kind.format" in (harness / "Job.swift").read_text()
+    assert f'"schema": {JOB_SCHEMA},' in (harness / "Bench.swift").read_text()

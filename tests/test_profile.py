@@ -211,6 +211,14 @@ def test_a_kind_that_is_elsewhere_means_its_only_table(tmp_path: Path, capsys: p
     for device, form in (("iphone15pro-npu", " --format coreml"), ("raspberrypi5-cpu", "")):
         said = refused(["small.yaml", "--device", device], capsys)
         assert f"no table of {device}" in said and f"`nas-build-lut --device {device} --export-job DIR{form}`" in said
+    for device, there in (
+        ("apple-m2-npu-b8", "mac-npu --batch 8"),
+        ("apple-m2-coreml-cpu", "mac-cpu"),
+        ("a100-mig-1g.5gb", "cuda"),
+        ("rtx-4090-24gb-bf16", "cuda --precision bf16"),
+    ):
+        said = refused(["small.yaml", "--device", device], capsys)
+        assert f"no table of {device}" in said and f"measure it there, with `nas-build-lut --device {there}`" in said
     table = save_table(tmp_path / "tables", "iphone15pro-npu")
     save_table(tmp_path / "tables", "iphone15pro-cpu")
     cli.profile(["small.yaml", "--device", "iphone-npu", "--json"])

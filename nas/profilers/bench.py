@@ -34,6 +34,7 @@ from nas.profilers.timing import (
 Tick = Callable[[float], object]  # told how many visits were made or are not needed
 Open = Callable[[str], tuple[Workload, int]]  # a model's name -> its workload, and the bytes that it holds
 
+JOB_SCHEMA = 3  # of a job folder: its plan and its results; the Swift program has it too
 MIN_MS_OF_A_CALL = 5e-4  # no runtime answers sooner: shorter times are in another unit
 LAST_PASS = 2.0  # times as wide as they are to be, intervals are still worth a last pass
 TOO_NOISY = 2.5  # p90 over p10 of a reference's milliseconds

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nas.job import SCHEMA
-from nas.profilers.bench import Disturbed
+from nas.profilers.bench import JOB_SCHEMA, Disturbed
 from nas.progress import duration
 from supernet.errors import InputError, unknown
 from supernet.files import write_atomically
@@ -348,10 +347,10 @@ def _read_job(folder: Path, unit: str) -> tuple[dict[str, Any], str]:
         raise InputError(f"{folder} is not a job folder: nas-build-lut --export-job DIR writes one") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}/manifest.json is not the manifest of a Core ML job: write the job folder anew") from error
-    if manifest.get("schema") != SCHEMA or manifest.get("format") != "coreml":
+    if manifest.get("schema") != JOB_SCHEMA or manifest.get("format") != "coreml":
         raise InputError(
             f"{folder} is a job of schema {manifest.get('schema')}, format {manifest.get('format')}; this version runs schema "
-            f"{SCHEMA}, coreml: export the job anew"
+            f"{JOB_SCHEMA}, coreml: export the job anew"
         )
     if unit not in COMPUTE_UNITS:
         raise unknown("unit of an iPhone", unit, COMPUTE_UNITS)

@@ -30,7 +30,7 @@ except ImportError as error:
     sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): {PIP} onnxruntime numpy")
 
 try:
-    from nas.profilers.bench import Bench, Damaged, Plan, Samples, TooNoisy, carry_out, now, usable_cpus
+    from nas.profilers.bench import JOB_SCHEMA, Bench, Damaged, Plan, Samples, TooNoisy, carry_out, now, usable_cpus
     from nas.profilers.ort_session import (
         OrtModel,
         cpu_id,
@@ -46,7 +46,6 @@ except (ImportError, SyntaxError) as error:  # a copy that was cut
     print(f"run_job.py: nas/ beside it is not whole ({error}): copy the whole job folder again", file=sys.stderr)
     sys.exit(2)
 
-SCHEMA = 3
 ASKED_EVERY_S = 5.0  # the firmware, about throttling
 LOCK = "run_job.lock"
 
@@ -68,8 +67,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         refuse(f"{path} cannot be read ({error.strerror}): copy the whole job folder again")
     except (ValueError, KeyError, TypeError, AttributeError):
         refuse(f"{path} is not whole: copy the job folder again")
-    if schema != SCHEMA or form != "onnx":
-        refuse(f"it reads ONNX jobs of schema {SCHEMA}, this one is {form} {schema}: export the job anew")
+    if schema != JOB_SCHEMA or form != "onnx":
+        refuse(f"it reads ONNX jobs of schema {JOB_SCHEMA}, this one is {form} {schema}: export the job anew")
     for file, sha256 in expected.items():
         try:
             found = hashlib.sha256((folder / file).read_bytes()).hexdigest()
@@ -257,7 +256,7 @@ def measure(folder: Path, manifest: dict[str, Any], again: bool) -> None:
         print(f"warning: {place['warnings'][-1]}", flush=True)
     place["finished_at"] = now()
     results = {
-        "schema": SCHEMA,
+        "schema": JOB_SCHEMA,
         "unit": "ms",
         "job_sha256": job,
         "device": manifest["device"],
