@@ -73,10 +73,11 @@ def training_indices(n: int, recipe: Recipe, seed: int, epoch: int) -> Iterator[
     """Yield the index tensors (B,), int64, of the steps of an epoch (counted from 0) over `n` images.
 
     With repeated augmentation (Hoffer et al., CVPR 2020, as in DeiT) the images of a step follow one another `repeats` times,
-    so that an image does not stand beside itself; the last ones may have a repeat less.
+    so that an image does not stand beside itself; the last ones may have a repeat less. A step has two different ones at least,
+    unless it has one alone.
     """
     batch, steps = steps_of(n, recipe)
-    different = -(-batch // recipe.repeats)
+    different = max(-(-batch // recipe.repeats), min(2, batch))
     for indices in epoch_batches(n, different, seed, epoch, steps * different):
         yield indices.repeat(recipe.repeats)[:batch]
 

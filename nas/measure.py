@@ -35,9 +35,8 @@ EMPTY: Model = ()
 """A session that does nothing: the price of a call."""
 
 WHOLE_GOAL = 0.01  # half-width of a whole network's 95 % interval, of its ms
-MIN_VISITS = 12
-SESSION_VISITS = 8  # of one session of a network that is measured by itself ...
-ALONE_MAX_VISITS = 96  # ... and of all of them
+SESSION_VISITS = 4  # of one session of a network that is measured by itself ...
+ALONE_MIN_VISITS, ALONE_MAX_VISITS = 24, 96  # ... and of all of them
 ANOTHER_PACE = 1.25  # times, more or less, that a reference took when the table was built: from there on it is said
 
 
@@ -158,11 +157,12 @@ def measure_alone(
     """Time one network (with ordinary weights) or workload end to end until its 95 % interval is within 1 %, or for 96
     visits.
 
-    A network is opened anew every 8 visits: where a session's memory happens to lie moves its times by some percent, for a
-    small network by more. (On a GPU it is the same capture again where memory suffices: see `NvidiaGpu.open`.) A workload stays
-    as it is. `reference` is what the references take in the table that the result is to be compared with, and where one takes
-    much longer or shorter now, that is said; without it, what they take now, which leaves the result as it was measured.
-    `batch`: the images of a call, where they are not the profiler's; the references keep to its own.
+    A network is opened anew every 4 visits, 6 times or more: where a session's memory happens to lie moves its times by some
+    percent, for a small network by more, and the interval is of that too. (On a GPU it is the same capture again where memory
+    suffices: see `NvidiaGpu.open`.) A workload stays as it is. `reference` is what the references take in the table that the
+    result is to be compared with, and where one takes much longer or shorter now, that is said; without it, what they take now,
+    which leaves the result as it was measured. `batch`: the images of a call, where they are not the profiler's; the references
+    keep to its own.
     """
     opening: Any = profiler
     opening = opening if batch is None else replace(opening, batch=batch)
@@ -180,8 +180,8 @@ def measure_alone(
                         run = what
                 watch.pause()
             visits.append(watch.visit(run))
-            if len(visits) >= 2 * MIN_VISITS:
-                found = summarise(visits, reference)
+            if len(visits) >= ALONE_MIN_VISITS and len(visits) % SESSION_VISITS == 0:
+                found = summarise(visits, reference, SESSION_VISITS)
                 if found.half_width_ms <= WHOLE_GOAL * found.ms:
                     break
     if reference is not None:
@@ -194,4 +194,4 @@ def measure_alone(
                 "is brought to the table's pace, but may be off by more than its interval says; "
                 + ("measure again in a quieter hour" if pace > 1 else "build the table anew in a quiet hour")
             )
-    return summarise(visits, reference)
+    return summarise(visits, reference, SESSION_VISITS)

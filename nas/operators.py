@@ -222,7 +222,8 @@ def _work(
         return math.prod(out) * math.prod(shapes[1][1:]), moved
     if not out or not math.prod(out):
         return None, moved
-    macs = math.prod(shapes[0]) * out[-1]  # the left factor's every value meets every column
+    # MatMul may broadcast either factor; the left one of the others, which may be transposed, meets every column.
+    macs = math.prod(out) * shapes[0][-1] if operator == "MatMul" else math.prod(shapes[0]) * out[-1]
     if not any(len(shape) >= 2 for shape in shapes[1:]):
         # The weight was packed beforehand and is not among the inputs any more.
         moved += macs // math.prod(out) * out[-1] * _BYTES.get(inputs[0][0], 1)

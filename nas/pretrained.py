@@ -291,7 +291,7 @@ def _why_train(given: Pretrained, model: nn.Module, data: ImageData, other: str)
     if other:
         return f"{given.arch.name} knows other classes than the data, or in another order ({other}), so its classifier is new"
     _, accuracy = accuracy_of(model, data.score)
-    chance = 1 / classes
+    chance = data.score.labels.bincount(minlength=classes).max().item() / len(data.score)  # always saying the commonest class
     if accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / len(data.score)):
         return (
             f"{given.arch.name} is right on {100 * accuracy:.1f} % of the scoring images, which is chance, so its classes "

@@ -179,7 +179,7 @@ def elastic_step(net: ElasticSupernet, x: Tensor, y: Tensor, settings: SupernetS
         with mixed_precision(x.device, settings.precision):
             logits = net(part, largest)
             loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-            taught = logits.detach().softmax(1)
+            taught = logits.detach().float().softmax(1)
         (loss / settings.accumulate).backward()
         losses.append(loss.detach())
         for arch in others:

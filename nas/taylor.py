@@ -45,11 +45,13 @@ def calibration_batches(
 ) -> list[Batch]:
     """Return random training images, normalised (B, 3, S, S), with labels (B,), without augmentation.
 
-    `images` is how many at most; fewer than a batch is one batch.
+    `images` is how many at most. All batches are whole, unless there are fewer images than one takes: absolute values are taken
+    of a batch's mean, which of fewer images is larger, so that a last batch of one would drown the others.
     """
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:images]
     found = []
-    for indices in order.split(batch):
+    whole = len(order) // batch * batch or len(order)
+    for indices in order[:whole].split(batch):
         pixels, labels = data.train.batch(indices)
         x = normalise(pixels.to(device)).contiguous(memory_format=torch.channels_last)
         found.append((x, labels.to(device)))

@@ -12,7 +12,7 @@ from nas.device_ids import takes_jobs
 from nas.job import end_run, export_job, place_of, read_results, run_of, visits_of
 from nas.kept import Checks
 from nas.lookup import OnDevice
-from nas.measure import measure_alone, name_of, table_reference
+from nas.measure import ALONE_MIN_VISITS, SESSION_VISITS, measure_alone, name_of, table_reference
 from nas.plan import Work
 from nas.profilers.bench import Plan, TooNoisy, refuse_noise
 from nas.profilers.timing import summarise
@@ -27,7 +27,7 @@ from supernet.arch import ArchConfig
 from supernet.errors import InputError, one_line
 from supernet.space import SearchSpace
 
-VISITS = (12, 36, 60)  # of the network, by the end of each pass
+PASSES = tuple(range(SESSION_VISITS, 61, SESSION_VISITS))  # visits of the network by the end of each, which opens it anew
 
 
 def verify(
@@ -149,7 +149,7 @@ def _take(
         raise
     for warning in _warnings(measured, manifest, which["network"]):
         say(f"warning: {warning}")
-    checks[place.name].add(arch, summarise(visits, table_reference(place.table)))
+    checks[place.name].add(arch, summarise(visits, table_reference(place.table), SESSION_VISITS))
     end_run(job)
 
 
@@ -185,7 +185,9 @@ def _export(folder: Path, arch: ArchConfig, table: LatencyTable, space: SearchSp
     name = which["network"]
     if not takes_jobs(table.device):
         raise InputError(f"networks for {table.device} are measured by nas-search on the machine with it, not by a job")
-    plan = Plan(pieces=(), networks=(name,), rows=(), smallest=name, touched_bytes={}, passes=VISITS)
+    plan = Plan(
+        pieces=(), networks=(name,), rows=(), smallest=name, touched_bytes={}, passes=PASSES, min_visits=ALONE_MIN_VISITS
+    )
     export_job(
         folder,
         space,

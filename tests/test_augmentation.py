@@ -313,6 +313,11 @@ def test_repeated_augmentation_has_each_image_several_times_in_a_step_and_never_
     assert len(seen) == 100, "120 places for different images in three epochs: each is seen before any comes back"
 
 
+def test_a_step_of_few_images_has_two_to_mix() -> None:
+    recipe = replace(PLAIN, batch_size=3, repeats=3)
+    assert all(len(indices.unique()) == 2 for indices in training_indices(50, recipe, 0, 0))
+
+
 def test_without_repeats_the_order_is_that_of_the_epochs() -> None:
     recipe = replace(PLAIN, batch_size=16, images_per_epoch=40)
     found, expected = list(training_indices(100, recipe, 5, 2)), list(epoch_batches(100, 16, 5, 2, 40))

@@ -459,6 +459,12 @@ def test_a_calibration_knows_that_stem_and_embeddings_are_quicker_beside_each_ot
     assert fit(sums, between, 0.02 + 1.1 * sums - 0.3 * between) == pytest.approx([0.02, 1.1, -0.3, 0], rel=1e-3)
 
 
+def test_a_larger_stem_is_never_said_to_be_faster() -> None:
+    sums = np.linspace(1, 16, 16)
+    between = 0.5 + 0.01 * (7 * np.arange(16) % 5)
+    assert fit(sums, between, 0.02 + 1.1 * sums - 2 * between)[2] == 0
+
+
 def test_a_calibration_of_networks_that_do_not_grow_with_their_rows_is_a_poor_one_but_one() -> None:
     sums = np.linspace(0.1, 0.2, 16)
     assert fit(sums, 0 * sums, 1 - 0.5 * sums) == pytest.approx([1, -0.5, 0, 0], abs=1e-3)

@@ -114,6 +114,7 @@ def test_a_trace_without_runs_is_refused() -> None:
         ("Gemm", [[1, 448], [1000]], [1, 1000], 448 * 1000, True),  # a classifier reads each weight for one product
         ("Gemm", [[1, 448], [1000, 448], [1000]], [1, 1000], 448 * 1000, True),
         ("FusedMatMul", [[1, 8, 49, 32], [1, 8, 32, 49]], [1, 8, 49, 49], 8 * 49 * 49 * 32, False),
+        ("MatMul", [[49, 49], [8, 49, 64]], [8, 49, 64], 8 * 49 * 49 * 64, False),  # the left factor is broadcast
         ("ReorderInput", [[1, 48, 56, 56]], [1, 48, 56, 56], 0, True),
         ("ConvTranspose", [[1, 8, 4, 4], [8, 8, 2, 2]], [1, 8, 8, 8], None, False),
     ],

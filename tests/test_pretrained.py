@@ -389,6 +389,20 @@ def test_a_new_classifier_is_trained_first(digits: ImageData, tmp_path: Path, ca
     assert "has finished before" in capsys.readouterr().err
 
 
+def test_chance_is_always_to_say_the_commonest_class(
+    digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network of other classes that says one of them, which four images in five here happen to have."""
+    labels = torch.zeros_like(digits.score.labels)
+    labels[::5] = torch.arange(len(labels[::5])) % 9 + 1
+    data = replace(digits, score=replace(digits.score, labels=labels))
+    state = network().state_dict()
+    (bias,) = [name for name, tensor in state.items() if tensor.shape == (10,)]
+    state[bias] = 1e3 * torch.eye(10)[0]
+    on_data(Pretrained(ARCH, state, "somewhere"), data, SETTINGS, 0, tmp_path)
+    assert "is chance, so its classes are not the data's" in capsys.readouterr().err
+
+
 def test_a_classifier_of_other_classes_is_trained_too(
     digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,14 +1,15 @@
 """Rounds, pairing with the reference, and statistics, on a clock that the test turns."""
 
 import gc
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
-from statistics import mean, median, quantiles
+from statistics import mean, median, quantiles, stdev
 
 import pytest
 
-from nas.profilers.timing import References, Stopwatch, Visit, median_interval, summarise, visit_in_rounds
+from nas.profilers.timing import References, Stopwatch, Visit, mean_half_width, median_interval, summarise, visit_in_rounds
 
 
 class Machine:
@@ -96,6 +97,28 @@ def test_the_interval_of_the_median_covers_it_about_19_times_in_20() -> None:
         low, high = median_interval(sorted(rng.lognormvariate(0, 0.5) for _ in range(25)))
         covered += low <= 1.0 <= high
     assert 0.93 <= covered / 2000 <= 0.97
+
+
+def test_the_interval_covers_what_sessions_do_to_their_visits() -> None:
+    """A model takes 1 ms, in each session some percent more or less, and so does each visit beside that."""
+    rng = random.Random(0)
+    beside = References(0.5, 0.8)
+    covered = {None: 0, 4: 0}
+    for _ in range(300):
+        of_session = [math.exp(rng.gauss(0, 0.01)) for _ in range(6)]
+        visits = [Visit(ms * math.exp(rng.gauss(0, 0.01)), beside) for ms in of_session for _ in range(4)]
+        for per_session in covered:
+            found = summarise(visits, beside, per_session)
+            covered[per_session] += found.low_ms <= 1 <= found.high_ms
+    assert covered[4] >= 0.93 * 300
+    assert covered[None] < 0.88 * 300, "the sessions here are too alike to tell"
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), [(5, 2.5706), (11, 2.2010), (23, 2.0687)])
+def test_student_s_interval_is_that_of_the_tables(degrees: int, quantile: float) -> None:
+    values = [float(number) for number in range(degrees + 1)]
+    exact = quantile * stdev(values) / math.sqrt(degrees + 1)
+    assert mean_half_width(values) == pytest.approx(exact, rel=2e-3)
 
 
 def test_the_interval_of_few_samples_is_their_whole_range() -> None:
