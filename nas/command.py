@@ -51,6 +51,10 @@ def command_parser(command: str, does: str, example: str) -> Parser:
 
 def run_command(command: str, work: Callable[[], None]) -> None:
     """Do the work of a command; turn what went wrong into its exit code."""
+    if sys.stdout is None:  # closed, by whoever started this
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # to the end of the process
+    if sys.stderr is None:  # what is printed to None goes to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     with suppress(AttributeError):  # a name of a file that is no text is printed with its bytes' codes
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
@@ -115,13 +119,13 @@ def device_target(text: str) -> tuple[str, float]:
 
 
 def seed_number(text: str) -> int:
-    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**31:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 10 or int(text) >= 2**31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a seed: give a whole number from 0 to 2147483647")
     return int(text)
 
 
 def whole_number(text: str) -> int:
-    if not text.isdecimal() or len(text) > 4 or not 0 < int(text) <= 4096:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 4 or not 0 < int(text) <= 4096:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give a whole number from 1 to 4096")
     return int(text)
 

@@ -8,7 +8,7 @@ import os
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -301,7 +301,7 @@ def _list_folder(root: Path) -> _Folder:
         fingerprint=hashlib.sha256(os.fsencode("".join(sorted(lines)))).hexdigest(),
         stamps=tuple(stamps),
         others=tuple(_others([train[name]]) for name in classes),
-        left_out=tuple(_left_out(root, parted, val is not None, [*train.values(), *(val or {}).values()])),
+        left_out=tuple(_left_out(root, parted, train, val)),
     )
     _check_classes(folder, np.ones(len(entries), np.bool_))
     return folder
@@ -351,13 +351,16 @@ def _others(classes: Iterable[_Class]) -> str:
     return ", ".join(parts)
 
 
-def _left_out(root: Path, parted: bool, validated: bool, classes: Iterable[_Class]) -> Iterator[str]:
-    """Yield, in lines for people, what of a data set's folder is not looked at."""
-    if others := _others(classes):
+def _left_out(root: Path, parted: bool, train: Mapping[str, _Class], val: Mapping[str, _Class] | None) -> Iterator[str]:
+    """Yield, in lines for people, what of a data set's folder is not looked at, and which classes nothing judges."""
+    if others := _others([*train.values(), *(val or {}).values()]):
         yield f"left out: {others}"
     for entry in _entries(root) if parted else ():
         if entry.name.lower() in VALIDATION and entry.is_dir():
-            yield f"{entry.path} is not used" + ("" if validated else ": name it val to validate on it")
+            yield f"{entry.path} is not used" + ("" if val is not None else ": name it val to validate on it")
+    if val is not None and (without := sorted(name for name in train if name not in val or not val[name].images)):
+        named = ", ".join(map(repr, without[:ENDINGS])) + (", ..." if len(without) > ENDINGS else "")
+        yield f"{root / 'val'} has no images of {named}: the accuracy is of the other classes alone"
 
 
 def _check_classes(folder: _Folder, readable: NDArray[np.bool_]) -> None:

@@ -81,8 +81,11 @@ def report_signal(
     )
     noise = 2 * math.sqrt(2 * full.accuracy * (1 - full.accuracy) / images)
     if full.accuracy - bare.accuracy <= noise or full.loss >= bare.loss:
+        worse = bare.accuracy - full.accuracy > noise
         say(
-            "warning: they are as good as equal, so the scores carry no signal and which blocks go is chance; "
+            "warning: "
+            + ("the largest is the worse one: its blocks have not learned yet" if worse else "they are as good as equal")
+            + ", so the scores carry no signal and which blocks go is chance; "
             + (
                 "train the supernet for longer (weight_epochs in --config) or on larger images"
                 if trained_here

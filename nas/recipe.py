@@ -9,7 +9,7 @@ from typing import Literal
 
 import yaml
 
-from nas.steps import MOST_IMAGES, PRECISIONS, cosine
+from nas.steps import MOST_IMAGES, MOST_RATE, PRECISIONS, cosine
 from supernet.errors import InputError, unknown
 from supernet.files import checked_fields, read_yaml
 
@@ -121,6 +121,9 @@ class Recipe:
         for name in ("learning_rate", "layer_scale", "teacher_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a positive number, but is {getattr(self, name)}")
+        for name in ("learning_rate", "layer_scale", "teacher_temperature", "weight_decay", "clip_norm", "clip_agc"):
+            if getattr(self, name) > MOST_RATE:
+                raise InputError(f"{name} must be at most {MOST_RATE:g}, but is {getattr(self, name)}")
         for name in ("teacher_weight", "erasing", "cutmix_share", "color_jitter", "crop_scale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be from 0 to 1, but is {getattr(self, name)}")
@@ -235,7 +238,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise unknown("recipe", text, [*RECIPES, "a YAML file"])
     where = f"the recipe file {text}"
     content = read_yaml(text, "the recipe file", f"give the path of a recipe's YAML file, or one of {', '.join(RECIPES)}")
-    given = checked_fields(Recipe, content, where)
+    given = checked_fields(Recipe, content, where, "nas-train --print-recipe quick writes a whole one")
     try:
         return Recipe(**given)
     except InputError as error:

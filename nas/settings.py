@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from nas.steps import MOST_IMAGES, PRECISIONS
+from nas.steps import MOST_IMAGES, MOST_RATE, PRECISIONS
 from nas.taylor import Method
 from nas.trajectory import Score
+from supernet.arch import MOST_SIDE
 from supernet.errors import InputError, placed, unknown
 from supernet.files import checked_fields, read_yaml
 from supernet.metapath import Noise
@@ -34,6 +35,7 @@ NOT_NEGATIVE = (
 )
 IMPORTANCES = ("auto", "logits", "drops")
 MOST_EPOCHS = 100_000
+RATES = ("learning_rate", "logit_learning_rate", "tau_start", "tau_end", "layer_scale", "clip_norm")
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,14 @@ class SupernetSettings:
         for name, least in (("batch_size", 2), ("recalibration_images", 2), *((name, 1) for name in COUNTS)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, but is {getattr(self, name)}")
-        for name in ("learning_rate", "logit_learning_rate", "tau_start", "tau_end", "layer_scale", "clip_norm", *MES):
+        for name in (*RATES, *MES):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a positive number, but is {getattr(self, name)}")
+        for name in (*RATES, "weight_decay"):
+            if getattr(self, name) > MOST_RATE:
+                raise InputError(f"{name} must be at most {MOST_RATE:g}, but is {getattr(self, name)}")
+        if self.image_size > MOST_SIDE:
+            raise InputError(f"image_size must be at most {MOST_SIDE}, but is {self.image_size}")
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")

@@ -20,6 +20,7 @@ from supernet.errors import InputError, first_line
 
 T = TypeVar("T")
 
+MOST_RATE = 1e6  # of a learning rate, or what else multiplies tensors: far beyond use, and within float32
 MOST_IMAGES = 100_000_000  # of an epoch: its losses and, at worst, one step's images are held in memory
 PRECISIONS = ("auto", "fp32", "bf16")
 UNDECAYED = ("attention_biases", "cls_token", "pos_embed", "segments", "pair_biases")  # beside vectors

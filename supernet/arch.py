@@ -71,6 +71,7 @@ __all__ = [
 
 
 MOST_STAGES = 16
+MOST_SIDE = 4096  # pixels of an image's side
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ class ArchConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "image_size", "num_classes")
+        if self.image_size > MOST_SIDE:
+            raise InputError(f"image_size must be at most {MOST_SIDE}, but is {self.image_size}")
         object.__setattr__(self, "stages", tuple(self.stages))
         if not self.stages:
             raise InputError(f"network {self.name!r} has no stages")

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 
 import yaml
 
-from supernet.errors import FULL, InputError, first_line, unknown
+from supernet.errors import FULL, InputError, first_line, one_line, unknown
 
 PART = ".metapath-part"  # ends the names of files that are being written
 MOST_VALUES = 100_000  # of a YAML file: a few lines of aliases can stand for more than a memory holds
@@ -118,7 +118,12 @@ def parse_yaml(text: object, where: str) -> dict[str, Any]:
         line = f" (line {mark.line + 1})" if mark else ""
         if isinstance(error, _Repeated):
             raise InputError(f"{where} has {error.problem} twice in one mapping{line}: leave one out") from error
-        raise InputError(f"{where} is not valid YAML{line}") from error
+        problem = f": {one_line(error.problem)}" if isinstance(error, yaml.MarkedYAMLError) and error.problem else ""
+        raise InputError(
+            f"{where} is not valid YAML{line}{problem}" + (": indent with blanks" if "'\\t'" in problem else "")
+        ) from error
+    if content is None:  # an empty file, or comments alone
+        return {}
     if not isinstance(content, dict):
         raise InputError(f"{where} must hold a mapping of fields, but holds {type(content).__name__}")
     return content
@@ -213,11 +218,11 @@ def reading(where: str, do: str) -> Iterator[None]:
         raise InputError(f"{where} cannot be used ({type(error).__name__}: {first_line(error)}): {do}") from error
 
 
-def checked_fields(cls: type, given: object, where: str) -> dict[str, Any]:
+def checked_fields(cls: type, given: object, where: str, do: str = "") -> dict[str, Any]:
     """Return `given` as keyword arguments for the dataclass `cls`.
 
     Unknown fields, missing fields and values of another type than the field's (int, float, bool, str) are refused;
-    fields of other types are passed on as they are. `where` names the place in errors.
+    fields of other types are passed on as they are. `where` names the place in errors, `do` helps where fields are missing.
     """
     if not isinstance(given, Mapping):
         raise InputError(f"{where} must be a mapping of fields, but is {given!r}")
@@ -226,13 +231,10 @@ def checked_fields(cls: type, given: object, where: str) -> dict[str, Any]:
         if name not in known:
             raise InputError(f"{where}: {unknown('field', name, known)}")
     types = _types_of(cls)
-    checked: dict[str, Any] = {}
-    for name, field in known.items():
-        if name in given:
-            checked[name] = _checked(given[name], types[name], f"{where}: {name}")
-        elif _required(field):
-            raise InputError(f"{where}: the field {name!r} is missing")
-    return checked
+    if missing := [repr(name) for name, field in known.items() if name not in given and _required(field)]:
+        several = f"fields {', '.join(missing)} are" if len(missing) > 1 else f"field {missing[0]} is"
+        raise InputError(f"{where}: the {several} missing" + (f"; {do}" if do else ""))
+    return {name: _checked(given[name], types[name], f"{where}: {name}") for name in known if name in given}
 
 
 @cache
@@ -255,6 +257,8 @@ def _checked(value: object, kind: Any, where: str) -> object:
         return float(value)
     if kind is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
         return float(value)
+    if kind is int and isinstance(value, str) and _EXPONENT.fullmatch(value) and float(value).is_integer():
+        return int(float(value))
     if get_origin(kind) is Literal:
         kind = str  # which texts are allowed is the dataclass's to say
     if kind in (int, float, bool, str) and type(value) is not kind:

@@ -907,3 +907,15 @@ def test_public_names_are_those_of_the_design() -> None:
     } <= set(nas.__all__)
     assert nas.zoo("efficientformer_l1") == zoo("efficientformer_l1")
     assert all(getattr(nas, name) is not None for name in nas.__all__)
+
+
+@pytest.mark.parametrize(("closed", "said"), [(">&-", ""), ("2>&-", "kept"), (">&- 2>&-", "")])
+def test_a_stream_that_is_closed_fails_nothing(closed: str, said: str) -> None:
+    """What is for stderr does not go to stdout, where JSON may be expected."""
+    work = "from nas.command import run_command; run_command('c', lambda: (print('kept'), say('for people')))"
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, f"from nas.progress import say; {work}"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, said)

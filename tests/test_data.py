@@ -477,6 +477,13 @@ def test_what_is_not_looked_at_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     )
 
 
+def test_a_class_that_no_image_judges_is_told(tmp_path: Path) -> None:
+    fill(tmp_path / "train", {"a": 4, "b": 4, "c": 4})
+    fill(tmp_path / "val", {"a": 2, "c": 2})
+    (told,) = load_images(tmp_path, 8, seed=0).left_out
+    assert told == f"{tmp_path / 'val'} has no images of 'b': the accuracy is of the other classes alone"
+
+
 def test_classes_may_be_called_like_parts(tmp_path: Path) -> None:
     assert load_images(fill(tmp_path, {"test": 3, "valid": 3}), 8, seed=0).left_out == ()
 

@@ -123,6 +123,7 @@ def test_a_cooldown_stays_at_the_lowest_rate() -> None:
         ("minimum_rate", math.nan),
         ("cooldown_epochs", -1),
         ("clip_agc", 0.01),  # beside clip_norm
+        ("learning_rate", 1e300),
         ("ema", 1.0),
         ("drop_path", 1.0),
         ("shift", 1.0),

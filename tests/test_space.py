@@ -264,7 +264,7 @@ def test_a_file_that_is_no_space_is_refused_by_its_field(change: Change, message
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "holds NoneType"), ("- 1\n", "holds list"), ("name: s\nstages: [{stri", "is not valid YAML (line 2)")],
+    [("# nothing\n", "'stages' are missing"), ("- 1\n", "holds list"), ("name: s\nstages: [{stri", "'<stream end>'")],
     ids=["empty", "list", "truncated"],
 )
 def test_a_file_that_is_no_mapping_is_refused(content: str, message: str, tmp_path: Path) -> None:

@@ -570,6 +570,9 @@ def test_training_takes_the_temperature_from_start_to_end(
         ("tau_end: 0.0", "tau_end must be a positive number"),
         ("tau_end: .inf", "tau_end must be a positive number"),
         ("clip_norm: 0", "clip_norm must be a positive number"),
+        ("learning_rate: 1e300", "learning_rate must be at most 1e+06"),
+        ("weight_decay: 1e300", "weight_decay must be at most 1e+06"),
+        ("image_size: 100000", "image_size must be at most 4096"),
         ("weight_decay: -0.1", "weight_decay must be"),
         ("weight_decay: .nan", "weight_decay must be"),
         ("label_smoothing: 1.0", "label_smoothing must be"),
@@ -590,6 +593,10 @@ def test_settings_that_are_not_given_have_their_defaults(tmp_path: Path) -> None
     path.write_text("noise: uniform\ntau_start: 3\n")
     assert SupernetSettings.load(path) == SupernetSettings(noise="uniform", tau_start=3.0)
     assert SupernetSettings.load(None) == SupernetSettings()
+    path.write_text("# all of it as it is\n")
+    assert SupernetSettings.load(path) == SupernetSettings()
+    path.write_text("max_params: 5e6\n")
+    assert SupernetSettings.load(path).max_params == 5_000_000
 
 
 # -- Image size --------------------------------------------------------------------------------------------------------
