@@ -18,7 +18,7 @@ from nas.audit import say_if_untrue
 from nas.device_ids import KINDS
 from nas.guarantee import SLACK
 from nas.kept import complexity_of, described, read_evaluations, write_csv
-from nas.profile import per_image
+from nas.progress import per_image
 from nas.request import Finished, claim, finished
 from nas.scores import Drops
 from nas.slimming import Importance, start_network

@@ -10,11 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from nas.alone import MEASURING, turn
-from nas.guarantee import Check
 from nas.profilers.bench import now
 from nas.profilers.timing import Measurement
 from nas.table import LatencyTable
-from nas.trajectory import Evaluation, evaluations
+from nas.trajectory import Check, Evaluation, evaluations
 from supernet.arch import ArchConfig
 from supernet.files import read_csv, reading, write_atomically
 from supernet.space import SearchSpace

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nas.device_ids import HERE, PHONES
-from nas.guarantee import Check
 from nas.plan import for_batch
 from nas.progress import say
 from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, ships, table_folders, user_folder
+from nas.trajectory import Check
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.space import SearchSpace, space_names

@@ -15,7 +15,7 @@ from rich.table import Table
 from nas.audit import say_if_untrue
 from nas.device_ids import KINDS, PHONES
 from nas.export_forms import EarlierForm
-from nas.progress import say
+from nas.progress import per_image, say
 from nas.table import LatencyTable, find_tables
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
@@ -158,11 +158,6 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
             f"({100 * breakdown.without_macs_share:.0f} % in those without multiply-adds)"
         )
         print(f"  picture    {plot}")
-
-
-def per_image(ms: float, batch: int) -> str:
-    """Return what stands beside the milliseconds of a call at a larger batch than 1."""
-    return f", {ms / batch:.4g} ms an image" if batch > 1 else ""
 
 
 def _short_name(network: str) -> str:

@@ -21,14 +21,13 @@ from torch import nn
 from nas.augmentation import steps_of
 from nas.checkpoints import load_weights
 from nas.data import ImageData, Images, normalise
-from nas.guarantee import Check
 from nas.progress import say
 from nas.settings import SupernetSettings
 from nas.steps import accelerator
 from nas.supernet_training import short_recipe
 from nas.table import LatencyTable
 from nas.training import train_network
-from nas.trajectory import Predictor
+from nas.trajectory import Check, Predictor
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.model import build_model, count
 from supernet.space import SearchSpace
