@@ -204,7 +204,7 @@ def _on_device(budget: Budgeted, path: Path, arch: ArchConfig) -> dict[str, Any]
         "measured_low_ms": None,
         "measured_high_ms": None,
         "measured_raw_ms": None,
-        "batch": budget.table.meta.get("batch", 1),
+        "batch": budget.table.batch,
     }
 
 

@@ -58,7 +58,7 @@ class OnDevice:
             "measured_low_ms": check.low_ms,
             "measured_high_ms": check.high_ms,
             "measured_raw_ms": check.raw_ms,
-            "batch": self.table.meta.get("batch", 1),
+            "batch": self.table.batch,
         }
 
 

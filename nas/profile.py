@@ -15,6 +15,7 @@ from rich.table import Table
 from nas.audit import say_if_untrue
 from nas.device_ids import KINDS, PHONES
 from nas.export_forms import EarlierForm
+from nas.from_timm import TIMM
 from nas.progress import per_image, say
 from nas.table import LatencyTable, find_tables
 from supernet.arch import ArchConfig
@@ -162,7 +163,7 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
 
 def _short_name(network: str) -> str:
     """Return what a network is called in titles and file names."""
-    name = network.removeprefix("timm:")
+    name = network.removeprefix(TIMM)
     return Path(name).stem if name.endswith((".yaml", ".yml", ".onnx")) else name.replace("/", "_")
 
 

@@ -253,7 +253,7 @@ def records(
 ) -> list[dict[str, Any]]:
     """Return what is known of the finalists, in the columns of throughput.csv. `arrivals_per_second`: images that come in; 0:
     as many as the network works off."""
-    batch = int(table.meta.get("batch", 1))
+    batch = table.batch
     rows: list[dict[str, Any]] = []
     for one in finalists:
         ms = one.check.ms

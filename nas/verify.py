@@ -21,7 +21,7 @@ from nas.search import Request, beginning, run_search
 from nas.search_stages import CANDIDATE, measurements_file
 from nas.settings import UNBOUND, SupernetSettings
 from nas.ssh import Address, reach, run_over_ssh
-from nas.table import LatencyTable, Target
+from nas.table import HARDWARE, LatencyTable, Target
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, one_line
 from supernet.space import SearchSpace
@@ -116,8 +116,9 @@ def _job_of(run: Path, places: list[OnDevice], place: OnDevice) -> Path:
 
 
 def _say_how(job: Path, table: LatencyTable, run: Path) -> None:
-    on_phone = table.meta.get("runtime") == "coreml"
-    how = "run the job on the phone (docs/coreml.md)" if on_phone else "copy it to the device, run `python3 run_job.py` there"
+    how = "copy it to the device, run `python3 run_job.py` there"
+    if table.on_coreml:
+        how = "run the job on the phone (docs/coreml.md)"
     back = f"nas-search --from {shlex.quote(str(run))} --verify results.json"
     print(f"{job}: {how}, bring results.json back, and give it to `{back}`")
 
@@ -169,7 +170,7 @@ def _measured_network(run: Path) -> Path:
 
 def _refuse_another_device(path: Path, results: dict[str, Any], table: LatencyTable) -> None:
     place = results["environment"]
-    for name in ("cpu", "marketing_name"):
+    for name in HARDWARE:
         was, now = table.meta.get(name), place.get(name)
         if was and now and was != now:
             raise InputError(f"{path} was measured on {now}, but the table of {table.device} on {was}: run the job there")
@@ -182,7 +183,7 @@ def _refuse_another_device(path: Path, results: dict[str, Any], table: LatencyTa
 
 def _export(folder: Path, arch: ArchConfig, table: LatencyTable, space: SearchSpace, which: dict[str, str]) -> Path:
     name = which["network"]
-    on_mac = table.meta.get("runtime") == "coreml" and not table.device.startswith("iphone")
+    on_mac = table.on_coreml and not table.device.startswith("iphone")
     if on_mac or ("-cpu" not in table.device and "-npu" not in table.device):
         raise InputError(f"networks for {table.device} are measured by nas-search on the machine with it, not by a job")
     plan = Plan(pieces=(), networks=(name,), rows=(), smallest=name, touched_bytes={}, passes=VISITS)
@@ -191,10 +192,10 @@ def _export(folder: Path, arch: ArchConfig, table: LatencyTable, space: SearchSp
         space,
         Work({}, [arch], arch, plan),
         device=table.device,
-        form="coreml" if table.meta.get("runtime") == "coreml" else "onnx",
+        form="coreml" if table.on_coreml else "onnx",
         threads=int(table.meta.get("threads", 1)),
         precision=str(table.meta.get("precision", "fp32")),
-        batch=int(table.meta.get("batch", 1)),
+        batch=table.batch,
         run=run_of(folder),
         verify=which,
         replaces=True,
