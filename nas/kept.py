@@ -175,6 +175,11 @@ def described(arch: ArchConfig) -> str:
     return " | ".join(stages + groups)
 
 
+def network_name(space: str, targets_ms: Sequence[float]) -> str:
+    """Return what the network found in a search is called."""
+    return "-".join([space, *(f"{ms:g}ms" for ms in targets_ms)])
+
+
 def write_csv(path: Path, records: Iterable[Mapping[str, object]], columns: Sequence[str]) -> None:
     """Write records as CSV with these columns."""
     file = io.StringIO()

@@ -27,7 +27,7 @@ from nas.judging import (
     report_signal,
     write_importance,
 )
-from nas.kept import Checks, Remembered, described, write_complexity, write_csv
+from nas.kept import Checks, Remembered, described, network_name, write_complexity, write_csv
 from nas.lookup import OnDevice
 from nas.pretrained import as_given, layers_kept, on_data, pretrained_supernet
 from nas.progress import say
@@ -81,11 +81,6 @@ class Work:
         """Return what is known of each device's networks, and measures them where it is this machine's."""
         files = (measurements_file(self.devices, at) for at in range(len(self.devices)))
         return [Checks(self.folder / file, device.table) for file, device in zip(files, self.devices, strict=True)]
-
-
-def network_name(space: str, targets_ms: Sequence[float]) -> str:
-    """Return what the network found in a search is called."""
-    return "-".join([space, *(f"{ms:g}ms" for ms in targets_ms)])
 
 
 @dataclass(frozen=True)
