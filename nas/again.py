@@ -16,12 +16,12 @@ from typing import Any
 from nas.alone import alone
 from nas.audit import say_if_untrue
 from nas.guarantee import SLACK
-from nas.kept import complexity_of, described, network_name, read_evaluations, write_csv
+from nas.kept import complexity_of, described, network_name, read_evaluations, read_importance, write_csv
 from nas.lookup import OnDevice, refuse_unlike, resolve_device
 from nas.progress import per_image
 from nas.request import Finished, claim, finished
 from nas.scores import Drops
-from nas.slimming import Importance, start_network
+from nas.slimming import start_network
 from nas.strategies import (
     FRONTIER_COLUMNS,
     Budgeted,
@@ -39,9 +39,8 @@ from nas.strategies import (
 from nas.table import LatencyTable, Target, find_table
 from nas.trajectory import Check
 from supernet.errors import InputError
-from supernet.files import read_csv, reading, write_atomically
+from supernet.files import write_atomically
 
-LARGEST_LOG_ODDS = 700  # exp takes no larger ones
 STRATEGIES = ("exact", "greedy")  # those that need no more than drops
 
 
@@ -85,7 +84,7 @@ def answer(
     budgets = [Budgeted(each.table, each.table, each.target.ms) for each in on]
     refuse_unreachable(held.space, budgets)
     evaluations = read_evaluations(run / "evaluations.csv")
-    importance = _importance(held)
+    importance = read_importance(run / "importance.csv", held.space)
     start = drops.base if "init" in held.request else start_network(held.space, importance)
     scores = Scores(held.space, start, importance, drops, drops.evaluation_for, settings["score"])
     limits = limits_of(held.space, None, settings.get("max_params", 0), settings.get("max_macs", 0))
@@ -161,23 +160,6 @@ def _name(held: Finished, budgets: Sequence[Budgeted], strategy: str) -> str:
     own = [target["device"] for target in held.targets] == [budget.device for budget in budgets]
     parts = [f"{budget.ms:g}ms" if own else f"{budget.device}-{budget.ms:g}ms" for budget in budgets]
     return "-".join(["at", *parts, *([strategy] if strategy != "exact" else [])])
-
-
-def _importance(held: Finished) -> Importance:
-    path = held.folder / "importance.csv"
-    do = f"search anew, or take {held.folder} from a copy"
-    by_slot: dict[tuple[int, int], dict[str, float]] = {at: {} for at in held.space.slots}
-    with reading(str(path), do):
-        for line in read_csv(path, ("stage", "slot", "kind", "log_odds"), "the file of importance", do):
-            by_slot[int(line["stage"]) - 1, int(line["slot"]) - 1][line["kind"]] = float(line["log_odds"])
-    for (stage, slot), odds in by_slot.items():
-        kinds = set(held.space.stages[stage].kinds) - {"identity"}
-        if odds.keys() != kinds or not all(abs(value) < LARGEST_LOG_ODDS for value in odds.values()):
-            raise InputError(
-                f"{path} needs for slot {slot + 1} of stage {stage + 1} a number below {LARGEST_LOG_ODDS} for each of "
-                f"{', '.join(sorted(kinds))}: {do}"
-            )
-    return [by_slot[at] for at in held.space.slots]
 
 
 def _print(result: Mapping[str, Any], held: Finished, out: Path) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 from nas.alone import alone
 from nas.checkpoints import Pretrained
 from nas.data import load_data, natural_size, say_if_demonstration
-from nas.kept import network_name
+from nas.kept import REPORT, network_name
 from nas.lookup import OnDevice, groups_of, places, resolve_device, usable_table
 from nas.parallel import joined
 from nas.pretrained import check_init, requested
-from nas.report import NAME as REPORT
 from nas.report import write_report
 from nas.request import Finished, claim, finished
 from nas.result import print_result

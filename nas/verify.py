@@ -9,7 +9,7 @@ from typing import Any
 
 from nas.alone import alone
 from nas.job import end_run, export_job, place_of, read_results, run_of, visits_of
-from nas.kept import Checks
+from nas.kept import Checks, measurements_file
 from nas.lookup import OnDevice
 from nas.measure import measure_alone, name_of, table_reference
 from nas.plan import Work
@@ -18,7 +18,7 @@ from nas.profilers.timing import summarise
 from nas.progress import say
 from nas.request import Finished, finished, interrupted
 from nas.search import Request, beginning, run_search
-from nas.search_stages import CANDIDATE, measurements_file
+from nas.search_stages import CANDIDATE
 from nas.settings import UNBOUND, SupernetSettings
 from nas.ssh import Address, reach, run_over_ssh
 from nas.table import HARDWARE, LatencyTable, Target
@@ -78,7 +78,7 @@ def _measured(run: Path, held: Finished, places: list[OnDevice], device: str | N
     text = (run / "request.json").read_text(encoding="utf-8")
     arch = ArchConfig.load(_measured_network(run))
     which = {"request_sha256": hashlib.sha256(text.encode()).hexdigest(), "network": name_of(tuple(arch.layers()))}
-    checks = {place.name: Checks(run / measurements_file(places, at), place.table) for at, place in enumerate(places)}
+    checks = {place.name: Checks(run / measurements_file(place.name, len(places)), place.table) for place in places}
     elsewhere = [place for place in places if checks[place.name].profiler is None and not checks[place.name].knows(arch)]
     if results is None:
         address = Address.parse(device) if device is not None else None

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nas.kept import normalised_by
+from nas.kept import measurements_file, normalised_by
 from nas.scores import Drops
 from nas.table import Calibration, LatencyTable
 from supernet.arch import ArchConfig, MultiplexSpec, Stage
@@ -43,9 +43,14 @@ class Run:
             return []
 
     @property
+    def measurement_files(self) -> list[str]:
+        """The files of what networks took on each target's device."""
+        return [measurements_file(target["device"], len(self.targets)) for target in self.targets]
+
+    @property
     def measurements(self) -> list[dict[str, str]]:
         """What networks took on the first device, but for what was normalised by another table's references."""
-        lines = self.rows("measurements.csv") or self.rows(f"measurements-{self.result['device']}.csv")
+        lines = self.rows(self.measurement_files[0])
         if self.table is None:
             return lines
         return [line for line in lines if normalised_by(self.table).items() <= line.items()]
