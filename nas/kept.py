@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,11 +16,11 @@ from nas.profilers.bench import now
 from nas.profilers.timing import Measurement
 from nas.table import LatencyTable
 from nas.trajectory import Check, Evaluation, evaluations
-from supernet.arch import ArchConfig
+from supernet.arch import ArchConfig, Stage, mux_from_entry
 from supernet.errors import InputError
 from supernet.files import read_csv, reading, write_atomically
 from supernet.space import SearchSpace
-from supernet.specs import knobs_of, label
+from supernet.specs import at_width, knobs_of, label
 
 if TYPE_CHECKING:
     from nas.slimming import Importance
@@ -217,6 +218,23 @@ def described(arch: ArchConfig) -> str:
     stages = [f"{s.width}: {' '.join(label(b) for b in s.blocks)}" for s in arch.stages]
     groups = [f"mux: {' '.join(f'{k}={v}' for k, v in knobs_of(arch.mux).items())}"] if arch.mux is not None else []
     return " | ".join(stages + groups)
+
+
+def network_of(text: str, space: SearchSpace) -> ArchConfig | None:
+    """Return the network that `described` wrote as this text; None where it is of another space, or another version's."""
+    stages, mux, parts = [], None, text.split(" | ")
+    try:
+        if parts[-1].startswith("mux:"):
+            knobs = (knob.split("=") for knob in parts.pop().split()[1:])
+            mux = mux_from_entry({name: int(value) if value.isdigit() else value for name, value in knobs})
+        for part, choices in zip(parts, space.stages, strict=True):
+            width, _, labels = part.partition(":")
+            known = {label(candidate): candidate for candidate in choices.candidates}
+            blocks = tuple(at_width(known[name], int(width)) for name in re.findall(r"[^\s(]+(?:\([^)]*\))?", labels))
+            stages.append(Stage(int(width), choices.stride, blocks, choices.entry))
+        return ArchConfig("evaluated", space.image_size, space.num_classes, tuple(stages), space.head, mux)
+    except (KeyError, TypeError, ValueError):  # an InputError is a ValueError
+        return None
 
 
 def network_name(space: str, targets_ms: Sequence[float]) -> str:

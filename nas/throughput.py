@@ -21,6 +21,7 @@ from torch import nn
 from nas.augmentation import steps_of
 from nas.checkpoints import load_weights
 from nas.data import ImageData, Images, normalise
+from nas.kept import described
 from nas.progress import say
 from nas.settings import SupernetSettings
 from nas.steps import accelerator
@@ -31,7 +32,6 @@ from nas.trajectory import Check, Predictor
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.model import build_model, count
 from supernet.space import SearchSpace
-from supernet.specs import label
 
 GROUPINGS = 3  # random ones that an accuracy is the mean of
 BATCH = 256  # images that are judged at once, or one group
@@ -283,7 +283,7 @@ def records(
             one.val.one_class,
             complexity.params,
             complexity.macs,
-            " | ".join(f"{s.width}: {' '.join(label(b) for b in s.blocks)}" for s in one.arch.stages),
+            described(one.arch.without_mux()),
         )
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
