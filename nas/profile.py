@@ -20,6 +20,7 @@ from nas.progress import per_image, say
 from nas.table import LatencyTable, find_tables
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
+from supernet.files import YAML
 from supernet.specs import Layer
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
 def _short_name(network: str) -> str:
     """Return what a network is called in titles and file names."""
     name = network.removeprefix(TIMM)
-    return Path(name).stem if name.endswith((".yaml", ".yml", ".onnx")) else name.replace("/", "_")
+    return Path(name).stem if name.endswith((*YAML, ".onnx")) else name.replace("/", "_")
 
 
 def _layer_rows(arch: ArchConfig | None, table: LatencyTable | None, breakdown: Breakdown | None) -> list[dict[str, Any]]:

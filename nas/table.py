@@ -18,7 +18,7 @@ import platformdirs
 from nas.export_forms import require_current_form
 from supernet.arch import ArchConfig
 from supernet.errors import LONGEST, InputError, first_line
-from supernet.files import checked_fields, parse_yaml, read_json, write_together
+from supernet.files import checked_fields, is_path, parse_yaml, read_json, write_together
 from supernet.space import SearchSpace, space_names
 from supernet.specs import SPECS, Head, Layer, Spec, is_embedding, is_stem, knobs_of, spec_type_of
 from supernet.user_block import is_foreign, loaded
@@ -328,7 +328,7 @@ class LatencyTable:
                 not allowed.
         """
         text = str(id_or_path)
-        path = Path(text) if text.endswith(".csv") or "/" in text else find_table(text)
+        path = Path(text) if is_path(text, ".csv") else find_table(text)
         table = _load(path)
         if not any_form:
             spaces = [option_of(calibration.space) for calibration in table.calibrations] or ["--space SPACE"]
