@@ -21,14 +21,14 @@ from statistics import mean, median, quantiles
 import yaml
 
 from nas.devices import open_profiler, profiler_of
-from nas.guarantee import SLACK, Check, Goal, Outcome, meet
+from nas.guarantee import SLACK, Goal, Outcome, meet
 from nas.measure import CACHED, STREAMING, measure_alone, table_reference
 from nas.progress import progress
 from nas.scores import measure_drops
 from nas.slimming import start_network
 from nas.strategies import Budgeted, Scores, choose, fastest_ms
 from nas.table import LatencyTable, Target
-from nas.trajectory import Evaluation, Trajectory
+from nas.trajectory import Check, Evaluation, Trajectory
 from supernet.arch import ArchConfig
 from supernet.space import SearchSpace
 from supernet.specs import Identity

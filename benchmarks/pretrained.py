@@ -51,7 +51,7 @@ from nas.table import LatencyTable
 from nas.taylor import calibration_batches, unit_scores
 from nas.teacher import load_teacher
 from nas.training import train_network
-from supernet.arch import ArchConfig
+from supernet.arch import ArchConfig, place_of
 from supernet.blocks.efficientformer import LayerScale
 from supernet.deploy import deployed
 from supernet.errors import InputError
@@ -291,8 +291,8 @@ def widths_of(model: nn.Module, arch: ArchConfig) -> list[int]:
     """Return the widths that the stages of a pruned network have left; all of a network's blocks have layer scales."""
     scales = {name: len(module.gamma) for name, module in model.named_modules() if isinstance(module, LayerScale)}
     return [
-        next((n for name, n in scales.items() if name.startswith(f"stage{at}_")), stage.width)
-        for at, stage in enumerate(arch.stages, 1)
+        next((n for name, n in scales.items() if place_of(name.partition(".")[0]).stage == at), stage.width)
+        for at, stage in enumerate(arch.stages)
     ]
 
 

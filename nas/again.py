@@ -15,13 +15,13 @@ from typing import Any
 
 from nas.alone import alone
 from nas.audit import say_if_untrue
-from nas.device_ids import KINDS
 from nas.guarantee import SLACK
-from nas.kept import complexity_of, described, read_evaluations, write_csv
-from nas.profile import per_image
+from nas.kept import complexity_of, described, network_name, read_evaluations, read_importance, write_csv
+from nas.lookup import OnDevice, refuse_unlike, resolve_device
+from nas.progress import per_image
 from nas.request import Finished, claim, finished
 from nas.scores import Drops
-from nas.slimming import Importance, start_network
+from nas.slimming import start_network
 from nas.strategies import (
     FRONTIER_COLUMNS,
     Budgeted,
@@ -37,11 +37,10 @@ from nas.strategies import (
     telling_steps,
 )
 from nas.table import LatencyTable, Target, find_table
-from supernet.arch import ArchConfig
+from nas.trajectory import Check
 from supernet.errors import InputError
-from supernet.files import read_csv, reading, write_atomically
+from supernet.files import write_atomically
 
-LARGEST_LOG_ODDS = 700  # exp takes no larger ones
 STRATEGIES = ("exact", "greedy")  # those that need no more than drops
 
 
@@ -81,10 +80,11 @@ def answer(
         raise InputError(f"{run} was searched for {objective}, which an answer by drops does not have: add --verify")
     drops = Drops.load(run / "drops.csv", held.space)
     settings = held.request["settings"]
-    budgets, paths = _budgets(held, target_ms, device, targets, table)
+    on = _devices(held, target_ms, device, targets, table)
+    budgets = [Budgeted(each.table, each.table, each.target.ms) for each in on]
     refuse_unreachable(held.space, budgets)
     evaluations = read_evaluations(run / "evaluations.csv")
-    importance = _importance(held)
+    importance = read_importance(run / "importance.csv", held.space)
     start = drops.base if "init" in held.request else start_network(held.space, importance)
     scores = Scores(held.space, start, importance, drops, drops.evaluation_for, settings["score"])
     limits = limits_of(held.space, None, settings.get("max_params", 0), settings.get("max_macs", 0))
@@ -93,7 +93,7 @@ def answer(
     else:
         found = choose("greedy", scores, budgets, limits, on_step=telling_steps())
     out = out or run / _name(held, budgets, strategy)
-    devices = [_on_device(budget, path, found.arch) for budget, path in zip(budgets, paths, strict=True)]
+    devices = [each.record(found.arch.without_identity(), Check()) for each in on]
     whole = evaluations.get(described(found.arch))
     params, macs = complexity_of(run / "layers.csv", found.arch)
     asked = [{name: device[name] for name in ("device", "target_ms", "table")} for device in devices]
@@ -117,7 +117,7 @@ def answer(
             "largest_of_space": not found.steps,
             "additivity": held.result.get("additivity"),
         }
-        name = "-".join([held.space.name, *(f"{budget.ms:g}ms" for budget in budgets)])
+        name = network_name(held.space.name, [budget.ms for budget in budgets])
         replace(found.arch.without_identity(), name=name).save(out / "searched.yaml")
         write_csv(out / "trajectory.csv", found.records(), found.columns)
         tables = [budget.table for budget in budgets]
@@ -127,22 +127,22 @@ def answer(
         return result
 
 
-def _budgets(
+def _devices(
     held: Finished,
     target_ms: float | None,
     device: str | None,
     targets: Sequence[tuple[str, float]],
     files: Sequence[Path],
-) -> tuple[list[Budgeted], list[Path]]:
-    """Return the devices' tables, for the run's space, their milliseconds, and where the tables lie."""
+) -> list[OnDevice]:
+    """Return the targets with their devices' tables, as a search of the run's space uses these."""
     if target_ms is None and device is not None:
         raise InputError(f"--device {device} has no target: give --target {device}=MS, or --target-ms")
     own = {target["device"]: Path(target["table"]) for target in held.targets}
     given = {LatencyTable.load(path).device: path for path in files}
     wanted = [] if target_ms is None else [(device or held.targets[0]["device"], target_ms)]
-    found, paths = [], []
+    found: list[OnDevice] = []
     for name, ms in [*wanted, *targets]:
-        id = _id(name)
+        id = resolve_device(name)
         path = given.pop(id, None) or own.get(id) or find_table(id)
         table = LatencyTable.load(path)
         if table.missing(held.space.layers()):
@@ -150,14 +150,9 @@ def _budgets(
 
             table.require(held.space.layers(), measuring(table, f"--space {held.space_file}"))
         say_if_untrue(table)
-        own_table = table.for_space(held.space)
-        found.append(Budgeted(own_table, own_table, Target(ms).ms))
-        paths.append(path)
-    if given:
-        raise InputError(f"the table {next(iter(given.values()))} is of {next(iter(given))}, which has no target")
-    if twice := next((b.device for b in found if sum(b.device == c.device for c in found) > 1), None):
-        raise InputError(f"there are two targets on {twice}: give one for each device")
-    return found, paths
+        found.append(OnDevice(Target(ms), table.for_space(held.space), path))
+    refuse_unlike([each.name for each in found], given)
+    return found
 
 
 def _name(held: Finished, budgets: Sequence[Budgeted], strategy: str) -> str:
@@ -165,47 +160,6 @@ def _name(held: Finished, budgets: Sequence[Budgeted], strategy: str) -> str:
     own = [target["device"] for target in held.targets] == [budget.device for budget in budgets]
     parts = [f"{budget.ms:g}ms" if own else f"{budget.device}-{budget.ms:g}ms" for budget in budgets]
     return "-".join(["at", *parts, *([strategy] if strategy != "exact" else [])])
-
-
-def _id(device: str) -> str:
-    """Return a device's id. Only a kind of device, such as cpu, has to be looked up, which imports torch."""
-    if "-" in device and device not in KINDS:
-        return device
-    from nas.lookup import resolve_device
-
-    return resolve_device(device)
-
-
-def _importance(held: Finished) -> Importance:
-    path = held.folder / "importance.csv"
-    do = f"search anew, or take {held.folder} from a copy"
-    by_slot: dict[tuple[int, int], dict[str, float]] = {at: {} for at in held.space.slots}
-    with reading(str(path), do):
-        for line in read_csv(path, ("stage", "slot", "kind", "log_odds"), "the file of importance", do):
-            by_slot[int(line["stage"]) - 1, int(line["slot"]) - 1][line["kind"]] = float(line["log_odds"])
-    for (stage, slot), odds in by_slot.items():
-        kinds = set(held.space.stages[stage].kinds) - {"identity"}
-        if odds.keys() != kinds or not all(abs(value) < LARGEST_LOG_ODDS for value in odds.values()):
-            raise InputError(
-                f"{path} needs for slot {slot + 1} of stage {stage + 1} a number below {LARGEST_LOG_ODDS} for each of "
-                f"{', '.join(sorted(kinds))}: {do}"
-            )
-    return [by_slot[at] for at in held.space.slots]
-
-
-def _on_device(budget: Budgeted, path: Path, arch: ArchConfig) -> dict[str, Any]:
-    return {
-        "target_ms": budget.ms,
-        "device": budget.device,
-        "table": str(path),
-        "provenance": budget.table.provenance,
-        "predicted_ms": budget.table.predict_ms(arch.without_identity()),
-        "measured_ms": None,
-        "measured_low_ms": None,
-        "measured_high_ms": None,
-        "measured_raw_ms": None,
-        "batch": budget.table.meta.get("batch", 1),
-    }
 
 
 def _print(result: Mapping[str, Any], held: Finished, out: Path) -> None:

@@ -14,7 +14,7 @@ from nas.profilers.timing import Measurement
 from nas.progress import say
 from nas.statistics import kendall_tau
 from nas.table import Calibration, CheckedNetwork, LatencyTable, measured_layers, option_of, space_sha256
-from supernet.arch import ArchConfig
+from supernet.arch import ArchConfig, place_of
 from supernet.errors import InputError
 from supernet.space import SearchSpace
 
@@ -198,8 +198,9 @@ def _shares(table: LatencyTable, networks: Sequence[ArchConfig]) -> tuple[list[A
         for name, layer in arch.named_layers():
             share = max(0.0, table.layer_ms(layer)) / total
             by_kind.setdefault(layer.spec.kind, np.zeros(len(networks)))[number] += share
-            if name.startswith("stage"):
-                by_stage[int(name.removeprefix("stage").split("_")[0]) - 1][number] += share
+            stage, part, _ = place_of(name)
+            if stage is not None and part != "stem":
+                by_stage[stage][number] += share
     return by_stage, by_kind
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from supernet.arch import ArchConfig
+from supernet.arch import ArchConfig, place_of
 from supernet.errors import InputError
 from supernet.model import build_model
 from supernet.specs import PatchStem
@@ -112,8 +112,9 @@ def stage_taps(arch: ArchConfig) -> list[str]:
     """Return the name of the last layer of each stage."""
     last: dict[int, str] = {}
     for name, _ in arch.named_layers():
-        if name != "head" and not name.endswith("_unflat"):
-            last[1 if name == "stem" else int(name.removeprefix("stage").partition("_")[0])] = name
+        stage, part, _ = place_of(name)
+        if stage is not None and part != "unflat":
+            last[stage] = name
     return [last[stage] for stage in sorted(last)]
 
 

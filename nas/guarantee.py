@@ -9,24 +9,13 @@ from dataclasses import dataclass, field
 from nas.progress import say
 from nas.slimming import LANDING
 from nas.table import Target
-from nas.trajectory import NothingFits, Trajectory
+from nas.trajectory import Check, NothingFits, Trajectory
 from supernet.arch import ArchConfig, Stage
 
 MEASUREMENTS = 6  # of found networks, at most
 SLACK = 0.03  # of the target: more is given back, by a larger budget
 NEARER = 0.01  # of the budget: where a search that is repeated is to end
 AIM = 0.99  # of the target: where the upper end of the measured interval is to lie
-
-
-@dataclass(frozen=True)
-class Check:
-    """How long a network took on a device itself, with its 95 % interval, at its table's pace, and as the clock had it
-    (`raw_ms`); None where it could not be measured, or was not kept."""
-
-    ms: float | None = None
-    low_ms: float | None = None
-    high_ms: float | None = None
-    raw_ms: float | None = None
 
 
 @dataclass(frozen=True)

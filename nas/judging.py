@@ -13,7 +13,6 @@ from nas.kept import Remembered, write_csv
 from nas.progress import progress, say
 from nas.scores import ADDITIVITY_COLUMNS, Drops, Evaluate, additivity, measure_drops, single_changes
 from nas.settings import SupernetSettings
-from nas.slimming import Importance
 from nas.supernet_training import channel_method
 from nas.taylor import channels
 from supernet.arch import ArchConfig
@@ -56,16 +55,6 @@ def additivity_of(
     figures = {"r_squared": found.r_squared, "tau": found.tau, "slope": found.slope}
     # JSON has no NaN, which they are where all networks are equally good.
     return {"networks": len(found.records), **{k: None if math.isnan(v) else v for k, v in figures.items()}}
-
-
-def write_importance(path: Path, space: SearchSpace, importance: Importance) -> None:
-    """Write `importance.csv`: each slot's kinds and their log-odds against identity."""
-    records = (
-        {"stage": stage + 1, "slot": slot + 1, "kind": kind, "log_odds": value}
-        for (stage, slot), odds in zip(space.slots, importance, strict=True)
-        for kind, value in odds.items()
-    )
-    write_csv(path, records, ("stage", "slot", "kind", "log_odds"))
 
 
 def report_signal(

@@ -5,22 +5,30 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nas.alone import MEASURING, turn
-from nas.guarantee import Check
 from nas.profilers.bench import now
 from nas.profilers.timing import Measurement
 from nas.table import LatencyTable
-from nas.trajectory import Evaluation, evaluations
-from supernet.arch import ArchConfig
+from nas.trajectory import Check, Evaluation, evaluations
+from supernet.arch import ArchConfig, Stage, mux_from_entry
+from supernet.errors import InputError
 from supernet.files import read_csv, reading, write_atomically
 from supernet.space import SearchSpace
-from supernet.specs import knobs_of, label
+from supernet.specs import at_width, knobs_of, label
 
+if TYPE_CHECKING:
+    from nas.slimming import Importance
+
+REPORT = "report.html"
 COMPLEXITY = ("layer", "params", "macs")
+IMPORTANCE = ("stage", "slot", "kind", "log_odds")
+LARGEST_LOG_ODDS = 700  # exp takes no larger ones
 
 
 class Remembered:
@@ -63,6 +71,42 @@ def read_evaluations(path: Path) -> dict[str, Evaluation]:
     lines = read_csv(path, ("network", "loss", "accuracy"), "the file of evaluations", do)
     with reading(str(path), do):
         return {line["network"]: Evaluation(float(line["loss"]), float(line["accuracy"])) for line in lines}
+
+
+def write_importance(path: Path, space: SearchSpace, importance: Importance) -> None:
+    """Write `importance.csv`: each slot's kinds and their log-odds against identity."""
+    records = (
+        {"stage": stage + 1, "slot": slot + 1, "kind": kind, "log_odds": value}
+        for (stage, slot), odds in zip(space.slots, importance, strict=True)
+        for kind, value in odds.items()
+    )
+    write_csv(path, records, IMPORTANCE)
+
+
+def read_importance(path: Path, space: SearchSpace) -> Importance:
+    """Return what `write_importance` keeps in a file.
+
+    Raises:
+        InputError: it is no such file, or not of this space.
+    """
+    do = f"search anew, or take {path.parent} from a copy"
+    by_slot: dict[tuple[int, int], dict[str, float]] = {at: {} for at in space.slots}
+    with reading(str(path), do):
+        for line in read_csv(path, IMPORTANCE, "the file of importance", do):
+            by_slot[int(line["stage"]) - 1, int(line["slot"]) - 1][line["kind"]] = float(line["log_odds"])
+    for (stage, slot), odds in by_slot.items():
+        kinds = set(space.stages[stage].kinds) - {"identity"}
+        if odds.keys() != kinds or not all(abs(value) < LARGEST_LOG_ODDS for value in odds.values()):
+            raise InputError(
+                f"{path} needs for slot {slot + 1} of stage {stage + 1} a number below {LARGEST_LOG_ODDS} for each of "
+                f"{', '.join(sorted(kinds))}: {do}"
+            )
+    return [by_slot[at] for at in space.slots]
+
+
+def measurements_file(device: str, devices: int) -> str:
+    """Return the file of what networks take on a device, one of so many of a search."""
+    return "measurements.csv" if devices == 1 else f"measurements-{device}.csv"
 
 
 def normalised_by(table: LatencyTable) -> dict[str, str]:
@@ -174,6 +218,28 @@ def described(arch: ArchConfig) -> str:
     stages = [f"{s.width}: {' '.join(label(b) for b in s.blocks)}" for s in arch.stages]
     groups = [f"mux: {' '.join(f'{k}={v}' for k, v in knobs_of(arch.mux).items())}"] if arch.mux is not None else []
     return " | ".join(stages + groups)
+
+
+def network_of(text: str, space: SearchSpace) -> ArchConfig | None:
+    """Return the network that `described` wrote as this text; None where it is of another space, or another version's."""
+    stages, mux, parts = [], None, text.split(" | ")
+    try:
+        if parts[-1].startswith("mux:"):
+            knobs = (knob.split("=") for knob in parts.pop().split()[1:])
+            mux = mux_from_entry({name: int(value) if value.isdigit() else value for name, value in knobs})
+        for part, choices in zip(parts, space.stages, strict=True):
+            width, _, labels = part.partition(":")
+            known = {label(candidate): candidate for candidate in choices.candidates}
+            blocks = tuple(at_width(known[name], int(width)) for name in re.findall(r"[^\s(]+(?:\([^)]*\))?", labels))
+            stages.append(Stage(int(width), choices.stride, blocks, choices.entry))
+        return ArchConfig("evaluated", space.image_size, space.num_classes, tuple(stages), space.head, mux)
+    except (KeyError, TypeError, ValueError):  # an InputError is a ValueError
+        return None
+
+
+def network_name(space: str, targets_ms: Sequence[float]) -> str:
+    """Return what the network found in a search is called."""
+    return "-".join([space, *(f"{ms:g}ms" for ms in targets_ms)])
 
 
 def write_csv(path: Path, records: Iterable[Mapping[str, object]], columns: Sequence[str]) -> None:

@@ -1,20 +1,19 @@
-"""Which tables a search goes by: found, refused, or measured now."""
+"""Which tables a search goes by: found, refused, or measured now. No torch, until something is measured."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nas.device_ids import HERE, PHONES
-from nas.guarantee import Check
-from nas.plan import for_batch
+from nas.device_ids import KINDS, PHONES
 from nas.progress import say
 from nas.table import FEW_CLASSES, MANY_CLASSES, LatencyTable, Target, find_tables, ships, table_folders, user_folder
+from nas.trajectory import Check
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.space import SearchSpace, space_names
@@ -58,7 +57,7 @@ class OnDevice:
             "measured_low_ms": check.low_ms,
             "measured_high_ms": check.high_ms,
             "measured_raw_ms": check.raw_ms,
-            "batch": self.table.meta.get("batch", 1),
+            "batch": self.table.batch,
         }
 
 
@@ -80,12 +79,16 @@ def places(targets: Sequence[tuple[str | None, float]], tables: Sequence[Path] =
         # None means this machine's CPU where its table is given.
         path = named.pop(resolve_device(device or "cpu"), None)
         result.append(Place(Target(ms), *resolve_table(device, path), named=path is not None))
-    ids = [place.device for place in result]
-    if twice := next((id for id in ids if ids.count(id) > 1), None):
-        raise InputError(f"there are two targets on {twice}: give one for each device")
-    if named:
-        raise InputError(f"the table {next(iter(named.values()))} is of {next(iter(named))}, not of {' or '.join(ids)}")
+    refuse_unlike([place.device for place in result], named)
     return result
+
+
+def refuse_unlike(devices: Sequence[str], left_over: Mapping[str, Path]) -> None:
+    """Refuse two targets on one of the devices, and tables that are left over because they are of none of them."""
+    if twice := next((id for id in devices if devices.count(id) > 1), None):
+        raise InputError(f"there are two targets on {twice}: give one for each device")
+    for device, path in left_over.items():
+        raise InputError(f"the table {path} is of {device}, which has no target: those are on {' and '.join(devices)}")
 
 
 def groups_of(space: SearchSpace, objective: str, device: str, table: Path | None) -> SearchSpace:
@@ -95,6 +98,7 @@ def groups_of(space: SearchSpace, objective: str, device: str, table: Path | Non
         InputError: throughput is the objective, and there are none.
     """
     from nas.devices import open_profiler
+    from nas.plan import for_batch
 
     place = LatencyTable.load(table).meta if table is not None else open_profiler(device).environment()
     batch = int(place.get("batch", 1))
@@ -117,11 +121,11 @@ def groups_of(space: SearchSpace, objective: str, device: str, table: Path | Non
 
 def resolve_device(device: str) -> str:
     """Return a device's id: what is not a kind of device is one. Of a kind that is elsewhere it is that of its only table."""
-    from nas.devices import open_profiler, table_of_kind
+    if device not in KINDS:
+        return device
+    from nas.devices import open_profiler, table_of_kind  # with torch
 
-    if device in PHONES:
-        return table_of_kind(device)
-    return open_profiler(device).id if device in HERE else device
+    return table_of_kind(device) if device in PHONES else open_profiler(device).id
 
 
 def resolve_table(device: str | None, table: Path | None) -> tuple[str, Path | None]:

@@ -28,18 +28,16 @@ from nas.plan import FEWEST_NETWORKS, PROTOCOL, Terms, Work, for_batch, terms_of
 from nas.profilers.bench import Bench, Damaged, Samples, TooNoisy, carry_out, now, read_samples, reference_of, refuse_noise
 from nas.profilers.timing import Measurement, Visit, Workload, summarise
 from nas.progress import progress, say
-from nas.table import Calibration, LatencyTable, Row, find_table, measured_layers, space_sha256
+from nas.table import HARDWARE, ON_MEDIANS, Calibration, LatencyTable, Row, find_table, measured_layers, space_sha256
 from supernet.errors import InputError, placed
 from supernet.files import parse_yaml, read_csv, read_json, reading, write_atomically
 from supernet.space import SearchSpace
 from supernet.specs import Layer, is_block
 from supernet.zoo import load_arch
 
-ON_MEDIANS = "calibrated_on_medians"  # in a sidecar: networks that were timed elsewhere
 FEWEST_MEDIANS = 3  # typed from elsewhere, to calibrate on
 SAME_MS = 0.005  # a row farther from what its visits say was changed by hand; samples have six digits
 FLAG_FLOOR = 0.005  # of a typical network's milliseconds: narrower intervals of rows do not matter
-HARDWARE = ("cpu", "marketing_name")  # a sidecar's words for it
 SAME = ("runtime", "runtime_version", "threads", "precision", "batch", "export", "protocol")  # in all rows of a table
 
 

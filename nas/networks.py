@@ -17,6 +17,7 @@ from nas.onnx_model import onnx_bytes
 from supernet.arch import ArchConfig
 from supernet.deploy import deployed
 from supernet.errors import InputError, first_line
+from supernet.files import YAML, is_path
 from supernet.model import build_model
 from supernet.zoo import load_arch, zoo_names
 
@@ -40,9 +41,9 @@ def find_arch(network: str) -> ArchConfig | None:
     Raises:
         InputError: the YAML file is missing or cannot be used.
     """
-    if network.endswith((".yaml", ".yml")) or network in zoo_names():
+    if network.endswith(YAML) or network in zoo_names():
         return load_arch(network)
-    if network.endswith(".onnx") or ":" in network or "/" not in network:
+    if network.endswith(".onnx") or ":" in network or not is_path(network):
         return None
     return load_arch(network)
 

@@ -45,7 +45,7 @@ from nas.steps import (
 from nas.supernet_training import channel_method, epoch_size, short_recipe
 from nas.taylor import calibration_batches, unit_scores
 from nas.training import train_network
-from supernet.arch import ArchConfig
+from supernet.arch import ArchConfig, layer_name
 from supernet.blocks.vit import PatchStemModule
 from supernet.errors import InputError, placed
 from supernet.files import write_atomically
@@ -474,13 +474,14 @@ def _begin_replacements(net: Supernet, arch: ArchConfig, scores: UnitScores) -> 
     layers = dict(arch.named_layers())
     for slot, index in replacements(net.space, path):
         stage, number = net.space.slots[slot]
-        own = layers[f"stage{stage + 1}_block{number + 1}"]
+        name = layer_name(stage, "block", number)
+        own = layers[name]
         candidate = Layer(net.space.stages[stage].candidates[index], own.resolution)
         module = _slots(net)[slot].candidates[index]
         given = _slots(net)[slot].candidates[path[slot]].state_dict()
         if type(candidate.spec) is type(own.spec):
             with suppress(InputError):  # it has more of something: it begins with what they share
-                given = cut(given, own, candidate, scores.of(f"stage{stage + 1}_block{number + 1}", own.spec))
+                given = cut(given, own, candidate, scores.of(name, own.spec))
         _begin_as(module, given)
 
 

@@ -15,10 +15,12 @@ from rich.table import Table
 from nas.audit import say_if_untrue
 from nas.device_ids import KINDS, PHONES
 from nas.export_forms import EarlierForm
-from nas.progress import say
+from nas.from_timm import TIMM
+from nas.progress import per_image, say
 from nas.table import LatencyTable, find_tables
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
+from supernet.files import YAML
 from supernet.specs import Layer
 
 if TYPE_CHECKING:
@@ -160,15 +162,10 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
         print(f"  picture    {plot}")
 
 
-def per_image(ms: float, batch: int) -> str:
-    """Return what stands beside the milliseconds of a call at a larger batch than 1."""
-    return f", {ms / batch:.4g} ms an image" if batch > 1 else ""
-
-
 def _short_name(network: str) -> str:
     """Return what a network is called in titles and file names."""
-    name = network.removeprefix("timm:")
-    return Path(name).stem if name.endswith((".yaml", ".yml", ".onnx")) else name.replace("/", "_")
+    name = network.removeprefix(TIMM)
+    return Path(name).stem if name.endswith((*YAML, ".onnx")) else name.replace("/", "_")
 
 
 def _layer_rows(arch: ArchConfig | None, table: LatencyTable | None, breakdown: Breakdown | None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with the time left on a terminal, plain lines otherwise. All of it on stderr."""
+"""Progress of long work: a bar with the time left on a terminal, else plain lines, all on stderr. How times are said."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def per_image(ms: float, batch: int) -> str:
+    """Return what stands beside the milliseconds of a call at a larger batch than 1."""
+    return f", {ms / batch:.4g} ms an image" if batch > 1 else ""
 
 
 @contextmanager

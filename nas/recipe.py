@@ -11,7 +11,7 @@ import yaml
 
 from nas.steps import MOST_IMAGES, MOST_RATE, PRECISIONS, cosine
 from supernet.errors import InputError, unknown
-from supernet.files import checked_fields, read_yaml
+from supernet.files import checked_fields, is_path, read_yaml
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     text = str(name_or_path)
     if text in RECIPES:
         return RECIPES[text]
-    if not text.endswith((".yaml", ".yml")) and "/" not in text:
+    if not is_path(text):
         raise unknown("recipe", text, [*RECIPES, "a YAML file"])
     where = f"the recipe file {text}"
     content = read_yaml(text, "the recipe file", f"give the path of a recipe's YAML file, or one of {', '.join(RECIPES)}")

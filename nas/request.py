@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nas.kept import REPORT
 from nas.table import Target
 from supernet.errors import InputError, first_line
 from supernet.files import parse_yaml, read_json, write_atomically
@@ -79,7 +80,7 @@ class Finished:
 
 def interrupted(run: Path) -> bool:
     """Whether a search was killed while it wrote what it had found: the result or the report, which come last, is missing."""
-    return (run / "searched.yaml").exists() and not all((run / name).exists() for name in ("result.json", "report.html"))
+    return (run / "searched.yaml").exists() and not all((run / name).exists() for name in ("result.json", REPORT))
 
 
 def finished(run: Path, or_interrupted: bool = False) -> Finished:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.guarantee import SLACK
-from nas.profile import per_image
+from nas.progress import per_image
 from nas.strategies import exact_for, nothing_taken_away
 from nas.throughput import mega, table_of
 from supernet.space import SearchSpace

@@ -10,14 +10,14 @@ from typing import Any
 from nas.alone import alone
 from nas.checkpoints import Pretrained
 from nas.data import load_data, natural_size, say_if_demonstration
+from nas.kept import REPORT, network_name
 from nas.lookup import OnDevice, groups_of, places, resolve_device, usable_table
 from nas.parallel import joined
 from nas.pretrained import check_init, requested
-from nas.report import NAME as REPORT
 from nas.report import write_report
 from nas.request import Finished, claim, finished
 from nas.result import print_result
-from nas.search_stages import Work, carry_out, network_name
+from nas.search_stages import Work, carry_out
 from nas.settings import SupernetSettings
 from nas.slimming import check_limits, rounded_up
 from nas.solver import check_additive

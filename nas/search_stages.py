@@ -25,9 +25,17 @@ from nas.judging import (
     evaluator_of,
     found_network,
     report_signal,
+)
+from nas.kept import (
+    Checks,
+    Remembered,
+    described,
+    measurements_file,
+    network_name,
+    write_complexity,
+    write_csv,
     write_importance,
 )
-from nas.kept import Checks, Remembered, described, write_complexity, write_csv
 from nas.lookup import OnDevice
 from nas.pretrained import as_given, layers_kept, on_data, pretrained_supernet
 from nas.progress import say
@@ -79,13 +87,8 @@ class Work:
 
     def checks(self) -> list[Checks]:
         """Return what is known of each device's networks, and measures them where it is this machine's."""
-        files = (measurements_file(self.devices, at) for at in range(len(self.devices)))
-        return [Checks(self.folder / file, device.table) for file, device in zip(files, self.devices, strict=True)]
-
-
-def network_name(space: str, targets_ms: Sequence[float]) -> str:
-    """Return what the network found in a search is called."""
-    return "-".join([space, *(f"{ms:g}ms" for ms in targets_ms)])
+        n = len(self.devices)
+        return [Checks(self.folder / measurements_file(device.name, n), device.table) for device in self.devices]
 
 
 @dataclass(frozen=True)
@@ -288,11 +291,6 @@ def _supernet(work: Work) -> tuple[AnySupernet, ArchConfig | None, torch.nn.Sequ
     at = work.train_size
     supernet = pretrained_supernet(original, begin.at(at), work.space.at(at), work.data, work.settings, work.seed, work.folder)
     return supernet, begin, original
-
-
-def measurements_file(devices: Sequence[OnDevice], at: int) -> str:
-    """Return the file of what networks take on one of the devices."""
-    return "measurements.csv" if len(devices) == 1 else f"measurements-{devices[at].name}.csv"
 
 
 def study_of(work: Work) -> Study:

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nas.table import LatencyTable, Row, find_table, find_tables
+from nas.table import ON_MEDIANS, LatencyTable, Row, find_table, find_tables
 from supernet.errors import InputError
 from supernet.specs import label
 
@@ -54,15 +54,13 @@ def show_table(device: str, folder: Path) -> None:
         f"{threads} thread{'s' if threads != 1 else ''}"
     )
     print(f"{table.device}: {table.provenance} {_when(table, 'YYYY-MM-DDThh:mm')}")
-    gpu = meta["gpu"]["name"] if isinstance(meta.get("gpu"), dict) else None
-    hardware = meta.get("cpu") or gpu or meta.get("chip") or meta.get("marketing_name") or "hardware unknown"
-    print(f"  {hardware}, {meta.get('os', 'system unknown')}")
+    print(f"  {table.hardware or 'hardware unknown'}, {meta.get('os', 'system unknown')}")
     print(f"  {settings}")
     for warning in meta.get("warnings", ()):
         print(f"  warning: {warning}")
     for c in table.calibrations:
         how = f"{c.n_check} networks that took no part in the fit to {c.n_fit} others"
-        if meta.get("calibrated_on_medians") and not c.networks:
+        if meta.get(ON_MEDIANS) and not c.networks:
             how = f"{c.n_check} networks timed elsewhere, each left out of the fit in turn"
         print(f"{c.space}, {c.image_size} px: predictions of {how}")
         print(
@@ -117,7 +115,7 @@ def draw_table(table: LatencyTable, path: Path) -> None:
         axis.set(title=kind, xlabel="width (channels)", yscale="log")
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize="small")
-    axes[0].set_ylabel(f"ms of one call, batch {table.meta.get('batch', 1)}")
+    axes[0].set_ylabel(f"ms of one call, batch {table.batch}")
     figure.suptitle(f"{table.device}: {table.meta.get('runtime')} {table.meta.get('precision')}", fontsize="medium")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

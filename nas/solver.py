@@ -26,7 +26,7 @@ from nas.scores import Change, Drops
 from nas.slimming import rounded_up
 from nas.table import Calibration, LatencyTable
 from nas.trajectory import NothingFits
-from supernet.arch import ArchConfig
+from supernet.arch import ArchConfig, layer_name
 from supernet.errors import InputError
 from supernet.space import SearchSpace
 from supernet.specs import Layer
@@ -363,8 +363,8 @@ class _Problem:
                 unflat = None
                 if begun and i:
                     assert tokens is not None
-                    unflat = self._layers(i - 1, None, before, tokens).get(f"stage{i}_unflat")
-                entry = layers[f"stage{i + 1}_embedding" if i else "stem"]
+                    unflat = self._layers(i - 1, None, before, tokens).get(layer_name(i - 1, "unflat"))
+                entry = layers[layer_name(i, "embedding")]
                 costs = self._costs(entry, unflat)
                 arcs.append(((width, False, ()), self._drop(i, None, width), costs, _Taken(i, width)))
             found.append(arcs)
@@ -381,8 +381,8 @@ class _Problem:
                 if begun and not is_token and kind != "identity":
                     continue  # blocks on tokens are the last of their stage
                 layers = alone[width][kind]
-                flat = layers.get(f"stage{i + 1}_flat") if is_token and not begun else None
-                costs = self._costs(layers.get(f"stage{i + 1}_block1"), flat)
+                flat = layers.get(layer_name(i, "flat")) if is_token and not begun else None
+                costs = self._costs(layers.get(layer_name(i, "block", 0)), flat)
                 loss = self._drop(i, j, kind)
                 for slot, other in enumerate(kept):
                     loss += pairs.slots.get((slot, other, j, kind), 0.0)

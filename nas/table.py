@@ -18,7 +18,7 @@ import platformdirs
 from nas.export_forms import require_current_form
 from supernet.arch import ArchConfig
 from supernet.errors import LONGEST, InputError, first_line
-from supernet.files import checked_fields, parse_yaml, read_json, write_together
+from supernet.files import checked_fields, is_path, parse_yaml, read_json, write_together
 from supernet.space import SearchSpace, space_names
 from supernet.specs import SPECS, Head, Layer, Spec, is_embedding, is_stem, knobs_of, spec_type_of
 from supernet.user_block import is_foreign, loaded
@@ -26,6 +26,8 @@ from supernet.user_block import is_foreign, loaded
 SCHEMA = 2
 METHODS = ("slope", "difference", "fitted")
 ORIGINS = ("measured", "imported")  # of a table: there are no estimated ones
+HARDWARE = ("cpu", "marketing_name")  # what a sidecar's hardware must be the same in, where both have it
+ON_MEDIANS = "calibrated_on_medians"  # in a sidecar: networks that were timed elsewhere
 FEW_CLASSES, MANY_CLASSES = 10, 1000  # heads are measured at these; a head's ms is linear in its classes
 
 
@@ -157,6 +159,21 @@ class LatencyTable:
     foreign: tuple[Mapping[str, str], ...] = ()
     path: Path | None = field(default=None, compare=False)  # of the CSV file that it was read from
 
+    @property
+    def batch(self) -> int:
+        """How many images a call has."""
+        return int(self.meta.get("batch", 1))
+
+    @property
+    def on_coreml(self) -> bool:
+        return self.meta.get("runtime") == "coreml"
+
+    @property
+    def hardware(self) -> str | None:
+        """What was measured, by the name that its maker gives it."""
+        gpu = self.meta["gpu"]["name"] if isinstance(self.meta.get("gpu"), dict) else None
+        return self.meta.get("cpu") or gpu or self.meta.get("chip") or self.meta.get("marketing_name")
+
     def layer_ms(self, layer: Layer) -> float:
         """Return the milliseconds of a layer. A head's classes are interpolated between 10 and 1000.
 
@@ -264,7 +281,7 @@ class LatencyTable:
         if self.path is not None and self.path.parent != own and (self.path.parent == working or not ships(self.path)):
             out = f" --out {shlex.quote(str(self.path.parent))}"
         if self.provenance == "imported":
-            form = " --format coreml" if self.meta.get("runtime") == "coreml" else ""
+            form = " --format coreml" if self.on_coreml else ""
             then = f" (its results.json goes to `nas-build-lut --import-results results.json{out}`)" if out else ""
             return f"`{command} {what} --export-job DIR{form}`, a folder to run on that device{then}"
         return f"`{command} {'--missing ' if missing else ''}{what}{out}`"
@@ -311,7 +328,7 @@ class LatencyTable:
                 not allowed.
         """
         text = str(id_or_path)
-        path = Path(text) if text.endswith(".csv") or "/" in text else find_table(text)
+        path = Path(text) if is_path(text, ".csv") else find_table(text)
         table = _load(path)
         if not any_form:
             spaces = [option_of(calibration.space) for calibration in table.calibrations] or ["--space SPACE"]

@@ -21,6 +21,7 @@ from nas.data import IMAGENET_MEAN, IMAGENET_STD
 from nas.from_timm import TIMM, timm_with_weights
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, first_line, placed
+from supernet.files import YAML
 from supernet.model import build_model
 from supernet.weights import at_size
 
@@ -62,7 +63,7 @@ def _loaded(text: str, image_size: int, classes: Sequence[str], device: torch.de
         teacher = _timm_teacher(text, len(classes))
     elif text.endswith(".pt2"):
         return _exported_teacher(Path(text), image_size, len(classes), device)
-    elif text.endswith((".yaml", ".yml")):
+    elif text.endswith(YAML):
         teacher = _own_teacher(Path(text), image_size, classes)
     else:
         raise InputError(

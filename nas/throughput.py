@@ -21,18 +21,17 @@ from torch import nn
 from nas.augmentation import steps_of
 from nas.checkpoints import load_weights
 from nas.data import ImageData, Images, normalise
-from nas.guarantee import Check
+from nas.kept import described
 from nas.progress import say
 from nas.settings import SupernetSettings
 from nas.steps import accelerator
 from nas.supernet_training import short_recipe
 from nas.table import LatencyTable
 from nas.training import train_network
-from nas.trajectory import Predictor
+from nas.trajectory import Check, Predictor
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.model import build_model, count
 from supernet.space import SearchSpace
-from supernet.specs import label
 
 GROUPINGS = 3  # random ones that an accuracy is the mean of
 BATCH = 256  # images that are judged at once, or one group
@@ -254,7 +253,7 @@ def records(
 ) -> list[dict[str, Any]]:
     """Return what is known of the finalists, in the columns of throughput.csv. `arrivals_per_second`: images that come in; 0:
     as many as the network works off."""
-    batch = int(table.meta.get("batch", 1))
+    batch = table.batch
     rows: list[dict[str, Any]] = []
     for one in finalists:
         ms = one.check.ms
@@ -284,7 +283,7 @@ def records(
             one.val.one_class,
             complexity.params,
             complexity.macs,
-            " | ".join(f"{s.width}: {' '.join(label(b) for b in s.blocks)}" for s in one.arch.stages),
+            described(one.arch.without_mux()),
         )
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows

@@ -44,6 +44,17 @@ class Evaluation(NamedTuple):
         return self.loss if score == "loss" else 1 - self.accuracy
 
 
+@dataclass(frozen=True)
+class Check:
+    """How long a network took on a device itself, with its 95 % interval, at its table's pace, and as the clock had it
+    (`raw_ms`); None where it could not be measured, or was not kept."""
+
+    ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    raw_ms: float | None = None
+
+
 Found = TypeVar("Found")
 
 

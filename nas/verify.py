@@ -10,7 +10,7 @@ from typing import Any
 from nas.alone import alone
 from nas.device_ids import takes_jobs
 from nas.job import end_run, export_job, place_of, read_results, run_of, visits_of
-from nas.kept import Checks
+from nas.kept import Checks, measurements_file
 from nas.lookup import OnDevice
 from nas.measure import ALONE_MIN_VISITS, SESSION_VISITS, measure_alone, name_of, table_reference
 from nas.plan import Work
@@ -19,10 +19,10 @@ from nas.profilers.timing import summarise
 from nas.progress import say
 from nas.request import Finished, finished, interrupted
 from nas.search import Request, beginning, run_search
-from nas.search_stages import CANDIDATE, measurements_file
+from nas.search_stages import CANDIDATE
 from nas.settings import UNBOUND, SupernetSettings
 from nas.ssh import Address, reach, run_over_ssh
-from nas.table import LatencyTable, Target
+from nas.table import HARDWARE, LatencyTable, Target
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, one_line
 from supernet.space import SearchSpace
@@ -79,7 +79,7 @@ def _measured(run: Path, held: Finished, places: list[OnDevice], device: str | N
     text = (run / "request.json").read_text(encoding="utf-8")
     arch = ArchConfig.load(_measured_network(run))
     which = {"request_sha256": hashlib.sha256(text.encode()).hexdigest(), "network": name_of(tuple(arch.layers()))}
-    checks = {place.name: Checks(run / measurements_file(places, at), place.table) for at, place in enumerate(places)}
+    checks = {place.name: Checks(run / measurements_file(place.name, len(places)), place.table) for place in places}
     elsewhere = [place for place in places if checks[place.name].profiler is None and not checks[place.name].knows(arch)]
     if results is None:
         address = Address.parse(device) if device is not None else None
@@ -117,8 +117,9 @@ def _job_of(run: Path, places: list[OnDevice], place: OnDevice) -> Path:
 
 
 def _say_how(job: Path, table: LatencyTable, run: Path) -> None:
-    on_phone = table.meta.get("runtime") == "coreml"
-    how = "run the job on the phone (docs/coreml.md)" if on_phone else "copy it to the device, run `python3 run_job.py` there"
+    how = "copy it to the device, run `python3 run_job.py` there"
+    if table.on_coreml:
+        how = "run the job on the phone (docs/coreml.md)"
     back = f"nas-search --from {shlex.quote(str(run))} --verify results.json"
     print(f"{job}: {how}, bring results.json back, and give it to `{back}`")
 
@@ -170,7 +171,7 @@ def _measured_network(run: Path) -> Path:
 
 def _refuse_another_device(path: Path, results: dict[str, Any], table: LatencyTable) -> None:
     place = results["environment"]
-    for name in ("cpu", "marketing_name"):
+    for name in HARDWARE:
         was, now = table.meta.get(name), place.get(name)
         if was and now and was != now:
             raise InputError(f"{path} was measured on {now}, but the table of {table.device} on {was}: run the job there")
@@ -193,10 +194,10 @@ def _export(folder: Path, arch: ArchConfig, table: LatencyTable, space: SearchSp
         space,
         Work({}, [arch], arch, plan),
         device=table.device,
-        form="coreml" if table.meta.get("runtime") == "coreml" else "onnx",
+        form="coreml" if table.on_coreml else "onnx",
         threads=int(table.meta.get("threads", 1)),
         precision=str(table.meta.get("precision", "fp32")),
-        batch=int(table.meta.get("batch", 1)),
+        batch=table.batch,
         run=run_of(folder),
         verify=which,
         replaces=True,

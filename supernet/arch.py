@@ -5,10 +5,11 @@ The specs of its layers are in supernet.specs, and can be had from here too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -230,19 +231,19 @@ class ArchConfig:
         """Return the network's layers in order, each with the name of its module. Blocks keep their slot's number."""
         layers: list[tuple[str, Layer]] = []
         entering, width, in_tokens = self.image_size, 0, False
-        for number, (stage, resolution) in enumerate(zip(self.stages, self.resolutions, strict=True), 1):
+        for at, (stage, resolution) in enumerate(zip(self.stages, self.resolutions, strict=True)):
             if in_tokens:
-                layers.append((f"stage{number - 1}_unflat", Layer(Unflat(width), entering)))
+                layers.append((layer_name(at - 1, "unflat"), Layer(Unflat(width), entering)))
             entry = placed_entry(stage.entry, stage.width, width or None, stage.stride)
-            layers.append(("stem" if number == 1 else f"stage{number}_embedding", Layer(entry, entering)))
+            layers.append((layer_name(at, "embedding"), Layer(entry, entering)))
             in_tokens = isinstance(entry, PatchStem)
-            for slot, block in enumerate(stage.blocks, 1):
+            for slot, block in enumerate(stage.blocks):
                 if isinstance(block, Identity):
                     continue
                 if block.tokens and not in_tokens:
-                    layers.append((f"stage{number}_flat", Layer(Flat(stage.width), resolution)))
+                    layers.append((layer_name(at, "flat"), Layer(Flat(stage.width), resolution)))
                     in_tokens = True
-                layers.append((f"stage{number}_block{slot}", Layer(block, resolution)))
+                layers.append((layer_name(at, "block", slot), Layer(block, resolution)))
             entering, width = resolution, stage.width
         layers.append(("head", Layer(Head(width, self.num_classes, in_tokens, self.head), entering)))
         return self._grouped(layers) if self.multiplexes else layers
@@ -250,12 +251,13 @@ class ArchConfig:
     def _grouped(self, layers: list[tuple[str, Layer]]) -> list[tuple[str, Layer]]:
         """Return the layers with the last stage's token blocks from `mux.start` on, and the head, on groups of images."""
         assert self.mux is not None
-        last = f"stage{len(self.stages)}"
-        tokens = [at for at, (name, layer) in enumerate(layers) if name.startswith(f"{last}_block") and layer.spec.tokens]  # type: ignore[union-attr]
+        last = len(self.stages) - 1
+        blocks = [at for at, (name, _) in enumerate(layers) if place_of(name)[:2] == (last, "block")]
+        tokens = [at for at in blocks if layers[at][1].spec.tokens]  # type: ignore[union-attr]
         begin, (width, side) = tokens[self.mux.start], (self.stages[-1].width, self.resolutions[-1])
         join = Join(width, self.head == "class_token", **group_knobs(self.mux))
         grouped = [(name, Layer(in_group(layer.spec, self.mux), layer.resolution)) for name, layer in layers[begin:]]
-        return [*layers[:begin], (f"{last}_join", Layer(join, side)), *grouped]
+        return [*layers[:begin], (layer_name(last, "join"), Layer(join, side)), *grouped]
 
     def layers(self) -> list[Layer]:
         """Return the network's layers in order; empty slots have none."""
@@ -316,6 +318,29 @@ class ArchConfig:
             if given.get("mux") is not None:
                 given["mux"] = mux_from_entry(given["mux"])
             return cls(**given)
+
+
+class Place(NamedTuple):
+    """Where a layer stands: its stage (None: the head's), its part of it, and the slot of a block; counted from 0."""
+
+    stage: int | None
+    part: str
+    slot: int | None = None
+
+
+def layer_name(stage: int, part: str, slot: int | None = None) -> str:
+    """Return the name of a stage's `embedding` (the first one's is the stem), `flat`, `block` of a slot, `join` or `unflat`."""
+    if not stage and part == "embedding":
+        return "stem"
+    return f"stage{stage + 1}_{part}{'' if slot is None else slot + 1}"
+
+
+def place_of(name: str) -> Place:
+    """Return what a layer's name says, the inverse of `layer_name`; the head, and what is no layer's name, has no stage."""
+    if name == "stem":
+        return Place(0, name)
+    found = re.fullmatch(r"stage(\d+)_(embedding|flat|block|join|unflat)(\d*)", name)
+    return Place(int(found[1]) - 1, found[2], int(found[3]) - 1 if found[3] else None) if found else Place(None, name)
 
 
 def stage_resolutions(image_size: int, strides: Sequence[int]) -> tuple[int, ...]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from supernet.arch import ArchConfig
+from supernet.arch import ArchConfig, layer_name
 from supernet.blocks import build_layer
 from supernet.errors import InputError
 from supernet.recompute import recomputed
 from supernet.space import SearchSpace, StageSpace
-from supernet.specs import EXPANSIONS, Block, Flat, Identity, Layer, Unflat
+from supernet.specs import EXPANSIONS, Block, Flat, Identity, Layer, Unflat, is_block
 
 
 class _Structure(NamedTuple):
@@ -46,19 +46,19 @@ class ElasticSupernet(nn.Module):
         """Whether blocks are computed again in the backward pass, to save memory. It changes no number."""
         self.layers = nn.ModuleDict()  # under the names of a built network's modules; for each slot, a list of them
         for name, layer in space.largest.named_layers():
-            if "_block" not in name and not isinstance(layer.spec, Flat | Unflat):
+            if not is_block(layer.spec) and not isinstance(layer.spec, Flat | Unflat):
                 self.layers[name] = build_layer(layer)
         self._keys: dict[str, list[Hashable]] = {}  # for each slot, which blocks the modules of its list are for
         for stage, slot in space.slots:
-            groups, name = sharing(space.stages[stage]), f"stage{stage + 1}_block{slot + 1}"
+            groups, name = sharing(space.stages[stage]), layer_name(stage, "block", slot)
             largest = (Layer(_largest(group), space.resolutions[stage]) for group in groups)
             self.layers[name] = nn.ModuleList(build_layer(layer) for layer in largest)
             self._keys[name] = [_key(group[0]) for group in groups]
         self._convert: Callable[[nn.Module], nn.Module] | None = None  # no lambda: processes send each other what is trained
         self._structures: dict[Layer, _Structure] = {}  # what forward has built so far; not part of the state
-        for number, (choices, resolution) in enumerate(zip(space.stages, space.resolutions, strict=True), 1):
+        for stage, (choices, resolution) in enumerate(zip(space.stages, space.resolutions, strict=True)):
             for block in (block for group in sharing(choices) for block in group):
-                self._tensors(f"stage{number}_block1", Layer(block, resolution))  # refuses what cannot share
+                self._tensors(layer_name(stage, "block", 0), Layer(block, resolution))  # refuses what cannot share
 
     def forward(self, x: Tensor, arch: ArchConfig) -> Tensor:
         """Return logits (N, num_classes) of images (N, 3, S, S) by the network `arch`, a member of the space for images of S
@@ -97,7 +97,7 @@ class ElasticSupernet(nn.Module):
         if module.training != self.training:
             module.train(self.training)
         tensors = self._tensors(name, layer)
-        if self.checkpoint_activations and "_block" in name and torch.is_grad_enabled():
+        if self.checkpoint_activations and is_block(layer.spec) and torch.is_grad_enabled():
             return recomputed(module, tensors, x)
         y: Tensor = functional_call(module, tensors, (x,), tie_weights=False)
         return y

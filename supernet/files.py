@@ -21,9 +21,15 @@ from supernet.errors import FULL, InputError, first_line, one_line, unknown
 PART = ".metapath-part"  # ends the names of files that are being written
 MOST_VALUES = 100_000  # of a YAML file: a few lines of aliases can stand for more than a memory holds
 DEEPEST = 40  # lists and mappings in each other
+YAML = (".yaml", ".yml")
 LARGEST = 2**63  # of a whole number
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # numbers such as 1e-3, which YAML 1.1 takes for text
+
+
+def is_path(text: str, *endings: str) -> bool:
+    """Whether a text that may be a name or the path of a file is a path: it has a slash, or ends as such files do."""
+    return "/" in text or text.endswith(endings or YAML)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

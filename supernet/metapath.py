@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from supernet.arch import layer_name, place_of
 from supernet.blocks import build_layer
 from supernet.recompute import recomputed
 from supernet.space import SearchSpace
@@ -70,7 +71,7 @@ class Supernet(nn.Module):
         largest = dict(space.largest.named_layers())
         self.stem = build_layer(largest["stem"])
         self.embeddings = nn.ModuleList(
-            build_layer(largest[f"stage{number}_embedding"]) for number in range(2, len(space.stages) + 1)
+            build_layer(largest[layer_name(stage, "embedding")]) for stage in range(1, len(space.stages))
         )
         self.stages = nn.ModuleList(
             nn.ModuleList(
@@ -123,11 +124,11 @@ class Supernet(nn.Module):
             return nn.Identity()
         if name in ("stem", "head"):
             return self.get_submodule(name)
-        number, part = name.removeprefix("stage").split("_")
-        stage = int(number) - 1
+        stage, part, slot = place_of(name)
+        assert stage is not None
         if part == "embedding":
             return self.embeddings[stage - 1]
-        choices, slot = self.space.stages[stage], int(part.removeprefix("block")) - 1
+        choices = self.space.stages[stage]
         candidate = choices.kinds.index(choices.kind_of(layer.spec))  # type: ignore[arg-type]
         return self.get_submodule(f"stages.{stage}.{slot}.candidates.{candidate}")
 

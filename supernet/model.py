@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from supernet.arch import ArchConfig
+from supernet.arch import ArchConfig, place_of
 from supernet.blocks import build_layer
 from supernet.blocks.concatplexer import Multiplexed
 from supernet.blocks.layers import DropPath
@@ -37,7 +37,7 @@ def build_model(arch: ArchConfig) -> nn.Sequential:
 def set_drop_path(model: nn.Module, rate: float) -> None:
     """Let a network of `build_model` be trained with stochastic depth: the chance that a block's residual branch is left out
     for an image grows linearly from 0 in the first block to `rate` in the last. It plays no part in eval mode."""
-    blocks = [module for name, module in model.named_children() if "_block" in name]
+    blocks = [module for name, module in model.named_children() if place_of(name).part == "block"]
     for number, block in enumerate(blocks):
         for module in block.modules():
             if isinstance(module, DropPath):

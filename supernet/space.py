@@ -15,7 +15,7 @@ import yaml
 from supernet.arch import ArchConfig, MultiplexSpec, Stage, mux_from_entry, stage_resolutions
 from supernet.entries import block_entry, block_from_entry, entry_entry, entry_from_entry, placed_entry, unplaced
 from supernet.errors import InputError, placed, unknown
-from supernet.files import checked_fields, checked_list, read_yaml, write_atomically
+from supernet.files import checked_fields, checked_list, is_path, read_yaml, write_atomically
 from supernet.specs import (
     EXPANSIONS,
     MB4D,
@@ -335,7 +335,7 @@ class SearchSpace:
         text = str(name_or_path)
         if text in space_names():
             path = _FOLDER / f"{text}.yaml"
-        elif text.endswith((".yaml", ".yml")) or "/" in text:
+        elif is_path(text):
             path = Path(text)
         else:
             raise unknown("space", text, [*space_names(), "a YAML file"])

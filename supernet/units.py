@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from supernet.arch import ArchConfig, Stage
+from supernet.arch import ArchConfig, Stage, place_of
 from supernet.blocks import build_layer
 from supernet.blocks.layers import Layout, Run
 from supernet.errors import InputError, placed
@@ -228,9 +228,8 @@ def key(name: str, spec: Spec) -> str:
 
 def stage_of(name: str, stages: int) -> int:
     """Return the stage, counted from 0, whose channels the layer of this name leaves, or the head reads."""
-    if name in ("stem", "head"):
-        return 0 if name == "stem" else stages - 1
-    return int(name.removeprefix("stage").partition("_")[0]) - 1
+    stage = place_of(name).stage
+    return stages - 1 if stage is None else stage
 
 
 def kept_channels(scores: Tensor | None, choices: Iterable[Block], resolution: int, width: int, narrower: int) -> Tensor:

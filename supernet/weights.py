@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supernet.arch import ArchConfig
+from supernet.arch import ArchConfig, place_of
 from supernet.authors import in_timm_names
 from supernet.blocks import build_layer
 from supernet.blocks.efficientformer_v2 import AttnFFNModule, FFNModule
@@ -143,14 +143,13 @@ def _sources(model: nn.Module, family: _Family) -> Iterator[tuple[str, list[str]
     """Yield every key of our state dict with its names in timm's: one, or one for each of several classifiers."""
     blocks: dict[int, int] = {}  # how many of timm's blocks stand before this one in each stage
     for layer, module in model.named_children():
-        part = re.fullmatch(r"stage(\d+)_(embedding|flat|unflat|block\d+)", layer)
-        if part is None and layer not in ("stem", "head"):
+        stage, part, _ = place_of(layer)
+        if part == "join" or (stage is None and part != "head"):
             raise _not_ours(model, f"has a module {layer!r}")
         prefix = family.stem
-        if part:
-            stage = int(part[1]) - 1
+        if stage is not None and part != "stem":
             prefix = f"stages.{stage}." if family.stages else ""
-            if part[2] == "embedding":
+            if part == "embedding":
                 prefix += "downsample."
             else:
                 # Flat has no weights but an index, in timm as in the authors' code.

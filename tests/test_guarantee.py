@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from nas.guarantee import MEASUREMENTS, Check, Goal, Outcome, meet
+from nas.guarantee import MEASUREMENTS, Goal, Outcome, meet
 from nas.table import Target
-from nas.trajectory import Evaluation, NothingFits, Option, Step, Trajectory
+from nas.trajectory import Check, Evaluation, NothingFits, Option, Step, Trajectory
 from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 

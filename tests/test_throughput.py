@@ -18,7 +18,7 @@ from nas import cli
 from nas.checkpoints import load_weights
 from nas.data import Images, load_images
 from nas.evaluation import Evaluator
-from nas.guarantee import Check, Outcome
+from nas.guarantee import Outcome
 from nas.kept import Checks
 from nas.measure import measure_alone
 from nas.plan import for_batch
@@ -40,7 +40,7 @@ from nas.throughput import (
     wait_ms,
 )
 from nas.training import train_network
-from nas.trajectory import Evaluation, Trajectory
+from nas.trajectory import Check, Evaluation, Trajectory
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.metapath import Supernet
 from supernet.space import SearchSpace

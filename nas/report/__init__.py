@@ -11,6 +11,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from nas.kept import REPORT
 from nas.report.choices import choices_section
 from nas.report.device import device_section
 from nas.report.headline import headline
@@ -20,8 +21,6 @@ from nas.report.run import Run, read_run
 from nas.report.trajectory import throughput_section, trajectory_section
 from nas.report.trust import accuracy_section, table_section
 from supernet.files import reading, write_atomically
-
-NAME = "report.html"
 
 
 def write_report(folder: Path) -> Path:
@@ -33,7 +32,7 @@ def write_report(folder: Path) -> Path:
     folder = Path(folder)
     with reading(f"what {folder} holds", "it was changed, or is another version's: search anew"):  # every figure of it is shown
         page = report(read_run(folder))
-    path = folder / NAME
+    path = folder / REPORT
     write_atomically(path, page)
     return path
 

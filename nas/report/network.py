@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from html import escape
 
 from nas.report.run import Run
 from nas.report.text import ms_of, signed
+from supernet.arch import place_of
 from supernet.errors import InputError
 from supernet.specs import Layer, is_block, label
 
@@ -71,9 +71,8 @@ def network_section(run: Run) -> str:
     most = max((ms for _, _, ms in times if ms is not None), default=0.0)
     stages: dict[int, list[tuple[str, Layer, float | None]]] = {}
     for name, layer, ms in times:
-        found = re.match(r"stage(\d+)_", name)
-        number = int(found[1]) if found else 1 if name == "stem" else len(arch.stages) + 1
-        stages.setdefault(number, []).append((name, layer, ms))
+        at = place_of(name).stage
+        stages.setdefault(len(arch.stages) + 1 if at is None else at + 1, []).append((name, layer, ms))
     rows = []
     for number, layers in sorted(stages.items()):
         head = number > len(arch.stages)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,16 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nas.kept import normalised_by
+from nas.kept import measurements_file, network_of, normalised_by
 from nas.scores import Drops
 from nas.table import Calibration, LatencyTable
-from supernet.arch import ArchConfig, MultiplexSpec, Stage
+from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.files import parse_yaml, read_csv, read_json
 from supernet.space import SearchSpace
-from supernet.specs import at_width, label
-
-Parsed = tuple[tuple[int, tuple[str, ...]], ...]  # of each stage, its width and its blocks' labels
+from supernet.specs import label
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,14 @@ class Run:
             return []
 
     @property
+    def measurement_files(self) -> list[str]:
+        """The files of what networks took on each target's device."""
+        return [measurements_file(target["device"], len(self.targets)) for target in self.targets]
+
+    @property
     def measurements(self) -> list[dict[str, str]]:
         """What networks took on the first device, but for what was normalised by another table's references."""
-        lines = self.rows("measurements.csv") or self.rows(f"measurements-{self.result['device']}.csv")
+        lines = self.rows(self.measurement_files[0])
         if self.table is None:
             return lines
         return [line for line in lines if normalised_by(self.table).items() <= line.items()]
@@ -117,20 +119,8 @@ class Run:
         return None if self.member is None else [[label(block) for block in stage.blocks] for stage in self.member.stages]
 
     def network(self, text: str) -> ArchConfig | None:
-        """Return the network of the space that `nas.kept.described` wrote as `text`, or None."""
-        stages, space = parsed(text), self.space
-        if space is None or stages is None or len(stages) != len(space.stages):
-            return None
-        built = []
-        try:
-            for (width, labels), choices in zip(stages, space.stages, strict=True):
-                known = {label(candidate): candidate for candidate in choices.candidates}
-                blocks = tuple(at_width(known[name], width) for name in labels)
-                built.append(Stage(width, choices.stride, blocks, choices.entry))
-            mux = _mux_of(text)
-            return ArchConfig("evaluated", space.image_size, space.num_classes, tuple(built), space.head, mux)
-        except (InputError, KeyError, TypeError):  # of another space, or another version's
-            return None
+        """Return the network of the space that `described` wrote as `text`, or None."""
+        return None if self.space is None else network_of(text, self.space)
 
 
 def read_run(folder: Path) -> Run:
@@ -151,30 +141,6 @@ def read_run(folder: Path) -> Run:
     except InputError as error:
         why = str(error)
     return Run(folder, request, result, ArchConfig.load(folder / "searched.yaml"), space, table, why)
-
-
-def parsed(text: str) -> Parsed | None:
-    """Return what `nas.kept.described` wrote of a network, without its groups; None where it is no such text."""
-    found = []
-    for part in text.split(" | "):
-        if part.startswith("mux:"):
-            continue
-        width, colon, blocks = part.partition(":")
-        if not colon or not width.strip().isdigit():
-            return None
-        found.append((int(width), tuple(re.findall(r"[^\s(]+(?:\([^)]*\))?", blocks))))
-    return tuple(found)
-
-
-def _mux_of(text: str) -> MultiplexSpec | None:
-    knobs = [part.split()[1:] for part in text.split(" | ") if part.startswith("mux:")]
-    if not knobs:
-        return None
-    given: dict[str, Any] = {}
-    for knob in knobs[0]:
-        name, _, value = knob.partition("=")
-        given[name] = int(value) if value.isdigit() else value
-    return MultiplexSpec(**given)
 
 
 def to_number(text: object) -> float:

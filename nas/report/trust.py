@@ -138,11 +138,9 @@ def table_section(run: Run) -> str:
         rows = [("device", result["device"]), ("table", result["table"]), ("origin", result.get("provenance", "unknown"))]
         return missing(f"The table itself cannot be read: {run.why_no_table}.") + facts(rows)
     meta = table.meta
-    gpu = meta["gpu"]["name"] if isinstance(meta.get("gpu"), dict) else None
-    threads = meta.get("threads")
     rows = [
         ("device", table.device),
-        ("hardware", meta.get("cpu") or gpu or meta.get("chip") or meta.get("marketing_name")),
+        ("hardware", table.hardware),
         ("system", meta.get("os")),
         (
             "origin",
@@ -152,9 +150,9 @@ def table_section(run: Run) -> str:
         ),
         ("runtime", _words(meta.get("runtime"), meta.get("runtime_version"))),
         ("export", meta.get("export")),
-        ("threads", threads),
+        ("threads", meta.get("threads")),
         ("precision", meta.get("precision")),
-        ("images a call", meta.get("batch", 1)),
+        ("images a call", table.batch),
         ("power", meta.get("power")),
         ("measured at", to_the_minute(meta.get("measured_at"))),
         ("rows", len(table.rows)),

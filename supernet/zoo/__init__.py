@@ -5,6 +5,7 @@ from pathlib import Path
 
 from supernet.arch import ArchConfig
 from supernet.errors import unknown
+from supernet.files import is_path
 
 _FOLDER = Path(__file__).parent
 
@@ -33,6 +34,4 @@ def load_arch(name_or_path: str | Path) -> ArchConfig:
         InputError: there is neither, or the file cannot be used.
     """
     text = str(name_or_path)
-    if text.endswith((".yaml", ".yml")) or "/" in text:
-        return ArchConfig.load(text)
-    return zoo(text)
+    return ArchConfig.load(text) if is_path(text) else zoo(text)
