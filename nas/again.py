@@ -174,6 +174,8 @@ def _print(result: Mapping[str, Any], held: Finished, out: Path) -> None:
         f"  loss {result['predicted_loss']:.4f} by the drops of {held.folder}, {result['start_loss']:.4f} of its start "
         f"network{whole}"
     )
+    if result["predicted_loss"] < 0 <= result["start_loss"] and result["loss"] is None:
+        print("  no loss is below 0: the drops of so many changes do not add up, and --verify says what the network is worth")
     if result["largest_of_space"]:
         print(f"  {nothing_taken_away(held.space, held.result['init']['network'] if 'init' in held.result else None)}")
     elif result["strategy"] == "exact":

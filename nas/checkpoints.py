@@ -22,7 +22,7 @@ from supernet.arch import ArchConfig
 from supernet.blocks.concatplexer import is_group_part
 from supernet.distillation import one_classifier
 from supernet.errors import InputError, placed
-from supernet.files import write_atomically
+from supernet.files import refuse_folder, write_atomically
 from supernet.weights import at_size
 
 CHECKPOINT_EVERY_S = 600.0  # within an epoch; there is one after each epoch too
@@ -105,6 +105,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: it cannot be read, or holds none.
     """
+    refuse_folder(path, "weights.safetensors", "model.safetensors")
     if not path.is_file():
         raise InputError(f"the weights file {path} does not exist: {WEIGHTS}")
     try:
@@ -113,8 +114,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of a training beside its weights
             found: Any = torch.load(path, weights_only=True, map_location="cpu")
         if isinstance(found, dict) and isinstance(found.get("net"), dict):
+            if "within" in found:
+                raise InputError(f"{path} is a search's supernet, many networks in one: give the weights.safetensors beside it")
             found = kept_state(found)
-    except MemoryError:
+    except (MemoryError, InputError):
         raise
     except Exception as error:  # neither library has one base for what damaged files raise
         raise InputError(f"the weights file {path} cannot be read: {WEIGHTS}") from error

@@ -427,8 +427,10 @@ def train(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     def work() -> None:
+        from nas.data import refuse_among_images
         from nas.parallel import joined
 
+        refuse_among_images(given.out, given.data)
         group = joined()  # under torchrun all processes train together
         with ExitStack() as held:
             group.agreed(lambda: held.enter_context(alone(given.out)))

@@ -128,6 +128,26 @@ def load_images(
     )
 
 
+def refuse_among_images(out: Path, path: Path | None) -> None:
+    """Refuse results among the images of a command, where they would be taken for a class or an image the next time.
+
+    Raises:
+        InputError: `out` lies there.
+    """
+    if path is None:
+        return
+    root, place = path.resolve(), out.resolve()
+    among = [root / "train", root / "val"] if _is_parted(root) else [root]
+    if place == root or any(place.is_relative_to(part) for part in among):
+        raise InputError(f"the results, in {out}, would lie among the images of {path}: give an --out elsewhere")
+
+
+def _is_parted(root: Path) -> bool:
+    """Whether a data folder has the parts train/ and, maybe, val/, instead of classes. A folder named train that holds images
+    and no folders is a class: of vehicles, say."""
+    return (root / "train").is_dir() and any(entry.is_dir() for entry in _entries(root / "train"))
+
+
 def load_data(
     path: Path | None, image_size: int, seed: int, score_images: int = 512, train_size: int | None = None
 ) -> ImageData:
@@ -264,8 +284,7 @@ class _Class:
 def _list_folder(root: Path) -> _Folder:
     if not _entries(root):
         raise InputError(f"data folder {root} is empty: {_LAYOUT}")
-    # A folder named train that holds images and no folders is a class: of vehicles, say.
-    parted = (root / "train").is_dir() and any(entry.is_dir() for entry in _entries(root / "train"))
+    parted = _is_parted(root)
     train = _class_files(root / "train" if parted else root)
     val = _class_files(root / "val") if parted and (root / "val").is_dir() else None
     classes = tuple(sorted(train))

@@ -41,8 +41,12 @@ def find_arch(network: str) -> ArchConfig | None:
     Raises:
         InputError: the YAML file is missing or cannot be used.
     """
-    if network.endswith(YAML) or network in zoo_names():
+    if network.endswith(YAML) or network in zoo_names() or Path(network).is_dir():
         return load_arch(network)
+    if not network.endswith(".onnx") and Path(network).exists():
+        raise InputError(
+            f"{network} is neither an ONNX file nor a network's YAML: give one of these, as nas-export and nas-search write"
+        )
     if network.endswith(".onnx") or ":" in network or not is_path(network):
         return None
     return load_arch(network)

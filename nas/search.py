@@ -9,7 +9,7 @@ from typing import Any
 
 from nas.alone import alone
 from nas.checkpoints import Pretrained
-from nas.data import load_data, natural_size, say_if_demonstration
+from nas.data import load_data, natural_size, refuse_among_images, say_if_demonstration
 from nas.kept import REPORT, network_name
 from nas.lookup import OnDevice, groups_of, places, resolve_device, usable_table
 from nas.parallel import joined
@@ -29,6 +29,7 @@ from supernet.errors import InputError
 from supernet.files import read_json, reading, write_atomically
 from supernet.space import SearchSpace
 
+RUNS = Path("runs")  # where a search without --out has its folder
 TRAINED = ("supernet.pt", "channels.json", "distillation.pt", "evaluations.csv")  # what another target changes nothing in
 BEFORE = ("request.json", "space.yaml", "tensorboard")  # what a search's folder holds before anything is trained
 
@@ -84,6 +85,7 @@ def run_search(
     """
     targets = request.all_targets
     settings = settings or SupernetSettings.load(request.config)
+    refuse_among_images(request.out or RUNS, request.data)
     check_strategy(request.strategy, settings.objective)
     given: Pretrained | None = None
     if request.init is not None and request.weights is not None:
@@ -103,7 +105,7 @@ def run_search(
     data = load_data(request.data, train_size, request.seed, settings.score_images)
     data = replace(data, flips=data.flips and settings.mirror)
     space = space.with_classes(len(data.classes))
-    folder = request.out or Path("runs") / run_name(space.name, [ms for _, ms in targets], request.seed)
+    folder = request.out or RUNS / run_name(space.name, [ms for _, ms in targets], request.seed)
     if trained is not None and data.fingerprint != trained.request["data_fingerprint"]:
         raise InputError(f"the images of {data.source} are not those of {trained.folder}: search anew, without --from")
     blocks = {"blocks": files} if (files := space.block_files()) else {}
@@ -220,7 +222,7 @@ def search_from(run: Path, request: Request) -> dict[str, Any]:
     wanted = {resolve_device(device) for device, _ in request.all_targets if device is not None} - known
     tables = [Path(target["table"]) for target in held.targets if target["device"] in wanted]
     seed = held.request["seed"]
-    out = request.out or Path("runs") / run_name(held.space.name, [ms for _, ms in request.all_targets], seed)
+    out = request.out or RUNS / run_name(held.space.name, [ms for _, ms in request.all_targets], seed)
     return run_search(
         replace(request, table=(*request.table, *tables), data=held.data, seed=seed, out=out, **beginning(held)),
         space=held.space,

@@ -67,7 +67,8 @@ def show_table(device: str, folder: Path) -> None:
             f"  off by {c.mean_error_percent:.1f} % on average, {c.max_error_percent:.1f} % at most; within 5 %: "
             f"{c.within_5_percent:.0f} %, within 10 %: {c.within_10_percent:.0f} %; Kendall tau {c.kendall_tau:.2f}"
         )
-        line = f"{c.scale:.4g} x sum of rows {c.scale_between:+.4g} x those of stem and embeddings"
+        sign = "-" if c.scale_between < 0 else "+"
+        line = f"{c.scale:.4g} x sum of rows {sign} {abs(c.scale_between):.4g} x those of stem and embeddings"
         if c.bend:
             line = f"({line}) x (1 + {c.bend:.3g} x the same)"
         print(f"  ms = {c.offset_ms:.4g} + {line}")

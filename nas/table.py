@@ -9,6 +9,7 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -16,9 +17,10 @@ import pandas as pd
 import platformdirs
 
 from nas.export_forms import require_current_form
+from nas.progress import say
 from supernet.arch import ArchConfig
 from supernet.errors import LONGEST, InputError, first_line
-from supernet.files import checked_fields, is_path, parse_yaml, read_json, write_together
+from supernet.files import checked_fields, is_path, parse_yaml, read_json, refuse_folder, write_together
 from supernet.space import SearchSpace, space_names
 from supernet.specs import SPECS, Head, Layer, Spec, is_embedding, is_stem, knobs_of, spec_type_of
 from supernet.user_block import is_foreign, loaded
@@ -328,6 +330,8 @@ class LatencyTable:
                 not allowed.
         """
         text = str(id_or_path)
+        if text not in find_tables():
+            refuse_folder(text, *(file.name for file in sorted(Path(text).glob("*.csv")) if not _is_beside(file)))
         path = Path(text) if is_path(text, ".csv") else find_table(text)
         table = _load(path)
         if not any_form:
@@ -389,7 +393,20 @@ def find_tables() -> dict[str, Path]:
         for sidecar in sorted(folder.glob("*.meta.json")):
             device = sidecar.name.removesuffix(".meta.json")
             found.setdefault(device, folder / f"{device}.csv")
+        for csv in sorted(folder.glob("*.csv")):
+            if not _is_beside(csv) and not csv.with_name(f"{csv.stem}.meta.json").exists():
+                _say_alone(csv)
     return found
+
+
+def _is_beside(path: Path) -> bool:
+    """Whether a file is one of those that lie beside a table."""
+    return path.name.endswith((".meta.json", ".samples.csv"))
+
+
+@cache
+def _say_alone(csv: Path) -> None:
+    say(f"warning: {csv} has no {csv.stem}.meta.json beside it, so it is not used: copy both files, or remove it")
 
 
 def find_table(device: str) -> Path:
@@ -444,6 +461,9 @@ def _load(path: Path) -> LatencyTable:
     sidecar_path = path.with_suffix(".meta.json")
     if not path.is_file():
         raise InputError(f"the latency table {path} does not exist: give the path of a table's CSV file")
+    if _is_beside(path):
+        table = path.name.removesuffix(".meta.json").removesuffix(".samples.csv") + ".csv"
+        raise InputError(f"{path} lies beside a latency table and is none: give {path.with_name(table)}")
     if not sidecar_path.is_file():
         raise InputError(f"the latency table {path} needs {sidecar_path}, which is not there: copy both files or build it anew")
     sidecar = read_json(sidecar_path, "the latency table's sidecar", "build the table anew with nas-build-lut")

@@ -86,6 +86,18 @@ def _remove(temporary: str) -> None:
         os.unlink(temporary)
 
 
+def refuse_folder(path: str | Path, *names: str) -> None:
+    """Refuse a folder where a file is meant, naming the one in it that may be: the first of `names` that is there.
+
+    Raises:
+        InputError: it is a folder.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        there = [str(folder / name) for name in names if (folder / name).is_file()]
+        raise InputError(f"{path} is a folder: give " + (there[0] if there else "a file in it"))
+
+
 def read_text(path: str | Path, what: str, do: str = "give another file") -> str:
     """Return the text of a file, without a mark at its beginning; `what` names it in errors, `do` is what helps."""
     try:

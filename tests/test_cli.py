@@ -816,6 +816,17 @@ def test_nas_profile_warns_of_a_table_that_is_far_off(
 @pytest.mark.parametrize(
     ("command", "arguments", "said"),
     [
+        (cli.profile, ["trained"], "trained is a folder: give trained/arch.yaml"),
+        (cli.export, ["trained", "--out", "x.onnx"], "trained is a folder: give trained/arch.yaml"),
+        (cli.profile, ["trained/arch.pt2"], "trained/arch.pt2 is neither an ONNX file nor a network's YAML"),
+        (cli.export, ["efficientformer_l1", "--out", "x.onnx", "--weights", "trained"], "give trained/model.safetensors"),
+        (cli.search, ["--target-ms", "1", "--data", ".", "--out", "run"], "would lie among the images of .: give an --out"),
+        (cli.search, ["--target-ms", "1", "--data", "."], "the results, in runs, would lie among the images"),
+        (
+            cli.train,
+            ["efficientformer_l1", "--data", "trained", "--out", "trained/new"],
+            "would lie among the images of trained",
+        ),
         (cli.profile, ["efficientformer_l2"], "did you mean efficientformer_l"),
         (cli.profile, ["nowhere.yaml"], "give the path of a network's YAML file"),
         (cli.profile, ["nowhere.onnx"], "does not exist"),
@@ -848,6 +859,9 @@ def test_nas_profile_warns_of_a_table_that_is_far_off(
 def test_the_other_commands_refuse_in_one_line(
     command: Command, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("trained").mkdir()
+    for name in ("arch.yaml", "arch.pt2", "model.safetensors"):
+        Path("trained", name).touch()
     assert said in refused(command, arguments, capsys)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from nas import supernet_training
-from nas.checkpoints import save_checkpoint
+from nas.checkpoints import read_weights, save_checkpoint
 from nas.data import ImageData, Images, normalise
 from nas.evaluation import Evaluator
 from nas.settings import SupernetSettings
@@ -597,6 +597,12 @@ def test_settings_that_are_not_given_have_their_defaults(tmp_path: Path) -> None
     assert SupernetSettings.load(path) == SupernetSettings()
     path.write_text("max_params: 5e6\n")
     assert SupernetSettings.load(path).max_params == 5_000_000
+
+
+def test_a_supernet_is_not_taken_for_a_network(tmp_path: Path) -> None:
+    torch.save({"net": {"a": torch.ones(1)}, "within": {}}, tmp_path / "supernet.pt")
+    with pytest.raises(InputError, match=r"supernet\.pt is a search's supernet.* give the weights\.safetensors beside it"):
+        read_weights(tmp_path / "supernet.pt")
 
 
 # -- Image size --------------------------------------------------------------------------------------------------------

@@ -249,6 +249,22 @@ def test_tables_are_found_in_the_working_folder_first(tmp_path: Path, monkeypatc
         LatencyTable.load("toy-gpu")
 
 
+def test_what_lies_beside_a_table_leads_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = table_of(TINY).save("latency_tables")
+    (tmp_path / "latency_tables" / f"{path.stem}.samples.csv").touch()
+    for given in ("latency_tables", f"latency_tables/{path.stem}.samples.csv"):
+        with pytest.raises(InputError, match=f"give latency_tables/{path.stem}.csv"):
+            LatencyTable.load(given)
+    path.with_suffix(".meta.json").rename(tmp_path / "elsewhere.json")
+    assert find_tables().get(path.stem) != path
+    find_tables()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"warning: {path} has no {path.stem}.meta.json beside it, so it is not used")
+
+
 @pytest.mark.parametrize("ms", [0, -1, float("nan"), float("inf"), True, "1.6"])
 def test_a_target_is_a_positive_number(ms: float) -> None:
     with pytest.raises(InputError, match="positive number of milliseconds"):

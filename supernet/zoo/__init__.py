@@ -5,7 +5,7 @@ from pathlib import Path
 
 from supernet.arch import ArchConfig
 from supernet.errors import unknown
-from supernet.files import is_path
+from supernet.files import is_path, refuse_folder
 
 _FOLDER = Path(__file__).parent
 
@@ -34,4 +34,6 @@ def load_arch(name_or_path: str | Path) -> ArchConfig:
         InputError: there is neither, or the file cannot be used.
     """
     text = str(name_or_path)
+    if text not in zoo_names():
+        refuse_folder(text, "searched.yaml", "arch.yaml")
     return ArchConfig.load(text) if is_path(text) else zoo(text)
