@@ -8,11 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from nas.audit import say_if_untrue
+from nas.columns import print_columns
 from nas.device_ids import KINDS, PHONES
 from nas.export_forms import EarlierForm
 from nas.from_timm import TIMM
@@ -187,16 +184,14 @@ def _layer_rows(arch: ArchConfig | None, table: LatencyTable | None, breakdown: 
 def _print_layers(rows: list[dict[str, Any]], *, measured: bool) -> None:
     predicted = any(row["ms"] is not None for row in rows)
     described = any(row["what"] for row in rows)
-    shown = Table(box=box.SIMPLE)
-    shown.add_column("layer", no_wrap=True)
+    columns = {"layer": False}
     if described:
-        shown.add_column("what")
+        columns |= {"what": False}
     if predicted:
-        shown.add_column("table ms", justify="right")
+        columns |= {"table ms": True}
     if measured:
-        shown.add_column("measured ms", justify="right")
-        shown.add_column("share", justify="right")
-        shown.add_column("mostly")
+        columns |= {"measured ms": True, "share": True, "mostly": False}
+    lines = []
     for row in rows:
         cells = [row["layer"]]
         if described:
@@ -206,18 +201,15 @@ def _print_layers(rows: list[dict[str, Any]], *, measured: bool) -> None:
         if measured:
             largest = [f"{kind} {ms:.3f}" for kind, ms in list(row["operators"].items())[:MOSTLY]]
             cells += [f"{row['measured_ms']:.4f}", f"{100 * row['share']:.1f} %", ", ".join(largest)]
-        shown.add_row(*cells)
-    Console().print(shown)
+        lines.append(cells)
+    print_columns(columns, lines)
 
 
 def _print_operators(breakdown: Breakdown) -> None:
-    shown = Table(box=box.SIMPLE)
-    shown.add_column("operator")
-    for column in ("measured ms", "share", "count"):
-        shown.add_column(column, justify="right")
-    for kind in breakdown.operators:
-        shown.add_row(kind.operator, f"{kind.ms:.4f}", f"{100 * kind.share:.1f} %", str(kind.count))
-    Console().print(shown)
+    print_columns(
+        {"operator": False, "measured ms": True, "share": True, "count": True},
+        ([kind.operator, f"{kind.ms:.4f}", f"{100 * kind.share:.1f} %", str(kind.count)] for kind in breakdown.operators),
+    )
 
 
 def _predict(table: LatencyTable | None, arch: ArchConfig, device: str, network: str, *, measured: bool) -> float | None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import median
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
+from nas.columns import print_columns
 from nas.table import ON_MEDIANS, LatencyTable, Row, find_table, find_tables
 from supernet.errors import InputError
 from supernet.specs import label
@@ -75,18 +72,17 @@ def show_table(device: str, folder: Path) -> None:
         signed = [f"stage {i} {e:+.1f} %" for i, e in enumerate(c.error_by_stage_percent, 1)]
         signed += [f"{kind} {e:+.1f} %" for kind, e in c.error_by_kind_percent.items()]
         print(f"  signed error, weighted by share: {', '.join(signed)}")
-    shown = Table(box=box.SIMPLE)
-    for column in ("kind", "at px", "rows", "method", "ms", "half-width", "flagged"):
-        shown.add_column(column, justify="left" if column in ("kind", "method") else "right")
     groups: dict[tuple[str, int], list[Row]] = {}
     for (spec, side), row in table.rows.items():
         groups.setdefault((spec.kind, side), []).append(row)
+    lines = []
     for (kind, side), rows in sorted(groups.items()):
         half = median(50 * (row.high_ms - row.low_ms) / abs(row.ms) if row.ms else 0.0 for row in rows)
         ends = f"{min(r.ms for r in rows):.4g} to {max(r.ms for r in rows):.4g}"
         cells = [kind, side, len(rows), rows[0].method, ends, f"{half:.1f} %", sum(bool(r.flag) for r in rows) or ""]
-        shown.add_row(*map(str, cells))
-    Console().print(shown)
+        lines.append(list(map(str, cells)))
+    names = ("kind", "at px", "rows", "method", "ms", "half-width", "flagged")
+    print_columns({name: name not in ("kind", "method") for name in names}, lines)
     for doubt in (*(d for d in doubts(table) if d.why != NOISY), *wrong):  # noisy rows are counted above
         expected = f", not {doubt.expected_ms:.4g}" if doubt.expected_ms is not None else ""
         print(f"  {doubt.layer}: {doubt.ms:.4g} ms{expected}: {doubt.why}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,17 @@ def test_layers_have_the_tables_milliseconds_beside_the_measured_ones(
     assert 0 < record["without_multiply_adds_share"] <= record["memory_bound_share"] <= 1
     assert record["plot"] == "small-layers.png"
     assert Path("small-layers.png").stat().st_size > 1000
+
+
+def test_numbers_stay_whole_in_a_narrow_terminal_and_lines_in_a_pipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    cli.profile(["small.yaml", "--layers"])
+    assert re.search(r"\d\.\d{4} +\d+\.\d %", narrow := capsys.readouterr().out) and "…" not in narrow
+    monkeypatch.delenv("COLUMNS")
+    cli.profile(["small.yaml", "--layers"])
+    assert re.search(r"stage2_flat .*\d\.\d{4} .*Transpose \d\.\d{3}", capsys.readouterr().out)
 
 
 def test_people_get_tables_and_a_picture_where_they_want_it(
