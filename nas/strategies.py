@@ -60,6 +60,11 @@ class Scores:
         pairs = {pair: in_errors(drop) for pair, drop in self.drops.pairs.items()}
         return replace(self.drops, evaluation=base, singles=singles, pairs=pairs)
 
+    @property
+    def of_whole_networks(self) -> bool:
+        """Whether whole networks are evaluated; in an answer by the drops alone, their sums stand in for that."""
+        return self.evaluate != self.drops.evaluation_for
+
     def charge_of(self, found: Trajectory) -> float:
         return self.charge(found.evaluation)
 
@@ -341,7 +346,8 @@ def choose(
         except NothingFits:
             raise error from None
         say(f"the loop does not reach it ({error}); the best by the drops does")
-        say_shortlist(found)
+        if scores.of_whole_networks:
+            say_shortlist(found)
         return found
 
 
