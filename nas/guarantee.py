@@ -21,7 +21,7 @@ AIM = 0.99  # of the target: where the upper end of the measured interval is to 
 @dataclass(frozen=True)
 class Check:
     """How long a network took on a device itself, with its 95 % interval, at its table's pace, and as the clock had it
-    (`raw_ms`); None where it could not be measured, or was not kept."""
+    (`raw_ms`); None where it could not be measured."""
 
     ms: float | None = None
     low_ms: float | None = None

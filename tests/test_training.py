@@ -595,16 +595,6 @@ def test_claim_compares_what_json_holds(tmp_path: Path) -> None:
         claim(folder, many)
 
 
-def test_a_request_of_an_earlier_version_means_the_defaults_of_what_it_does_not_name(tmp_path: Path) -> None:
-    claim(tmp_path, {"seed": 1, "settings": {"epochs": 3}})
-    since = {"teacher": None, "settings": {"epochs": 9, "precision": "auto"}}
-    claim(tmp_path, {"seed": 1, "teacher": None, "settings": {"epochs": 3, "precision": "auto"}}, since)
-    with pytest.raises(InputError, match="settings"):
-        claim(tmp_path, {"seed": 1, "teacher": None, "settings": {"epochs": 3, "precision": "fp32"}}, since)
-    with pytest.raises(InputError, match="teacher absent, now"):
-        claim(tmp_path, {"seed": 1, "teacher": "sha", "settings": {"epochs": 3}})
-
-
 def test_a_request_that_never_began_gives_way_to_another_of_its_command(tmp_path: Path) -> None:
     claim(tmp_path, {"command": "nas-train", "batch_size": 4096})
     claim(tmp_path, {"command": "nas-train", "batch_size": 64}, begun=False)
