@@ -21,7 +21,7 @@ from nas.kept import complexity_of, described, read_evaluations, write_csv
 from nas.profile import per_image
 from nas.request import Finished, claim, finished
 from nas.scores import Drops
-from nas.slimming import Importance, start_network
+from nas.slimming import MOST_LOG_ODDS, Importance, start_network
 from nas.strategies import (
     FRONTIER_COLUMNS,
     Budgeted,
@@ -41,7 +41,6 @@ from supernet.arch import ArchConfig
 from supernet.errors import InputError
 from supernet.files import read_csv, reading, write_atomically
 
-LARGEST_LOG_ODDS = 700  # exp takes no larger ones
 STRATEGIES = ("exact", "greedy")  # those that need no more than drops
 
 
@@ -185,9 +184,9 @@ def _importance(held: Finished) -> Importance:
             by_slot[int(line["stage"]) - 1, int(line["slot"]) - 1][line["kind"]] = float(line["log_odds"])
     for (stage, slot), odds in by_slot.items():
         kinds = set(held.space.stages[stage].kinds) - {"identity"}
-        if odds.keys() != kinds or not all(abs(value) < LARGEST_LOG_ODDS for value in odds.values()):
+        if odds.keys() != kinds or not all(abs(value) < MOST_LOG_ODDS for value in odds.values()):
             raise InputError(
-                f"{path} needs for slot {slot + 1} of stage {stage + 1} a number below {LARGEST_LOG_ODDS} for each of "
+                f"{path} needs for slot {slot + 1} of stage {stage + 1} a number below {MOST_LOG_ODDS:g} for each of "
                 f"{', '.join(sorted(kinds))}: {do}"
             )
     return [by_slot[at] for at in held.space.slots]

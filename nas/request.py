@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from nas.table import Target
+from nas.trajectory import Score
 from supernet.errors import InputError, first_line
 from supernet.files import parse_yaml, read_json, write_atomically
 from supernet.space import SearchSpace
@@ -99,7 +100,7 @@ def finished(run: Path, or_interrupted: bool = False) -> Finished:
             raise TypeError("its strategy, data, devices or tables are no texts")
         settings = request["settings"]
         limits = [request["seed"], settings.get("max_params", 0), settings.get("max_macs", 0)]
-        if not all(type(number) is int and number >= 0 for number in limits) or settings["score"] not in ("loss", "accuracy"):
+        if not all(type(number) is int and number >= 0 for number in limits) or settings["score"] not in get_args(Score):
             raise ValueError("its seed or a limit is no whole number, or its score is none")
         for target in held.targets:
             Target(target["target_ms"])

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nas.kept import described
 from nas.progress import say
@@ -18,13 +18,10 @@ from nas.scores import Drop, Drops, Evaluate, single_changes
 from nas.slimming import LANDING, Importance, MobileEfficiency, rounded_up, slim
 from nas.solver import Budget, best, frontier, solutions
 from nas.table import LatencyTable
-from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, Score, Step, Trajectory, evaluate_all
+from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, SamplerName, Score, Step, Trajectory, evaluate_all
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace, space_names
-
-if TYPE_CHECKING:
-    from nas.proposals import SamplerName
 
 SHORTLIST = 6  # networks, the best by the drops, that are evaluated as whole ones
 STRATEGIES = ("greedy", "exact", "optuna")

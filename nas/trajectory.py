@@ -27,6 +27,7 @@ COLUMNS = (
 `Trajectory.columns` has more, among them the gain (`gain_ms`, `gain_mes`) that the drop is divided by."""
 
 Score = Literal["loss", "accuracy"]
+SamplerName = Literal["tpe", "nsga2"]  # of an Optuna study; here, as Optuna takes a while to import
 
 
 class NothingFits(InputError):

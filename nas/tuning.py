@@ -39,11 +39,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from nas.kept import described
 from nas.progress import progress, say
-from nas.proposals import Networks, Sampler, SamplerName, key
+from nas.proposals import Networks, Sampler, key
 from nas.shared_study import Others, beating, opened, within_reach, worker
 from nas.slimming import check_limits, rounded_up
 from nas.table import Target
-from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, Score, Step, Trajectory
+from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, SamplerName, Score, Step, Trajectory
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace

@@ -32,9 +32,8 @@ from small_spaces import stage_space
 from nas import proposals, shared_study, tuning
 from nas.kept import described
 from nas.profilers.bench import Failed
-from nas.proposals import SamplerName
 from nas.shared_study import study_name
-from nas.trajectory import Evaluation, Limit, Option, Trajectory
+from nas.trajectory import Evaluation, Limit, Option, SamplerName, Trajectory
 from nas.tuning import tune
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
