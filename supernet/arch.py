@@ -1,6 +1,6 @@
 """What a network is: Stage, ArchConfig, and their YAML form. No torch.
 
-The specs of its layers are in supernet.specs, and can be had from here too.
+The specs of its layers are in supernet.specs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,8 @@ from supernet.errors import InputError, placed
 from supernet.files import checked_fields, checked_list, read_yaml, write_atomically
 from supernet.ports import check_group, check_positive, group_knobs
 from supernet.specs import (
-    FFN,
     MB3D,
-    MB4D,
-    AttnEmbedding,
-    AttnFFN,
     Block,
-    ConvStem,
-    Embedding,
     Entry,
     Flat,
     Head,
@@ -32,43 +26,12 @@ from supernet.specs import (
     Join,
     Layer,
     PatchStem,
-    Sandwich,
-    Spec,
-    Stem,
-    Subsample,
     Unflat,
     ViT,
     check_width,
     in_group,
     knobs_of,
 )
-
-__all__ = [
-    "FFN",
-    "MB3D",
-    "MB4D",
-    "ArchConfig",
-    "AttnEmbedding",
-    "AttnFFN",
-    "Block",
-    "ConvStem",
-    "Embedding",
-    "Entry",
-    "Flat",
-    "Head",
-    "Identity",
-    "Layer",
-    "MultiplexSpec",
-    "PatchStem",
-    "Sandwich",
-    "Spec",
-    "Stage",
-    "Stem",
-    "Subsample",
-    "Unflat",
-    "ViT",
-]
-
 
 MOST_STAGES = 16
 
