@@ -177,11 +177,19 @@ class LatencyTable:
         raise InputError(self._missing_message([layer]))
 
     def sum_ms(self, arch: ArchConfig) -> float:
-        """Return the sum of the rows of a network's layers."""
+        """Return the sum of the rows of a network's layers.
+
+        Raises:
+            InputError: the table has no row for one of them.
+        """
         return self.sums_ms(arch)[0]
 
     def sums_ms(self, arch: ArchConfig) -> tuple[float, float]:
-        """Return the sum of the rows of a network's layers, and that of its stem and embeddings."""
+        """Return the sum of the rows of a network's layers, and that of its stem and embeddings, in milliseconds.
+
+        Raises:
+            InputError: the table has no row for one of them.
+        """
         found = [(layer.spec, self.layer_ms(layer)) for layer in arch.layers()]
         return sum(ms for _, ms in found), sum(ms for spec, ms in found if is_entry(spec))
 
@@ -216,7 +224,12 @@ class LatencyTable:
         return [(name, layer, bent * ms) for name, layer, ms in parts], by.offset_ms
 
     def calibration_of(self, arch: ArchConfig) -> Calibration:
-        """Return the calibration that a network is predicted by."""
+        """Return the calibration that a network is predicted by; see `predict_ms`.
+
+        Raises:
+            InputError: none has the network's image size and strides; or several have, and the table has no row for one of its
+                layers.
+        """
         matching = [c for c in self.calibrations if (c.image_size, c.strides) == (arch.image_size, arch.strides)]
         if not matching:
             known = ", ".join(f"{c.space} ({c.image_size} px)" for c in self.calibrations)
