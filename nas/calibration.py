@@ -13,7 +13,16 @@ from nas.plan import CHECK_NETWORKS, FIT_NETWORKS
 from nas.profilers.timing import Measurement
 from nas.progress import say
 from nas.statistics import kendall_tau
-from nas.table import Calibration, CheckedNetwork, LatencyTable, measured_layers, option_of, space_sha256
+from nas.table import (
+    Calibration,
+    CheckedNetwork,
+    LatencyTable,
+    bend_factor,
+    calibrated_ms,
+    measured_layers,
+    option_of,
+    space_sha256,
+)
 from supernet.arch import ArchConfig, place_of
 from supernet.errors import InputError
 from supernet.space import SearchSpace
@@ -50,7 +59,7 @@ def _calibration(
     check = np.array([not fitted for _, _, _, fitted in networks])
     coefficients = fit(x[~check], between[~check], y[~check])
     _refuse_level(coefficients[1])
-    predicted = _predicted(coefficients, x, between)
+    predicted = calibrated_ms(coefficients, x, between)
     signed = 100 * (predicted - y)[check] / y[check]
     by_stage, by_kind = _shares(table, [arch for arch, told in zip(archs, check, strict=True) if told])
     return Calibration(
@@ -170,18 +179,12 @@ def fit(sums: Array, between: Array, measured: Array) -> Array:
             if line.max() <= 0:
                 break
             bend = bent / line.max()
-            factors = columns * np.stack([np.ones(len(line)), *2 * [1 + bend * line.clip(0)]], axis=1)
+            factors = columns * np.stack([np.ones(len(line)), *2 * [bend_factor(line, bend)]], axis=1)
             found = np.append(least_absolute(factors, measured), bend)
         else:
             tried.append(found)
-    best = min(tried, key=lambda found: float(np.abs(_predicted(found, sums, between) / measured - 1).sum()))
+    best = min(tried, key=lambda found: float(np.abs(calibrated_ms(found, sums, between) / measured - 1).sum()))
     return fit(sums, 0 * between, measured) if between.any() and best[1] + best[2] <= 0 else best
-
-
-def _predicted(fitted: Array, sums: Array, between: Array) -> Array:
-    """Return the milliseconds that a fit says of networks, as `Calibration.predict_ms` does."""
-    line = fitted[1] * sums + fitted[2] * between
-    return np.asarray(fitted[0] + line * (1 + fitted[3] * line.clip(0)))
 
 
 def sidecar_tau(predicted: Array, measured: Array) -> float:

@@ -221,7 +221,7 @@ def load_checkpoint(path: Path, group: Group = ALONE, **parts: Stateful) -> int:
         try:
             state = torch.load(io.BytesIO(held), weights_only=True, map_location="cpu")
             for name, part in parts.items():
-                part.load_state_dict(state.get(name, {}))  # an earlier version had no state within an epoch
+                part.load_state_dict(state[name])
             epoch = int(state["epoch"])
             if epoch < 0:
                 raise ValueError("no number of epochs")
@@ -251,8 +251,8 @@ class History:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
-        self.losses = list(state_dict.get("losses", []))  # an earlier version had none within an epoch
-        self.seconds = float(state_dict.get("seconds", 0.0))
+        self.losses = list(state_dict["losses"])
+        self.seconds = float(state_dict["seconds"])
 
     def write(self, path: Path) -> None:
         """Write the rows as CSV, whole or not at all."""

@@ -27,6 +27,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VALIDATION = ("dev", "test", "valid", "validation")  # what others call folders beside train/
+SHIFT = 1 / 8  # of an image's side, at most, in augmentation
 ENDINGS = 3  # of files that were left out, to be named
 MIN_IMAGES_PER_CLASS = 3  # one each to train, to score and to validate
 
@@ -199,10 +200,8 @@ def normalise(batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return batch.float().div_(255).sub_(mean).div_(std).to(dtype)
 
 
-def augment(
-    x: Tensor, generator: torch.Generator, flip: bool = True, pad: float = 1 / 8, part: tuple[slice, int] | None = None
-) -> Tensor:
-    """Return each image of (B, C, S, S) shifted by up to `pad` of its side and, if `flip`, mirrored half of the time.
+def augment(x: Tensor, generator: torch.Generator, flip: bool = True, part: tuple[slice, int] | None = None) -> Tensor:
+    """Return each image of (B, C, S, S) shifted by up to an eighth of its side and, if `flip`, mirrored half of the time.
 
     The border is filled by reflection. The draws come from `generator` alone, so they are the same on every device. `part`:
     which rows of a batch the images are, and how many images it has; each gets what it would get in the whole batch.
@@ -211,7 +210,7 @@ def augment(
     own, n = part or (slice(None), len(x))
     shifts = []
     for side in (height, width):
-        reach = min(round(side * pad), side - 1)
+        reach = min(round(side * SHIFT), side - 1)
         shifts.append(torch.randint(-reach, reach + 1, (n,), generator=generator))
     mirrored = torch.rand(n, generator=generator) < 0.5 if flip else torch.zeros(n, dtype=torch.bool)
     return shifted(x, torch.stack(shifts, 1)[own], mirrored[own])

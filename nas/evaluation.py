@@ -62,7 +62,6 @@ class Evaluator:
         self.memory_bytes = memory_for_activations(self.device) if memory_bytes is None else memory_bytes
         self.forget()
         self.layers_run = 0  # how many layers were computed, for judging what keeping activations saves
-        self.layers_asked = 0  # how many those networks have
 
     def _images(self, images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
         pixels, labels = images.batch(indices)
@@ -120,7 +119,6 @@ class Evaluator:
             self.layers_run += not self._tree.is_free(node)
             if node != nodes[-1]:
                 self._cache.keep(node, (fit, score), _bytes(fit, score))
-        self.layers_asked += sum(not self._tree.is_free(node) for node in nodes)
         return self._judged(score)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from nas.about import INPUT, OUTPUT, metadata, read_note, targets_beside, targets_of_file
+from nas.about import INPUT, OUTPUT, metadata, other_class, read_note, targets_beside, targets_of_file
 from nas.onnx_model import onnx_bytes, onnx_session
 from nas.profilers.bench import Failed
 from nas.progress import say
@@ -301,11 +301,13 @@ def _weighted(network: str, weights: str | Path | None, arch: ArchConfig) -> tup
 
 
 def _same_classes(known: Any, found: tuple[str, ...], arch: ArchConfig, source: str) -> list[str]:
-    """Return the class names of the data that calibrate a network, which must be the network's."""
-    if len(found) != arch.num_classes or (known is not None and list(found) != known):
+    """Return the class names of a network, which must be those of the data that calibrate it (see `nas.about.other_class`); as
+    the network writes them, where it knows them."""
+    if len(found) != arch.num_classes:
         theirs = f"{len(known)} classes ({', '.join(known[:3])}, ...)" if known else f"{arch.num_classes} classes"
-        raise InputError(
-            f"the network knows {theirs}, but {source} has {len(found)} ({', '.join(found[:3])}, ...): give the images that it "
-            "was trained on"
-        )
-    return list(found)
+        wrong = f"the network knows {theirs}, but {source} has {len(found)} ({', '.join(found[:3])}, ...)"
+    elif known is not None and (other := other_class(found, known)):
+        wrong = f"{source} has other classes than the network knows, or in another order ({other})"
+    else:
+        return list(known or found)
+    raise InputError(f"{wrong}: give the images that it was trained on")

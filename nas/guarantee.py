@@ -94,6 +94,9 @@ def meet(goals: Sequence[Goal], search: Search, charge: Callable[[Trajectory], f
     them. Ends after six measurements, or where no network lies between. Of the networks that meet the targets the best by
     `charge` (such as the loss; the less the better) is chosen, of equally good ones the slowest; of those that miss, the
     nearest. A device that is not here is not measured: its table's word stands.
+
+    Raises:
+        NothingFits: the first search finds nothing within the targets. A later one's is the end of the repairs.
     """
     budgets = [_Budget(goal) for goal in goals]
     best: tuple[bool, float, float] | None = None

@@ -120,8 +120,7 @@ class Checks:
     """What networks take on the device: measured here, or read from what was measured elsewhere. Kept in a file, so that
     neither is done twice; what was normalised by another table's references is passed over."""
 
-    HEADER = ("network", "ms", "low_ms", "high_ms", "measured_at", "cached_reference_ms", "streaming_reference_ms")
-    RAW = "raw_ms"  # a further column, which an earlier version's files do not have
+    HEADER = ("network", "ms", "low_ms", "high_ms", "measured_at", "cached_reference_ms", "streaming_reference_ms", "raw_ms")
 
     def __init__(self, path: Path, table: LatencyTable) -> None:
         from nas.devices import profiler_of
@@ -140,11 +139,10 @@ class Checks:
             lines = read_csv(self.path, self.HEADER, "the file of measurements", do)
             with reading(str(self.path), do):
                 for line in lines:
-                    ms, low_ms, high_ms = (float(line[name]) for name in self.HEADER[1:4])
-                    if not 0 < low_ms <= ms <= high_ms < math.inf:
-                        raise ValueError(f"{line['network']} has {ms} ms between {low_ms} and {high_ms}")
+                    ms, low_ms, high_ms, raw_ms = (float(line[name]) for name in ("ms", "low_ms", "high_ms", "raw_ms"))
+                    if not (0 < low_ms <= ms <= high_ms < math.inf and 0 < raw_ms < math.inf):
+                        raise ValueError(f"{line['network']} has {ms} ms between {low_ms} and {high_ms}, raw {raw_ms}")
                     if all(line[name] == said for name, said in self.references.items()):
-                        raw_ms = float(line[self.RAW]) if line.get(self.RAW) else None
                         found[line["network"]] = Check(ms, low_ms, high_ms, raw_ms), line["measured_at"]
         return found
 
@@ -186,11 +184,9 @@ class Checks:
     def _keep(self, name: str, found: Measurement) -> None:
         self.known = {**self._read(), **self.known, name: (Check(found.ms, found.low_ms, found.high_ms, found.raw_ms), now())}
         # With all digits: a budget that follows from a measurement is the same for whoever reads it.
-        of_each = {
-            n: {k: repr(float(v)) for k, v in asdict(check).items() if v is not None} for n, (check, _) in self.known.items()
-        }
+        of_each = {n: {k: repr(float(v)) for k, v in asdict(check).items()} for n, (check, _) in self.known.items()}
         records = ({"network": n, **of_each[n], "measured_at": at, **self.references} for n, (_, at) in self.known.items())
-        write_csv(self.path, records, (*self.HEADER, self.RAW))
+        write_csv(self.path, records, self.HEADER)
 
 
 def write_complexity(path: Path, space: SearchSpace) -> None:
@@ -201,11 +197,13 @@ def write_complexity(path: Path, space: SearchSpace) -> None:
     write_csv(path, ({"layer": k, "params": v.params, "macs": v.macs} for k, v in counts.items()), COMPLEXITY)
 
 
-def complexity_of(path: Path, arch: ArchConfig) -> tuple[int, int] | tuple[None, None]:
-    """Return the parameters and MACs of a network by the file of `write_complexity`; an earlier version's runs have none."""
-    if not path.exists():
-        return None, None
-    do = "remove it: the sizes of networks are then left out"
+def complexity_of(path: Path, arch: ArchConfig) -> tuple[int, int]:
+    """Return the parameters and MACs of a network by the file of `write_complexity`.
+
+    Raises:
+        InputError: the file cannot be read, or lacks one of the network's layers.
+    """
+    do = "search anew, or take the run from a copy"
     lines = read_csv(path, COMPLEXITY, "the file of layers", do)
     with reading(str(path), do):
         counts = {line["layer"]: (int(line["params"]), int(line["macs"])) for line in lines}

@@ -10,18 +10,17 @@ import math
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from nas.trajectory import Limit, Predictor
+from nas.trajectory import Limit, Predictor, SamplerName
 from supernet.arch import ArchConfig
 from supernet.space import SearchSpace
 
-SamplerName = Literal["tpe", "nsga2"]
 Params = Mapping[str, Any]
 
 POPULATION = 20  # of NSGA-II: ten generations in 200 trials; Optuna's own 50 would leave four

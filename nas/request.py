@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from nas.kept import REPORT
 from nas.table import Target
+from nas.trajectory import Score
 from supernet.errors import InputError, first_line
 from supernet.files import parse_yaml, read_json, write_atomically
 from supernet.space import SearchSpace
@@ -19,13 +20,12 @@ SHOWN = 60  # characters of a value in a refusal
 BEFORE = 15  # of them, those before the first difference of two long values
 
 
-def claim(folder: Path, request: Mapping[str, Any], since: Mapping[str, Any] | None = None, begun: bool = True) -> None:
+def claim(folder: Path, request: Mapping[str, Any], begun: bool = True) -> None:
     """Make `folder` the place of `request`, whose values JSON can hold, by writing `folder/request.json`.
 
-    A folder that has been claimed by an equal request is left as it is. `since`: what names mean that an earlier version's
-    request does not have yet, their defaults; those of a mapping in it, name by name. `begun`: whether the folder has anything
-    of a request's work; where it has not, as after one that ran out of memory in its first step, another request of the same
-    command takes its place.
+    A folder that has been claimed by an equal request is left as it is. `begun`: whether the folder has anything of a request's
+    work; where it has not, as after one that ran out of memory in its first step, another request of the same command takes
+    its place.
 
     Raises:
         InputError: the folder holds another request, or cannot be read or written.
@@ -36,7 +36,6 @@ def claim(folder: Path, request: Mapping[str, Any], since: Mapping[str, Any] | N
         write_atomically(path, text + "\n")
         return
     held = read_json(path, "the request file", f"what {folder} holds is unknown: give another --out")
-    held = _completed(held, json.loads(json.dumps(since or {})))
     given = json.loads(text)  # tuples have become lists, as in the file
     names = [*given, *(name for name in held if name not in given)]
     differing = [name for name in names if (name in held) != (name in given) or held.get(name) != given.get(name)]
@@ -66,11 +65,8 @@ class Finished:
 
     @property
     def space_file(self) -> Path:
-        """A file of its space, for a command; written where an earlier version has not."""
-        path = self.folder / "space.yaml"
-        if not path.exists():
-            self.space.save(path)
-        return path
+        """The file of its space, for a command."""
+        return self.folder / "space.yaml"
 
     @property
     def data(self) -> Path | None:
@@ -105,7 +101,7 @@ def finished(run: Path, or_interrupted: bool = False) -> Finished:
             raise TypeError("its strategy, data, devices or tables are no texts")
         settings = request["settings"]
         limits = [request["seed"], settings.get("max_params", 0), settings.get("max_macs", 0)]
-        if not all(type(number) is int and number >= 0 for number in limits) or settings["score"] not in ("loss", "accuracy"):
+        if not all(type(number) is int and number >= 0 for number in limits) or settings["score"] not in get_args(Score):
             raise ValueError("its seed or a limit is no whole number, or its score is none")
         for target in held.targets:
             Target(target["target_ms"])
@@ -123,14 +119,6 @@ def _finished(run: Path) -> Iterator[None]:
         raise InputError(
             f"{run} holds no finished search ({first_line(error)}): give the --out folder of a nas-search that ended"
         ) from error
-
-
-def _completed(held: Mapping[str, Any], since: Mapping[str, Any]) -> dict[str, Any]:
-    found = {**since, **held}
-    for name, value in since.items():
-        if isinstance(value, dict) and isinstance(found[name], dict):
-            found[name] = {**value, **found[name]}
-    return found
 
 
 def _difference(name: str, held: Mapping[str, Any], given: Mapping[str, Any]) -> str:

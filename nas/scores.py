@@ -48,7 +48,7 @@ PAIR_COLUMNS = (
     "accuracy",
 )
 ADDITIVITY_COLUMNS = ("network", "changes", "predicted_loss", "loss")
-LARGEST_LOG_ODDS = 100.0  # exp of it is still a number, with room for sums
+LARGEST_ADVANTAGE = 100.0  # as log-odds: exp of it is still a number, with room for sums
 
 Evaluate = Callable[[ArchConfig], Evaluation]
 Tick = Callable[[float], None]
@@ -121,7 +121,7 @@ class Drops:
         """
         advantages = self.advantages()
         sizes = [abs(value) for slot in advantages for value in slot.values()]
-        scale = max(median(sizes), max(sizes) / LARGEST_LOG_ODDS) or 1.0
+        scale = max(median(sizes), max(sizes) / LARGEST_ADVANTAGE) or 1.0
         return [{kind: value / scale - math.log(len(slot)) for kind, value in slot.items()} for slot in advantages]
 
     def save(self, path: Path) -> None:

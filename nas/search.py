@@ -109,7 +109,7 @@ def run_search(
     if trained is not None and data.fingerprint != trained.request["data_fingerprint"]:
         raise InputError(f"the images of {data.source} are not those of {trained.folder}: search anew, without --from")
     blocks = {"blocks": files} if (files := space.block_files()) else {}
-    if trained is not None and blocks and trained.request.get("blocks", files) != files:
+    if trained is not None and blocks and trained.request.get("blocks") != files:
         raise InputError(f"{' and '.join(files)} is not what {trained.folder} was searched with: search anew, without --from")
     space_name = request.space or space.name
     if trained is not None:
@@ -162,7 +162,6 @@ def run_search(
                 "seed": request.seed,
                 **({"init": given.arch.to_yaml(), "weights": given.digest} if given is not None else {}),
             },
-            since={"settings": SupernetSettings().deciding(), **blocks},
             begun=shared or any(entry.name not in BEFORE for entry in folder.iterdir() if not entry.name.startswith(".")),
         )
         say_if_demonstration(data)

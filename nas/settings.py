@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from nas.steps import MOST_IMAGES, MOST_RATE, PRECISIONS
 from nas.taylor import Method
-from nas.trajectory import Score
+from nas.trajectory import SamplerName, Score
 from supernet.arch import MOST_SIDE
 from supernet.errors import InputError, placed, unknown
 from supernet.files import checked_fields, read_yaml
@@ -128,7 +128,7 @@ class SupernetSettings:
     """Which channels a narrowed stage inherits: those that matter most, by gradient times weight (taylor) or by the norm of
     their weights (magnitude), or the first ones. auto: taylor; first for `paths: elastic`, whose first channels were trained to
     do without the others."""
-    optuna_sampler: Literal["tpe", "nsga2"] = "tpe"
+    optuna_sampler: SamplerName = "tpe"
     """Of the strategy optuna: what proposes networks."""
     optuna_trials: int = 200
     """Of the strategy optuna: networks that the study evaluates, all its processes together."""
@@ -144,14 +144,14 @@ class SupernetSettings:
 
     def __post_init__(self) -> None:
         choices = (
-            ("noise", ("gumbel", "uniform")),
-            ("score", ("loss", "accuracy")),
+            ("noise", get_args(Noise)),
+            ("score", get_args(Score)),
             ("objective", OBJECTIVES),
             ("paths", get_args(Paths)),
             ("importance", IMPORTANCES),
             ("precision", PRECISIONS),
             ("channels", ("auto", *get_args(Method))),
-            ("optuna_sampler", ("tpe", "nsga2")),
+            ("optuna_sampler", get_args(SamplerName)),
         )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nas.kept import described
 from nas.progress import say
@@ -18,13 +18,10 @@ from nas.scores import Drop, Drops, Evaluate, single_changes
 from nas.slimming import LANDING, Importance, MobileEfficiency, rounded_up, slim
 from nas.solver import Budget, best, frontier, solutions
 from nas.table import LatencyTable
-from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, Score, Step, Trajectory, evaluate_all
+from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, SamplerName, Score, Step, Trajectory, evaluate_all
 from supernet.arch import ArchConfig, MultiplexSpec
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace, space_names
-
-if TYPE_CHECKING:
-    from nas.proposals import SamplerName
 
 SHORTLIST = 6  # networks, the best by the drops, that are evaluated as whole ones
 STRATEGIES = ("greedy", "exact", "optuna")
@@ -59,6 +56,11 @@ class Scores:
         singles = {change: in_errors(drop) for change, drop in self.drops.singles.items()}
         pairs = {pair: in_errors(drop) for pair, drop in self.drops.pairs.items()}
         return replace(self.drops, evaluation=base, singles=singles, pairs=pairs)
+
+    @property
+    def of_whole_networks(self) -> bool:
+        """Whether whole networks are evaluated; in an answer by the drops alone, their sums stand in for that."""
+        return self.evaluate != self.drops.evaluation_for
 
     def charge_of(self, found: Trajectory) -> float:
         return self.charge(found.evaluation)
@@ -341,7 +343,8 @@ def choose(
         except NothingFits:
             raise error from None
         say(f"the loop does not reach it ({error}); the best by the drops does")
-        say_shortlist(found)
+        if scores.of_whole_networks:
+            say_shortlist(found)
         return found
 
 

@@ -243,7 +243,7 @@ class _Within:
         return {"sizes": self.sizes, **within}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        begun = state_dict.get("sizes", self.sizes)
+        begun = state_dict["sizes"]
         if begun != self.sizes:
             raise InputError(
                 f"this supernet was begun on another accelerator, with epochs of {begun[0]} images, not {self.sizes[0]}: go on "

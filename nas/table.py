@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import platformdirs
 
@@ -22,7 +24,7 @@ from supernet.arch import ArchConfig
 from supernet.errors import LONGEST, InputError, first_line
 from supernet.files import checked_fields, is_path, parse_yaml, read_json, refuse_folder, write_together
 from supernet.space import SearchSpace, space_names
-from supernet.specs import SPECS, Head, Layer, Spec, is_embedding, is_stem, knobs_of, spec_type_of
+from supernet.specs import SPECS, Head, Layer, Spec, is_entry, knobs_of, spec_type_of
 from supernet.user_block import is_foreign, loaded
 
 SCHEMA = 2
@@ -31,6 +33,8 @@ ORIGINS = ("measured", "imported")  # of a table: there are no estimated ones
 HARDWARE = ("cpu", "marketing_name")  # what a sidecar's hardware must be the same in, where both have it
 ON_MEDIANS = "calibrated_on_medians"  # in a sidecar: networks that were timed elsewhere
 FEW_CLASSES, MANY_CLASSES = 10, 1000  # heads are measured at these; a head's ms is linear in its classes
+
+Numbers = TypeVar("Numbers", float, npt.NDArray[np.float64])
 
 
 class RowsMissing(InputError):
@@ -122,16 +126,15 @@ class Calibration:
     bend: float = 0.0
 
     def predict_ms(self, sum_ms: float, between_ms: float) -> float:
-        line = self.scale * sum_ms + self.scale_between * between_ms
-        return self.offset_ms + line * self.bent(line)
+        return float(calibrated_ms((self.offset_ms, self.scale, self.scale_between, self.bend), sum_ms, between_ms))
 
     def bent(self, line: float) -> float:
         """Return the factor between the line of a network and its milliseconds over the offset."""
-        return 1 + self.bend * max(line, 0.0)
+        return float(bend_factor(line, self.bend))
 
     def steepness(self, line: float) -> float:
         """Return how many milliseconds a millisecond more of the line brings there."""
-        return 1 + 2 * self.bend * max(line, 0.0)
+        return float(bend_factor(line, 2 * self.bend))
 
     def line_of(self, ms: float) -> float:
         """Return the line at which a network takes so many milliseconds."""
@@ -142,7 +145,7 @@ class Calibration:
 
     def slope_of(self, layer: Layer) -> float:
         """Return what a millisecond of this layer's row adds to the line."""
-        return self.scale + (self.scale_between if is_stem(layer.spec) or is_embedding(layer.spec) else 0.0)
+        return self.scale + (self.scale_between if is_entry(layer.spec) else 0.0)
 
 
 @dataclass(frozen=True)
@@ -193,13 +196,21 @@ class LatencyTable:
         raise InputError(self._missing_message([layer]))
 
     def sum_ms(self, arch: ArchConfig) -> float:
-        """Return the sum of the rows of a network's layers."""
+        """Return the sum of the rows of a network's layers.
+
+        Raises:
+            InputError: the table has no row for one of them.
+        """
         return self.sums_ms(arch)[0]
 
     def sums_ms(self, arch: ArchConfig) -> tuple[float, float]:
-        """Return the sum of the rows of a network's layers, and that of its stem and embeddings."""
+        """Return the sum of the rows of a network's layers, and that of its stem and embeddings, in milliseconds.
+
+        Raises:
+            InputError: the table has no row for one of them.
+        """
         found = [(layer.spec, self.layer_ms(layer)) for layer in arch.layers()]
-        return sum(ms for _, ms in found), sum(ms for spec, ms in found if is_stem(spec) or is_embedding(spec))
+        return sum(ms for _, ms in found), sum(ms for spec, ms in found if is_entry(spec))
 
     def predict_ms(self, arch: ArchConfig) -> float:
         """Return the milliseconds of one call of the network on this device.
@@ -232,7 +243,12 @@ class LatencyTable:
         return [(name, layer, bent * ms) for name, layer, ms in parts], by.offset_ms
 
     def calibration_of(self, arch: ArchConfig) -> Calibration:
-        """Return the calibration that a network is predicted by."""
+        """Return the calibration that a network is predicted by; see `predict_ms`.
+
+        Raises:
+            InputError: none has the network's image size and strides; or several have, and the table has no row for one of its
+                layers.
+        """
         matching = [c for c in self.calibrations if (c.image_size, c.strides) == (arch.image_size, arch.strides)]
         if not matching:
             known = ", ".join(f"{c.space} ({c.image_size} px)" for c in self.calibrations)
@@ -339,6 +355,20 @@ class LatencyTable:
             remedy = f"build it anew: {' and '.join(map(table.building, spaces))}"
             require_current_form(f"the table {path}", table.meta, remedy)
         return table
+
+
+def bend_factor(line: Numbers, bend: float) -> Numbers:
+    """Return the factor between the line of a network, or of several (n,), and its milliseconds over the offset."""
+    factor: Numbers = 1 + bend * np.maximum(line, 0.0)
+    return factor
+
+
+def calibrated_ms(fitted: Sequence[float] | npt.NDArray[np.float64], sum_ms: Numbers, between_ms: Numbers) -> Numbers:
+    """Return what a fit says of a network, or of several (n,): see `Calibration`. `fitted`: offset_ms, scale, scale_between and
+    bend."""
+    offset_ms, scale, scale_between, bend = fitted
+    line = scale * sum_ms + scale_between * between_ms
+    return offset_ms + line * bend_factor(line, bend)
 
 
 def option_of(space: str) -> str:

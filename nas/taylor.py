@@ -25,7 +25,7 @@ from nas.evaluation import recalibrate
 from nas.progress import progress
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
-from supernet.files import read_json, write_atomically
+from supernet.files import read_json, reading, write_atomically
 from supernet.metapath import Supernet
 from supernet.specs import Identity, Layer
 from supernet.units import UnitScores, axes, key, sections, stage_of
@@ -184,7 +184,7 @@ def channels(
     Kept in the file `path`, so that a search that was killed goes on with the same.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file cannot be read, or is damaged.
     """
     if method == "first" or all(len(stage.widths) == 1 for stage in supernet.space.stages):
         return None
@@ -212,14 +212,17 @@ def to_json(scores: UnitScores, method: Method) -> str:
 
 
 def from_json(path: Path) -> UnitScores:
-    """Return the scores that a file holds."""
-    try:
-        content = read_json(path, "the file of channels")
+    """Return the scores that a file holds.
+
+    Raises:
+        InputError: it cannot be read, or is damaged.
+    """
+    do = "remove it, and the scores are computed again"
+    content = read_json(path, "the file of channels", do)
+    with reading(str(path), do):
         stages = tuple(torch.tensor(values, dtype=torch.float64) for values in content["stages"])
         inside = {
             name: {role: torch.tensor(values, dtype=torch.float64) for role, values in roles.items()}
             for name, roles in content["inside"].items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise InputError(f"{path} is damaged: remove it, and the scores are computed again") from error
     return UnitScores(stages, inside)

@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +140,8 @@ def train_network(
 
     model = group.agreed(untrained)
     # Claimed only now: what was refused so far leaves the folder free for the corrected request.
-    defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
-    defaults = {**defaults, "teacher": None, "train_image_size": arch.image_size}
-    if "blocks" in request:
-        defaults["blocks"] = request["blocks"]
     begun = any((folder / name).exists() for name in WORK)
-    group.agreed(lambda: claim(folder, request, defaults, begun) if group.first else None)
+    group.agreed(lambda: claim(folder, request, begun) if group.first else None)
     if ended := group.from_first(lambda: _ended(folder, recipe)):
         say(f"the training in {folder} has finished before: its result is returned")
         return TrainingResult(arch, *ended, recipe.all_epochs, folder)

@@ -27,6 +27,7 @@ COLUMNS = (
 `Trajectory.columns` has more, among them the gain (`gain_ms`, `gain_mes`) that the drop is divided by."""
 
 Score = Literal["loss", "accuracy"]
+SamplerName = Literal["tpe", "nsga2"]  # of an Optuna study; here, as Optuna takes a while to import
 
 
 class NothingFits(InputError):
@@ -47,7 +48,7 @@ class Evaluation(NamedTuple):
 @dataclass(frozen=True)
 class Check:
     """How long a network took on a device itself, with its 95 % interval, at its table's pace, and as the clock had it
-    (`raw_ms`); None where it could not be measured, or was not kept."""
+    (`raw_ms`); None where it could not be measured."""
 
     ms: float | None = None
     low_ms: float | None = None

@@ -39,11 +39,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from nas.kept import described
 from nas.progress import progress, say
-from nas.proposals import Networks, Sampler, SamplerName, key
+from nas.proposals import Networks, Sampler, key
 from nas.shared_study import Others, beating, opened, within_reach, worker
 from nas.slimming import check_limits, rounded_up
 from nas.table import Target
-from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, Score, Step, Trajectory
+from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, SamplerName, Score, Step, Trajectory
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, unknown
 from supernet.space import SearchSpace
@@ -71,7 +71,6 @@ def tune(
     limits: Sequence[Limit] = (),
     score: Score = "loss",
     front: bool = False,
-    on_trial: Callable[[Option], None] | None = None,
 ) -> Trajectory:
     """Return the best network of a study of `trials` networks of at most `budget` milliseconds and within the limits.
 
@@ -99,7 +98,6 @@ def tune(
         limits: what a network must keep beside the target: parameters, or the milliseconds on another device.
         score: what is minimised: the loss, or the error (1 - accuracy).
         front: minimise milliseconds too: the study's `best_trials` are the front.
-        on_trial: called after each network that this process evaluated.
 
     Raises:
         NothingFits: the budget or a limit is below the space's smallest network and all known ones, or no network is found
@@ -134,7 +132,7 @@ def tune(
     metrics = ["loss" if score == "loss" else "error", *(["ms"] if front else [])]
     run = _Run(opened(study_name, storage, chosen, metrics), chosen, evaluate, score, front, start)
     with within_reach(storage):
-        run.finish(trials, min(more, trials), on_trial)
+        run.finish(trials, min(more, trials))
         options = tuple(run.best(trials, min(more, trials))[:OPTIONS])
     if not options:
         raise NothingFits(
@@ -166,7 +164,7 @@ class _Run:
         self.start = start
         self.others = Others()
 
-    def finish(self, trials: int, more: int, on_trial: Callable[[Option], None] | None) -> None:
+    def finish(self, trials: int, more: int) -> None:
         """Evaluate networks until `trials` of the study keep the budgets, and at least `more` were made under them."""
         kept, fresh = self._done()
         missing = max(trials - kept, more - fresh)
@@ -192,9 +190,7 @@ class _Run:
                 trial = self.study.ask(self.networks.distributions)
                 dropped = self._dropped(trial, trials, more)
                 if dropped is None:
-                    found = self._evaluated(trial)
-                    if found is not None and on_trial is not None:
-                        on_trial(found)
+                    self._evaluate(trial)
                 fruitless = fruitless + 1 if dropped in ("tried", "misses") and self.sampler.exhausted else 0
 
     def best(self, trials: int, more: int) -> list[Option]:
@@ -274,8 +270,8 @@ class _Run:
             trial.set_user_attr("dropped", why)
         self._end(trial.number, state)
 
-    def _evaluated(self, trial: Trial) -> Option | None:
-        """Evaluate a trial's network. None: another process has ended the trial meanwhile."""
+    def _evaluate(self, trial: Trial) -> None:
+        """Evaluate a trial's network, and end the trial, unless another process has meanwhile."""
         arch = self.networks.arch(trial.params)
         try:
             with beating(trial):
@@ -294,9 +290,8 @@ class _Run:
                 trial.set_user_attr("accuracy", evaluation.accuracy)
             ms = self.networks.table.predict_ms(arch)
             if self._end(trial.number, TrialState.COMPLETE, [value, *([ms] if self.front else [])]):
-                return self._option(trial.number, arch, evaluation)
+                return
         say(f"trial {trial.number} was taken for lost: its network will be proposed again")
-        return None
 
     def _end(self, number: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """End a trial, unless another process has: then False."""

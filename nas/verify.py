@@ -87,7 +87,8 @@ def _measured(run: Path, held: Finished, places: list[OnDevice], device: str | N
             names = " and ".join(place.name for place in elsewhere)
             raise InputError(f"{names} are elsewhere, and {device} is one machine: leave --device out for a job folder of each")
         if address is not None and not elsewhere and not all(check.profiler is not None for check in checks.values()):
-            say(f"what this network takes is known (measurements.csv): nothing is measured at {device}")
+            files = " and ".join(check.path.name for check in checks.values() if check.profiler is None)
+            say(f"what this network takes is known ({files}): nothing is measured at {device}")
         if address is not None and all(check.profiler is not None for check in checks.values()):
             raise InputError(f"{' and '.join(checks)} is measured on this machine, nothing at {device}: leave --device out")
         if address is not None and elsewhere:

@@ -1,6 +1,6 @@
 """What a network is: Stage, ArchConfig, and their YAML form. No torch.
 
-The specs of its layers are in supernet.specs, and can be had from here too.
+The specs of its layers are in supernet.specs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,8 @@ from supernet.errors import InputError, placed
 from supernet.files import checked_fields, checked_list, read_yaml, write_atomically
 from supernet.ports import check_group, check_positive, group_knobs
 from supernet.specs import (
-    FFN,
     MB3D,
-    MB4D,
-    AttnEmbedding,
-    AttnFFN,
     Block,
-    ConvStem,
-    Embedding,
     Entry,
     Flat,
     Head,
@@ -33,43 +27,12 @@ from supernet.specs import (
     Join,
     Layer,
     PatchStem,
-    Sandwich,
-    Spec,
-    Stem,
-    Subsample,
     Unflat,
     ViT,
     check_width,
     in_group,
     knobs_of,
 )
-
-__all__ = [
-    "FFN",
-    "MB3D",
-    "MB4D",
-    "ArchConfig",
-    "AttnEmbedding",
-    "AttnFFN",
-    "Block",
-    "ConvStem",
-    "Embedding",
-    "Entry",
-    "Flat",
-    "Head",
-    "Identity",
-    "Layer",
-    "MultiplexSpec",
-    "PatchStem",
-    "Sandwich",
-    "Spec",
-    "Stage",
-    "Stem",
-    "Subsample",
-    "Unflat",
-    "ViT",
-]
-
 
 MOST_STAGES = 16
 MOST_SIDE = 4096  # pixels of an image's side
@@ -302,6 +265,11 @@ class ArchConfig:
 
     @classmethod
     def from_dict(cls, document: dict[str, Any], where: str) -> ArchConfig:
+        """Return the network of a file's content, fields by name; `where` names the place in errors.
+
+        Raises:
+            InputError: a field is unknown, missing or not allowed.
+        """
         given = checked_fields(cls, document, where)
         with placed(where):
             stages = []

@@ -5,7 +5,7 @@ outside, by `sample_path`.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -155,8 +155,8 @@ def sample_path(
     """
     if not tau > 0:
         raise ValueError(f"tau must be positive, but is {tau}")
-    if noise not in ("gumbel", "uniform"):
-        raise ValueError(f"noise must be gumbel or uniform, but is {noise!r}")
+    if noise not in get_args(Noise):
+        raise ValueError(f"noise must be {' or '.join(get_args(Noise))}, but is {noise!r}")
     path = []
     for logit in logits:
         device = generator.device if generator is not None else torch.device("cpu")

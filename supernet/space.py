@@ -345,6 +345,11 @@ class SearchSpace:
 
     @classmethod
     def from_dict(cls, document: dict[str, Any], where: str) -> SearchSpace:
+        """Return the space of a file's content, fields by name; `where` names the place in errors.
+
+        Raises:
+            InputError: a field is unknown, missing or not allowed.
+        """
         given = checked_fields(cls, document, where)
         with placed(where):
             stages = []

@@ -438,7 +438,7 @@ SPECS: dict[str, type[Any]] = {
 
 
 def is_block(spec: object) -> bool:
-    return not (is_stem(spec) or is_embedding(spec) or isinstance(spec, Flat | Unflat | Head | Join))
+    return not (is_entry(spec) or isinstance(spec, Flat | Unflat | Head | Join))
 
 
 def is_stem(spec: object) -> TypeGuard[StageStem]:
@@ -447,6 +447,10 @@ def is_stem(spec: object) -> TypeGuard[StageStem]:
 
 def is_embedding(spec: object) -> TypeGuard[StageEmbedding]:
     return type(spec) in EMBEDDINGS.values()
+
+
+def is_entry(spec: object) -> TypeGuard[Entry]:
+    return is_stem(spec) or is_embedding(spec)
 
 
 def knobs_of(spec: Any) -> dict[str, Any]:
@@ -532,7 +536,7 @@ class Layer(NamedTuple):
                 return Port("groups", spec.dim, side, spec.group)
             case Head():
                 return Port("logits", spec.num_classes, 1)
-        if is_stem(spec) or is_embedding(spec):
+        if is_entry(spec):
             form: Form = "class_tokens" if isinstance(spec, PatchStem) else "map"
             return Port(form, spec.dim, -(-side // spec.stride))
         return self.entering

@@ -12,7 +12,8 @@ from test_cli import SETTINGS, additive_table, board_table, refused
 
 from nas import cli
 from nas.evaluation import Evaluator
-from nas.kept import described
+from nas.kept import Checks, described
+from nas.profilers.timing import Measurement
 from nas.scores import Drops
 from nas.search import borrow
 from nas.slimming import start_network
@@ -278,6 +279,14 @@ def test_each_device_is_verified_by_a_job_of_its_own(board: LatencyTable, capsys
     capsys.readouterr()
     said = refused(cli.search, ["--from", "both", "--verify", "--device", "ssh://me@there"], capsys)
     assert "board-cpu and phone-npu are elsewhere" in said
+    arch = ArchConfig.load("both/searched.yaml")
+    for target in json.loads(Path("both/result.json").read_text())["targets"]:
+        ms = 0.985 * target["target_ms"]
+        checks = Checks(Path(f"both/measurements-{target['device']}.csv"), LatencyTable.load(target["table"]))
+        checks.add(arch, Measurement(ms, ms, ms, ms, ms, ms, ms, 60))
+    cli.search(["--from", "both", "--verify", "--device", "ssh://me@there"])
+    known = "is known (measurements-board-cpu.csv and measurements-phone-npu.csv): nothing is measured at ssh://me@there"
+    assert known in capsys.readouterr().err
 
 
 def test_optuna_goes_on_where_the_drops_end(board: LatencyTable) -> None:

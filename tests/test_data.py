@@ -622,12 +622,12 @@ def test_constant_images_survive_augmentation(flip: bool) -> None:
 
 
 def test_augmentation_is_a_crop_of_the_reflected_image() -> None:
-    x = torch.arange(64 * 3 * 8 * 8, dtype=torch.float32).view(64, 3, 8, 8)
-    got = augment(x, torch.Generator().manual_seed(0), pad=2 / 8)
+    x = torch.arange(64 * 3 * 16 * 16, dtype=torch.float32).view(64, 3, 16, 16)
+    got = augment(x, torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="reflect")
     seen = set()
     for image, source in zip(got, padded, strict=True):
-        crops = {(top, left): source[:, top : top + 8, left : left + 8] for top in range(5) for left in range(5)}
+        crops = {(top, left): source[:, top : top + 16, left : left + 16] for top in range(5) for left in range(5)}
         matches = {(*place, False) for place, crop in crops.items() if torch.equal(image, crop)}
         matches |= {(*place, True) for place, crop in crops.items() if torch.equal(image, crop.flip(2))}
         assert len(matches) == 1, "each image is exactly one crop, mirrored or not"

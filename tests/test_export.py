@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -536,6 +537,22 @@ def test_int8_prints_and_keeps_what_it_costs(folder: Path, capsys: pytest.Captur
     assert (figures["validation_images"], figures["calibration_images"]) == (len(data.val), 128)
     assert json.loads(about["classes"]) == [str(digit) for digit in range(10)], "the weights did not say: the data do"
     assert "before quantisation" in capsys.readouterr().out
+
+
+def test_int8_takes_the_classes_by_name_however_accents_are_written(folder: Path) -> None:
+    classes = sorted(unicodedata.normalize("NFD", name) for name in CLASSES)
+    for number, name in enumerate(classes):
+        place = folder / "photos" / name
+        place.mkdir(parents=True)
+        for count in range(4):
+            Image.new("RGB", (32, 32), (40 * number, 60 * count, 0)).save(place / f"{count}.png")
+    said = refusal(lambda: write("m.onnx", int8=True, data=Path("photos")))
+    assert f"(number 1 of 5 is {classes[0]!r}, not 'daisy')" in said, "as many classes, in another order"
+    known = [unicodedata.normalize("NFC", name) for name in classes]
+    save_file(with_ordinary_values(build_model(UNFLAT), seed=1).state_dict(), "model.safetensors", note(known))
+    write("m.onnx", int8=True, data=Path("photos"))
+    about = onnx_session(Path("m.onnx").read_bytes()).get_modelmeta().custom_metadata_map
+    assert json.loads(about["classes"]) == known, "written as the network's weights do"
 
 
 def test_calibration_draws_training_images_by_the_seed() -> None:

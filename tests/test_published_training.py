@@ -201,15 +201,6 @@ def test_images_are_made_before_the_step_before_them_is_waited_for(
     assert done == ["images", "images", "step", "images", "step", "step"] * 2, "an epoch's first wait for its validation"
 
 
-def test_an_earlier_versions_checkpoint_goes_on(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = replace(PLAIN, epochs=2)
-    killed_at(8, monkeypatch, lambda: train_network(ARCH, digits, recipe, tmp_path, seed=0))
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    state["history"] = {"rows": state["history"]["rows"]}
-    torch.save(state, tmp_path / "checkpoint.pt")
-    assert train_network(ARCH, digits, recipe, tmp_path, seed=0).epochs == 2
-
-
 # -- Losses that are not finite ----------------------------------------------------------------------------------------
 
 

@@ -62,11 +62,11 @@ from nas.settings import SupernetSettings
 from nas.table import LatencyTable, Row, measured_layers
 from nas.training import train_network
 from nas.trajectory import Evaluation
-from supernet.arch import MB3D, MB4D, ArchConfig, Stage
+from supernet.arch import ArchConfig, Stage
 from supernet.errors import InputError
 from supernet.model import build_model
 from supernet.space import SearchSpace
-from supernet.specs import Head, Layer, is_stem
+from supernet.specs import MB3D, MB4D, Head, Layer, is_stem
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from nas.table import LatencyTable, Row
 from supernet.arch import ArchConfig
 from supernet.model import count, count_layer
 from supernet.space import SearchSpace, StageSpace
-from supernet.specs import Head, at_width, is_embedding, is_stem
+from supernet.specs import Head, at_width, is_entry
 
 EXACT = 1e-9
 
@@ -287,7 +287,7 @@ def test_what_cannot_be_met_or_does_not_add_up_is_refused() -> None:
 def test_the_calibration_counts_between_stages_by_itself_and_bends() -> None:
     table = made_up_table(SPACE, 0)
     arch = SPACE.largest
-    between = sum(table.layer_ms(la) for la in arch.layers() if is_stem(la.spec) or is_embedding(la.spec))
+    between = sum(table.layer_ms(la) for la in arch.layers() if is_entry(la.spec))
     line = 1.1 * table.sum_ms(arch) - 0.2 * between
     assert table.predict_ms(arch) == pytest.approx(0.05 + line + 0.1 * line**2)
 

@@ -219,7 +219,11 @@ def test_where_the_loop_is_stuck_the_best_by_the_drops_is_taken(capsys: pytest.C
         greedy(scores, budgets)
     found = choose("greedy", scores, budgets, (), start=None, landing=0.03)
     assert keeps(found.arch, budgets)
-    assert "the best by the drops does" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the best by the drops does" in said
+    assert "as a whole network" not in said, "sums of drops alone were looked at"
+    choose("greedy", replace(scores, evaluate=lambda arch: scores.drops.evaluation_for(arch)), budgets, ())
+    assert "by the drops is the best as a whole network" in capsys.readouterr().err
 
     def damaged(arch: ArchConfig) -> Evaluation:
         if arch == found.arch:

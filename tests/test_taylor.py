@@ -252,7 +252,12 @@ def test_a_search_goes_on_with_the_same_channels(
     assert to_json(first, "taylor") == to_json(again, "taylor") == path.read_text()
     assert channels(tmp_path / "none.json", supernet, start, data, 32, "first") is None
     path.write_text(path.read_text()[:50])
-    assert "remove it" in refusal(lambda: from_json(path))
+    assert "is not whole JSON: remove it" in refusal(lambda: from_json(path))
+    path.write_text('{"stages": 3, "inside": {}}')
+    assert "cannot be used" in refusal(lambda: from_json(path))
+    path.unlink()
+    path.mkdir()
+    assert "cannot be read (" in refusal(lambda: from_json(path)), "which says nothing of what it holds"
 
 
 def test_what_cannot_be_judged_is_refused(model: nn.Sequential, data: ImageData) -> None:

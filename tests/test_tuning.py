@@ -32,9 +32,8 @@ from small_spaces import stage_space
 from nas import proposals, shared_study, tuning
 from nas.kept import described
 from nas.profilers.bench import Failed
-from nas.proposals import SamplerName
 from nas.shared_study import study_name
-from nas.trajectory import Evaluation, Limit, Option, Trajectory
+from nas.trajectory import Evaluation, Limit, SamplerName, Trajectory
 from nas.tuning import tune
 from supernet.arch import ArchConfig
 from supernet.errors import InputError
@@ -609,22 +608,21 @@ def test_a_trial_that_was_taken_for_lost_does_not_count(storage: InMemoryStorage
 
 def test_any_storage_of_optuna(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 's.db'}"
-    seen: list[Option] = []
-    for trials in (2, 3):
+    evaluate = {trials: Evaluator() for trials in (2, 3)}
+    for trials, evaluator in evaluate.items():
         found = tune(
             SPACE,
-            Evaluator(),
+            evaluator,
             Table(),
             BUDGET_MS,
             FULL,
             study_name="study",
             storage=url,
             trials=trials,
-            on_trial=seen.append,
         )
     study = optuna.load_study(study_name="study", storage=url)
-    assert len(study.trials) == len(seen) == 3
-    assert study.best_value == found.evaluation.loss == min(option.evaluation.loss for option in seen)
+    assert len(study.trials) == sum(len(evaluator.candidates) for evaluator in evaluate.values()) == 3
+    assert study.best_value == found.evaluation.loss == min(trial.value for trial in study.trials)
     assert study.metric_names == ["loss"]
 
 

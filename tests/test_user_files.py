@@ -428,7 +428,7 @@ def test_what_a_run_has_kept(name: str, run: Path, monkeypatch: pytest.MonkeyPat
         put(run / name, whole)
 
 
-@given(content=csv_files(",".join(Checks.HEADER) + "\n16: mb4d | 32: mb3d,1.5,1.4,1.6,2026-01-01,None,None\n"))
+@given(content=csv_files(",".join(Checks.HEADER) + "\n16: mb4d | 32: mb3d,1.5,1.4,1.6,2026-01-01,None,None,1.7\n"))
 def test_measurements_that_a_run_has_kept(content: bytes, folder: Path, space: SearchSpace) -> None:
     path = put(folder / "measurements.csv", content)
     used_or_refused(lambda: Checks(path, additive_table(space, "board-cpu")), "measurements.csv")
