@@ -7,6 +7,7 @@ the arguments are parsed, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -466,6 +467,9 @@ def train(arguments: Sequence[str] | None = None) -> None:
         )
         if group.first:
             print(f"top-1 {100 * result.accuracy:.2f} %, loss {result.loss:.4f} after {result.epochs} epochs: {result.folder}")
+            weights = ["--weights", str(result.folder / "model.safetensors")]
+            words = ["nas-export", str(result.folder / "arch.yaml"), *weights, "--out", f"{result.folder.resolve().name}.onnx"]
+            print(f"  next: {shlex.join(words)}")
         group.leave()
 
     run_command(parser.prog, work)

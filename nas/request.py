@@ -28,8 +28,13 @@ def claim(folder: Path, request: Mapping[str, Any], begun: bool = True) -> None:
     its place.
 
     Raises:
-        InputError: the folder holds another request, or cannot be read or written.
+        InputError: the folder holds another request, or cannot be read or written, or a name in the request is no text.
     """
+    for name, value in {"out": str(folder), **request}.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # a path in another encoding, which no file of ours could say
+            raise InputError(f"{name}, {value!r}, is no text in UTF-8: rename it, or give a link to it") from error
     path = Path(folder) / "request.json"
     text = json.dumps(request, indent=2)
     if not path.exists():
@@ -129,7 +134,7 @@ def _difference(name: str, held: Mapping[str, Any], given: Mapping[str, Any]) ->
 
 def _text(value: object) -> str:
     """Return a value in one line."""
-    return " ".join(value.split()) if isinstance(value, str) else json.dumps(value)
+    return " ".join(value.split()) if isinstance(value, str) else "none" if value is None else json.dumps(value)
 
 
 def _shortened(text: str, same: int) -> str:

@@ -520,7 +520,7 @@ def test_resumed_training_with_a_teacher_equals_uninterrupted(
         patch.setattr(training, "train_step", killed)
         run("killed")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in run("killed").items())
-    with pytest.raises(InputError, match=r"\(teacher sha256 [0-9a-f]{16}, now null\)"):
+    with pytest.raises(InputError, match=r"\(teacher sha256 [0-9a-f]{16}, now none\)"):
         training.train_network(ARCH, digits, replace(RECIPE, epochs=2), tmp_path / "whole", seed=3)
 
 
@@ -632,6 +632,14 @@ def test_claim_shows_where_long_values_differ(tmp_path: Path) -> None:
     assert "OLD" in was and "NEW" in now
     assert (len(was), len(now)) == (60, 60)
     assert was.startswith("...a") and was.endswith("b...")
+
+
+def test_claim_refuses_names_that_no_file_could_say(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data, 'gr\\udcfcn', is no text in UTF-8: rename it"):
+        claim(tmp_path, {"data": os.fsdecode(b"gr\xfcn")})
+    with pytest.raises(InputError, match="out, .* is no text in UTF-8"):
+        claim(tmp_path / os.fsdecode(b"gr\xfcn"), {"data": "d"})
+    assert not list(tmp_path.iterdir())
 
 
 def test_claim_refuses_what_it_cannot_read(tmp_path: Path) -> None:
