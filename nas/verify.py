@@ -81,6 +81,7 @@ def _measured(run: Path, held: Finished, places: list[OnDevice], device: str | N
     which = {"request_sha256": hashlib.sha256(text.encode()).hexdigest(), "network": name_of(tuple(arch.layers()))}
     checks = {place.name: Checks(run / measurements_file(place.name, len(places)), place.table) for place in places}
     elsewhere = [place for place in places if checks[place.name].profiler is None and not checks[place.name].knows(arch)]
+    elsewhere.sort(key=lambda place: not takes_jobs(place.name))  # what can be done is done before the rest is refused
     if results is None:
         address = Address.parse(device) if device is not None else None
         if address is not None and len(elsewhere) > 1:

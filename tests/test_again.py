@@ -27,7 +27,7 @@ from supernet.space import SearchSpace
 @pytest.fixture
 def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatencyTable:
     found = board_table(tmp_path, monkeypatch)
-    additive_table(SearchSpace.load("micro.yaml"), "phone-npu", 0.5).save(tmp_path / "tables")
+    additive_table(SearchSpace.load("micro.yaml"), "phone-cpu", 0.5).save(tmp_path / "tables")
     return found
 
 
@@ -129,13 +129,13 @@ def test_the_start_is_the_searchs_own_where_importance_is_from_drops(board: Late
 @pytest.mark.usefixtures("nothing_is_evaluated")
 def test_two_devices_are_answered_together_and_the_folder_is_named_by_the_targets(run: Path, board: LatencyTable) -> None:
     ms = largest_ms(board)
-    cli.search(["--from", "run", "--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.3 * ms:.6f}"])
+    cli.search(["--from", "run", "--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-cpu={0.3 * ms:.6f}"])
     (folder,) = run.glob("at-*")
     found = ArchConfig.load(folder / "searched.yaml")
     assert board.predict_ms(found) <= 0.6 * ms + 1e-6, "the phone's table is half the board's, so its target is the tighter one"
     targets = read(folder / "result.json")["targets"]
     assert isinstance(targets, list)
-    assert [target["device"] for target in targets] == ["board-cpu", "phone-npu"]
+    assert [target["device"] for target in targets] == ["board-cpu", "phone-cpu"]
 
 
 @pytest.mark.usefixtures("nothing_is_evaluated")
@@ -147,12 +147,12 @@ def test_what_cannot_be_answered_is_refused_in_one_line_and_nothing_is_written(
     assert "is below the fastest network" in refused(cli.search, [*where, "--target-ms", "0.000001"], capsys)
     assert "no latency table of 'bord-cpu' here" in refused(cli.search, [*where, "--target", "bord-cpu=1"], capsys)
     assert "two targets on board-cpu" in refused(cli.search, [*where, "--target-ms", "1", "--target", "board-cpu=1"], capsys)
-    other = ["--target-ms", "1", "--table", "tables/phone-npu.csv"]
-    assert "is of phone-npu, which has no target" in refused(cli.search, [*where, *other], capsys)
+    other = ["--target-ms", "1", "--table", "tables/phone-cpu.csv"]
+    assert "is of phone-cpu, which has no target" in refused(cli.search, [*where, *other], capsys)
     assert "give another --out" in refused(cli.search, [*where, "--target-ms", "1", "--out", "run"], capsys)
     assert "add --verify" in refused(cli.search, [*where, "--target-ms", "1", "--strategy", "optuna"], capsys)
     assert "unknown strategy 'gready'" in refused(cli.search, [*where, "--target-ms", "1", "--strategy", "gready"], capsys)
-    assert "has no target" in refused(cli.search, [*where, "--device", "board-cpu", "--target", "phone-npu=1"], capsys)
+    assert "has no target" in refused(cli.search, [*where, "--device", "board-cpu", "--target", "phone-cpu=1"], capsys)
     said = refused(cli.search, [*where, "--target-ms", "1", "--verify", "--config", "settings.yaml"], capsys)
     assert "weight_epochs" in said and "which the finished search has decided" in said
     assert sorted(Path().rglob("*")) == before
@@ -168,11 +168,11 @@ def test_an_answer_for_another_request_is_not_overwritten(
     capsys.readouterr()
     asked = ["--from", "run", "--target-ms", f"{0.5 * ms:.6f}", "--out", "next"]
     assert "next holds another request (targets" in refused(cli.search, asked, capsys)
-    cli.search(["--from", "run", "--target", f"phone-npu={0.3 * ms:.6f}"])
+    cli.search(["--from", "run", "--target", f"phone-cpu={0.3 * ms:.6f}"])
     cli.search(["--from", "run", "--target-ms", f"{0.6 * ms:.6f}", "--strategy", "greedy"])
     names = sorted(path.name for path in run.glob("at-*"))
     assert [name.rsplit("-", 1)[-1] == "greedy" for name in names] == [True, False]
-    assert names[1].startswith("at-phone-npu-")
+    assert names[1].startswith("at-phone-cpu-")
 
 
 @pytest.mark.usefixtures("nothing_is_evaluated")
@@ -196,8 +196,8 @@ def test_a_table_that_is_not_true_warns_when_a_run_is_asked_again(
     warned_of: list[str] = []
     monkeypatch.setattr("nas.again.say_if_untrue", lambda table: warned_of.append(table.device))
     ms = largest_ms(board)
-    cli.search(["--from", "run", "--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.3 * ms:.6f}"])
-    assert warned_of == ["board-cpu", "phone-npu"]
+    cli.search(["--from", "run", "--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-cpu={0.3 * ms:.6f}"])
+    assert warned_of == ["board-cpu", "phone-cpu"]
 
 
 def test_other_images_than_those_of_the_run_are_refused(
@@ -248,45 +248,58 @@ def test_it_is_the_answer_of_a_search_from_scratch(run: Path, board: LatencyTabl
 
 def test_one_network_for_two_devices(board: LatencyTable, capsys: pytest.CaptureFixture[str]) -> None:
     ms = largest_ms(board)
-    targets = ["--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.3 * ms:.6f}"]
+    targets = ["--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-cpu={0.3 * ms:.6f}"]
     where = ["--space", "micro.yaml", "--config", "settings.yaml", "--out", "both"]
     cli.search([*targets, *where])
     result = read(Path("both/result.json"))
     both = result["targets"]
     assert isinstance(both, list)
-    assert [target["device"] for target in both] == ["board-cpu", "phone-npu"]
+    assert [target["device"] for target in both] == ["board-cpu", "phone-cpu"]
     assert all(target["predicted_ms"] <= target["target_ms"] for target in both)
     assert result["device"] == "board-cpu"
-    assert "on phone-npu: predicted" in capsys.readouterr().out
+    assert "on phone-cpu: predicted" in capsys.readouterr().out
     with open("both/frontier.csv") as file:
-        assert {line["device"] for line in csv.DictReader(file)} == {"board-cpu", "phone-npu"}
+        assert {line["device"] for line in csv.DictReader(file)} == {"board-cpu", "phone-cpu"}
     page = Path("both/report.html").read_text()
-    assert page.count("<td>phone-npu</td>") == 1
+    assert page.count("<td>phone-cpu</td>") == 1
     assert "--target board-cpu=" in page
     cli.search([*targets, *where])  # the same request goes on, and prints the same
     capsys.readouterr()
-    other = ["--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.4 * ms:.6f}"]
+    other = ["--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-cpu={0.4 * ms:.6f}"]
     assert "holds another request (targets" in refused(cli.search, [*other, *where], capsys)
 
 
 def test_each_device_is_verified_by_a_job_of_its_own(board: LatencyTable, capsys: pytest.CaptureFixture[str]) -> None:
     ms = largest_ms(board)
-    targets = ["--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-npu={0.3 * ms:.6f}"]
+    targets = ["--target", f"board-cpu={0.9 * ms:.6f}", "--target", f"phone-cpu={0.3 * ms:.6f}"]
     cli.search([*targets, "--space", "micro.yaml", "--config", "settings.yaml", "--out", "both"])
     cli.search(["--from", "both", "--verify"])
     manifests = [json.loads(path.read_text()) for path in sorted(Path("both").glob("verify-job-*/manifest.json"))]
-    assert [manifest["device"] for manifest in manifests] == ["board-cpu", "phone-npu"]
+    assert [manifest["device"] for manifest in manifests] == ["board-cpu", "phone-cpu"]
     capsys.readouterr()
     said = refused(cli.search, ["--from", "both", "--verify", "--device", "ssh://me@there"], capsys)
-    assert "board-cpu and phone-npu are elsewhere" in said
+    assert "board-cpu and phone-cpu are elsewhere" in said
     arch = ArchConfig.load("both/searched.yaml")
     for target in json.loads(Path("both/result.json").read_text())["targets"]:
         ms = 0.985 * target["target_ms"]
         checks = Checks(Path(f"both/measurements-{target['device']}.csv"), LatencyTable.load(target["table"]))
         checks.add(arch, Measurement(ms, ms, ms, ms, ms, ms, ms, 60))
     cli.search(["--from", "both", "--verify", "--device", "ssh://me@there"])
-    known = "is known (measurements-board-cpu.csv and measurements-phone-npu.csv): nothing is measured at ssh://me@there"
+    known = "is known (measurements-board-cpu.csv and measurements-phone-cpu.csv): nothing is measured at ssh://me@there"
     assert known in capsys.readouterr().err
+
+
+def test_what_takes_no_job_is_refused_after_the_jobs_of_others(
+    board: LatencyTable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    additive_table(SearchSpace.load("micro.yaml"), "a-laptop-npu", 0.5).save(tmp_path / "tables")
+    ms = largest_ms(board)
+    targets = ["--target", f"a-laptop-npu={0.3 * ms:.6f}", "--target", f"board-cpu={0.9 * ms:.6f}"]
+    cli.search([*targets, "--space", "micro.yaml", "--config", "settings.yaml", "--out", "both"])
+    with pytest.raises(SystemExit):
+        cli.search(["--from", "both", "--verify"])
+    assert "a-laptop-npu are measured by nas-search on the machine with it" in capsys.readouterr().err
+    assert [path.name for path in Path("both").glob("verify-job-*")] == ["verify-job-board-cpu"]
 
 
 def test_optuna_goes_on_where_the_drops_end(board: LatencyTable) -> None:

@@ -599,7 +599,8 @@ def test_a_run_that_began_with_a_network_shows_it(tmp_path: Path) -> None:
 
 
 def test_the_files_of_a_run_are_named_where_they_are(tmp_path: Path) -> None:
-    finished(tmp_path)
+    targets = [device("a", 8.0, 7.9), device("b", 1.2, 1.1)]
+    finished(tmp_path, result={**targets[0], "targets": targets})
     names = ["space.yaml", "study.journal", "measurements-a.csv", "measurements-b.csv"]
     assert not set(names) & {a.get("href") for _, a in page_of(tmp_path).elements}
     for name in names:
