@@ -213,6 +213,17 @@ def test_a_search_that_is_killed_at_every_file_finds_the_same(
     assert not left_overs("run")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed in another way here")
+def test_a_search_that_the_system_kills_at_five_moments_finds_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("kill_at_random.py")), str(tmp_path), "search", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, env=OWN | {"OPENBLAS_NUM_THREADS": "1"})
+    said = json.loads(done.stdout.splitlines()[-1] if done.stdout else "null")
+    assert said["last"] == [0, 0] and -signal.SIGKILL in said["codes"], done.stderr
+    for name in ("searched.yaml", "weights.safetensors", "drops.csv", "trajectory.csv", "evaluations.csv", "result.json"):
+        assert Path("killed", name).read_bytes() == Path("whole", name).read_bytes(), name
+    assert not left_overs("killed")
+
+
 def killed_at(name: str, after: bool, work: Callable[[], Any]) -> None:
     """Kill the work where it writes the file of this name: before the file has it, or right after."""
     real = os.replace

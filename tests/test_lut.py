@@ -2,8 +2,11 @@
 
 import csv
 import errno
+import json
 import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -272,6 +275,26 @@ def test_twenty_kills_lose_a_visit_each_at_most_and_change_no_row(
         lines = list(csv.reader(file))
     assert all(len(line) == 5 for line in lines), "no line is cut"
     assert len(lines) - 1 <= visits_needed + 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed in another way here")
+def test_a_build_that_the_system_kills_at_twenty_moments_gives_the_same_table(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("kill_at_random.py")), str(tmp_path), "build", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
+    assert json.loads(done.stdout or "null") == {"codes": [-9] * 20, "last": [0, 0]}, done.stderr
+    lines: dict[str, list[list[str]]] = {}
+    for out in ("whole", "killed"):
+        with (tmp_path / out / "pretended-cpu.samples.csv").open() as file:
+            lines[out] = list(csv.reader(file))
+    assert {len(line) for line in lines["killed"]} == {5}, "no line is cut"
+    assert len(lines["killed"]) - len(lines["whole"]) <= 20, "a kill loses one visit at most"
+    whole, killed = (LatencyTable.load(tmp_path / out / "pretended-cpu.csv") for out in ("whole", "killed"))
+    assert {layer: row.ms for layer, row in killed.rows.items()} == pytest.approx(
+        {layer: row.ms for layer, row in whole.rows.items()}, rel=1e-6
+    )
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
 
 
 def kill_after(device: Device, space: SearchSpace, folder: Path, visits: int) -> None:
