@@ -159,7 +159,7 @@ def _manifest_there(folder: Path) -> dict[str, Any] | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     strangers = {path.name for path in folder.iterdir()} - {*OURS, "manifest.json"} if folder.is_dir() else {folder.name}
-    strangers = {name for name in strangers if not name.startswith("samples-") and not name.endswith(PART)}
+    strangers = {name for name in strangers if not name.startswith(("samples-", ".DS_")) and not name.endswith(PART)}
     strangers |= {path.name for path in folder.glob("models/*") if not _is_model(path)}
     try:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ them, does not depend on how many processes there are.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=60)  # of gloo: some wait while others read images or search; one that dies is noticed all the same
+PATIENCE = timedelta(days=60)  # of gloo: some wait while others read images or search; one that dies is noticed all the same,
+if sys.platform == "darwin":  # but not over libuv, which gloo has on a Mac
+    PATIENCE = timedelta(hours=12)
 GPU_PATIENCE = timedelta(minutes=30)  # of NCCL, which may not notice; nobody waits there but for others' part of the same step
 TO_MEET = timedelta(minutes=10)  # for all processes to find each other
 BUCKET_BYTES = 64 * 2**20  # gradients are exchanged in pieces of this size: fewer messages, and no second copy of all

@@ -31,6 +31,7 @@ from nas.profilers.bench import usable_cpus
 from nas.progress import say
 from nas.stopping import outlive
 from supernet.errors import InputError
+from supernet.files import to_disk
 
 if TYPE_CHECKING:
     from nas.data import Images
@@ -326,7 +327,7 @@ def _write(path: Path, array: NDArray[Any]) -> None:
         with os.fdopen(handle, "wb") as file:
             np.save(file, array)
             file.flush()
-            os.fsync(file.fileno())
+            to_disk(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -39,7 +39,7 @@ class Recipe:
     images_per_epoch: int = 0
     """0: all training images."""
     accelerator: str = "auto"
-    """auto, cpu, cuda or mps."""
+    """auto (CUDA where there is one, else the CPU), cpu, cuda or mps."""
     accumulate: int = 1
     """Parts in which a process's images of a step go through the network, one after the other, where memory is short. Batch
     norm sees each part by itself."""

@@ -81,7 +81,7 @@ class SupernetSettings:
     score_images: int = 512
     recalibration_images: int = 256
     accelerator: str = "auto"
-    """auto, cpu, cuda or mps."""
+    """auto (CUDA where there is one, else the CPU), cpu, cuda or mps."""
     precision: str = "auto"
     """Of training: fp32, bf16 (matrix products in bfloat16), or auto: bf16 where the hardware multiplies it itself."""
     objective: str = "latency"

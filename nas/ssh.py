@@ -54,7 +54,8 @@ def _trial(address: Address) -> str:
     cannot = f"{address.python} on {address.host} cannot run jobs ("
     port = f":{address.port}" if address.port else ""
     newer = f"): give ssh://{address.host}{port}/path/to/python, one of 3.10 or newer"
-    install = f"): run there: {shlex.quote(address.python)} -m pip install onnxruntime numpy"
+    in_venv = " (in a venv, where the system's Python takes no packages)"
+    install = f"): run there: {shlex.quote(address.python)} -m pip install onnxruntime numpy{in_venv}"
     program = f"""
 import sys
 def refuse(why, do):

@@ -23,17 +23,27 @@ T = TypeVar("T")
 MOST_RATE = 1e6  # of a learning rate, or what else multiplies tensors: far beyond use, and within float32
 MOST_IMAGES = 100_000_000  # of an epoch: its losses and, at worst, one step's images are held in memory
 PRECISIONS = ("auto", "fp32", "bf16")
+TRAINS_ON_MPS = (2, 15)  # batch norm in channels-last: PyTorch's own tests expect it to fail on Apple's GPU before
 UNDECAYED = ("attention_biases", "cls_token", "pos_embed", "segments", "pair_biases")  # beside vectors
 
 
 def accelerator(wanted: str = "auto") -> torch.device:
-    """Return the device to train on: CUDA, then Apple's, then the CPU."""
+    """Return the device to train on. auto is CUDA where there is one, else the CPU; Apple's GPU is taken where it is asked for.
+
+    Raises:
+        InputError: there is no such device, or this PyTorch does not train on it.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
-        return torch.device(next(name for name, there in available.items() if there))
+        return torch.device("cuda" if available["cuda"] else "cpu")
     if not available[wanted]:
         usable = ", ".join(name for name, there in available.items() if there)
         raise InputError(f"this PyTorch finds no {wanted} device: use one of {usable}")
+    if wanted == "mps" and tuple(int(part) for part in torch.__version__.split(".")[:2]) < TRAINS_ON_MPS:
+        raise InputError(
+            f"PyTorch {torch.__version__} computes batch norm's gradients on Apple's GPU wrongly, or ends (pytorch#188371): "
+            f"use cpu, or PyTorch {'.'.join(map(str, TRAINS_ON_MPS))} or later"
+        )
     return torch.device(wanted)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -58,7 +59,7 @@ def write_together(contents: Mapping[Path, str | bytes]) -> None:
             with os.fdopen(handle, "wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
-                os.fsync(file.fileno())
+                to_disk(file.fileno())
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(temporary[path], 0o666 & ~umask)  # mkstemp makes private files
@@ -70,6 +71,17 @@ def write_together(contents: Mapping[Path, str | bytes]) -> None:
     finally:
         for left_over in temporary.values():
             _remove(left_over)
+
+
+def to_disk(handle: int) -> None:
+    """Wait until what was written to a file is on the disk. A Mac's fsync leaves it in the drive's own cache."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        with suppress(OSError):  # a file system that knows no other way
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(handle)
 
 
 def unwritten(path: str | Path, error: OSError) -> InputError | OSError:

@@ -8,6 +8,7 @@ ones for each kind of file.
 import os
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -26,6 +27,13 @@ ALWAYS: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_c
 settings.register_profile("usual", max_examples=12, derandomize=True, **ALWAYS)
 settings.register_profile("thorough", max_examples=500, print_blob=True, **ALWAYS)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if find_spec("coremltools") is None:
+        for item in items:
+            if item.get_closest_marker("coreml"):
+                item.add_marker(pytest.mark.skip(reason="coremltools is not installed"))
 
 
 @pytest.fixture(autouse=True, scope="session")

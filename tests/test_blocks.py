@@ -141,6 +141,7 @@ def test_onnx_runtime_gives_eager_s_numbers(name: str) -> None:
     np.testing.assert_allclose(found, run(module_of(name), x).numpy(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.coreml
 @pytest.mark.parametrize("name", BRIEFLY)
 def test_core_ml_takes_its_deploy_form_in_half_precision(name: str) -> None:
     """What nas-export and the tables' packages hold."""

@@ -267,6 +267,7 @@ def test_a_group_is_what_nas_export_writes(tmp_path: Path, capsys: pytest.Captur
     assert "(2, 3, 24, 24) to (2, 5)" in capsys.readouterr().out
 
 
+@pytest.mark.coreml
 @pytest.mark.parametrize("mux", [MultiplexSpec(2), MultiplexSpec(2, "avg", mixing="block")], ids=lambda mux: mux.mixing)
 @pytest.mark.parametrize("plain", PLAIN.values(), ids=PLAIN)
 def test_it_converts_to_core_ml(plain: ArchConfig, mux: MultiplexSpec) -> None:

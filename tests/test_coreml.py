@@ -29,6 +29,7 @@ from supernet.errors import InputError
 from supernet.files import PART
 from supernet.specs import FFN, MB3D, MB4D, AttnEmbedding, AttnFFN, Embedding, Flat, Head, Layer, Stem, Unflat
 
+pytestmark = pytest.mark.coreml
 SMALL = MB3D(32, num_heads=2, key_dim=8, attn_ratio=2)
 NETWORK = ArchConfig(
     "small", 32, 5, (Stage(16, 4, (MB4D(16),)), Stage(32, 2, (MB4D(32), SMALL)), Stage(32, 1, (MB4D(32), SMALL)))

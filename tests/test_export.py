@@ -322,6 +322,7 @@ def test_the_fastest_form_is_what_was_measured_to_be(folder: Path, monkeypatch: 
     assert about["form"] == "fastest"
 
 
+@pytest.mark.coreml
 def test_a_core_ml_package_is_whole_and_says_what_was_not_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     MAP_HEAD.save("searched.yaml")
     save_file(build_model(MAP_HEAD).state_dict(), "model.safetensors", note(CLASSES))

@@ -108,6 +108,24 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     assert not left_overs()
 
 
+def test_a_mac_s_drive_is_asked_to_write_its_own_cache_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    asked: list[int] = []
+    monkeypatch.setattr(files.sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda handle, what: asked.append(what))
+    monkeypatch.setattr(files.os, "fsync", lambda handle: asked.append(-1))
+    write_atomically("file", "new")
+    assert asked == [51]
+
+    def unknown(handle: int, what: int) -> None:
+        raise OSError(errno.ENOTTY, "Inappropriate ioctl for device")
+
+    monkeypatch.setattr(fcntl, "fcntl", unknown)
+    write_atomically("file", "newer")
+    assert asked == [51, -1]
+
+
 def test_what_is_no_file_is_not_replaced() -> None:
     Path("folder").mkdir()
     with pytest.raises(InputError, match="no file has that name"):
@@ -213,7 +231,7 @@ def test_a_search_that_is_killed_at_every_file_finds_the_same(
     assert not left_overs("run")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed in another way here")
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="processes are forked here, which is safe on Linux alone")
 def test_a_search_that_the_system_kills_at_five_moments_finds_the_same(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("kill_at_random.py")), str(tmp_path), "search", "5"]
     done = subprocess.run(command, capture_output=True, text=True, env=OWN | {"OPENBLAS_NUM_THREADS": "1"})

@@ -31,6 +31,7 @@ from nas.profilers.iphone import iphone_id, measure_on_iphone
 from nas.table import LatencyTable
 from supernet.errors import InputError
 
+pytestmark = pytest.mark.coreml
 UDID = "00008130-000A1B2C3D4E001E"
 TEAM = "ABCDE12345"
 # The part of a certificate that names its team (OID 2.5.4.11), between others: here the issuer's unit and the owner's name.

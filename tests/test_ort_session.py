@@ -76,3 +76,22 @@ def test_a_model_that_is_hidden_is_told_by_its_family(
     monkeypatch.setattr(ort_session, "_read", lambda path: None)
     monkeypatch.setattr(ort_session, "Path", lambda path: cpuinfo)
     assert cpu_id() == id
+
+
+@pytest.mark.parametrize(
+    ("model", "id"),
+    [
+        ("Raspberry Pi 4 Model B Rev 1.4\0", "raspberry-pi-4-model-b-rev-1-4-cpu"),
+        ("linux,dummy-virt\0", "aarch64-0x41-0xd08-cpu"),  # a virtual machine, of whatever processor
+        (None, "raspberry-pi-4-model-b-rev-1-4-cpu"),  # in a container
+    ],
+)
+def test_a_board_is_told_by_its_name(model: str | None, id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    processors = "".join(f"processor\t: {n}\nCPU implementer\t: 0x41\nCPU part\t: 0xd08\n\n" for n in range(4))
+    board = "Revision\t: c03114\nModel\t\t: Raspberry Pi 4 Model B Rev 1.4\n"
+    cpuinfo.write_text(processors + (board if model is None else ""))
+    monkeypatch.setattr(ort_session, "_read", lambda path: model)
+    monkeypatch.setattr(ort_session, "Path", lambda path: cpuinfo)
+    monkeypatch.setattr(ort_session.platform, "machine", lambda: "aarch64")
+    assert cpu_id() == id

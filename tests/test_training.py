@@ -24,7 +24,7 @@ from nas.evaluation import accuracy_of
 from nas.pretrained import starting_weights
 from nas.recipe import RECIPES, Recipe
 from nas.request import claim
-from nas.steps import cosine, mixed_precision, parameter_groups, repeated_shapes
+from nas.steps import accelerator, cosine, mixed_precision, parameter_groups, repeated_shapes
 from nas.teacher import load_teacher
 from nas.training import TrainingResult, training_loss
 from supernet.arch import ArchConfig, Stage
@@ -578,6 +578,17 @@ def test_given_weights_keep_their_layer_scales(
     given = load_file(weights)
     assert len(seen) == 8
     assert all(torch.equal(gamma, given[name]) for name, gamma in seen)
+
+
+def test_apple_s_gpu_is_taken_only_where_asked_for_and_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    assert accelerator("auto") == torch.device("cpu")
+    with pytest.raises(InputError, match=r"^PyTorch 2\.13\.0 computes batch norm's gradients on Apple's GPU wrongly.*use cpu"):
+        accelerator("mps")
+    monkeypatch.setattr(torch, "__version__", "2.15.0+cpu")
+    assert accelerator("mps") == torch.device("mps")
 
 
 def test_claim_compares_what_json_holds(tmp_path: Path) -> None:

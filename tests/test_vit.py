@@ -283,6 +283,7 @@ def test_the_exported_network_is_the_eager_one() -> None:
         np.testing.assert_allclose(session.run(None, {"image": image.numpy()})[0], model(image), atol=1e-5)
 
 
+@pytest.mark.coreml
 @pytest.mark.parametrize("layer", dict.fromkeys(small().layers()), ids=str)
 def test_every_layer_converts_to_core_ml(layer: Layer) -> None:
     coreml_package.convert(*build_module((layer,), deploy=True))

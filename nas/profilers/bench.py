@@ -125,7 +125,7 @@ class Samples:
             times = [line["measured_at"] for line in _whole_lines(path) if line["measured_at"] >= since]
             self.since = min(times, default=self.since)
         fresh = not path.exists() or not path.stat().st_size
-        self._file = path.open("a", newline="")
+        self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file, lineterminator="\n")
         if fresh:
             self._writer.writerow(self.HEADER)

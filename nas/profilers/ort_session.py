@@ -116,11 +116,12 @@ def touches(most: int) -> Callable[[int], Callable[[], object]]:
 def cpu_name() -> str:
     """Return the processor's own name for itself, as its system reports it; a small board's name, where it has one."""
     board = _read("/proc/device-tree/model")
-    if board:
+    if board and not board.startswith("linux,"):  # as virtual machines call themselves, whatever their processor
         return board.strip("\0 ")
     if Path("/proc/cpuinfo").exists():
-        fields = dict(re.findall(r"^([^\t:]+?)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text().split("\n\n")[0], re.M))
-        name = fields.get("model name") or fields.get("Model") or fields.get("Hardware") or platform.machine()
+        parts = Path("/proc/cpuinfo").read_text().rstrip().split("\n\n")  # a processor each, and on a board the last is its own
+        fields, of_all = (dict(re.findall(r"^([^\t:]+?)\s*:\s*(.*)$", parts[at], re.M)) for at in (0, -1))
+        name = fields.get("model name") or of_all.get("Model") or of_all.get("Hardware") or platform.machine()
         if name == platform.machine() and "CPU part" in fields:  # Arm servers tell numbers only
             name += f" {fields.get('CPU implementer', '')} {fields['CPU part']}"
         if not re.search(r"\d", re.sub(CLOCK, "", name)) and "model" in fields:

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 PIP = shlex.quote(sys.executable or "python3") + " -m pip install"
+IN_VENV = " (in a venv, where the system's Python takes no packages)"
 if sys.version_info < (3, 10):  # noqa: UP036  the device may have less than this package needs
     sys.exit("run_job.py needs Python 3.10 or newer: this is " + sys.version.split()[0])
 try:
     import numpy as np
     import onnxruntime
 except ImportError as error:
-    sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): {PIP} onnxruntime numpy")
+    sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): {PIP} onnxruntime numpy{IN_VENV}")
 
 try:
     from nas.profilers.bench import JOB_SCHEMA, Bench, Damaged, Plan, Samples, TooNoisy, carry_out, now, usable_cpus
