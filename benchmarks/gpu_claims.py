@@ -69,9 +69,10 @@ def main() -> None:
     models = both_forms(given.batch) if given.forms else published(given.batch)
     visits: dict[str, list[Visit]] = {name: [] for name in models}
     with gpu.exclusive():
+        stopwatch = gpu.stopwatch()
         visit_in_rounds(
             {name: gpu.open_module(*model)[0] for name, model in models.items()},
-            gpu.stopwatch(),
+            stopwatch,
             lambda: [name for name, made in visits.items() if len(made) < given.visits],
             lambda name, visit: visits[name].append(visit),
             random.Random(0),

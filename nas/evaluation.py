@@ -152,6 +152,7 @@ def memory_for_activations(device: torch.device) -> int:
     fourth of the machine's memory elsewhere, less where torchrun has several processes share it."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what a training has let go of, PyTorch keeps; it is free, and not counted as such
         return int(torch.cuda.mem_get_info(device)[0] // 2 // -(-processes // torch.cuda.device_count()))
     return machine_memory() // SHARE // processes
 

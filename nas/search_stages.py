@@ -323,6 +323,7 @@ def _finalists(work: Work, judged: Judged, outcomes: Mapping[MultiplexSpec | Non
     """Return the networks of all ways of grouping and their controls, trained a little. A way whose network has no token block
     left is the one without grouping, and has no part in it."""
     folder = work.folder / "throughput"
+    judged.evaluator.forget()  # trainings want the memory
     found = []
     for mux, outcome in outcomes.items():
         arch = judged.supernet.space.multiplexed(outcome.trajectory.arch, mux)

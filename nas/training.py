@@ -147,6 +147,7 @@ def train_network(
         return TrainingResult(arch, *ended, recipe.all_epochs, folder)
     model = group.synchronised(model)
     # Compiled first: PyTorch does not look into a DistributedDataParallel, and would compile some of the layers, unnoticed.
+    # Inside of one it compiles the network in pieces, at the borders of the buckets in which gradients are exchanged.
     network = group.divided(torch.compile(model) if recipe.compile else model)  # type: ignore[arg-type]
     run = _Run(
         model=model,

@@ -25,6 +25,8 @@ from nas.profilers.bench import Disturbed
 from nas.profilers.cuda import (
     ASK_EVERY_S,
     BURST_MS,
+    MAPS,
+    PRODUCTS,
     Bursts,
     Captured,
     Cuda,
@@ -445,10 +447,10 @@ def test_other_slices_work_on_the_same_gpu() -> None:
 
 def test_a_quiet_gpu_gives_no_warning_and_a_disturbed_one_a_sentence_each() -> None:
     assert warnings_about(state(FakeDriver(), A100, False)) == []
-    disturbed = {**HEALTHY, "persistence_mode": "Disabled", "clocks.applications.graphics": "1095"}
-    driver = FakeDriver(disturbed, apps=f"{UUID}, 99999999\n", nvml=lambda: 0x22)
+    disturbed = {**HEALTHY, "persistence_mode": "Disabled"}
+    driver = FakeDriver(disturbed, apps=f"{UUID}, 99999999\n", nvml=lambda: 0x20)
     said = " | ".join(warnings_about(state(driver, A100, False)))
-    for part in ("1 other process uses", "throttled (thermal (software))", "1095 of 1410 MHz", "persistence mode is off"):
+    for part in ("1 other process uses", "throttled (thermal (software))", "persistence mode is off"):
         assert part in said
 
 
@@ -594,6 +596,29 @@ def test_idling_and_clocks_that_somebody_set_are_no_throttling(reason: int) -> N
     assert bursts.watch.bursts == {"kept": 1, "kept_at_power_cap": 0, "dropped": 0}
 
 
+@pytest.mark.parametrize("reason", [0x2, 0x100])
+def test_clocks_that_are_held_are_told_at_the_end_as_an_idle_gpu_does_not_tell(reason: int) -> None:
+    fake = FakeCuda()
+    opened = open_gpu("a100", driver=FakeDriver(nvml=lambda: reason if fake.line.at_work else 0x1), cuda=fake)
+    assert opened.environment()["warnings"] == []
+    Bursts(fake, opened.watch)(captured(6.0, fake))
+    said = "its clocks were held by a setting, at 1410 of 1410 MHz: what was measured holds for that alone"
+    assert opened.environment()["warnings"] == [said]
+
+
+def test_few_images_a_call_are_warned_of() -> None:
+    for batch, said in ((64, []), (16, []), (8, ["8 images a call may not fill a GPU"]), (1, ["1 image a call may not"])):
+        place = open_gpu("a100", batch=batch, driver=FakeDriver(), cuda=FakeCuda()).environment()
+        assert [warning.startswith(part) for warning, part in zip(place["warnings"], said, strict=True)] == [True] * len(said)
+
+
+def test_the_references_are_larger_than_the_caches_of_gpus() -> None:
+    """One is of products, which follow the clock, one of maps that no cache holds."""
+    place, side, width = 64, MAPS[0].resolution, MAPS[0].spec.dim
+    assert 2 * place * side**2 * 4 * width > 126e6, "bytes of a map inside a block; a B200's cache is the largest"
+    assert PRODUCTS[0].spec.dim > 4 * width, "more products for each byte"
+
+
 @pytest.mark.parametrize("reasons", [(0x20,), (0x24,), (0x4, 0x20)])
 def test_a_gpu_that_stays_throttled_cannot_be_measured(reasons: tuple[int, ...]) -> None:
     """By heat, at its power cap besides, or in turn with it."""
@@ -624,6 +649,7 @@ def test_a_network_that_reaches_the_power_cap_whatever_ran_before_is_timed_at_it
         "kept_at_power_cap": 5,
         "dropped": 9,
         "dropped_for": ["power cap"],
+        "held_by": [],
         "sm_mhz": {"first": 1410, "lowest": 1410, "highest": 1410, "last": 1410},
         "power_w": {},
         "temperature_c": {"first": 61, "lowest": 61, "highest": 61, "last": 61},
@@ -780,7 +806,7 @@ def test_the_environment_says_everything_that_a_tables_rows_must_share() -> None
     }
     assert torch.__version__ in place["runtime_version"]
     assert place["driver"] == "570.86.10" and place["gpu"]["name"] == "NVIDIA A100-SXM4-80GB"
-    assert place["warnings"] == []
+    assert [warning.partition(":")[0] for warning in place["warnings"]] == ["2 images a call may not fill a GPU"]
 
 
 def test_a_table_is_named_after_the_gpu_and_its_sidecar_describes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ def test_a_search_that_is_killed_at_every_file_finds_the_same(
     assert not left_overs("run")
 
 
-@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="processes are forked here, which is safe on Linux alone")
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="forking is safe on Linux alone")
 def test_a_search_that_the_system_kills_at_five_moments_finds_the_same(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("kill_at_random.py")), str(tmp_path), "search", "5"]
     done = subprocess.run(command, capture_output=True, text=True, env=OWN | {"OPENBLAS_NUM_THREADS": "1"})

@@ -40,12 +40,13 @@ import torch
 from torch import Tensor, nn
 
 from nas.export_forms import CUDA, CUDA_RUNTIME
-from nas.measure import CACHED, STREAMING, Model, build_module
+from nas.measure import Model, build_module
 from nas.profilers.bench import Disturbed, now
 from nas.profilers.nvidia import POWER_CAP, Driver, Gpu, Watch, find_gpu, state, warnings_about
 from nas.profilers.timing import Stopwatch, Workload
 from nas.progress import say
 from supernet.errors import InputError, first_line, unknown
+from supernet.specs import MB4D, Layer
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISION, BATCH = "fp16", 64  # the usual settings, which an id does not name
@@ -61,6 +62,12 @@ PAUSES_AT_CAP = 3  # in vain, before a burst that only the power cap throttles i
 RAMP_MS = 50.0  # of replays after a pause, in which clocks fell
 KEPT_SHARE = 0.25  # of the GPU's memory, for captured models that will be visited again
 OLDEST_OF_CUDNN = (7, 5)  # compute capability that cuDNN 9.11 and later take
+FILLS = 16  # images: of fewer a GPU's cache may hold what a network must fetch from memory, and the host may be the slower one
+
+PRODUCTS: Model = (Layer(MB4D(448), 14),) * 2
+MAPS: Model = (Layer(MB4D(96), 56),) * 2
+"""The references of a GPU: one that its arithmetic limits, which follows the clock of the multiprocessors, and one that its
+memory limits, whose maps (154 MB inside a block, of 64 images in fp16) no GPU's cache holds. Those of CPUs are too small."""
 
 
 class Found(NamedTuple):
@@ -147,7 +154,6 @@ class Cuda:
         Raises:
             InputError: the output is not finite.
         """
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(platformdirs.user_cache_path("metapath-nas") / "inductor"))
         if self._pool is None:
             self._pool, self._aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         with torch.inference_mode():
@@ -347,9 +353,17 @@ class NvidiaGpu:
             "batch": self.batch,
             "threads": 1,
             "export": CUDA,
-            "warnings": warnings_about(found),
+            "warnings": [*warnings_about(found), *self.watch.warnings(found["max_sm_mhz"]), *self._batch_warnings()],
             "measured_at": now(),
         }
+
+    def _batch_warnings(self) -> list[str]:
+        if self.batch >= FILLS:
+            return []
+        return [
+            f"{self.batch} image{'s' if self.batch > 1 else ''} a call may not fill a GPU: rows, whose weights stay in its "
+            "cache, may be too small; measure what a search finds"
+        ]
 
     def open(self, model: Model) -> tuple[Captured, int]:
         """Return a model with distinct ordinary weights, captured, and the bytes of its weights and input.
@@ -398,10 +412,11 @@ class NvidiaGpu:
 
     def stopwatch(self) -> Stopwatch:
         bursts = Bursts(self.cuda, self.watch)
-        # What is measured by references is compared across processes: cuDNN must not choose another algorithm in each.
+        # What is measured by references is compared across processes: cuDNN must not choose another algorithm in each. It keeps
+        # what it has chosen for a shape, so the stopwatch is to be opened before models are.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
-            cached, streaming = self.open(CACHED)[0], self.open(STREAMING)[0]
-        return Stopwatch(cached, streaming, burst=bursts, warm_up_ms=WARM_UP_MS)
+            products, maps = self.open(PRODUCTS)[0], self.open(MAPS)[0]
+        return Stopwatch(products, maps, burst=bursts, warm_up_ms=WARM_UP_MS)
 
     def between(self, most: int) -> None:
         """Nothing: at these batches the activations of a chain pass through the caches as those of a network do."""
@@ -473,6 +488,8 @@ def open_gpu(
         )
     if precision == "bf16" and found.capability < (8, 0):
         raise InputError(f"{found.name} does not compute in bf16: give --precision fp16 or fp32")
+    # Before anything is compiled in this process: torch's compiler writes its own choice there.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(platformdirs.user_cache_path("metapath-nas") / "inductor"))
     gpu = find_gpu(driver, found.name, found.uuid, found.memory_bytes)
     profiler = NvidiaGpu(gpu, precision, batch, driver, cuda)
     if kind == "a100" and not gpu.is_a100:

@@ -42,6 +42,8 @@ lowers the clock depends on what ran just before, so a network's time would depe
 A pause before the next try lets the average power fall; a network that reaches the cap even so, by itself, is timed at it (see
 `Bursts`). Idling is no reason to drop anything, and neither are clocks that somebody set: they are the same all the time."""
 POWER_CAP = REASONS[0x4]
+SETTINGS = 0x2 | 0x100
+"""The reasons that somebody gave: locked clocks, clocks of applications, a display's."""
 
 NOMINAL_GB = (2, 3, 4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 72, 80, 94, 96, 128, 141, 144, 180, 192, 288)
 """Sizes that GPUs are sold with. Drivers report less: error correction and the firmware take a part."""
@@ -309,9 +311,6 @@ def warnings_about(found: Mapping[str, Any]) -> list[str]:
     throttling = [name for bit, name in REASONS.items() if bit & THROTTLING and name in (found["throttle_reasons"] or ())]
     if throttling:
         said.append(f"it is throttled ({', '.join(throttling)}): let it cool, or give it more power")
-    set_mhz, max_mhz = found["set_graphics_mhz"], found["max_sm_mhz"]
-    if set_mhz and max_mhz and set_mhz < max_mhz and "clock setting" in (found["throttle_reasons"] or ()):
-        said.append(f"its clocks are held at {set_mhz:.0f} of {max_mhz:.0f} MHz by a setting: the table holds for that alone")
     if found["persistence"] == "Disabled":
         said.append("persistence mode is off, so clocks take longer to rise: `sudo nvidia-smi -pm 1` where you may")
     if found["mig"]:
@@ -332,6 +331,7 @@ class Watch:
         self.clock = clock
         self.bursts = {"kept": 0, "kept_at_power_cap": 0, "dropped": 0}
         self.dropped_for: set[str] = set()
+        self.held = 0  # by which settings clocks were held while bursts ran; an idle GPU does not tell
         # The first, lowest, highest and last while bursts ran, of what the driver has methods of these names for.
         self.seen: dict[str, dict[str, float]] = {"sm_mhz": {}, "power_w": {}, "temperature_c": {}}
         self._asked = -SMI_EVERY_S
@@ -347,6 +347,7 @@ class Watch:
         if mask is None and (now - self._asked >= SMI_EVERY_S or self._failed_last):
             self._asked = now
             mask = reasons(self.driver, self.gpu)
+        self.held |= (mask or 0) & SETTINGS
         found = _names((mask or 0) & THROTTLING)
         self._failed_last = bool(found)
         return found
@@ -379,4 +380,12 @@ class Watch:
     def summary(self) -> dict[str, Any]:
         """Return what a sidecar has about the bursts."""
         ranges = {name: dict(seen) for name, seen in self.seen.items()}
-        return {**self.bursts, "dropped_for": sorted(self.dropped_for), **ranges}
+        return {**self.bursts, "dropped_for": sorted(self.dropped_for), "held_by": _names(self.held), **ranges}
+
+    def warnings(self, max_sm_mhz: float | None) -> list[str]:
+        """Return what speaks against trusting what was measured while bursts ran, a sentence each."""
+        highest = self.seen["sm_mhz"].get("highest")
+        if not self.held or highest is None or max_sm_mhz is None:
+            return []
+        at = f"{highest:.0f} of {max_sm_mhz:.0f} MHz"
+        return [f"its clocks were held by a setting, at {at}: what was measured holds for that alone"]
