@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -422,22 +422,108 @@ def test_what_a_killed_process_left_half_written_is_removed() -> None:
 # -- Disks and folders -------------------------------------------------------------------------------------------------
 
 
-@posix
-def test_a_full_disk_ends_a_training_with_one_line_and_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """What a file may have, as on a disk with as much left."""
     import resource
 
-    cli.train([*TRAIN, "--out", "whole"])
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, usual[1]))  # what a file may have, as on a disk with as much left
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
     try:
-        code, said = ended(cli.train, [*TRAIN, "--out", "run"], capsys)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+@posix
+def test_a_full_disk_ends_a_training_with_one_line_and_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.train([*TRAIN, "--out", "whole"])
+    with files_of_at_most(9000):
+        code, said = ended(cli.train, [*TRAIN, "--out", "run"], capsys)
     assert code == 1, "it is not the user's input"
     assert "run/checkpoint.pt cannot be written (File too large): make room" in said
     assert not left_overs("run")
     cli.train([*TRAIN, "--out", "run"])
     assert Path("run/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+
+
+@posix
+@pytest.mark.parametrize("size", [300, 9000])
+def test_a_full_disk_ends_a_build_with_one_line_and_it_goes_on(
+    size: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before its first visit, and in the midst of them."""
+    small_space((16,)).save("small.yaml")
+    monkeypatch.setattr("nas.devices.open_profiler", lambda *_, **__: Device())
+    build = ["--device", "cpu", "--space", "small.yaml"]
+    cli.build_lut([*build, "--out", "whole"])
+    capsys.readouterr()
+    with files_of_at_most(size):
+        code, said = ended(cli.build_lut, [*build, "--out", "tables"], capsys)
+    assert code == 1 and "cannot be written (File too large): make room" in said
+    assert not Path("tables/pretended-cpu.csv").exists()
+    cli.build_lut([*build, "--out", "tables"])
+    assert Path("tables/pretended-cpu.csv").read_bytes() == Path("whole/pretended-cpu.csv").read_bytes()
+    assert not left_overs("tables")
+
+
+@posix
+@pytest.mark.parametrize("size", [9000, 40_000])
+def test_a_full_disk_ends_a_search_with_one_line_and_it_goes_on(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = board_table(tmp_path, monkeypatch)
+    ms = 0.8 * table.predict_ms(SearchSpace.load("micro.yaml").largest)
+    search = ["--target-ms", f"{ms:.6f}", "--device", "board-cpu", "--space", "micro.yaml", "--config", "settings.yaml"]
+    cli.search([*search, "--out", "whole"])
+    capsys.readouterr()
+    with files_of_at_most(size):
+        code, said = ended(cli.search, [*search, "--out", "run"], capsys)
+    assert code == 1 and "cannot be written (File too large): make room" in said
+    cli.search([*search, "--out", "run"])
+    for name in ("searched.yaml", "weights.safetensors", "result.json"):
+        assert Path("run", name).read_bytes() == Path("whole", name).read_bytes(), name
+    assert not left_overs("run")
+
+
+READ_ONLY = [
+    (cli.train, [*TRAIN, "--out", "disc/run"]),
+    (cli.export, ["tiny.yaml", "--format", "onnx", "--out", "disc/model.onnx"]),
+    (cli.build_lut, ["--device", "cpu", "--space", "small.yaml", "--out", "disc/tables"]),
+    (cli.build_lut, ["--device", "cpu", "--space", "small.yaml", "--export-job", "disc/job"]),
+    (cli.search, ["--target-ms", "1", "--device", "board-cpu", "--space", "micro.yaml", "--out", "disc/run"]),
+    (cli.search, ["--target-ms", "1", "--device", "board-cpu", "--space", "micro.yaml", "--out", "disc"]),
+]
+
+
+@pytest.mark.parametrize(("command", "arguments"), READ_ONLY, ids=lambda value: value if isinstance(value, str) else None)
+def test_a_read_only_disc_is_refused_before_anything_is_done(
+    command: Any, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Root may write to any folder, so the system's answers are given in its place."""
+    board_table(tmp_path, monkeypatch)
+    small_space((16,)).save("small.yaml")
+    monkeypatch.setattr("nas.devices.open_profiler", lambda *_, **__: Device())
+    Path("disc").mkdir()
+    real = {"mkdir": os.mkdir, "os.open": os.open, "open": io.open, "replace": os.replace}
+
+    def answering(name: str) -> Callable[..., Any]:
+        def answer(path: Any, *args: Any, **more: Any) -> Any:
+            writes = name in ("mkdir", "replace") or (
+                bool(args and args[0] & (os.O_WRONLY | os.O_RDWR)) if name == "os.open" else set(str(args[:1])) & set("wax+")
+            )
+            if writes and not isinstance(path, int) and Path(path).absolute().is_relative_to(tmp_path / "disc"):
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return real[name](path, *args, **more)
+
+        return answer
+
+    for name, owner in (("mkdir", os), ("os.open", os), ("open", io), ("replace", os)):
+        monkeypatch.setattr(owner, name.removeprefix("os."), answering(name))
+    monkeypatch.setattr("builtins.open", answering("open"))
+    code, said = ended(command, arguments, capsys)
+    assert code == 2 and "disc" in said and "Read-only file system" in said
+    assert not list(Path("disc").iterdir())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

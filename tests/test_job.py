@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -567,6 +568,36 @@ def test_a_job_runs_with_onnxruntime_and_numpy_alone(real_job: Path, tmp_path: P
     assert again.returncode == 0, again.stderr
     assert f"going on from {samples.name}; --again begins anew" in again.stdout
     assert samples.read_bytes() == visits, "a finished job has nothing left to time, and says its results again"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a kill is another thing there")
+def test_a_job_that_is_killed_in_its_midst_goes_on_and_loses_one_visit_at_most(real_job: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(real_job, tmp_path / "copy", ignore=shutil.ignore_patterns("samples-*", "results.json"))
+    kept: list[str] = []
+    for _ in range(3):
+        with subprocess.Popen(
+            [sys.executable, "run_job.py"], cwd=copy, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as running:
+            while running.poll() is None and len(visits := lines_of(copy)) < len(kept) + 8:
+                time.sleep(0.01)
+            running.kill()
+        assert running.returncode == -9
+        visits = lines_of(copy)
+        assert visits[: len(kept)] == kept and len(visits) > len(kept), "what was measured is kept"
+        kept = visits
+    done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True)
+    if "too busy or too hot" in done.stderr:
+        pytest.skip("this machine is too busy for anything to be timed")
+    assert done.returncode == 0, done.stderr
+    assert "going on from samples-" in done.stdout
+    assert lines_of(copy)[: len(kept)] == kept
+    results = json.loads((copy / "results.json").read_text())
+    assert sum(len(visits) for visits in results["visits"].values()) == len(lines_of(copy)) - 1, "the header is no visit"
+
+
+def lines_of(job: Path) -> list[str]:
+    """Return the whole lines of a job's visits."""
+    return [line for path in job.glob("samples-*.csv") for line in path.read_text().splitlines(True) if line.endswith("\n")]
 
 
 def test_throttling_is_asked_for_by_time_and_what_came_between_is_told() -> None:

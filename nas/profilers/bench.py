@@ -14,6 +14,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,13 +137,21 @@ class Samples:
     def add(self, model: str, visit: Visit) -> None:
         self.visits.setdefault(model, []).append(visit)
         times = (visit.raw_ms, *visit.reference)
-        self._writer.writerow((now(), model, *(f"{ms:.6g}" for ms in times)))
-        self._file.flush()
+        try:
+            self._writer.writerow((now(), model, *(f"{ms:.6g}" for ms in times)))
+            self._file.flush()
+        except OSError as error:
+            raise Failed(
+                f"{self.path} cannot be written ({error.strerror}): make room; the same command goes on from here"
+            ) from error
 
     def close(self) -> None:
         """Close the file; one without a single line of visits goes."""
-        empty = self._file.tell() <= len(",".join(self.HEADER)) + 1
-        self._file.close()
+        with suppress(OSError):  # of what could not be written, which was said
+            self._file.flush()
+        empty = os.fstat(self._file.fileno()).st_size <= len(",".join(self.HEADER)) + 1
+        with suppress(OSError):
+            self._file.close()
         if empty:
             self.path.unlink(missing_ok=True)
 

@@ -31,7 +31,7 @@ except ImportError as error:
     sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): {PIP} onnxruntime numpy{IN_VENV}")
 
 try:
-    from nas.profilers.bench import JOB_SCHEMA, Bench, Damaged, Plan, Samples, TooNoisy, carry_out, now, usable_cpus
+    from nas.profilers.bench import JOB_SCHEMA, Bench, Damaged, Failed, Plan, Samples, TooNoisy, carry_out, now, usable_cpus
     from nas.profilers.ort_session import (
         OrtModel,
         cpu_id,
@@ -244,8 +244,9 @@ def measure(folder: Path, manifest: dict[str, Any], again: bool) -> None:
         bench = Bench(samples, opened, stopwatch, random.Random(manifest["seed"]), plan)
         try:
             carry_out(plan, bench, watched, touches(plan.most_touched_bytes))
-        except TooNoisy as error:
-            kept.rename(kept.with_suffix(".noisy"))
+        except Failed as error:
+            if isinstance(error, TooNoisy):
+                kept.rename(kept.with_suffix(".noisy"))
             raise SystemExit(f"run_job.py: {error}") from None
         except KeyboardInterrupt:
             raise SystemExit("run_job.py: stopped; the same command goes on from here") from None
