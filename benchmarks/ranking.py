@@ -2,6 +2,7 @@
 
     python benchmarks/ranking.py --data cifar10 --table latency_tables/my-cpu.csv --out ranking
     python benchmarks/ranking.py --data cifar10 --table latency_tables/my-cpu.csv --out ranking --part 1/2   # and 2/2 beside it
+    python benchmarks/ranking.py --table latency_tables/my-cpu.csv --out ranking --time   # the networks themselves, here
     python benchmarks/ranking.py --table latency_tables/my-cpu.csv --out ranking --report
 
 Draws networks of a space within 5 % of one latency, trains each alone with several seeds, trains supernets in every way, and
@@ -31,8 +32,10 @@ from numpy.typing import ArrayLike
 from studies import last_row, part_of, table_sha256, take_claimed, train_alone, with_larger_val
 
 from nas.data import ImageData, load_images
+from nas.devices import profiler_of
 from nas.judging import evaluator_of
 from nas.kept import write_csv
+from nas.measure import measure_alone, table_reference
 from nas.progress import progress, say
 from nas.recipe import RECIPES
 from nas.recovery import Recovered
@@ -56,6 +59,7 @@ EPOCHS = 4  # of each phase of a supernet's training: how often it is checkpoint
 RECOVERY_STEPS = 20
 FEWEST_NETWORKS = 8  # whose order says anything
 SHUFFLES = 200
+TIMED = "timed.csv"  # what the networks themselves take
 NETWORKS_SEED = 0  # of the draws within the band
 MEDIAN_SEED = 1  # of those whose median latency is the band's middle
 
@@ -159,6 +163,20 @@ def score_networks(
     write_csv(folder / "scores.csv", rows, list(rows[0]))
 
 
+def time_networks(archs: Sequence[ArchConfig], table: LatencyTable, path: Path) -> None:
+    """Time the networks on the table's device, which is this machine, and write what they take at the table's pace."""
+    profiler, reference = profiler_of(table), table_reference(table)
+    if profiler is None:
+        raise InputError(f"{table.device} is another machine: give --time there")
+    rows = []
+    with progress("timing", len(archs)) as tick:
+        for arch in archs:
+            found = measure_alone(profiler, arch, reference)
+            rows.append({"network": arch.name, "ms": found.ms, "low_ms": found.low_ms, "high_ms": found.high_ms})
+            tick(1)
+    write_csv(path, rows, list(rows[0]))
+
+
 def print_report(archs: Sequence[ArchConfig], table: LatencyTable, given: argparse.Namespace) -> None:
     """Print what the finished pieces say."""
     truths: dict[int, list[float]] = {}
@@ -176,6 +194,14 @@ def print_report(archs: Sequence[ArchConfig], table: LatencyTable, given: argpar
         f"trained alone for {given.epochs} epochs with {len(truths)} seeds: {truth.min():.1f} to {truth.max():.1f} % "
         f"(sd {truth.std(ddof=1):.2f})"
     )
+    if (given.out / TIMED).exists():
+        lines = csv.DictReader((given.out / TIMED).read_text().splitlines())
+        measured = {line["network"]: float(line["ms"]) for line in lines}
+        inside = sum(abs(ms / given.ms - 1) <= BAND for ms in measured.values()) if given.ms else None
+        print(
+            f"timed themselves they take {min(measured.values()):.3f} to {max(measured.values()):.3f} ms"
+            + (f", {inside} of {len(measured)} within 5 % of {given.ms:g} ms" if inside is not None else "")
+        )
     if len(truths) > 1:
         taus = [kendall_tau(a, b) for a, b in itertools.combinations(of_seeds, 2)]
         print(f"two seeds of the same trainings agree with tau {mean(taus):.2f}, to which the tau with one seed compares")
@@ -272,6 +298,7 @@ def main() -> None:
     parser.add_argument(
         "--supernet-images", type=int, default=60_000, help="that single paths see in all; the other ways get the same MACs"
     )
+    parser.add_argument("--time", action="store_true", help="time the networks on this machine, the table's, and end")
     parser.add_argument("--report", action="store_true", help="print what is finished, and end")
     parser.add_argument("--part", default="1/1", metavar="K/N", help="do only every N-th piece of work, from the K-th on")
     parser.add_argument("--out", type=Path, default=Path("ranking"))
@@ -283,11 +310,14 @@ def main() -> None:
         raise InputError(f"--supernet-images must be at least 1, but is {given.supernet_images}")
     table = LatencyTable.load(given.table)
     sha256 = table_sha256(given.table)
-    if given.report and take_claimed(given, ASKED).get("table_sha256") != sha256:
+    if (given.report or given.time) and take_claimed(given, ASKED).get("table_sha256") != sha256:
         raise InputError(f"{given.table} is not the table that the networks in {given.out} were drawn by: give that one")
     files = [given.out / "networks" / f"{i:02d}.yaml" for i in range(given.networks)]
+    if given.time:
+        time_networks([ArchConfig.load(file) for file in files], table, given.out / TIMED)
     if given.report:
         print_report([ArchConfig.load(file) for file in files], table, given)
+    if given.report or given.time:
         return
 
     data = with_larger_val(load_images(given.data, 32, seed=0, score_images=SCORE_IMAGES), VAL_IMAGES)
