@@ -64,6 +64,17 @@ def test_the_app_writes_the_fields_of_results() -> None:
         assert what in swift()
 
 
+def test_the_app_blames_no_model_for_what_is_not_its_fault() -> None:
+    bench = (iphone.HARNESS / "Bench.swift").read_text()
+    for line in re.findall(r"^.*burst\(\$0.*$|^.*warmUp\(\"reference.*$", bench, re.M):
+        assert "try ofReferences {" in line, "a reference's failure is the run's"
+    for flag in ('"flag": "timeout"', '"flag": "load-error", "why": "\\(error)"'):
+        for place in re.finditer(re.escape(flag), bench):
+            near = bench[place.start() - 500 : place.end() + 200]
+            assert "if isDisturbed {" in near, "what fails while the app is not in front is tried again"
+    assert "if Job.isAnew { try log.add(" in bench and 'arguments.dropFirst().contains("anew")' in swift()
+
+
 def test_the_project_builds_every_file_of_the_app() -> None:
     project = (iphone.HARNESS / "Harness.xcodeproj" / "project.pbxproj").read_text()
     defined = re.findall(r"^\t\t([0-9A-F]{24})\b.* = \{$", project, re.M)
