@@ -15,6 +15,7 @@ def be_mac(monkeypatch: pytest.MonkeyPatch, version: str = "15.1", machine: str 
         assert module.platform is platform
     monkeypatch.setattr(coreml, "cpu_name", lambda: "Apple M2 Pro")
     monkeypatch.setattr(coreml, "cpu_id", lambda: "apple-m2-pro-cpu")
+    monkeypatch.setattr(coreml, "thermal_state", lambda: "nominal")
 
 
 def be_linux(monkeypatch: pytest.MonkeyPatch) -> None:

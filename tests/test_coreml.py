@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 import re
 import time
 import warnings
@@ -21,7 +22,8 @@ from nas import coreml_package
 from nas.coreml_package import convert, operations, package_bytes, save_package
 from nas.measure import CACHED, EMPTY, Model, build_module, name_of
 from nas.profilers import coreml
-from nas.profilers.coreml import CoreMlModel, LoadGuard, counted_calls, open_mac
+from nas.profilers.bench import Disturbed
+from nas.profilers.coreml import CoolStopwatch, CoreMlModel, LoadGuard, counted_calls, open_mac
 from nas.profilers.iphone import iphone_id
 from nas.profilers.timing import Stopwatch
 from supernet.arch import ArchConfig, Stage
@@ -345,6 +347,73 @@ def test_a_mac_is_timed_as_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened == ["both"] * 3
     assert guarded[0] == ("CPU_AND_NE", "2 x mb4d(dim=64) at 16 px"), "every load is tried in another process first"
     assert mac.flags == {name_of((Layer(SMALL, 4),)): "off-npu"}
+
+
+@pytest.mark.parametrize(("number", "state"), [(0, "nominal"), (1, "fair"), (2, "serious"), (3, "critical"), (4, None)])
+def test_a_macs_thermal_state_has_a_name(number: int, state: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coreml, "_thermal_question", lambda: lambda: number)
+    assert coreml.thermal_state() == state
+
+
+def test_a_thermal_state_that_cannot_be_asked_for_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: str) -> None:
+        raise OSError(f"{path} is not there")
+
+    monkeypatch.setattr(coreml.ctypes, "CDLL", missing)
+    monkeypatch.setattr(coreml, "_thermal_question", coreml._thermal_question.__wrapped__)
+    assert coreml.thermal_state() is None
+
+
+def hot_mac(
+    monkeypatch: pytest.MonkeyPatch, states: list[str | None], slept: list[float]
+) -> tuple[Any, CoolStopwatch, FakeModel]:
+    """A Mac that is in these states, one after the other, and in the last one from then on; and what its references are."""
+    be_mac(monkeypatch)
+    monkeypatch.setattr(coreml, "thermal_state", lambda: states.pop(0) if len(states) > 1 else states[0])
+    reference = FakeModel([10_000_000])
+    mac = open_mac("mac-npu")
+    watch = CoolStopwatch(CoreMlModel(reference, (1,)), CoreMlModel(reference, (1,)), mac.heat, slept.append)
+    ticks = itertools.count(step=int(0.4e9))  # no warm-up takes more than its fifty calls
+    watch.clock = lambda: next(ticks)
+    return mac, watch, reference
+
+
+def test_visits_of_a_hot_mac_are_dropped_and_repeated_after_a_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slept: list[float] = []
+    states: list[str | None] = ["nominal", "serious", "critical", "fair", "fair", "nominal"]
+    mac, watch, reference = hot_mac(monkeypatch, states, slept)
+    run = CoreMlModel(FakeModel([300_000]), (1,))
+    assert watch.visit(run).raw_ms == 0.3
+    assert slept == [coreml.COOL_DOWN_S] * 2, "hot after the first visit, and before the second"
+    assert reference.calls >= 3 * 2 * coreml.WARM_UP_CALLS, "clocks fall while it rests: all is warmed up anew"
+    calls = reference.calls
+    watch.visit(run)
+    assert reference.calls - calls < coreml.WARM_UP_CALLS and len(slept) == 2
+    place = mac.environment()
+    assert (place["thermal_state"], place["dropped_visits"]) == ("nominal", 2)
+    assert place["thermal_states"] == {"nominal": 4, "serious": 1, "critical": 1, "fair": 2}
+    assert place["warnings"] == ["2 visits were dropped and repeated: this Mac was hot"]
+    assert capsys.readouterr().err.count("this Mac is hot (thermal state nominal to serious)") == 1, "said once"
+
+
+def test_a_mac_that_stays_hot_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    mac, watch, _ = hot_mac(monkeypatch, ["serious"], slept)
+    assert any("hot (thermal state serious)" in line for line in mac.environment()["warnings"])
+    with pytest.raises(Disturbed, match=r"hot \(thermal state serious\) in 20 visits in a row"):
+        watch.visit(CoreMlModel(FakeModel([300_000]), (1,)))
+    assert len(slept) == 19
+
+
+def test_a_mac_that_does_not_tell_its_thermal_state_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    mac, watch, _ = hot_mac(monkeypatch, [None], slept)
+    watch.visit(CoreMlModel(FakeModel([300_000]), (1,)))
+    place = mac.environment()
+    assert (place["thermal_state"], place["thermal_states"], place["dropped_visits"], slept) == (None, {"unknown": 2}, 0, [])
+    assert any("does not tell its thermal state" in line for line in place["warnings"])
 
 
 class RefusedModel:

@@ -9,6 +9,7 @@ import shutil
 import ssl
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from nas.plan import Work, work_for
 from nas.profilers import coreml, coreml_check, iphone
 from nas.profilers.bench import Disturbed, Plan
 from nas.profilers.coreml_check import check
-from nas.profilers.iphone import iphone_id, measure_on_iphone
+from nas.profilers.iphone import PhoneLocked, iphone_id, measure_on_iphone
 from nas.table import LatencyTable
 from supernet.errors import InputError
 
@@ -62,6 +63,17 @@ def test_the_app_writes_the_fields_of_results() -> None:
         assert f'"flag": "{flag}"' in swift()
     for what in ("isIdleTimerDisabled", "thermalState", "isLowPowerModeEnabled", "options: .atomic", "load_timeout_s"):
         assert what in swift()
+
+
+def test_the_app_blames_no_model_for_what_is_not_its_fault() -> None:
+    bench = (iphone.HARNESS / "Bench.swift").read_text()
+    for line in re.findall(r"^.*burst\(\$0.*$|^.*warmUp\(\"reference.*$", bench, re.M):
+        assert "try ofReferences {" in line, "a reference's failure is the run's"
+    for flag in ('"flag": "timeout"', '"flag": "load-error", "why": "\\(error)"'):
+        for place in re.finditer(re.escape(flag), bench):
+            near = bench[place.start() - 500 : place.end() + 200]
+            assert "if isDisturbed {" in near, "what fails while the app is not in front is tried again"
+    assert "if Job.isAnew { try log.add(" in bench and 'arguments.dropFirst().contains("anew")' in swift()
 
 
 def test_the_project_builds_every_file_of_the_app() -> None:
@@ -117,11 +129,14 @@ def play(job_sha256):
     progress = {{"schema": 1, "job_sha256": job_sha256, "done": 4, "total": 8, "about": "mb4d", "beat": 1}}
     progress["state"] = "measuring"
     (out / "progress.json").write_text(json.dumps(progress))
-    if mode == "dies once":
+    if mode.startswith("dies"):
         (home / "mode").write_text("well")
+        if mode == "dies and locks":  # nothing keeps its screen on any more
+            (home / "locked").touch()
         return
     state = "failed" if mode == "fails" else "done"
-    (home / "next").write_text(json.dumps({{**progress, "state": state, "done": 8, "beat": 2}}))
+    after = [{{**progress, "done": 6, "beat": 2}}, {{**progress, "done": 7, "beat": 3}}]
+    (home / "next").write_text(json.dumps([*after, {{**progress, "state": state, "done": 8, "beat": 4}}]))
     known = json.loads((home / "ms.json").read_text())
     visits = {{name: [known.get(name, [0.3, 0.5, 0.8])] * 20 for name in manifest["models"]}}
     environment = {{"model": "iPhone16,1", "os": "iOS 18.1", "low_power_mode": True, "thermal_states": {{"nominal": 40}}}}
@@ -135,7 +150,7 @@ def play(job_sha256):
 
 if command[0] == "xcodebuild":
     if "-version" in command:
-        print("Xcode 16.2\nBuild version 16C5032a")
+        print("Xcode 15.4\nBuild version 15F31d" if mode == "old Xcode" else "Xcode 16.2\nBuild version 16C5032a")
     elif mode == "no account":
         fail("** BUILD FAILED **\nerror: No Account for Team \"ABCDE12345\". Add a new account in Accounts settings.")
     else:
@@ -163,7 +178,9 @@ elif command[1:4] == ["devicectl", "list", "devices"]:
         {{"hardwareProperties": {{"deviceType": "iPhone", "udid": "S", "reality": "simulated"}}}},
     ]}})
 elif command[2:5] == ["device", "info", "lockState"]:
-    answer({{"passcodeRequired": mode == "locked", "unlockedSinceBoot": True}})
+    if mode == "does not say":
+        fail("ERROR: The device returned an unexpected response. (com.apple.dt.CoreDeviceError error 3)")
+    answer({{"passcodeRequired": (home / "locked").exists(), "unlockedSinceBoot": True}})
 elif command[2:5] == ["device", "copy", "to"]:
     shutil.copytree(given["--source"], home / "phone" / given["--destination"], dirs_exist_ok=True)
     answer({{}})
@@ -172,11 +189,13 @@ elif command[2:5] == ["device", "copy", "from"]:
     if not source.exists():
         fail("ERROR: The file doesn't exist.")
     shutil.copy(source, given["--destination"])
-    if (home / "next").exists():  # time passes between two questions
-        (home / "next").replace(source)
+    after = json.loads((home / "next").read_text()) if (home / "next").exists() else []
+    if after and source.name == "progress.json":  # time passes between two questions
+        source.write_text(json.dumps(after.pop(0)))
+        (home / "next").write_text(json.dumps(after))
     answer({{}})
 elif command[2:5] == ["device", "process", "launch"]:
-    if mode == "locked":
+    if (home / "locked").exists():
         fail("ERROR: The application failed to launch. (com.apple.dt.CoreDeviceError error 10002)\nReason: Locked")
     play(command[command.index("--terminate-existing") + 2])
     answer({{"process": {{"processIdentifier": 7}}}})
@@ -198,6 +217,11 @@ class FakeXcode:
 
     def be(self, mode: str) -> None:
         (self.home / "mode").write_text(mode)
+        if mode == "locked":
+            (self.home / "locked").touch()
+
+    def unlock(self) -> None:
+        (self.home / "locked").unlink()
 
     @property
     def commands(self) -> list[list[str]]:
@@ -207,10 +231,33 @@ class FakeXcode:
         return [command for command in self.commands if set(words) <= set(command)]
 
 
+class Clock:
+    """Time that passes when somebody sleeps; `at` some seconds, something happens."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.at: dict[float, Callable[[], object]] = {}
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for when in [when for when in self.at if when <= self.now]:
+            self.at.pop(when)()
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(iphone, "time", found)
+    return found
+
+
 @pytest.fixture
 def xcode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeXcode:
     be_mac(monkeypatch)
-    monkeypatch.setattr(iphone, "POLL_S", 0.0)
+    monkeypatch.setattr(iphone, "STALLED_S", 60.0)
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("xcrun", "xcodebuild", "xcode-select", "security"):
@@ -294,16 +341,21 @@ def test_a_job_goes_to_the_phone_and_its_results_come_back(xcode: FakeXcode, tmp
     assert results["flags"] == {"2 x mb3d": "off-npu"}
     assert any("low power mode" in line for line in said)
     assert any("models with operations off the Neural Engine: 1;" in line for line in said)
-    (build,) = xcode.did("xcodebuild")
+    (build,) = xcode.did("xcodebuild", "build")
     for word in (f"platform=iOS,id={UDID}", "DEVELOPMENT_TEAM=ABCDE12345", "-allowProvisioningUpdates", "build"):
         assert word in build
     assert "PRODUCT_BUNDLE_IDENTIFIER=org.metapath.harness.abcde12345" in build
-    assert xcode.did("install", "app", UDID)[0][-3].endswith("Harness.app")
+    assert xcode.did("install", "app", UDID)[0][-1].endswith("Harness.app")
     (copied,) = xcode.did("copy", "to")
     assert copied[copied.index("--domain-type") + 1] == "appDataContainer"
     for command in xcode.did("copy"):
         assert command[command.index("--user") + 1] == "mobile", "whom apps run as, who must read and write it"
-    assert all("--json-output" in command for command in xcode.commands if "devicectl" in command)
+    for command in xcode.did("devicectl"):
+        assert next(word for word in command if word.startswith("-")) == "--json-output", (
+            "what follows an app's id is the app's"
+        )
+    (launched,) = xcode.did("launch")
+    assert launched[-3:] == ["org.metapath.harness.abcde12345", results["job_sha256"], "anew"]
     assert not xcode.did("--remove-existing-content"), "it empties the app's whole container"
     before = len(xcode.commands)
     assert measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=said.append) == path
@@ -415,34 +467,92 @@ def test_a_killed_command_finds_the_phones_results(xcode: FakeXcode, tmp_path: P
     results = json.loads(measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print).read_text())
     assert results["device"] == "iphone15pro-npu", "as the job says"
     assert results["environment"]["device_id"] == "iphone15pro-npu", "which one did it is recorded"
-    assert len(xcode.did("copy", "to")) == len(xcode.did("launch")) == len(xcode.did("xcodebuild")) == 1
+    assert len(xcode.did("copy", "to")) == len(xcode.did("launch")) == len(xcode.did("xcodebuild", "build")) == 1
 
 
-def test_an_app_that_stops_is_started_again(xcode: FakeXcode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(iphone, "STALLED_POLLS", 2)
-    xcode.be("dies once")
+class CommandKilled(BaseException):
+    pass
+
+
+def killed_while_measuring(line: str) -> None:
+    if "of 8 visits" in line:
+        raise CommandKilled
+
+
+def test_a_phone_that_still_measures_is_waited_for(xcode: FakeXcode, clock: Clock, tmp_path: Path) -> None:
+    folder, said = write_job(tmp_path), []  # type: ignore[var-annotated]
+    with pytest.raises(CommandKilled):
+        measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=killed_while_measuring)
+    began = clock.now
+    results = json.loads(measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=said.append).read_text())
+    assert results["visits"]
+    assert len(xcode.did("launch")) == len(xcode.did("install")) == len(xcode.did("xcodebuild", "build")) == 1
+    assert clock.now - began >= iphone.STILL_S and said[1] == "measuring; leave the phone alone"
+
+
+def test_a_phone_that_has_ended_since_is_started_again(xcode: FakeXcode, tmp_path: Path) -> None:
+    folder = write_job(tmp_path)
+    with pytest.raises(CommandKilled):
+        measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=killed_while_measuring)
+    (xcode.home / "next").unlink()  # its last word stays the last
+    assert measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print).exists()
+    assert [command[-1] for command in xcode.did("launch")] == ["anew", "anew"], "the second may have been ended by us"
+    assert len(xcode.did("copy", "to")) == 1
+
+
+@pytest.mark.parametrize("mode", ["dies once", "dies and locks"])
+def test_an_app_that_stops_is_started_again(xcode: FakeXcode, clock: Clock, tmp_path: Path, mode: str) -> None:
+    xcode.be(mode)
     said: list[str] = []
+    if mode == "dies and locks":
+        clock.at[iphone.STALLED_S + 250] = xcode.unlock
     measure_on_iphone(write_job(tmp_path), unit="npu", team_id=TEAM, udid=UDID, say=said.append)
-    assert len(xcode.did("launch")) == 2
+    first, *others = xcode.did("launch")
+    assert first[-1] == "anew"
+    assert others and all(re.fullmatch(r"[0-9a-f]{64}", again[-1]) for again in others), "the app died by itself"
     assert "measuring: 4 of 8 visits" in said
+    asked = [line for line in said if "unlock the phone" in line]
+    assert len(asked) == (1 if mode == "dies and locks" else 0) and (len(others) > 1) == (mode == "dies and locks")
+    assert all("Auto-Lock > Never" in line for line in asked)
 
 
-def test_an_app_that_fails_or_never_answers_ends_the_command(
-    xcode: FakeXcode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(iphone, "STALLED_POLLS", 1)
-    monkeypatch.setattr(iphone, "RESTARTS", 1)
+def test_a_phone_that_nobody_unlocks_ends_the_command(xcode: FakeXcode, clock: Clock, tmp_path: Path) -> None:
+    xcode.be("dies and locks")
+    with pytest.raises(PhoneLocked, match="unlock the phone and keep it unlocked"):
+        measure_on_iphone(write_job(tmp_path), unit="npu", team_id=TEAM, udid=UDID, say=print)
+    assert iphone.UNLOCK_S <= clock.now - iphone.STALLED_S <= iphone.UNLOCK_S + 100
+
+
+def test_an_app_that_fails_ends_the_command(xcode: FakeXcode, tmp_path: Path) -> None:
     folder = write_job(tmp_path)
     xcode.be("fails")
-    with pytest.raises(Disturbed, match="the app on the phone ended: mb4d"):
-        measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print)
+    for _ in range(2):
+        with pytest.raises(Disturbed, match="the app on the phone ended: mb4d"):
+            measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print)
     assert not (folder / "results.json").exists()
-    with pytest.raises(Disturbed, match="the app on the phone ended: mb4d"):
-        measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print)
     assert len(xcode.did("copy", "to")) == 2, "what had not arrived may be why"
-    monkeypatch.setattr(iphone, "_fetch", lambda *_: None)
+
+
+def test_an_app_that_never_answers_ends_the_command(
+    xcode: FakeXcode, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def hangs(command: list[str], timeout_s: float = 120.0) -> str:
+        if "from" not in command:
+            return real(command, timeout_s)
+        asked.append(timeout_s)
+        clock.sleep(timeout_s)
+        raise InputError(f"it took longer than {timeout_s:g} s")
+
+    real = iphone.run
+    monkeypatch.setattr(iphone, "run", hangs)
+    monkeypatch.setattr(iphone, "RESTARTS", 1)
+    monkeypatch.setattr(iphone, "STALLED_S", 600.0)
     with pytest.raises(Disturbed, match="does not answer"):
-        measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=UDID, say=print)
+        measure_on_iphone(write_job(tmp_path), unit="npu", team_id=TEAM, udid=UDID, say=print)
+    assert set(asked) == {60}
+    assert 1200 < clock.now < 1500, "ten minutes each time, however long an answer takes"
 
 
 @pytest.mark.parametrize(
@@ -455,6 +565,7 @@ def test_an_app_that_fails_or_never_answers_ends_the_command(
         ("two", "npu", TEAM, None, f"several iPhones .* --udid: {UDID}"),
         ("no account", "npu", TEAM, None, "No Account for Team .*: sign in to Xcode"),
         ("locked", "npu", TEAM, None, "xcrun devicectl device failed .*: unlock the phone"),
+        ("old Xcode", "npu", TEAM, None, "this is Xcode 15.4: update Xcode to 16 or later: coremltools"),
     ],
 )
 def test_what_stands_in_the_way_is_one_line(
@@ -495,6 +606,44 @@ def test_half_a_job_is_refused(tmp_path: Path) -> None:
         measure_on_iphone(folder, unit="npu", team_id=TEAM, udid=None, say=print)
 
 
+@pytest.mark.parametrize(
+    ("text", "said", "fix"),
+    [
+        (
+            """xcodebuild: error: Unable to find a destination matching the provided destination specifier:
+                { platform:iOS, id:00008130-000A1B2C3D4E001E }
+            Ineligible destinations for the "Harness" scheme:
+                { platform:iOS, name:Any iOS Device, error:iOS 18.2 is not installed. To use with Xcode, first download and
+                  install the platform }""",
+            "error:iOS 18.2 is not installed",
+            "xcodebuild -downloadPlatform iOS",
+        ),
+        ("ERROR: The specified device was not found. (com.apple.dt.CoreDeviceError error 1000)", "1000", "connect the phone"),
+        (
+            """ERROR: Failed to install the app on the device. (com.apple.dt.CoreDeviceError error 3002)
+            This device has reached the maximum number of installed apps using a free developer profile""",
+            "error 3002",
+            "delete another one",
+        ),
+        ("Harness.app: errSecInternalComponent\nerror: Command CodeSign failed", "CodeSign", "unlock the login keychain"),
+        ("error: No Account for Team.\nerror: No profiles were found\nerror: No Account for Team.", "; error: No prof", "team"),
+        ("it ended", "(it ended)", "see what it says"),
+    ],
+)
+def test_what_a_tool_says_comes_with_what_to_do(text: str, said: str, fix: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        iphone.run([sys.executable, "-IS", "-c", f"raise SystemExit({text!r})"])
+    told, _, what_to_do = str(refusal.value).rpartition("): ")
+    assert said in told + ")" and fix in what_to_do and "\n" not in told
+    assert told.count("No Account for Team") <= 1, "what is said twice is shown once"
+
+
+def test_what_a_tool_says_is_cut() -> None:
+    with pytest.raises(InputError) as refusal:
+        iphone.run([sys.executable, "-IS", "-c", "raise SystemExit('error: ' + 'x' * 5000)"])
+    assert 600 < len(str(refusal.value)) < 800
+
+
 def test_a_tool_that_takes_too_long_is_left() -> None:
     with pytest.raises(InputError, match=r"took longer than 0.01 s"):
         iphone.run([sys.executable, "-c", "import time; time.sleep(9)"], timeout_s=0.01)
@@ -526,6 +675,23 @@ def test_check_with_everything_there(xcode: FakeXcode, monkeypatch: pytest.Monke
     assert all(ok for _, ok, _ in lines), lines
     assert [line[0] for line in lines][2:6] == ["Xcode 16.2", "devicectl", "iPhone 15 Pro connected", "iOS 18.1"]
     assert asked == [(UDID, TEAM), ("model.mlpackage", runner), "stopped"]
+
+
+def test_a_runner_that_does_not_start_may_want_the_phones_trust(xcode: FakeXcode, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(udid: str, team: str) -> None:
+        raise RuntimeError("the app was not launched\nor so")
+
+    monkeypatch.setattr(coreml_check, "save_package", lambda *_: None)
+    monkeypatch.setattr(coreml, "phone_with_runner", refused)
+    what, ok, fix = check("iphone-npu", TEAM, UDID)[-1]
+    assert (what, ok) == ("one model on the Neural Engine", False)
+    assert "(the app was not launched or so): unlock the phone; trust the app under Settings" in fix
+    assert fix.endswith("then again")
+
+
+def test_operations_off_a_macs_neural_engine_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_mac(monkeypatch)
+    monkeypatch.setattr(coreml_check, "save_package", lambda *_: None)
     monkeypatch.setattr(coreml, "off_npu", lambda package: ["gather", "gather"])
     assert check("mac-npu", None, None)[-1] == (
         "one model on the Neural Engine",
@@ -562,6 +728,8 @@ def test_coremltools_finds_a_phone_whose_tunnel_was_closed(xcode: FakeXcode, mon
         ("none", TEAM, "an iPhone connected", "connect it by cable"),
         ("old", TEAM, "iOS 16.7", "devicectl knows no older phones"),
         ("locked", TEAM, "phone unlocked", "unlock the phone"),
+        ("does not say", TEAM, "phone unlocked", "unlock the phone"),
+        ("old Xcode", TEAM, "Xcode 15.4", "update Xcode to 16 or later"),
         ("well", None, "signing team", "give --team-id"),
         ("well", "XYZ9876543", "signing team XYZ9876543", f"are of {TEAM}: give one of them"),
     ],

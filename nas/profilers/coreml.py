@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import platform
 import shutil
 import tempfile
+import time
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -26,10 +29,21 @@ import torch
 from nas.coreml_package import coremltools, package_bytes, save_package
 from nas.export_forms import COREML
 from nas.measure import CACHED, STREAMING, Model, build_module, name_of
-from nas.profilers.bench import now
+from nas.profilers.bench import Disturbed, now
 from nas.profilers.iphone import COMPUTE_UNITS, devicectl, run
 from nas.profilers.ort_session import cpu_id, cpu_name, environment, touches
-from nas.profilers.timing import DISCARDED, DISCARDED_MS, MAX_CALLS, MIN_CALLS, VISIT_MS, Stopwatch, Touches, Workload
+from nas.profilers.timing import (
+    DISCARDED,
+    DISCARDED_MS,
+    MAX_CALLS,
+    MIN_CALLS,
+    VISIT_MS,
+    Stopwatch,
+    Touches,
+    Visit,
+    Workload,
+)
+from nas.progress import say
 from supernet.errors import InputError
 
 WARM_UP_MS = 300.0  # the Neural Engine's clock takes so long to rise,
@@ -37,6 +51,10 @@ WARM_UP_CALLS = 50  # and a fast model so many calls
 LOAD_TIMEOUT_S = 60.0  # compiling for the Neural Engine takes seconds, or never ends
 OLDEST_MACOS = (13, 0)  # has CPU_AND_NE
 OLDEST_MACOS_WITH_PLANS = (14, 4)  # says where each operation runs
+THERMAL_STATES = ("nominal", "fair", "serious", "critical")  # NSProcessInfoThermalState
+HOT = THERMAL_STATES[2:]  # in which clocks are lowered
+COOL_DOWN_S = 30.0  # before a visit that was dropped is made again,
+TRIES = 20  # so often at most
 
 
 def operations_off_npu(plan: Any) -> list[str]:
@@ -240,6 +258,94 @@ def counted_calls(run: Workload, between: Workload | None = None) -> float:
     return median(times) / 1e6
 
 
+def thermal_state() -> str | None:
+    """Return this Mac's thermal state, as `NSProcessInfo.thermalState` has it. None: it cannot be read."""
+    ask = _thermal_question()
+    state = ask() if ask is not None else -1
+    return THERMAL_STATES[state] if 0 <= state < len(THERMAL_STATES) else None
+
+
+@cache
+def _thermal_question() -> Callable[[], int] | None:
+    """Return what asks for the number of the thermal state, None where nothing can be asked."""
+    pointer = ctypes.c_void_p
+    try:
+        ctypes.CDLL("/System/Library/Frameworks/Foundation.framework/Foundation")  # which has the class
+        objc = ctypes.CDLL("/usr/lib/libobjc.A.dylib")
+        find_class = ctypes.CFUNCTYPE(pointer, ctypes.c_char_p)(("objc_getClass", objc))
+        selector = ctypes.CFUNCTYPE(pointer, ctypes.c_char_p)(("sel_registerName", objc))
+        # One function sends every message, and is called with the types of the method that is meant.
+        get_object = ctypes.CFUNCTYPE(pointer, pointer, pointer)(("objc_msgSend", objc))
+        get_number = ctypes.CFUNCTYPE(ctypes.c_long, pointer, pointer)(("objc_msgSend", objc))
+    except (OSError, AttributeError):
+        return None
+    info = find_class(b"NSProcessInfo")
+    process, state = get_object(info, selector(b"processInfo")), selector(b"thermalState")
+    if not process:  # nothing, which may be asked, answers 0, and that is a state
+        return None
+    return lambda: int(get_number(process, state))
+
+
+class Heat:
+    """This Mac's thermal state around visits: how often each was seen, and how many visits were dropped for it."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+        self.dropped = 0
+
+    def look(self) -> str | None:
+        """Return the state now, and count it."""
+        state = thermal_state()
+        self.seen[state or "unknown"] += 1
+        return state
+
+    def warnings(self, state: str | None) -> list[str]:
+        """Return what speaks against trusting what is measured in this state, after what was seen."""
+        found = []
+        if state is None:
+            found.append("macOS does not tell its thermal state: slow visits cannot be told from those of a hot Mac")
+        if state in HOT:
+            found.append(f"this Mac is hot (thermal state {state}), where clocks are lower: let it cool")
+        if self.dropped:
+            found.append(f"{self.dropped} visits were dropped and repeated: this Mac was hot")
+        return found
+
+
+class CoolStopwatch(Stopwatch):
+    """Drops visits before or after which the Mac was hot, as the app on a phone does: rests, and warms up anew."""
+
+    def __init__(
+        self, cached: Workload, streaming: Workload, heat: Heat, sleep: Callable[[float], object] = time.sleep
+    ) -> None:
+        super().__init__(cached, streaming, burst=counted_calls, warm_up_ms=WARM_UP_MS, warm_up_calls=WARM_UP_CALLS)
+        self.heat = heat
+        self.sleep = sleep
+
+    def visit(self, run: Workload, between: Workload | None = None) -> Visit:
+        """Time one workload as any stopwatch does, while the Mac is not hot.
+
+        Raises:
+            Disturbed: it was in 20 visits in a row.
+        """
+        for attempt in range(TRIES):
+            before = self.heat.look()
+            visit = super().visit(run, between)
+            states = (before, self.heat.look())
+            if not set(states) & set(HOT):
+                return visit
+            self.heat.dropped += 1
+            if self.heat.dropped == 1:
+                say(f"this Mac is hot (thermal state {' to '.join(map(str, states))}): such visits are repeated after a rest")
+            self.pause()
+            self._warm.clear()
+            if attempt < TRIES - 1:
+                self.sleep(COOL_DOWN_S)
+        raise Disturbed(
+            f"this Mac was hot (thermal state {states[1]}) in {TRIES} visits in a row, with rests: no table is written. Cool "
+            "it, or end other work; the same command goes on from here"
+        )
+
+
 @dataclass(frozen=True)
 class CoreMlMac:
     """Core ML on this Mac. `unit`: npu (the Neural Engine, and the CPU for what falls off it) or cpu.
@@ -251,6 +357,7 @@ class CoreMlMac:
     batch: int = 1
     flags: dict[str, str] = field(default_factory=dict, compare=False)
     guard: LoadGuard = field(default_factory=LoadGuard)
+    heat: Heat = field(default_factory=Heat, compare=False)
     threads: int = 1
     precision: str = "fp16"
 
@@ -266,10 +373,11 @@ class CoreMlMac:
         return COMPUTE_UNITS[self.unit]
 
     def environment(self) -> dict[str, Any]:
-        place = environment(self.threads, self.precision, self.batch)
+        place, state = environment(self.threads, self.precision, self.batch), thermal_state()
         found = [
             *(["it runs on battery, where clocks are lower: connect the charger"] if place["power"] == "battery" else []),
             *(["Core ML chooses its own cores, so the intervals will be wider"] if self.unit == "cpu" else []),
+            *self.heat.warnings(state),
         ]
         return {
             **{name: place[name] for name in ("architecture", "cores", "core_kinds", "os", "python_version", "power")},
@@ -286,6 +394,9 @@ class CoreMlMac:
             "input": "float32, converted to fp16 by Core ML within the time of a call",
             "warm_up_ms": WARM_UP_MS,
             "warm_up_calls": WARM_UP_CALLS,
+            "thermal_state": state,
+            "thermal_states": dict(self.heat.seen),
+            "dropped_visits": self.heat.dropped,
             "warnings": found,
             "measured_at": now(),
         }
@@ -312,7 +423,7 @@ class CoreMlMac:
 
     def stopwatch(self) -> Stopwatch:
         cached, streaming = self.open(CACHED)[0], self.open(STREAMING)[0]
-        return Stopwatch(cached, streaming, burst=counted_calls, warm_up_ms=WARM_UP_MS, warm_up_calls=WARM_UP_CALLS)
+        return CoolStopwatch(cached, streaming, self.heat)
 
     def between(self, most: int) -> Touches | None:
         """Touch other memory on the CPU; what the Neural Engine keeps of weights between two calls is not ours to clear."""

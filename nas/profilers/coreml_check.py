@@ -14,13 +14,14 @@ from nas.coreml_package import coremltools, save_package
 from nas.device_ids import MACS, PHONES
 from nas.measure import CACHED, build_module
 from nas.profilers import coreml
-from nas.profilers.iphone import OLDEST_IOS, Phone, check_team, devicectl, find_phone, run
+from nas.profilers.iphone import OLDEST_IOS, UPDATE_XCODE, Phone, check_team, devicectl, find_phone, run, xcode_version
 from supernet.errors import InputError, unknown
 
 Line = tuple[str, bool, str]  # what is needed, whether it is there, what to do if not
 
 FIRST = "the lines above come first"
 OLDEST_IOS_WITH_PLANS = (17, 4)
+TRUST = "unlock the phone; trust the app under Settings > General > VPN & Device Management"
 _UNIT_OF_TEN = rb"\x06\x03\x55\x04\x0b[\x0c\x13]\x0a([A-Z0-9]{10})"  # DER of an organizational unit (OID 2.5.4.11)
 
 
@@ -79,9 +80,7 @@ def _check_xcode_and_phone(udid: str | None) -> list[Line]:
             lines.append((what, False, str(error)))
 
     def xcode() -> Line:
-        said = run(["xcodebuild", "-version"]).split("\n")[0].strip()
-        version = re.search(r"\d+", said)
-        return said, version is not None and int(version.group()) >= 15, "update Xcode to 15 or later, for its devicectl"
+        return *xcode_version(), UPDATE_XCODE
 
     def tool() -> Line:
         run(["xcrun", "--find", "devicectl"])
@@ -101,9 +100,13 @@ def _check_xcode_and_phone(udid: str | None) -> list[Line]:
         return "developer mode", the_phone().developer_mode, fix
 
     def unlocked() -> Line:
-        state = devicectl("device", "info", "lockState", "--device", the_phone().udid)
+        fix = "unlock the phone, and keep it unlocked: no app starts on a locked one"
+        try:
+            state = devicectl("device", "info", "lockState", "--device", the_phone().udid)
+        except InputError as error:
+            return "phone unlocked", False, f"{fix} (it does not say whether it is: {error})"
         is_open = not state.get("passcodeRequired", False) and state.get("unlockedSinceBoot", True)
-        return "phone unlocked", bool(is_open), "unlock the phone, and keep it unlocked: no app starts on a locked one"
+        return "phone unlocked", bool(is_open), fix
 
     ask("Xcode", xcode)
     ask("devicectl", tool)
@@ -152,7 +155,8 @@ def _check_neural_engine(possible: bool, phone: Phone | None, team_id: str) -> L
             save_package(*build_module(CACHED, deploy=True), package)
             off = coreml.off_npu(package) if phone is None else _off_npu_of_phone(package, phone, team_id)
     except Exception as error:  # coremltools' remote interface is experimental and raises what it likes
-        return what, False, f"the compute plan cannot be read ({' '.join(str(error).split())[:200]})"
+        fix = "" if phone is None else f": {TRUST}; then again"
+        return what, False, f"the compute plan cannot be read ({' '.join(str(error).split())[:200]}){fix}"
     return what, not off, f"{', '.join(sorted(set(off)))} do not run there: the table would not be the Neural Engine's"
 
 

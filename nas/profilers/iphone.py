@@ -1,6 +1,6 @@
 """iPhones: Xcode builds a small app, `devicectl` installs it, gives it a job folder and fetches what it measured.
 
-The app (`harness/`, Swift as text) does all timing by itself; this file only carries. Needs a Mac, Xcode 15 or later, a phone
+The app (`harness/`, Swift as text) does all timing by itself; this file only carries. Needs a Mac, Xcode 16 or later, a phone
 with iOS 17 or later, and an Apple developer team (a free one does).
 """
 
@@ -29,48 +29,71 @@ Say = Callable[[str], object]
 COMPUTE_UNITS = {"npu": "CPU_AND_NE", "cpu": "CPU_ONLY"}  # of the devices whose ids end so
 HARNESS = Path(__file__).parent / "harness"
 OLDEST_IOS = 17
+OLDEST_XCODE = 16  # for the model runner of coremltools' that --check builds; our app needs 15.3, which has MLComputePlan
 POLL_S = 20.0  # asking a phone how far it is wakes it: seldom
-STALLED_POLLS = 30  # so many answers without a change, and the app is started again,
+STILL_S = 40.0  # the app that measures says something new within so long, unless it loads a model that takes longer
+STALLED_S = 600.0  # so long without a new word, and the app is started again,
 RESTARTS = 3  # so often
+MOST_SAID = 600  # letters of a tool's errors that are shown
+ENDS = ("done", "failed")  # states in which the app measures nothing any more
+UNLOCK_S = 600.0  # a locked phone is waited for: it locks itself when the app that kept its screen on dies
 TEAM_HELP = (  # Xcode shows it nowhere, and the letters in the name of a free account's certificate are another id
     "it is the OU, ten letters and digits, that this prints: "
     "security find-certificate -c 'Apple Development' -p | openssl x509 -noout -subject"
 )
 
+UNLOCK = "unlock the phone and keep it unlocked"
+UPDATE_XCODE = f"update Xcode to {OLDEST_XCODE} or later: coremltools' model runner is in its project format"
 FIXES = (  # what a tool's message speaks of -> what to do
+    (r"install the platform", "Xcode has no iOS platform yet: run xcodebuild -downloadPlatform iOS"),
+    (r"maximum number of installed apps", "a free account has three apps on a phone at a time: delete another one there"),
+    (
+        r"errSecInternalComponent",
+        "unlock the login keychain (security unlock-keychain), sitting at the Mac: signing does not work over SSH",
+    ),
     (r"license", "run: sudo xcodebuild -license accept"),
     (
         r"unable to find utility|requires Xcode|xcode-select",
         "install Xcode, then: sudo xcode-select -s /Applications/Xcode.app",
     ),
     (r"developer mode", "on the phone, switch on Settings > Privacy & Security > Developer Mode"),
-    (r"\block(ed)?\b|unlock", "unlock the phone and keep it unlocked"),
+    (r"\block(ed)?\b|unlock", UNLOCK),
     (r"explicitly trusted|inadequate entitlements|not trust", "trust it: Settings > General > VPN & Device Management"),
     (r"no account|provision|signing|development team|team id", f"sign in to Xcode and check --team-id: {TEAM_HELP}"),
-    (r"no devices?|not connected|disconnected|timed out|tunnel", "connect the phone by cable, unlock it and trust this Mac"),
+    (
+        r"no devices?|not connected|device.* not found|find a de(vice|stination)|disconnected|timed out|tunnel",
+        "connect the phone by cable, unlock it and trust this Mac",
+    ),
 )
+
+
+class PhoneLocked(InputError):
+    """The phone is locked, and starts no app."""
 
 
 def run(command: Sequence[str], timeout_s: float = 120.0) -> str:
     """Run one of Xcode's tools and return what it printed.
 
     Raises:
-        InputError: it is not there, failed, or took longer than `timeout_s`; with its last word and what to do.
+        InputError: it is not there, failed, or took longer than `timeout_s`; with its errors and what to do.
     """
     name = " ".join(command[:3] if command[0] == "xcrun" else command[:1])
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)  # noqa: S603
     except FileNotFoundError as error:
-        raise InputError(f"{command[0]} is not there: install Xcode from the App Store and open it once") from error
+        raise InputError(
+            f"{command[0]} is not there: install Xcode {OLDEST_XCODE} or later from the App Store and open it once"
+        ) from error
     except subprocess.TimeoutExpired as error:
         raise InputError(
             f"{name} took longer than {timeout_s:g} s: unlock the phone, check its cable, then try again"
         ) from error
     if found.returncode:
-        text = found.stderr.strip() + "\n" + found.stdout.strip()
-        said = [line.strip() for line in text.splitlines() if re.search(r"error", line, re.IGNORECASE)] or text.split("\n")
+        text = found.stderr + "\n" + found.stdout
+        lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+        said = "; ".join([line for line in lines if re.search(r"error", line, re.IGNORECASE)] or lines)
         fix = next((fix for pattern, fix in FIXES if re.search(pattern, text, re.IGNORECASE)), "see what it says")
-        raise InputError(f"{name} failed ({said[0][:300]}): {fix}")
+        raise (PhoneLocked if fix == UNLOCK else InputError)(f"{name} failed ({said[:MOST_SAID]}): {fix}")
     return found.stdout
 
 
@@ -80,9 +103,12 @@ def devicectl(*arguments: str, timeout_s: float = 120.0) -> dict[str, Any]:
     Raises:
         InputError: as `run`.
     """
+    first = next((place for place, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        run(["xcrun", "devicectl", *arguments, "--json-output", str(answer)], timeout_s)
+        # The first of the options: behind an app's identifier it would be an argument of the app.
+        asked = [*arguments[:first], "--json-output", str(answer), *arguments[first:]]
+        run(["xcrun", "devicectl", *asked], timeout_s)
         try:
             return dict(json.loads(answer.read_text())["result"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -163,8 +189,8 @@ def iphone_id(udid: str | None, unit: str) -> str:
 def measure_on_iphone(job_folder: Path, *, unit: str, team_id: str, udid: str | None, say: Say) -> Path:
     """Have a connected iPhone carry out the job in `job_folder`; return the path of the `results.json` written there.
 
-    The phone goes on by itself when this process is killed; the same command finds its results, or starts the app again,
-    which goes on where it was. `unit` is npu or cpu; `say` takes one line for people.
+    The phone goes on by itself when this process is killed; the same command waits for it, finds its results, or starts the
+    app again, which goes on where it was. `unit` is npu or cpu; `say` takes one line for people.
 
     Raises:
         InputError: something that is needed is missing (`coreml_check` lists it all), or the job is for another phone or unit.
@@ -184,18 +210,20 @@ def measure_on_iphone(job_folder: Path, *, unit: str, team_id: str, udid: str | 
     if not phone.developer_mode:
         raise InputError("developer mode is off: on the phone, switch on Settings > Privacy & Security > Developer Mode")
     bundle = bundle_id(team_id)
-    before = _fetch(phone, bundle, job, "progress.json")  # the app writes it once it has found the job
-    if before is None or before.get("state") != "done":
-        say(f"building the measuring app for {phone.marketing_name}, iOS {'.'.join(map(str, phone.ios))}")
-        with tempfile.TemporaryDirectory() as folder:
-            app = build_app(Path(folder), phone, team_id)
-            devicectl("device", "install", "app", "--device", phone.udid, str(app), timeout_s=300)
-        if before is None or before.get("state") == "failed":  # it may have failed because something did not arrive
+    before, measures = _last_word(phone, bundle, job, say)
+    if before.get("state") != "done":
+        if not measures:
+            say(f"building the measuring app for {phone.marketing_name}, iOS {'.'.join(map(str, phone.ios))}")
+            with tempfile.TemporaryDirectory() as folder:
+                app = build_app(Path(folder), phone, team_id)
+                _once_unlocked(say, "device", "install", "app", "--device", phone.udid, str(app), timeout_s=300)
+        if not before or before.get("state") == "failed":  # it may have failed because something did not arrive
             size = sum(file.stat().st_size for file in Path(job_folder).rglob("*") if file.is_file())
             say(f"copying {len(manifest['models'])} models to the phone, {size / 1e6:.0f} MB")
-            devicectl(*copy_to(phone, bundle, Path(job_folder), f"Documents/job-{job[:12]}"), timeout_s=600 + size / 1e6)
-        _wait(phone, bundle, job, before or {}, say)
-    found = _fetch(phone, bundle, job, "results.json")
+            copy = copy_to(phone, bundle, Path(job_folder), f"Documents/job-{job[:12]}")
+            _once_unlocked(say, *copy, timeout_s=600 + size / 1e6)
+        _wait(phone, bundle, job, before, measures, say)
+    found = _fetch(phone, bundle, job, "results.json", timeout_s=300)
     if found is None or found.get("job_sha256") != job or not isinstance(found.get("environment"), dict):
         raise Disturbed("the app on the phone ended without results: give the same command again")
     warnings = warnings_about(found)
@@ -241,6 +269,17 @@ def check_team(team_id: str | None) -> None:
         raise InputError(f"{given}: give --team-id; {TEAM_HELP}")
 
 
+def xcode_version() -> tuple[str, bool]:
+    """Return what Xcode says of its version, and whether it is new enough.
+
+    Raises:
+        InputError: it is not there.
+    """
+    said = run(["xcodebuild", "-version"]).split("\n")[0].strip()
+    version = re.search(r"\d+", said)
+    return said, version is not None and int(version.group()) >= OLDEST_XCODE
+
+
 def build_command(project: Path, products: Path, phone: Phone, team_id: str) -> list[str]:
     """Return the command that builds and signs the app; Xcode makes the certificate and profile itself where they lack."""
     return [
@@ -256,8 +295,11 @@ def build_app(folder: Path, phone: Phone, team_id: str) -> Path:
     """Build the app in `folder` and return its path.
 
     Raises:
-        InputError: Xcode did not build it.
+        InputError: Xcode did not build it, or is too old.
     """
+    said, is_new_enough = xcode_version()
+    if not is_new_enough:
+        raise InputError(f"this is {said}: {UPDATE_XCODE}")
     source = folder / "harness"
     shutil.copytree(HARNESS, source)  # Xcode writes beside a project, and ours may be where nobody may write
     products = folder / "products"
@@ -281,9 +323,13 @@ def copy_from(phone: Phone, bundle: str, source: str, destination: Path) -> list
     return ["device", "copy", "from", *_container(phone, bundle), "--source", source, "--destination", str(destination)]
 
 
-def launch(phone: Phone, bundle: str, job: str) -> list[str]:
-    """Return the arguments that start the app, anew if it runs, on the job with this SHA-256."""
-    return ["device", "process", "launch", "--device", phone.udid, "--terminate-existing", bundle, job]
+def launch(phone: Phone, bundle: str, job: str, *, anew: bool) -> list[str]:
+    """Return the arguments that start the app, again if it runs, on the job with this SHA-256.
+
+    `anew`: it may have been killed by us, so models that were loading when it ended are not to be blamed.
+    """
+    asked = [bundle, job, *(["anew"] if anew else [])]
+    return ["device", "process", "launch", "--device", phone.udid, "--terminate-existing", *asked]
 
 
 def _container(phone: Phone, bundle: str) -> list[str]:
@@ -292,34 +338,65 @@ def _container(phone: Phone, bundle: str) -> list[str]:
     return ["--device", phone.udid, *domain, "--user", "mobile"]
 
 
-def _fetch(phone: Phone, bundle: str, job: str, name: str) -> dict[str, Any] | None:
+def _fetch(phone: Phone, bundle: str, job: str, name: str, timeout_s: float = 60) -> dict[str, Any] | None:
     """Return one of the app's JSON files about this job, None where it is not there (or half written)."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / name
         try:
-            devicectl(*copy_from(phone, bundle, f"Documents/out-{job[:12]}/{name}", target), timeout_s=300)
+            devicectl(*copy_from(phone, bundle, f"Documents/out-{job[:12]}/{name}", target), timeout_s=timeout_s)
             found = json.loads((target / name if target.is_dir() else target).read_text())
         except (InputError, OSError, ValueError):
             return None
     return found if isinstance(found, dict) else None
 
 
-def _wait(phone: Phone, bundle: str, job: str, before: dict[str, Any], say: Say) -> None:
-    """Start the app and return when it has measured everything; start it again when it does not answer any more.
+def _last_word(phone: Phone, bundle: str, job: str, say: Say) -> tuple[dict[str, Any], bool]:
+    """Return the app's last word about the job, which it writes once it has found the job, empty where there is none; and
+    whether it measures now."""
+    found = _fetch(phone, bundle, job, "progress.json") or {}
+    if not found or found.get("state") in ENDS:
+        return found, False
+    say(f"the phone has begun this job: waiting {STILL_S:g} s to see whether it goes on")
+    time.sleep(STILL_S)
+    later = _fetch(phone, bundle, job, "progress.json") or found
+    return later, later != found and later.get("state") not in ENDS
 
-    `before` is its last word from an earlier start.
+
+def _once_unlocked(say: Say, *arguments: str, timeout_s: float = 120.0) -> None:
+    """Run `devicectl`; where the phone is locked, say so and try again for a while.
+
+    Raises:
+        PhoneLocked: nobody unlocked it.
     """
+    start, asked = time.monotonic(), False
+    while True:
+        try:
+            devicectl(*arguments, timeout_s=timeout_s)
+            return
+        except PhoneLocked:
+            if time.monotonic() - start >= UNLOCK_S:
+                raise
+        if not asked:
+            say(f"{UNLOCK} (Settings > Display & Brightness > Auto-Lock > Never): trying again for {UNLOCK_S / 60:g} min")
+            asked = True
+        time.sleep(POLL_S)
+
+
+def _wait(phone: Phone, bundle: str, job: str, before: dict[str, Any], measures: bool, say: Say) -> None:
+    """Start the app unless it measures, and return when it has measured everything; start it again when it does not answer
+    any more. `before` is its last word so far."""
     for attempt in range(1 + RESTARTS):
-        devicectl(*launch(phone, bundle, job))
-        say("measuring; leave the phone alone" if not attempt else "the app stopped answering: started again")
-        start, first, last, silent = time.monotonic(), None, before, 0
-        while silent < STALLED_POLLS:
+        if attempt or not measures:
+            _once_unlocked(say, *launch(phone, bundle, job, anew=not attempt))
+        say("the app stopped answering: started again" if attempt else "measuring; leave the phone alone")
+        start, first, last = time.monotonic(), None, before
+        changed = start
+        while time.monotonic() - changed < STALLED_S:
             time.sleep(POLL_S)
             found = _fetch(phone, bundle, job, "progress.json")
             if found is None or found == last:
-                silent += 1
                 continue
-            silent = 0
+            changed = time.monotonic()
             if found["state"] == "done":
                 return
             if found["state"] == "failed":

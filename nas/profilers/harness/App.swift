@@ -1,5 +1,6 @@
 // Starts measuring when it is launched, and says on the screen how far it is.
 
+import Combine
 import SwiftUI
 import UIKit
 
@@ -68,12 +69,21 @@ final class Status: ObservableObject {
                 try Bench(job, self).run()
             } catch {
                 self.report("failed", "\(error)", done: 0, total: 1, place: place)
-                DispatchQueue.main.async { self.started = false }
+                Task { @MainActor in await self.startAgain() }
             }
         }
         thread.qualityOfService = .userInteractive
         thread.stackSize = 8 << 20
         thread.start()
+    }
+
+    /// After a failure. Where no computer waits for an answer, a person may be copying the job into the app right now.
+    @MainActor
+    private func startAgain() async {
+        started = false
+        if Job.wanted != nil { return }
+        try? await Task.sleep(nanoseconds: 10_000_000_000)
+        if inFront { start() }
     }
 
     /// Shows the state and leaves it in progress.json for the computer to fetch, every two seconds at most while it stays

@@ -65,7 +65,7 @@ func limitedAsync<T>(_ seconds: Double, _ work: @escaping () async throws -> T) 
 final class LoadedModel {
     private let model: MLModel
     private let input: MLFeatureProvider
-    private let compiled: URL
+    let compiled: URL
 
     init(model: MLModel, compiled: URL, input: Manifest.Input) throws {
         guard input.dtype == "float16" else { throw Trouble("the input is \(input.dtype), not float16") }
@@ -126,6 +126,7 @@ final class Bench {
         self.job = job
         self.status = status
         log = try Log(job.out.appendingPathComponent("visits.jsonl"))
+        if Job.isAnew { try log.add(["anew": true]) }
         random = Random(state: job.manifest.timing.seed)
         let onCpu = job.manifest.settings.compute_units == "CPU_ONLY"
         // What the Neural Engine keeps of weights between two calls is not ours to clear.
@@ -173,14 +174,24 @@ final class Bench {
                     do {
                         try visit(name, model, touching: plan.touched_bytes[name] ?? 0)
                     } catch {
-                        try log.add(["model": name, "flag": "load-error", "why": "\(error)"])
-                        live[name] = nil
+                        if isDisturbed {  // the model stays open, and comes again
+                            warm = []
+                            before = nil
+                        } else if error is Trouble {
+                            throw error  // a reference's, not this model's
+                        } else {
+                            try log.add(["model": name, "flag": "load-error", "why": "\(error)"])
+                            live[name] = nil
+                        }
                     }
                     report("measuring", name)
                 }
             }
         }
     }
+
+    /// Whether the app left the front: what fails then says nothing about a model.
+    private var isDisturbed: Bool { status.interrupted || !status.inFront }
 
     private func count(_ name: String) -> Int { log.visits[name]?.count ?? 0 }
 
@@ -198,7 +209,8 @@ final class Bench {
         return total
     }
 
-    /// Compiles and loads a model and runs it once, each within the time limit; nil: it did not, and is flagged.
+    /// Compiles and loads a model and runs it once, each within the time limit; nil: it did not, and is flagged. What was
+    /// disturbed is tried again.
     private func load(_ name: String) throws -> LoadedModel? {
         guard let entry = job.manifest.models[name] else { throw Trouble("the manifest has no model \(name)") }
         if log.deaths(in: name) >= 2 {
@@ -210,30 +222,42 @@ final class Bench {
         guard try packageSHA256(package) == entry.sha256 else {  // tools that copy may leave a file out, and say nothing
             throw Trouble("\(entry.file) did not arrive whole: copy the job again")
         }
-        try log.add(["model": name, "loading": true])
-        defer { try? log.add(["model": name, "loading": false]) }
-        do {
-            guard let compiled = try limited(seconds, { try MLModel.compileModel(at: package) }),
-                let model = try limited(seconds, { try MLModel(contentsOf: compiled, configuration: self.configuration) })
-            else {
-                try log.add(["model": name, "flag": "timeout"])
-                return nil
+        while true {
+            waitUntilFit()
+            status.interrupted = false
+            let flag: [String: Any]
+            do {
+                try log.add(["model": name, "loading": true])
+                defer { try? log.add(["model": name, "loading": false]) }
+                if let loaded = try ready(package, entry.input, within: seconds) {
+                    try flagOffNeuralEngine(name, loaded, within: seconds)
+                    return loaded
+                }
+                flag = ["model": name, "flag": "timeout"]
+            } catch {
+                flag = ["model": name, "flag": "load-error", "why": "\(error)"]
             }
-            let loaded = try LoadedModel(model: model, compiled: compiled, input: entry.input)
-            guard try limited(seconds, { try loaded.call() }) != nil else {  // some models load, and hang or die when they run
-                try log.add(["model": name, "flag": "timeout"])
-                return nil
-            }
-            if #available(iOS 17.4, *), configuration.computeUnits == .cpuAndNeuralEngine, log.flags[name] == nil {
-                // A plan that cannot be read says nothing about the model.
-                let falls = try? limitedAsync(seconds) { try await fallsOffNeuralEngine(compiled, self.configuration) }
-                if falls == true { try log.add(["model": name, "flag": "off-npu"]) }
-            }
-            return loaded
-        } catch {
-            try log.add(["model": name, "flag": "load-error", "why": "\(error)"])
+            if isDisturbed { continue }
+            try log.add(flag)
             return nil
         }
+    }
+
+    /// A model that is compiled, loaded and has run once; nil: one of these did not end in time.
+    private func ready(_ package: URL, _ input: Manifest.Input, within seconds: Double) throws -> LoadedModel? {
+        guard let compiled = try limited(seconds, { try MLModel.compileModel(at: package) }),
+            let model = try limited(seconds, { try MLModel(contentsOf: compiled, configuration: self.configuration) })
+        else { return nil }
+        let loaded = try LoadedModel(model: model, compiled: compiled, input: input)
+        // Some models load, and hang or die when they run.
+        return try limited(seconds, { try loaded.call() }) == nil ? nil : loaded
+    }
+
+    private func flagOffNeuralEngine(_ name: String, _ loaded: LoadedModel, within seconds: Double) throws {
+        guard #available(iOS 17.4, *), configuration.computeUnits == .cpuAndNeuralEngine, log.flags[name] == nil else { return }
+        // A plan that cannot be read says nothing about the model.
+        let falls = try? limitedAsync(seconds) { try await fallsOffNeuralEngine(loaded.compiled, self.configuration) }
+        if falls == true { try log.add(["model": name, "flag": "off-npu"]) }
     }
 
     /// Visits a model until a visit counts: the app in front and the phone not hot, before and after.
@@ -242,7 +266,7 @@ final class Bench {
             waitUntilFit()
             status.interrupted = false
             let stateBefore = thermalState()
-            for (place, reference) in references.enumerated() { _ = try warmUp("reference \(place)", reference) }
+            try ofReferences { for (place, model) in references.enumerated() { _ = try warmUp("reference \(place)", model) } }
             if try warmUp(name, model) || before == nil { before = try timeReferences() }
             guard let first = before else { continue }
             let raw = try burst(model, touching: touching)
@@ -281,7 +305,12 @@ final class Bench {
         return true
     }
 
-    private func timeReferences() throws -> [Double] { try references.map { try burst($0, touching: 0) } }
+    private func timeReferences() throws -> [Double] { try ofReferences { try references.map { try burst($0, touching: 0) } } }
+
+    /// Does `work` with the references, whose failure is not that of the model that is visited.
+    private func ofReferences<T>(_ work: () throws -> T) throws -> T {
+        do { return try work() } catch { throw Trouble("a reference failed: \(error)") }
+    }
 
     /// The median milliseconds of a few calls in a row, the first ones discarded; before each, so many bytes of other memory are
     /// touched.

@@ -93,7 +93,7 @@ struct Job {
             let out = try outFolder(in: documents, of: sha256)
             return Job(manifest: manifest, sha256: sha256, folder: candidate.url.deletingLastPathComponent(), out: out)
         }
-        throw Trouble("there is no job on this phone: copy the job folder into the app's documents, then start the app again")
+        throw Trouble("there is no job on this phone: copy the job folder into the app's documents")
     }
 
     /// Makes the folder of what is said about a job.
@@ -107,6 +107,9 @@ struct Job {
     static var wanted: String? {
         ProcessInfo.processInfo.arguments.dropFirst().first { $0.count == 64 && $0.allSatisfy(\.isHexDigit) }
     }
+
+    /// Whether a command on the computer has begun with this launch: it may have ended the app before, by installing it.
+    static var isAnew: Bool { ProcessInfo.processInfo.arguments.dropFirst().contains("anew") }
 }
 
 func hex(_ digest: SHA256.Digest) -> String { digest.map { String(format: "%02x", $0) }.joined() }
@@ -135,7 +138,7 @@ final class Log {
     private(set) var thermalStates: [String: Int] = [:]  // how often each was seen before or after a burst
     private(set) var dropped = 0
     private(set) var startedAt = ""
-    private var loads: [String: Int] = [:]  // begun and not ended: the app died in them
+    private var loads: [String: Int] = [:]  // begun and not ended since a command began: the app died in them
     private let file: FileHandle
 
     init(_ url: URL) throws {
@@ -164,6 +167,7 @@ final class Log {
         if let started = entry["started_at"] as? String { startedAt = started }
         for state in entry["thermal"] as? [String] ?? [] { thermalStates[state, default: 0] += 1 }
         if entry["dropped"] != nil { dropped += 1 }
+        if entry["anew"] != nil { loads = [:] }
         guard let model = entry["model"] as? String else { return }
         if let visit = entry["visit"] as? [Double], visit.count == 3 { visits[model, default: []].append(visit) }
         if let flag = entry["flag"] as? String { flags[model] = flag }
