@@ -3,11 +3,13 @@
     nas-build-lut --device cpu --space efficientformer-s --out quiet
     python benchmarks/two_builds.py quiet --busy busy --space efficientformer-s
 
-The second build is made here while another process keeps one core busy. Then each row of the first table in turn is made 10 %
-too large, and too small, and the tool is asked which rows it doubts.
+The second build is made here while another process keeps one core busy; one that lies there already, made in whatever way (a
+job folder, over ssh), is compared as it is: its rows, and what both tables say of random networks. Then each row of the first
+table in turn is made 10 % too large, and too small, and the tool is asked which rows it doubts.
 """
 
 import argparse
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +23,9 @@ from nas.devices import open_profiler
 from nas.lut import rows_off_their_visits
 from nas.measure import table_reference
 from nas.table import LatencyTable
+from supernet.space import SearchSpace
 
+NETWORKS = 200
 BUSY = "x = 1\nwhile True:\n    x = (x * 1103515245 + 12345) % 2147483648\n"
 
 
@@ -74,6 +78,13 @@ def main() -> None:
                 f"{what} ({len(chosen)}): the builds differ by a median of {median:.1f} %, a 95th percentile of {p95:.1f} % "
                 f"({of_network:.2f} % of a typical network)"
             )
+        rng, space = random.Random(0), SearchSpace.load(given.space)
+        networks = [space.sample(rng) for _ in range(NETWORKS)]
+        said = [100 * abs(second.predict_ms(arch) / slowness / first.predict_ms(arch) - 1) for arch in networks]
+        median, p95 = np.percentile(said, [50, 95])
+        print(
+            f"what they say of {NETWORKS} random networks differs by a median of {median:.1f} %, a 95th percentile of {p95:.1f} %"
+        )
         for c in second.calibrations:
             print(f"second build, {c.space}: {c.mean_error_percent:.1f} % off on average, {c.max_error_percent:.1f} % at most")
     samples = given.first / f"{device}.samples.csv"

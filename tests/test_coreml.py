@@ -19,6 +19,7 @@ from hosts import be_linux, be_mac
 from torch import Tensor, nn
 
 from nas import coreml_package
+from nas.alone import MEASURING
 from nas.coreml_package import convert, operations, package_bytes, save_package
 from nas.measure import CACHED, EMPTY, Model, build_module, name_of
 from nas.profilers import coreml
@@ -42,6 +43,12 @@ POOL_BLOCK = ["avg_pool", "sub", "mul", "add", "conv", "gelu", "conv", "add"]
 
 
 # --- conversion -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_real_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is pretended here need not wait for what is measured beside it."""
+    monkeypatch.setattr("nas.profilers.coreml.turn", nullcontext)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +297,14 @@ class FakeModel:
         self.last_predict_duration_in_nano_seconds = self.nanoseconds[self.calls % len(self.nanoseconds)]
         self.calls += 1
         self.clock += 3 * self.last_predict_duration_in_nano_seconds
+
+
+def test_a_mac_waits_for_its_turn_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(coreml, "turn", lambda name: nullcontext(asked.append(name)))
+    be_mac(monkeypatch)
+    with open_mac("mac-cpu").exclusive():
+        assert asked == [MEASURING]
 
 
 def test_predictions_are_timed_by_the_frameworks_counter() -> None:

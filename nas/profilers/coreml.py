@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -26,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nas.alone import MEASURING, turn
 from nas.coreml_package import coremltools, package_bytes, save_package
 from nas.export_forms import COREML
 from nas.measure import CACHED, STREAMING, Model, build_module, name_of
@@ -430,7 +430,7 @@ class CoreMlMac:
         return touches(most) if self.unit == "cpu" else None
 
     def exclusive(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
+        return turn(MEASURING)
 
 
 def open_mac(device: str, threads: int | None = None, precision: str | None = None, batch: int | None = None) -> CoreMlMac:

@@ -39,6 +39,7 @@ import platformdirs
 import torch
 from torch import Tensor, nn
 
+from nas.alone import MEASURING, turn
 from nas.export_forms import CUDA, CUDA_RUNTIME
 from nas.measure import Model, build_module
 from nas.profilers.bench import Disturbed, now
@@ -423,7 +424,8 @@ class NvidiaGpu:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Let cuDNN measure which algorithm is fastest, and keep fp32 from being computed as TF32, meanwhile.
+        """When no other process of this package times anything, let cuDNN measure which algorithm is fastest, and keep fp32
+        from being computed as TF32.
 
         At the end all that was captured is let go, as the memory may be wanted for training. So each measurement captures the
         references anew: two small graphs, whose kernels are in inductor's cache by then, beside the network's own.
@@ -431,7 +433,7 @@ class NvidiaGpu:
         matmul_tf32 = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = False
         try:
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            with turn(MEASURING), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
                 yield
         finally:
             torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
