@@ -83,7 +83,8 @@ def main() -> None:
         said = [100 * abs(second.predict_ms(arch) / slowness / first.predict_ms(arch) - 1) for arch in networks]
         median, p95 = np.percentile(said, [50, 95])
         print(
-            f"what they say of {NETWORKS} random networks differs by a median of {median:.1f} %, a 95th percentile of {p95:.1f} %"
+            f"what they say of {NETWORKS} random networks differs by a median of {median:.1f} %, a 95th percentile of "
+            f"{p95:.1f} %"
         )
         for c in second.calibrations:
             print(f"second build, {c.space}: {c.mean_error_percent:.1f} % off on average, {c.max_error_percent:.1f} % at most")
