@@ -112,8 +112,9 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
     build = {"started": started, "finished": now(), "typical_params": work.typical_params}
     place["builds"] = [*(old.meta.get("builds", ()) if old is not None else ()), build]
     at_end = {name: value for name, value in profiler.environment().items() if value != place.get(name)}
-    for warning in set(at_end.get("warnings", ())) - set(place["warnings"]):
-        say(f"warning: {warning}")
+    for warning in at_end.get("warnings", ()):
+        if warning not in place["warnings"]:
+            say(f"warning: {warning}")
     place = {**place, "at_end": at_end}
     table = write_table(profiler.id, space, work, samples.visits, place, old, folder, flags=flags.words)
     marker.unlink(missing_ok=True)

@@ -29,8 +29,8 @@ Model = tuple[Layer, ...]
 
 CACHED: Model = (Layer(MB4D(64), 16),) * 2
 STREAMING: Model = (Layer(MB3D(192), 4),) * 4
-"""The references that every visit is paired with; a table's sidecar has their milliseconds. The first one's weights, 0.3 MB,
-stay in the inner caches; the second one's, 13 MB, do not."""
+"""The references that every visit is paired with, but a GPU's, which has its own; a table's sidecar has their milliseconds. The
+first one's weights, 0.3 MB, stay in the inner caches; the second one's, 13 MB, do not."""
 EMPTY: Model = ()
 """A session that does nothing: the price of a call."""
 

@@ -25,31 +25,39 @@ from nas import cli
 from nas.lut import build_table
 from nas.profilers.bench import Samples
 from nas.table import LatencyTable
+from supernet import files
 from supernet.space import SearchSpace
 
 
 def build(out: str, begun: Callable[[], object]) -> None:
-    """Build a table of the pretended device, whose visits take no time, but for what is waited at each."""
+    """Build a table of the pretended device, whose visits take no time, but for a moment in which a kill can come."""
     add = Samples.add
 
-    def add_slowly(self: Samples, *args: Any) -> None:
+    def add_and_say(self: Samples, *args: Any) -> None:
         begun()
         time.sleep(0.003)
         add(self, *args)
 
-    with patch.object(Samples, "add", add_slowly):
+    with patch.object(Samples, "add", add_and_say):
         build_table(Device(), small_space(), Path(out))
 
 
 def search(out: str, begun: Callable[[], object]) -> None:
-    begun()
+    """Search for a network on a table; a file that gets its name is a sign of life."""
     ms = 0.5 * LatencyTable.load(Path("tables/board-cpu.csv")).predict_ms(SearchSpace.load("micro.yaml").largest)
     where = ["--device", "board-cpu", "--table", "tables/board-cpu.csv", "--space", "micro.yaml", "--config", "settings.yaml"]
-    cli.search(["--target-ms", f"{ms:.6f}", *where, "--out", out])
+    replace = os.replace
+
+    def replace_and_say(*names: Any) -> None:
+        replace(*names)
+        begun()
+
+    with patch.object(files.os, "replace", replace_and_say):
+        cli.search(["--target-ms", f"{ms:.6f}", *where, "--out", out])
 
 
-WORK = {"build": (build, 0.06), "search": (search, 1.0)}
-"""What is killed, and after which share of its time at most, from where it says that it has begun."""
+WORK = {"build": (build, 38), "search": (search, 5)}
+"""What is killed, and after how many signs of life at most."""
 
 
 def main(folder: Path, what: str, kills: int) -> None:
@@ -58,29 +66,28 @@ def main(folder: Path, what: str, kills: int) -> None:
     Path("micro.yaml").write_text(SPACE)
     Path("settings.yaml").write_text(SETTINGS)
     additive_table(SearchSpace.load("micro.yaml"), "board-cpu").save(Path("tables"))
-    work, share = WORK[what]
+    work, most = WORK[what]
     rng = random.Random(7)
 
-    def ended(out: str, after: float | None) -> int:
-        """Return the exit code of the work in a process of its own, which is killed after so many seconds."""
+    def ended(out: str, signs: int = 0) -> int:
+        """Return the exit code of the work in a process of its own, which is killed a moment after so many signs of life."""
         told, tell = os.pipe()
         child = os.fork()
         if child == 0:
             work(out, lambda: os.write(tell, b"."))
             os._exit(0)
         os.close(tell)
-        if after is not None:
+        for _ in range(signs):
             os.read(told, 1)
-            time.sleep(after)
+        if signs:
+            time.sleep(rng.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
         os.close(told)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    start = time.monotonic()
-    whole = ended("whole", None)
-    seconds = time.monotonic() - start
-    codes = [ended("killed", rng.uniform(0, share * seconds)) for _ in range(kills)]
-    print(json.dumps({"codes": codes, "last": [whole, ended("killed", None)]}))
+    whole = ended("whole")
+    codes = [ended("killed", rng.randint(1, most)) for _ in range(kills)]
+    print(json.dumps({"codes": codes, "last": [whole, ended("killed")]}))
 
 
 if __name__ == "__main__":

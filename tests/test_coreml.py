@@ -417,7 +417,7 @@ def test_a_mac_that_stays_hot_cannot_be_measured(monkeypatch: pytest.MonkeyPatch
     slept: list[float] = []
     mac, watch, _ = hot_mac(monkeypatch, ["serious"], slept)
     assert any("hot (thermal state serious)" in line for line in mac.environment()["warnings"])
-    with pytest.raises(Disturbed, match=r"hot \(thermal state serious\) in 20 visits in a row"):
+    with pytest.raises(Disturbed, match=r"hot \(thermal state serious to serious\) in 20 visits in a row"):
         watch.visit(CoreMlModel(FakeModel([300_000]), (1,)))
     assert len(slept) == 19
 

@@ -25,6 +25,7 @@ from nas.profilers import cuda, nvidia
 from nas.profilers.bench import Disturbed
 from nas.profilers.cuda import (
     ASK_EVERY_S,
+    BATCH,
     BURST_MS,
     MAPS,
     PRODUCTS,
@@ -606,11 +607,13 @@ def test_idling_and_clocks_that_somebody_set_are_no_throttling(reason: int) -> N
 @pytest.mark.parametrize("reason", [0x2, 0x100])
 def test_clocks_that_are_held_are_told_at_the_end_as_an_idle_gpu_does_not_tell(reason: int) -> None:
     fake = FakeCuda()
-    opened = open_gpu("a100", driver=FakeDriver(nvml=lambda: reason if fake.line.at_work else 0x1), cuda=fake)
-    assert opened.environment()["warnings"] == []
-    Bursts(fake, opened.watch)(captured(6.0, fake))
-    said = "its clocks were held by a setting, at 1410 of 1410 MHz: what was measured holds for that alone"
-    assert opened.environment()["warnings"] == [said]
+    for mhz, at in ((1200, [", at 1200 of 1410 MHz"]), (1410, []), (None, [""])):
+        driver = FakeDriver(nvml=lambda: reason if fake.line.at_work else 0x1, mhz=lambda mhz=mhz: mhz)
+        opened = open_gpu("a100", driver=driver, cuda=fake)
+        assert opened.environment()["warnings"] == []
+        Bursts(fake, opened.watch)(captured(6.0, fake))
+        said = [f"its clocks were held by a setting{part}: what was measured holds for that alone" for part in at]
+        assert opened.environment()["warnings"] == said
 
 
 def test_few_images_a_call_are_warned_of() -> None:
@@ -621,8 +624,8 @@ def test_few_images_a_call_are_warned_of() -> None:
 
 def test_the_references_are_larger_than_the_caches_of_gpus() -> None:
     """One is of products, which follow the clock, one of maps that no cache holds."""
-    place, side, width = 64, MAPS[0].resolution, MAPS[0].spec.dim
-    assert 2 * place * side**2 * 4 * width > 126e6, "bytes of a map inside a block; a B200's cache is the largest"
+    side, width = MAPS[0].resolution, MAPS[0].spec.dim
+    assert 2 * BATCH * side**2 * 4 * width > 126e6, "bytes of a map inside a block; a B200's cache is the largest"
     assert PRODUCTS[0].spec.dim > 4 * width, "more products for each byte"
 
 

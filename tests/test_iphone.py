@@ -67,9 +67,12 @@ def test_the_app_writes_the_fields_of_results() -> None:
 
 def test_the_app_blames_no_model_for_what_is_not_its_fault() -> None:
     bench = (iphone.HARNESS / "Bench.swift").read_text()
-    for line in re.findall(r"^.*burst\(\$0.*$|^.*warmUp\(\"reference.*$", bench, re.M):
+    references = re.findall(r"^.*burst\(\$0.*$|^.*warmUp\(\"reference.*$", bench, re.M)
+    assert len(references) == 2
+    for line in references:
         assert "try ofReferences {" in line, "a reference's failure is the run's"
     for flag in ('"flag": "timeout"', '"flag": "load-error", "why": "\\(error)"'):
+        assert flag in bench
         for place in re.finditer(re.escape(flag), bench):
             near = bench[place.start() - 500 : place.end() + 200]
             assert "if isDisturbed {" in near, "what fails while the app is not in front is tried again"

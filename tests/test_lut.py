@@ -280,7 +280,8 @@ def test_twenty_kills_lose_a_visit_each_at_most_and_change_no_row(
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="forking is safe on Linux alone")
 def test_a_build_that_the_system_kills_at_twenty_moments_gives_the_same_table(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("kill_at_random.py")), str(tmp_path), "build", "20"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert json.loads(done.stdout or "null") == {"codes": [-9] * 20, "last": [0, 0]}, done.stderr
     lines: dict[str, list[list[str]]] = {}
     for out in ("whole", "killed"):

@@ -312,7 +312,7 @@ class Heat:
 
 
 class CoolStopwatch(Stopwatch):
-    """Drops visits before or after which the Mac was hot, as the app on a phone does: rests, and warms up anew."""
+    """Drops visits before or after which the Mac was hot, rests for a while, and warms up anew."""
 
     def __init__(
         self, cached: Workload, streaming: Workload, heat: Heat, sleep: Callable[[float], object] = time.sleep
@@ -341,8 +341,8 @@ class CoolStopwatch(Stopwatch):
             if attempt < TRIES - 1:
                 self.sleep(COOL_DOWN_S)
         raise Disturbed(
-            f"this Mac was hot (thermal state {states[1]}) in {TRIES} visits in a row, with rests: no table is written. Cool "
-            "it, or end other work; the same command goes on from here"
+            f"this Mac was hot (thermal state {' to '.join(map(str, states))}) in {TRIES} visits in a row, with rests: "
+            "cool it, or end other work, and give the same command again"
         )
 
 

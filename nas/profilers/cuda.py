@@ -428,7 +428,7 @@ class NvidiaGpu:
         from being computed as TF32.
 
         At the end all that was captured is let go, as the memory may be wanted for training. So each measurement captures the
-        references anew: two small graphs, whose kernels are in inductor's cache by then, beside the network's own.
+        references anew: two graphs, whose kernels are in inductor's cache by then, beside the network's own.
         """
         matmul_tf32 = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = False

@@ -385,7 +385,8 @@ class Watch:
     def warnings(self, max_sm_mhz: float | None) -> list[str]:
         """Return what speaks against trusting what was measured while bursts ran, a sentence each."""
         highest = self.seen["sm_mhz"].get("highest")
-        if not self.held or highest is None or max_sm_mhz is None:
+        known = highest is not None and max_sm_mhz is not None
+        if not self.held or (known and highest >= max_sm_mhz):  # type: ignore[operator]
             return []
-        at = f"{highest:.0f} of {max_sm_mhz:.0f} MHz"
-        return [f"its clocks were held by a setting, at {at}: what was measured holds for that alone"]
+        at = f", at {highest:.0f} of {max_sm_mhz:.0f} MHz" if known else ""
+        return [f"its clocks were held by a setting{at}: what was measured holds for that alone"]

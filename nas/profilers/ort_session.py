@@ -121,7 +121,7 @@ def cpu_name() -> str:
     if Path("/proc/cpuinfo").exists():
         parts = Path("/proc/cpuinfo").read_text().rstrip().split("\n\n")  # a processor each, and on a board the last is its own
         fields, of_all = (dict(re.findall(r"^([^\t:]+?)\s*:\s*(.*)$", parts[at], re.M)) for at in (0, -1))
-        name = fields.get("model name") or of_all.get("Model") or of_all.get("Hardware") or platform.machine()
+        name = of_all.get("Model") or fields.get("model name") or of_all.get("Hardware") or platform.machine()
         if name == platform.machine() and "CPU part" in fields:  # Arm servers tell numbers only
             name += f" {fields.get('CPU implementer', '')} {fields['CPU part']}"
         if not re.search(r"\d", re.sub(CLOCK, "", name)) and "model" in fields:

@@ -203,9 +203,14 @@ def main() -> None:
             f"the job is of {settings['threads']} threads, more than the CPUs that this process may use: run it on "
             f"a device that has as many, or export it with --threads {usable_cpus()} at most"
         )
-    with locked(folder):
-        probe(folder)
-        measure(folder, manifest, given.again)
+    try:
+        with locked(folder):
+            probe(folder)
+            measure(folder, manifest, given.again)
+    except OSError as error:
+        raise SystemExit(
+            f"run_job.py: {error.filename or folder}: {error.strerror}; the same command goes on from here"
+        ) from None
 
 
 def measure(folder: Path, manifest: dict[str, Any], again: bool) -> None:
