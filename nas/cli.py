@@ -54,6 +54,11 @@ def build_lut(arguments: Sequence[str] | None = None) -> None:
     what.add_argument("--space", metavar="S", help="a space: its name or a YAML file (default: efficientformer-tiny)")
     what.add_argument("--arch", metavar="ARCH", help=f"the rows of one network instead; {ARCH_HELP}")
     parser.add_argument("--missing", action="store_true", help="measure only rows that the table does not have yet")
+    parser.add_argument(
+        "--recalibrate",
+        action="store_true",
+        help="time whole networks alone, and calibrate the table that is there on them: minutes, where the machine has changed",
+    )
     parser.add_argument("--threads", type=whole_number, metavar="N", help="of a CPU (default: 1)")
     parser.add_argument(
         "--precision", metavar="P", help="fp32 or int8 on a CPU; fp16, bf16 or fp32 on a GPU (default: the first)"
@@ -128,7 +133,7 @@ def _refuse_without_use(given: argparse.Namespace) -> None:
     if given.format is not None and given.export_job is None:
         raise InputError("--format is of a job's models: add --export-job DIR, or leave it out")
     if given.import_results is not None:
-        decided = ("space", "arch", "missing", "threads", "precision", "batch", "export_job", "check")
+        decided = ("space", "arch", "missing", "recalibrate", "threads", "precision", "batch", "export_job", "check")
         for name in [name for name in decided if getattr(given, name)]:
             raise InputError(f"results say themselves what was measured: leave --{name.replace('_', '-')} out")
     for name in ("team_id", "udid"):
@@ -163,6 +168,13 @@ def _measure(given: argparse.Namespace) -> None:
     elsewhere = given.export_job is not None or given.device.startswith("ssh://") or given.device in PHONES
     if elsewhere and given.missing:
         raise InputError("a device that is elsewhere measures all rows of a space at once: leave --missing out")
+    if elsewhere and given.recalibrate:
+        raise InputError(
+            "a device that is elsewhere measures rows and networks at once: leave --recalibrate out, or give what its networks "
+            "take as --import-results medians.csv"
+        )
+    if given.missing and given.recalibrate:
+        raise InputError("--missing measures rows, and then networks; --recalibrate networks alone: leave one of them out")
     if given.export_job is not None:
         remote.export(given.export_job, space, given.device, given.format or "onnx", **settings)
     elif given.device.startswith("ssh://"):
@@ -172,7 +184,9 @@ def _measure(given: argparse.Namespace) -> None:
             raise InputError(f"{given.device} is measured in fp16 at batch 1: leave --threads, --precision and --batch out")
         remote.build_on_iphone(given.device, space, folder, given.team_id, given.udid)
     else:
-        build_table(open_profiler(given.device, **settings), space, folder, only_missing=given.missing)
+        build_table(
+            open_profiler(given.device, **settings), space, folder, only_missing=given.missing, only_networks=given.recalibrate
+        )
 
 
 def search(arguments: Sequence[str] | None = None) -> None:

@@ -42,18 +42,29 @@ SAME = ("runtime", "runtime_version", "threads", "precision", "batch", "export",
 
 
 def build_table(
-    profiler: Profiler, space: SearchSpace, folder: Path, *, only_missing: bool = False, seed: int = 0
+    profiler: Profiler,
+    space: SearchSpace,
+    folder: Path,
+    *,
+    only_missing: bool = False,
+    only_networks: bool = False,
+    seed: int = 0,
 ) -> LatencyTable:
     """Measure the rows of a space on a device, calibrate, write the table to `folder` and return it.
 
     Rows of other spaces that the table holds are kept. A killed build goes on where it was when it is called again.
 
+    Args:
+        only_missing: measure those rows that the table there does not have, and whole networks.
+        only_networks: measure whole networks alone, and calibrate the rows that are there on them.
+
     Raises:
-        InputError: the space is too small, or the table there was measured otherwise and is only to be completed.
+        InputError: the space is too small, or the table there was measured otherwise and is only to be completed, or has not
+            all rows that are to be calibrated.
         Failed: the device was too busy or too hot to be measured; nothing is written.
     """
     with alone(folder, profiler.id):
-        return _built(profiler, space, folder, only_missing, seed)
+        return _built(profiler, space, folder, only_missing, only_networks, seed)
 
 
 def place_here(profiler: Profiler) -> dict[str, Any]:
@@ -61,20 +72,30 @@ def place_here(profiler: Profiler) -> dict[str, Any]:
     return {**profiler.environment(), "protocol": PROTOCOL}
 
 
-def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: bool, seed: int) -> LatencyTable:
+def _built(
+    profiler: Profiler, space: SearchSpace, folder: Path, only_missing: bool, only_networks: bool, seed: int
+) -> LatencyTable:
     torch.manual_seed(seed)
     path = folder / f"{profiler.id}.csv"
     place = place_here(profiler)
     space = for_batch(space, int(place["batch"]))
-    old = table_to_extend(path, place, only_missing, space=space.name)
+    anew = f"build it anew without --{'recalibrate' if only_networks else 'missing'}"
+    old = table_to_extend(path, place, only_missing or only_networks, space=space.name, anew=anew)
     layers = measured_layers(space.layers())
+    if only_networks:
+        if old is None or any(layer not in old.rows for layer in layers):
+            raise InputError(
+                f"{path} has not every row of {space.name}, which --recalibrate calibrates: measure them first, without it"
+            )
+        layers = []
     if only_missing and old is not None:
         layers = [layer for layer in layers if layer not in old.rows]
         if not layers and old.serves(space):
             say(f"{path} already has every row of {space.name}")
             return old
     work = work_for(space, layers, seed, place["precision"])
-    marker = folder / f"{profiler.id}.{space_sha256(space)[:8]}.building.json"
+    sha256 = space_sha256(space)  # a part of it names a build, another one a recalibration: neither goes on with the other
+    marker = folder / f"{profiler.id}.{sha256[8:16] if only_networks else sha256[:8]}.building.json"
     _forget(m for m in _markers(folder, profiler.id) if not _is_of(m, place))  # the visits from here on are no part of those
     for warning in place["warnings"]:
         say(f"warning: {warning}")
@@ -84,10 +105,12 @@ def _built(profiler: Profiler, space: SearchSpace, folder: Path, only_missing: b
         samples = Samples(folder / f"{profiler.id}.samples.csv", started)
     except Damaged as error:
         raise InputError(str(error)) from error
+    rows = f"{len(layers)} rows of {profiler.id} for {space.name} from {len(work.plan.pieces)} models and "
+    if only_networks:
+        rows = f"no row of {profiler.id} for {space.name}, but "
     say(
-        f"measuring {len(layers)} rows of {profiler.id} for {space.name} from {len(work.plan.pieces)} models and "
-        f"{len(work.networks)} networks, {place['runtime']} {place['runtime_version']}, {place['precision']}, batch "
-        f"{place['batch']}, threads {place['threads']}; leave the machine alone meanwhile"
+        f"measuring {rows}{len(work.networks)} networks, {place['runtime']} {place['runtime_version']}, {place['precision']}, "
+        f"batch {place['batch']}, threads {place['threads']}; leave the machine alone meanwhile"
     )
     models = work.models
     try:

@@ -298,6 +298,52 @@ def test_a_build_that_the_system_kills_at_twenty_moments_gives_the_same_table(tm
     )
 
 
+def test_a_recalibration_measures_networks_alone(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large networks may change beside the references: rows stay, and what is made of them follows."""
+    space, other = small_space((16, 32)), replace(small_space((16,)), name="other")
+    for each in (space, other):
+        before = build_table(device, each, tmp_path)
+
+    def slower(model: Model) -> float:
+        return real(model) * (1.05 if name_of(model).startswith("network") else 1)
+
+    real, opened = device_ms, set[str]()
+    monkeypatch.setattr("test_lut.device_ms", slower)
+    open_model = Device.open
+    monkeypatch.setattr(Device, "open", lambda self, model: (opened.add(name_of(model)), open_model(self, model))[1])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        add, left = Samples.add, iter(range(30))
+
+        def add_until_killed(self: Samples, name: str, visit: Visit) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            add(self, name, visit)
+
+        patch.setattr(Samples, "add", add_until_killed)
+        build_table(device, space, tmp_path, only_networks=True)
+    after = build_table(device, space, tmp_path, only_networks=True)
+    assert {name.split(" ")[0] for name in opened - {name_of(CACHED), name_of(STREAMING)}} == {"network", "empty"}
+    assert {layer: row.ms for layer, row in after.rows.items()} == {layer: row.ms for layer, row in before.rows.items()}
+    arch = space.sample(random.Random(5))
+    now, then = (table.calibrated_for(space).predict_ms(arch) for table in (after, before))
+    assert now == pytest.approx(1.05 * then, rel=2e-3)
+    kept, was = (next(c for c in table.calibrations if c.space == "other") for table in (after, before))
+    assert kept == was
+    assert not list(tmp_path.glob("*.building.json"))
+    assert not rows_off_their_visits(after, tmp_path / f"{after.device}.samples.csv")
+
+
+def test_what_cannot_be_recalibrated_is_refused(device: Device, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has not every row of small, which --recalibrate calibrates: measure them first"):
+        build_table(device, small_space((16,)), tmp_path, only_networks=True)
+    build_table(device, small_space((16,)), tmp_path)
+    with pytest.raises(InputError, match="has not every row of small"):
+        build_table(device, small_space((16, 32)), tmp_path, only_networks=True)
+    device.runtime_version = "2.0"
+    with pytest.raises(InputError, match=r"was measured with runtime_version 1\.0: build it anew without --recalibrate"):
+        build_table(device, small_space((16,)), tmp_path, only_networks=True)
+
+
 def kill_after(device: Device, space: SearchSpace, folder: Path, visits: int) -> None:
     """Begin a build, and kill it after so many visits."""
     add, left = Samples.add, visits
@@ -748,8 +794,9 @@ def test_what_the_command_is_given_is_what_is_built(
     small_space().save("space.yaml")
     asked: list[object] = []
 
-    def noted(profiler: OrtCpu, space: SearchSpace, folder: Path, *, only_missing: bool) -> None:
+    def noted(profiler: OrtCpu, space: SearchSpace, folder: Path, *, only_missing: bool, only_networks: bool) -> None:
         asked.extend([(profiler.threads, profiler.precision, profiler.batch), space, folder, only_missing])
+        assert not only_networks
 
     monkeypatch.setattr("nas.lut.build_table", noted)
     cli.build_lut(["--device", "cpu", "--space", "space.yaml", *arguments])
