@@ -26,6 +26,7 @@ from nas.job import device_of, place_of, read_results, visits_of
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import FEWEST_NETWORKS, PROTOCOL, Terms, Work, for_batch, terms_of, work_for
 from nas.profilers.bench import Bench, Damaged, Samples, TooNoisy, carry_out, now, read_samples, reference_of, refuse_noise
+from nas.profilers.ort_session import BUSY
 from nas.profilers.timing import Measurement, Visit, Workload, summarise
 from nas.progress import progress, say
 from nas.table import HARDWARE, ON_MEDIANS, Calibration, LatencyTable, Row, find_table, measured_layers, space_sha256
@@ -136,7 +137,7 @@ def _built(
     place["builds"] = [*(old.meta.get("builds", ()) if old is not None else ()), build]
     at_end = {name: value for name, value in profiler.environment().items() if value != place.get(name)}
     for warning in at_end.get("warnings", ()):
-        if warning not in place["warnings"]:
+        if warning not in place["warnings"] and not warning.startswith(BUSY):  # with this build
             say(f"warning: {warning}")
     place = {**place, "at_end": at_end}
     table = write_table(profiler.id, space, work, samples.visits, place, old, folder, flags=flags.words)

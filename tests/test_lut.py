@@ -333,6 +333,23 @@ def test_a_recalibration_measures_networks_alone(device: Device, tmp_path: Path,
     assert not rows_off_their_visits(after, tmp_path / f"{after.device}.samples.csv")
 
 
+def test_what_there_is_to_warn_of_at_the_end_is_said_but_not_the_builds_own_load(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment, asked = device.environment, 0
+
+    def later() -> dict[str, Any]:
+        nonlocal asked
+        asked += 1
+        warnings = ["it runs on battery", *(["it is throttled", "other work keeps it busy (load 1.3)"] if asked > 1 else [])]
+        return environment() | {"warnings": warnings}
+
+    monkeypatch.setattr(device, "environment", later)
+    build_table(device, small_space((16,)), tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: it")]
+    assert said == ["warning: it runs on battery", "warning: it is throttled"]
+
+
 def test_what_cannot_be_recalibrated_is_refused(device: Device, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has not every row of small, which --recalibrate calibrates: measure them first"):
         build_table(device, small_space((16,)), tmp_path, only_networks=True)

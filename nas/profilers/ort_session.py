@@ -26,6 +26,7 @@ PRECISIONS = ("fp32", "int8")
 CACHE_LINE = 64  # bytes
 THROTTLES = ("under-voltage", "clock capped", "throttled", "soft temperature limit")  # of a Raspberry Pi: a bit each
 CLOCK = r"@\s*[\d.]+\s*[gGmM][hH]z"  # in a processor's name
+BUSY = "other work keeps it busy"
 CAN_PIN = hasattr(os, "sched_setaffinity")  # Linux can; macOS and Windows cannot
 
 
@@ -227,7 +228,7 @@ def warnings_about(place: Mapping[str, Any]) -> list[str]:
         found.append("the clock governor is 'powersave': choose 'performance' where you may")
     load = place["load_average"]
     if load and place["cores"] and load[0] > place["cores"] / 2:
-        found.append(f"other work keeps it busy (load {load[0]:.1f} on {place['cores']} cores): leave it alone meanwhile")
+        found.append(f"{BUSY} (load {load[0]:.1f} on {place['cores']} cores): leave it alone meanwhile")
     throttled = throttle_state()
     if throttled:
         found.append(f"the processor is throttled ({throttled}): mend cooling or power supply first")
