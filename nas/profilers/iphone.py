@@ -353,7 +353,8 @@ def _fetch(phone: Phone, bundle: str, job: str, name: str, timeout_s: float = 60
 def _last_word(phone: Phone, bundle: str, job: str, say: Say) -> tuple[dict[str, Any], bool]:
     """Return the app's last word about the job, which it writes once it has found the job, empty where there is none; and
     whether it measures now."""
-    found = _fetch(phone, bundle, job, "progress.json") or {}
+    # Asked twice: a phone that is slow to answer has not lost what it measured.
+    found = _fetch(phone, bundle, job, "progress.json") or _fetch(phone, bundle, job, "progress.json") or {}
     if not found or found.get("state") in ENDS:
         return found, False
     say(f"the phone has begun this job: waiting {STILL_S:g} s to see whether it goes on")
