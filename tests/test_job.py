@@ -597,6 +597,18 @@ def test_a_job_that_is_killed_in_its_midst_goes_on_and_loses_one_visit_at_most(r
     assert sum(len(visits) for visits in results["visits"].values()) == len(lines_of(copy)) - 1, "the header is no visit"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+@pytest.mark.parametrize(("blocks", "said"), [(0, "File too large"), (1, "cannot be written (File too large): make room")])
+def test_a_device_whose_disk_is_full_is_told_in_one_line(real_job: Path, tmp_path: Path, blocks: int, said: str) -> None:
+    """Before anything is written, and in the midst of the visits."""
+    copy = shutil.copytree(real_job, tmp_path / "copy", ignore=shutil.ignore_patterns("samples-*", "results.json"))
+    limited = f"ulimit -f {blocks}; exec {shlex.quote(sys.executable)} run_job.py"
+    done = subprocess.run(["sh", "-c", limited], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert said in done.stderr and "goes on from here" in done.stderr and done.stderr.count("\n") == 1
+    assert not (copy / "results.json").exists()
+
+
 def lines_of(job: Path) -> list[str]:
     """Return the whole lines of a job's visits."""
     return [line for path in job.glob("samples-*.csv") for line in path.read_text().splitlines(True) if line.endswith("\n")]
@@ -879,6 +891,8 @@ def test_an_address_keeps_the_names_that_ssh_knows() -> None:
         (["--export-job", "x", "--format", "coreml"], "--device iphone15pro-npu"),
         (["--export-job", "x", "--format", "tflite"], "unknown format 'tflite'"),
         (["--export-job", "x", "--missing"], "leave --missing out"),
+        (["--export-job", "x", "--recalibrate"], "leave --recalibrate out"),
+        (["--device", "cpu", "--missing", "--recalibrate"], "leave one of them out"),
         (["--device", "pi-cpu", "--export-job", "x", "--missing"], "leave --missing out"),
         (["--device", "ssh://pi:x"], "is no address"),
         (["--device", "iphone-npu", "--batch", "8"], "at batch 1"),
