@@ -235,7 +235,8 @@ def _judged() -> Iterator[None]:
 
 
 def import_results(path: Path, folder: Path, device: str | None = None) -> LatencyTable:
-    """Make the table of a job's results, write it to `folder` and return it. `device`: what they must be of, an id or a kind.
+    """Make the table of a job's results, write it to `folder`, the visits beside it, and return it. `device`: what they must
+    be of, an id or a kind.
 
     Raises:
         Unusable: the results are not whole, not of their job, not of `device`, or not in milliseconds.
@@ -246,10 +247,22 @@ def import_results(path: Path, folder: Path, device: str | None = None) -> Laten
         found, space, work, results, place = _results_of(path, device)
     with alone(folder, found):
         old = table_to_extend(folder / f"{found}.csv", place, only_missing=False, provenance="imported")
+        # Stamped as of now, as a device's own clock may be wrong. A build of this very machine that is to go on would take them
+        # for its own.
+        at, visits, kept = now(), visits_of(results), not _markers(folder, found)
+        build = {"started": at, "finished": at, "typical_params": work.typical_params}
+        place["builds"] = [*(old.meta.get("builds", ()) if old is not None else ()), *([build] if kept else [])]
         with _judged():
-            return write_table(
-                found, space, work, visits_of(results), place, old, folder, provenance="imported", flags=results["flags"]
-            )
+            table = write_table(found, space, work, visits, place, old, folder, provenance="imported", flags=results["flags"])
+        if kept:
+            samples = Samples(folder / f"{found}.samples.csv", at)
+            try:
+                for model, of_model in visits.items():
+                    for visit in of_model:
+                        samples.add(model, visit, at)
+            finally:
+                samples.close()
+        return table
 
 
 def _results_of(path: Path, device: str | None) -> tuple[str, SearchSpace, Work, dict[str, Any], dict[str, Any]]:

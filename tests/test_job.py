@@ -24,7 +24,7 @@ from test_lut import cost, device_ms, small_space
 from nas import cli
 from nas.devices import is_called
 from nas.job import export_job, without_weights
-from nas.lut import import_medians, import_results
+from nas.lut import import_medians, import_results, rows_off_their_visits
 from nas.measure import CACHED, STREAMING, Model
 from nas.plan import Work, work_for
 from nas.profilers.bench import JOB_SCHEMA, Failed, TooNoisy
@@ -96,6 +96,19 @@ def test_the_results_of_a_device_make_its_table(folder: Path, work: Work, tmp_pa
     assert table.meta["threads"] == 1
     assert table.serves(SPACE)
     assert LatencyTable.load(tmp_path / "out" / "pretended-cpu.csv").rows.keys() == table.rows.keys()
+
+
+def test_an_imported_row_that_was_changed_by_hand_is_found_out(folder: Path, work: Work, tmp_path: Path) -> None:
+    path = written(folder, pretended_results(folder, work))
+    samples = tmp_path / "out" / "pretended-cpu.samples.csv"
+    for imported in (1, 2):
+        table = import_results(path, tmp_path / "out")
+        assert len(samples.read_text().splitlines()) == 1 + imported * 12 * len(work.models)
+        assert rows_off_their_visits(table, samples) == []
+        for layer, row in table.rows.items():
+            if abs(row.ms) > 1e-6:
+                changed = replace(table, rows={**table.rows, layer: replace(row, ms=1.1 * row.ms)})
+                assert [doubt.layer for doubt in rows_off_their_visits(changed, samples)] == [layer]
 
 
 def test_results_find_the_manifest_of_a_job_that_was_exported_here(folder: Path, work: Work, tmp_path: Path) -> None:
@@ -302,6 +315,7 @@ def test_an_import_waits_for_no_other_work_on_its_table_and_takes_nothing_from_i
     marker.write_text("{}")
     import_results(path, out)
     assert marker.exists(), "a build that was killed goes on"
+    assert not (out / "pretended-cpu.samples.csv").exists(), "and takes no visits of another device for its own"
     networks = list(itertools.islice(dict.fromkeys(work.networks), 3))
     for number, arch in enumerate(networks):
         arch.save(tmp_path / f"{number}.yaml")

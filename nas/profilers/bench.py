@@ -134,11 +134,12 @@ class Samples:
     def count(self, model: str) -> int:
         return len(self.visits.get(model, ()))
 
-    def add(self, model: str, visit: Visit) -> None:
+    def add(self, model: str, visit: Visit, at: str | None = None) -> None:
+        """Keep a visit; `at` is when it was made, if that is not now."""
         self.visits.setdefault(model, []).append(visit)
         times = (visit.raw_ms, *visit.reference)
         try:
-            self._writer.writerow((now(), model, *(f"{ms:.6g}" for ms in times)))
+            self._writer.writerow((at or now(), model, *(f"{ms:.6g}" for ms in times)))
             self._file.flush()
         except OSError as error:
             raise Failed(
