@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from studies import last_row, part_of, table_sha256, take_claimed, train_alone, with_larger_val
+from studies import finished_rows, part_of, table_sha256, take_claimed, train_alone, with_larger_val
 
 from nas.data import ImageData, load_images
 from nas.devices import profiler_of
@@ -179,19 +179,24 @@ def time_networks(archs: Sequence[ArchConfig], table: LatencyTable, path: Path) 
 
 def print_report(archs: Sequence[ArchConfig], table: LatencyTable, given: argparse.Namespace) -> None:
     """Print what the finished pieces say."""
-    truths: dict[int, list[float]] = {}
+    trainings = []  # [seed][network][epoch]
     for seed in range(given.seeds):
-        rows = [last_row(given.out / "alone" / f"{i:02d}-seed{seed}" / "metrics.csv", given.epochs) for i in range(len(archs))]
-        if all(row is not None for row in rows):
-            truths[seed] = [100 * float(row["val_accuracy"]) for row in rows if row is not None]
-    if not truths:
+        files = [given.out / "alone" / f"{i:02d}-seed{seed}" / "metrics.csv" for i in range(len(archs))]
+        rows = [finished_rows(file, given.epochs) for file in files]
+        if all(rows):
+            trainings.append(rows)
+    if not trainings:
         raise InputError(f"no seed's networks are all trained in {given.out}: run it without --report first")
-    of_seeds = list(truths.values())
+
+    def accuracies(rows: Sequence[Sequence[Mapping[str, str]]], epoch: int) -> list[float]:
+        return [100 * float(of_network[epoch - 1]["val_accuracy"]) for of_network in rows]
+
+    of_seeds = [accuracies(rows, given.epochs) for rows in trainings]
     truth = np.mean(of_seeds, axis=0)
     predicted = [table.predict_ms(arch) for arch in archs]
     print(
         f"{len(archs)} networks of {given.space}, {min(predicted):.3f} to {max(predicted):.3f} ms on {table.device}; "
-        f"trained alone for {given.epochs} epochs with {len(truths)} seeds: {truth.min():.1f} to {truth.max():.1f} % "
+        f"trained alone for {given.epochs} epochs with {len(of_seeds)} seeds: {truth.min():.1f} to {truth.max():.1f} % "
         f"(sd {truth.std(ddof=1):.2f})"
     )
     if (given.out / TIMED).exists():
@@ -203,9 +208,16 @@ def print_report(archs: Sequence[ArchConfig], table: LatencyTable, given: argpar
             f"timed themselves they take {min(measured.values()):.3f} to {max(measured.values()):.3f} ms, {inside} of "
             f"{len(measured)} within 5 % of {middle:.3f} ms"
         )
-    if len(truths) > 1:
+    if len(of_seeds) > 1:
         taus = [kendall_tau(a, b) for a, b in itertools.combinations(of_seeds, 2)]
         print(f"two seeds of the same trainings agree with tau {mean(taus):.2f}, to which the tau with one seed compares")
+        for epoch in range(1, given.epochs):
+            early = [accuracies(rows, epoch) for rows in trainings]
+            taus = [kendall_tau(early[a], of_seeds[b]) for a, b in itertools.permutations(range(len(early)), 2)]
+            print(
+                f"accuracy after epoch {epoch} of a network's own training, of {given.epochs}, agrees with another seed's at "
+                f"the end with tau {mean(taus):.2f}"
+            )
     columns = (
         "tau (95 %)",
         "tau with one seed",

@@ -228,10 +228,16 @@ def link(source: Path, target: Path) -> None:
         unfinished.replace(target)
 
 
+def finished_rows(metrics: Path, epochs: int) -> list[dict[str, str]]:
+    """Return the epochs of a training that has finished, none of another."""
+    rows = list(csv.DictReader(metrics.read_text().splitlines())) if metrics.exists() else []
+    return rows if rows and int(rows[-1]["epoch"]) == epochs else []
+
+
 def last_row(metrics: Path, epochs: int) -> dict[str, str] | None:
     """Return the last epoch of a training that has finished."""
-    rows = list(csv.DictReader(metrics.read_text().splitlines())) if metrics.exists() else []
-    return rows[-1] if rows and int(rows[-1]["epoch"]) == epochs else None
+    rows = finished_rows(metrics, epochs)
+    return rows[-1] if rows else None
 
 
 def train_alone(arch: ArchConfig, seed: int, data: ImageData, recipe: Recipe, folder: Path) -> None:
