@@ -7,7 +7,7 @@ The search is the tool's own, by its strategy greedy or exact: under the table's
 giving back what is left where a network that scores no worse is nearer. Only what a network is worth is made up (additive,
 random), so that nothing has to be trained. The second command times the
 networks that were found by code of its own: every network a few times a round, in shuffled rounds, between two timings of the
-references, in calls on the plain clock. It prints them as they are; at the table's pace as the tool has it, by a geometric
+references, in calls on the plain clock; all are opened anew several times, as where a session's memory lies moves its times. It prints them as they are; at the table's pace as the tool has it, by a geometric
 mix of the two references' slowness to which those count most that leave the samples little spread; and by the mean of both.
 """
 
@@ -33,7 +33,7 @@ from supernet.arch import ArchConfig
 from supernet.space import SearchSpace
 from supernet.specs import Identity
 
-ROUNDS, CALLS, DISCARDED = 15, 6, 4
+SESSIONS, ROUNDS, CALLS, DISCARDED = 5, 3, 6, 4
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -144,10 +144,11 @@ def again(given: argparse.Namespace) -> None:
     rng = random.Random(0)
     raw: list[list[float]] = [[] for _ in archs]
     slowness: list[list[tuple[float, float]]] = [[] for _ in archs]
-    with profiler.exclusive(), progress("again", ROUNDS * len(archs)) as tick:
+    with profiler.exclusive(), progress("again", SESSIONS * ROUNDS * len(archs)) as tick:
         cached, streaming = (profiler.open(model)[0] for model in (CACHED, STREAMING))
-        runs = [profiler.open(tuple(arch.layers()))[0] for arch in archs]
-        for _ in range(ROUNDS):
+        for round_ in range(SESSIONS * ROUNDS):
+            if round_ % ROUNDS == 0:
+                runs = [profiler.open(tuple(arch.layers()))[0] for arch in archs]
             for number in rng.sample(range(len(runs)), len(runs)):
                 before = calls(cached), calls(streaming)
                 ms = calls(runs[number])
