@@ -73,7 +73,7 @@ def main() -> None:
     load_weights(model, given.trained / "model.safetensors")
     expected = expectations(model, arch.image_size, arch.group_size)
     plain, _ = checked_onnx(deployed(model, arch) if given.form == "deploy" else model, expected)
-    data = load_data(given.data, arch.image_size, given.seed, score_images=1)
+    data = load_data(given.data, arch.image_size, given.seed, score_images=0)
     inputs = CalibrationInputs(data, arch.group_size, given.seed)
     models = {
         "fp32": plain,

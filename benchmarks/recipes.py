@@ -45,7 +45,7 @@ def main() -> None:
             # The images that are set apart are drawn by the seed: each seed has others, where the data have no val/. How large
             # training images are at hand is up to the recipe.
             train_size = recipe.cropped_size(arch.image_size)
-            data = load_data(given.data, arch.image_size, seed, score_images=1, train_size=train_size)
+            data = load_data(given.data, arch.image_size, seed, score_images=0, train_size=train_size)
             teacher = load_teacher(given.teacher, arch.image_size, data.classes) if given.teacher else None
             folder = given.out / f"{Path(name).stem}-seed{seed}"
             result = train_network(arch, data, recipe, folder, seed, teacher=teacher)

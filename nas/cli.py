@@ -470,7 +470,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
             weights = starting_weights(given.arch, given.weights, arch) if given.weights is not None else None
             # Nothing is scored: train on all.
             train_size = recipe.cropped_size(arch.image_size)
-            data = load_data(given.data, arch.image_size, given.seed, score_images=1, train_size=train_size)
+            data = load_data(given.data, arch.image_size, given.seed, score_images=0, train_size=train_size)
             teacher = None
             if given.teacher is not None:
                 teacher = load_teacher(given.teacher, arch.image_size, data.classes, device)

@@ -100,8 +100,8 @@ def load_images(
     """
     if image_size is not None and image_size < 1:
         raise InputError(f"image size {image_size} is not a size: give a whole number of pixels from 1 on")
-    if score_images < 1:
-        raise InputError(f"{score_images} scoring images cannot rank anything: give 1 or more")
+    if score_images < 0:
+        raise InputError(f"{score_images} is no number of scoring images: give 0 or more")
     if path is None:
         return _load_digits(image_size or 8, seed, score_images)
     folder = _list_folder(Path(path))
@@ -113,7 +113,7 @@ def load_images(
 
     train, score, val = _divide(pixels, folder.labels, readable, folder.in_val, score_images, seed)
     if large != size:
-        score, val = (_at(size, part, folder) for part in (score, val))
+        score, val = (_at(size, part, folder) if len(part) else part for part in (score, val))
     return ImageData(
         train=train,
         score=score,
@@ -172,7 +172,7 @@ def load_data(
         say(line)
     say(
         f"{data.source}: {len(data.classes)} classes; {len(data.train):,} images to train, "
-        + (f"{len(data.score):,} to score, " if score_images > 1 else "")
+        + (f"{len(data.score):,} to score, " if score_images else "")
         + f"{len(data.val):,} to validate"
     )
     return data

@@ -212,7 +212,7 @@ def export_network(
     if int8:
         from nas.data import load_data, say_if_demonstration
 
-        images = load_data(data, arch.image_size, seed, score_images=1)
+        images = load_data(data, arch.image_size, seed, score_images=0)
         said["classes"] = _same_classes(said.get("classes"), images.classes, arch, images.source)
     expected = expectations(model, arch.image_size, batch)
     if form == "fastest":

@@ -597,11 +597,17 @@ def test_unusable_folder_is_refused_in_one_line(tmp_path: Path, prepare, message
     assert "\n" not in str(caught.value)
 
 
+def test_without_scoring_images_all_that_do_not_validate_train() -> None:
+    with_some, without = (load_images(None, None, seed=0, score_images=n) for n in (100, 0))
+    assert (len(without.train), len(without.score)) == (len(with_some.train) + 100, 0)
+    assert torch.equal(without.val.rows, with_some.val.rows)
+
+
 def test_unusable_numbers_are_refused() -> None:
     with pytest.raises(InputError, match="image size 0"):
         load_images(None, 0, seed=0)
-    with pytest.raises(InputError, match="0 scoring images"):
-        load_images(None, None, seed=0, score_images=0)
+    with pytest.raises(InputError, match="-1 is no number of scoring images"):
+        load_images(None, None, seed=0, score_images=-1)
     with pytest.raises(InputError, match="batch size 0"):
         list(epoch_batches(10, 0, seed=0, epoch=0))
 
