@@ -6,9 +6,10 @@
 The search is the tool's own, by its strategy greedy or exact: under the table's word, measuring on this machine, repairing,
 giving back what is left where a network that scores no worse is nearer. Only what a network is worth is made up (additive,
 random), so that nothing has to be trained. The second command times the
-networks that were found by code of its own: every network a few times a round, in shuffled rounds, between two timings of the
-references, in calls on the plain clock; all are opened anew several times, as where a session's memory lies moves its times. It prints them as they are; at the table's pace as the tool has it, by a geometric
-mix of the two references' slowness to which those count most that leave the samples little spread; and by the mean of both.
+networks that were found by code of its own: every network a few times a round, in shuffled rounds, between two timings of
+the references, in calls on the plain clock; all are opened anew several times, as where a session's memory lies moves its
+times. It prints them as they are; at the table's pace as the tool has it, by a geometric mix of the two references' slowness
+to which those count most that leave the samples little spread; and by the mean of both.
 """
 
 import argparse
