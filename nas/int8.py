@@ -159,6 +159,9 @@ def with_float_sums(model: bytes) -> bytes:
             product.output[0] = output.name
             proto.graph.node.remove(rounded)
             proto.graph.node.remove(quantisation)
+    used = {name for node in proto.graph.node for name in node.input}
+    for tensor in [tensor for tensor in proto.graph.initializer if tensor.name not in used]:
+        proto.graph.initializer.remove(tensor)  # ONNX Runtime warns of each
     return bytes(proto.SerializeToString())
 
 

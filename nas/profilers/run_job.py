@@ -24,6 +24,7 @@ PIP = shlex.quote(sys.executable or "python3") + " -m pip install"
 IN_VENV = " (in a venv, where the system's Python takes no packages)"
 if sys.version_info < (3, 10):  # noqa: UP036  the device may have less than this package needs
     sys.exit("run_job.py needs Python 3.10 or newer: this is " + sys.version.split()[0])
+sys.dont_write_bytecode = True  # on a full disk, Python may leave half a file, and then reads it
 try:
     import numpy as np
     import onnxruntime
