@@ -440,7 +440,7 @@ def test_from_a_network_with_weights_to_a_smaller_one_that_learns_from_it(
     tmp_path: Path, settings_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("mine.yaml").write_text(TINY)
-    Path("recipe.yaml").write_text("{epochs: 1, batch_size: 64, learning_rate: 0.004, layer_scale: 0.5, clip_norm: 5}")
+    Path("recipe.yaml").write_text("{epochs: 3, batch_size: 64, learning_rate: 0.004, layer_scale: 0.5, clip_norm: 5}")
     settings_file.write_text(INIT_SETTINGS)
     cli.train(["mine.yaml", "--out", "trained", "--recipe", "recipe.yaml"])
     whole = ArchConfig.load("trained/arch.yaml")
