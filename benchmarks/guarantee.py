@@ -17,7 +17,7 @@ import json
 import random
 import time
 from pathlib import Path
-from statistics import mean, median, quantiles
+from statistics import mean, median, quantiles, stdev
 
 import yaml
 
@@ -174,6 +174,9 @@ def again(given: argparse.Namespace) -> None:
         return paced(number, sum(w * share for w, share in zip(weights, SHARES, strict=True)) / sum(weights))
 
     numbers = range(len(archs))
+    of_sessions = [[median(r[s * ROUNDS : (s + 1) * ROUNDS]) for s in range(SESSIONS)] for r in raw]
+    spread_percent = median(100 * stdev(of_network) / mean(of_network) for of_network in of_sessions)
+    print(f"one session of a network differs from another by {spread_percent:.1f} % (standard deviation, median over networks)")
     by_spread = [mixed(number) for number in numbers]
     both = [paced(number, 0.5) for number in numbers]
     for name, found in (("at the table's pace", by_spread), ("by the mean of both references", both), ("as it is", raw)):

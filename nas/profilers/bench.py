@@ -135,7 +135,7 @@ class Samples:
         return len(self.visits.get(model, ()))
 
     def add(self, model: str, visit: Visit, at: str | None = None) -> None:
-        """Keep a visit; `at` is when it was made, if that is not now."""
+        """Keep a visit; `at` stands as its time in the file (now, if not given)."""
         self.visits.setdefault(model, []).append(visit)
         times = (visit.raw_ms, *visit.reference)
         try:
