@@ -5,16 +5,19 @@
 
 The search is the tool's own, by its strategy greedy or exact: under the table's word, measuring on this machine, repairing,
 giving back what is left where a network that scores no worse is nearer. Only what a network is worth is made up (additive,
-random), so that nothing has to be trained. The second command times the
-networks that were found by code of its own: every network a few times a round, in shuffled rounds, between two timings of
-the references, in calls on the plain clock; all are opened anew several times, as where a session's memory lies moves its
-times. It prints them as they are; at the table's pace as the tool has it, by a geometric mix of the two references' slowness
-to which those count most that leave the samples little spread; and by the mean of both.
+random), so that nothing has to be trained. The second command times the networks that were found by code of its own, from
+ONNX files: in shuffled order, each in several processes that do nothing else (`one_session.py`), as where a session's memory
+lies moves its times, and a process that has opened many sessions is slower. It prints them as they are; at the table's pace
+as the tool has it, by a geometric mix of the two references' slowness to which those count most that leave the samples little
+spread; and by the mean of both.
 """
 
 import argparse
 import json
 import random
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import mean, median, quantiles, stdev
@@ -23,7 +26,8 @@ import yaml
 
 from nas.devices import open_profiler, profiler_of
 from nas.guarantee import SLACK, Goal, Outcome, meet
-from nas.measure import CACHED, STREAMING, measure_alone, table_reference
+from nas.measure import CACHED, STREAMING, Model, measure_alone, table_reference
+from nas.profilers.ort_cpu import OrtCpu
 from nas.progress import progress
 from nas.scores import measure_drops
 from nas.slimming import start_network
@@ -34,7 +38,7 @@ from supernet.arch import ArchConfig
 from supernet.space import SearchSpace
 from supernet.specs import Identity
 
-SESSIONS, ROUNDS, CALLS, DISCARDED = 5, 3, 6, 4
+SESSIONS, ROUNDS = 5, 3
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -84,7 +88,11 @@ def first(given: argparse.Namespace) -> None:
     space = SearchSpace.load(given.space)
     table = LatencyTable.load(given.table or open_profiler().id)
     table = table.calibrated_for(space)
-    low, high = 1.02 * table.predict_ms(space.smallest), table.predict_ms(space.largest)
+    profiler = profiler_of(table)
+    assert profiler is not None, f"{table.device} is not this machine"
+    # From what the device, not the table alone, says that its fastest network needs: a lower target can be met by none.
+    floor_ms = measure_alone(profiler, space.smallest, table_reference(table)).high_ms
+    low, high = 1.02 * max(floor_ms, table.predict_ms(space.smallest)), table.predict_ms(space.largest)
     targets = [low + (high - low) * i / given.targets for i in range(given.targets)]
     found = []
     with progress("targets", len(targets)) as tick:
@@ -130,33 +138,31 @@ def again(given: argparse.Namespace) -> None:
     record = json.loads(given.again.read_text())
     table = LatencyTable.load(record["table"])
     profiler, reference = profiler_of(table), table_reference(table)
-    assert profiler is not None
+    assert isinstance(profiler, OrtCpu), f"{table.device} is not this machine's CPU"
     archs = [ArchConfig.from_dict(yaml.safe_load(f["arch"]), "a network") for f in record["found"]]
-
-    def calls(run: object, discarded: int = DISCARDED) -> float:
-        times = []
-        for number in range(discarded + CALLS):
-            start = time.perf_counter_ns()
-            run()  # type: ignore[operator]
-            if number >= discarded:
-                times.append((time.perf_counter_ns() - start) / 1e6)
-        return median(times)
 
     rng = random.Random(0)
     raw: list[list[float]] = [[] for _ in archs]
     slowness: list[list[tuple[float, float]]] = [[] for _ in archs]
-    with profiler.exclusive(), progress("again", SESSIONS * ROUNDS * len(archs)) as tick:
-        cached, streaming = (profiler.open(model)[0] for model in (CACHED, STREAMING))
-        for round_ in range(SESSIONS * ROUNDS):
-            if round_ % ROUNDS == 0:
-                runs = [profiler.open(tuple(arch.layers()))[0] for arch in archs]
-            for number in rng.sample(range(len(runs)), len(runs)):
-                before = calls(cached), calls(streaming)
-                ms = calls(runs[number])
-                after = calls(cached), calls(streaming)
-                slower = [(b + a) / 2 / r for b, a, r in zip(before, after, reference, strict=True)]
-                raw[number].append(ms)
-                slowness[number].append((slower[0], slower[1]))
+    with tempfile.TemporaryDirectory() as folder, progress("again", SESSIONS * len(archs)) as tick, profiler.exclusive():
+
+        def file_of(name: str, model: Model) -> str:
+            file = Path(folder) / f"{name}.onnx"
+            file.write_bytes(profiler.onnx(model))
+            return str(file)
+
+        references = [file_of("cached", CACHED), file_of("streaming", STREAMING)]
+        files = [file_of(str(number), tuple(arch.layers())) for number, arch in enumerate(archs)]
+        settings = ["--threads", str(table.meta["threads"]), "--rounds", str(ROUNDS)]
+        for _ in range(SESSIONS):
+            for number in rng.sample(range(len(archs)), len(archs)):
+                script = Path(__file__).with_name("one_session.py")
+                command = [sys.executable, str(script), files[number], *references, *settings]
+                told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                for line in told.splitlines():
+                    ms, cached, streaming = map(float, line.split())
+                    raw[number].append(ms)
+                    slowness[number].append((cached / reference.cached_ms, streaming / reference.streaming_ms))
                 tick(1)
     targets = [f["target_ms"] for f in record["found"]]
 

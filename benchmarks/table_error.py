@@ -99,22 +99,24 @@ def main() -> None:
     stages_seen = {arch.stages for arch in seen}
     networks = [a for a in unseen(space, table, given.networks, given.seed) if a.stages not in stages_seen]
     alone = list(dict.fromkeys(layer for arch in networks for layer in arch.layers()))
-    # One shuffled order for everything, in rounds: a machine that is slower for a minute slows all of it.
-    models: dict[str, Model] = {name_of((layer,)): (layer,) for layer in alone}
-    models |= {name_of(tuple(arch.layers())): tuple(arch.layers()) for arch in (*networks, *seen)}
-    names = random.Random(0).sample(sorted(models), len(models))
+    pieces: dict[str, Model] = {name_of((layer,)): (layer,) for layer in alone}
+    whole: dict[str, Model] = {name_of(tuple(arch.layers())): tuple(arch.layers()) for arch in (*networks, *seen)}
+    models = pieces | whole
     passes = (given.visits // 3, 2 * given.visits // 3, given.visits)
-    plan = Plan((), tuple(names), (), names[0], {}, passes=passes, batch_models=OPEN)
+    plan = Plan((), tuple(models), (), next(iter(models)), {}, passes=passes, batch_models=OPEN)
     with tempfile.TemporaryDirectory() as folder, profiler.exclusive():
-        watch = profiler.stopwatch()  # before anything else is opened: after hundreds of sessions new references are slower
-        once = single_calls(profiler, watch, alone, reference)
+        watch = profiler.stopwatch()
+        samples = Samples(Path(folder) / "samples.csv", "")
+        bench = Bench(samples, lambda name: profiler.open(models[name]), watch, random.Random(given.seed), plan)
         with progress("timing", plan.visits) as tick:
-            samples = Samples(Path(folder) / "samples.csv", "")
-            bench = Bench(samples, lambda name: profiler.open(models[name]), watch, random.Random(given.seed), plan)
-            goals = [Goal({name: 1.0}, 0.005) for name in names]
-            for limits in zip((0, *passes), passes, strict=False):
-                bench.measure(names, goals, tick, limits)
-            samples.close()
+            # Networks first, as in a build: in a process that has opened hundreds of sessions they take longer.
+            for names in (sorted(whole), sorted(pieces)):
+                random.Random(0).shuffle(names)  # in rounds: a machine that is slower for a minute slows all of them
+                goals = [Goal({name: 1.0}, 0.005) for name in names]
+                for limits in zip((0, *passes), passes, strict=False):
+                    bench.measure(names, goals, tick, limits)
+        samples.close()
+        once = single_calls(profiler, watch, alone, reference)
     found = {name: summarise(visits, reference) for name, visits in samples.visits.items()}
     measured = [found[name_of(tuple(arch.layers()))] for arch in networks]
     ms = [m.ms for m in measured]
