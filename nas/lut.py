@@ -25,7 +25,18 @@ from nas.devices import is_called
 from nas.job import device_of, place_of, read_results, visits_of
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import FEWEST_NETWORKS, PROTOCOL, Terms, Work, for_batch, terms_of, work_for
-from nas.profilers.bench import Bench, Damaged, Samples, TooNoisy, carry_out, now, read_samples, reference_of, refuse_noise
+from nas.profilers.bench import (
+    Bench,
+    Damaged,
+    Plan,
+    Samples,
+    TooNoisy,
+    carry_out,
+    now,
+    read_samples,
+    reference_of,
+    refuse_noise,
+)
 from nas.profilers.ort_session import BUSY
 from nas.profilers.timing import Measurement, Visit, Workload, summarise
 from nas.progress import progress, say
@@ -139,7 +150,7 @@ def _built(
     for warning in at_end.get("warnings", ()):
         if warning not in place["warnings"] and not warning.startswith(BUSY):  # with this build
             say(f"warning: {warning}")
-    place = {**place, "at_end": at_end}
+    place = {**place, "seed": seed, "at_end": at_end}
     table = write_table(profiler.id, space, work, samples.visits, place, old, folder, flags=flags.words)
     marker.unlink(missing_ok=True)
     if not _markers(folder, profiler.id):  # nobody goes on with these visits
@@ -181,7 +192,7 @@ def write_table(
             continue
         found = {model: summarise(visits[name_of(model)], reference) for model in terms}
         rows[layer] = replace(row_of(layer, terms, found), flag=" ".join(words))
-    meta = {**place, "reference_ms": reference._asdict()}
+    meta = {**place, "reference_ms": reference._asdict(), "statistics": _statistics(work.plan)}
     table = LatencyTable(device, rows, (), provenance, meta, old.foreign if old is not None else ())
     networks = [arch for arch in work.networks if name_of(tuple(arch.layers())) in visits and not table.missing(arch.layers())]
     if len(networks) < FEWEST_NETWORKS:
@@ -207,6 +218,19 @@ def write_table(
     say_if_untrue(table)
     # With six digits: a search that goes by it now, and one that goes on with the file, go by the same milliseconds.
     return LatencyTable.load(written, any_form=True)
+
+
+def _statistics(plan: Plan) -> dict[str, Any]:
+    """Return by which rule the newest visits were made and summed up."""
+    return {
+        "visits_by_pass": list(plan.passes),
+        "fewest_visits": plan.min_visits,
+        "row_goal": plan.row_goal,
+        "row_floor_of_smallest_network": plan.floor,
+        "network_goal": plan.network_goal,
+        "estimate": "median over visits, each the median of its calls, divided by how much slower the references were",
+        "interval": "95 %, of the median, by order statistics",
+    }
 
 
 def _replaces_all(space: SearchSpace, work: Work, old: LatencyTable) -> bool:
@@ -334,6 +358,7 @@ def _on_medians(path: Path, folder: Path, device: str, table: LatencyTable) -> L
     table = replace(table, calibrations=kept, meta={**table.meta, ON_MEDIANS: [network for network, _ in lines]})
     written, error = table.save(folder), next(iter(fitted.values())).mean_error_percent
     say(f"{written}: calibrated on {len(x)} networks; each one left out in turn, the others say it to {error:.1f} %")
+    say_if_untrue(table)
     return table
 
 

@@ -56,13 +56,18 @@ def _trial(address: Address) -> str:
     newer = f"): give ssh://{address.host}{port}/path/to/python, one of 3.10 or newer"
     in_venv = " (in a venv, where the system's Python takes no packages)"
     install = f"): run there: {shlex.quote(address.python)} -m pip install onnxruntime numpy{in_venv}"
+    dies = "importing onnxruntime kills it: its build needs instructions that the processor lacks"
+    another = f"): install another version there: {shlex.quote(address.python)} -m pip install 'onnxruntime<%s'"
     program = f"""
-import sys
+import subprocess, sys
 def refuse(why, do):
     sys.stderr.write({cannot!r} + why + do + chr(10))
     sys.exit({REFUSED})
 if sys.version_info < (3, 10):
     refuse("it is Python %d.%d" % tuple(sys.version_info[:2]), {newer!r})
+if subprocess.call([sys.executable, "-c", "import numpy, onnxruntime"], stderr=subprocess.DEVNULL) < 0:
+    from importlib.metadata import version
+    refuse({dies!r}, {another!r} % version("onnxruntime"))
 try:
     import numpy, onnxruntime
 except ImportError as error:

@@ -25,7 +25,7 @@ from nas import cli
 from nas.devices import is_called
 from nas.job import export_job, without_weights
 from nas.lut import import_medians, import_results, rows_off_their_visits
-from nas.measure import CACHED, STREAMING, Model
+from nas.measure import CACHED, SESSION_VISITS, STREAMING, Model
 from nas.plan import Work, work_for
 from nas.profilers.bench import JOB_SCHEMA, Failed, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
@@ -793,6 +793,24 @@ def test_a_runtime_that_the_processor_cannot_run_is_told_with_the_fix(real_job: 
 
 
 @pytest.fixture
+def dying_runtime(tmp_path: Path) -> str:
+    """A PYTHONPATH with a runtime that this processor cannot import."""
+    (tmp_path / "dies").mkdir()
+    (tmp_path / "dies" / "onnxruntime.py").write_text("import os\nos.kill(os.getpid(), 4)\n")
+    return str(tmp_path / "dies")
+
+
+def test_a_runtime_that_kills_whoever_imports_it_is_told(real_job: Path, tmp_path: Path, dying_runtime: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(real_job, copy)
+    place = {**os.environ, "PYTHONPATH": dying_runtime}
+    done = subprocess.run([sys.executable, "run_job.py"], cwd=copy, capture_output=True, text=True, env=place)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "is killed by signal 4 on import here" in done.stderr
+    assert f"{shlex.quote(sys.executable)} -m pip install 'onnxruntime<" in done.stderr
+
+
+@pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fake of ssh and scp alone: the other machine is a folder, and what they were asked is written down."""
     programs, home = tmp_path / "bin", tmp_path / "home"
@@ -859,7 +877,7 @@ def interpreter(path: Path, body: str) -> Address:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the test speaks POSIX")
 def test_a_python_that_cannot_run_jobs_is_refused_before_anything_is_made_for_it(
-    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dying_runtime: str
 ) -> None:
     reach(Address.parse(f"ssh://me@pi:2222{sys.executable}"))
     monkeypatch.setattr("nas.remote.export_job", lambda *_, **__: pytest.fail("models are written"))
@@ -874,6 +892,10 @@ def test_a_python_that_cannot_run_jobs_is_refused_before_anything_is_made_for_it
     assert refusal(lambda: reach(old)) == (
         f"{old.python} on me@pi cannot run jobs (it is Python 3.9): give ssh://me@pi/path/to/python, one of 3.10 or newer"
     )
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", dying_runtime)
+        said = refusal(lambda: reach(Address.parse(f"ssh://me@pi{sys.executable}")))
+        assert "importing onnxruntime kills it" in said and f"{sys.executable} -m pip install 'onnxruntime<" in said
     with pytest.raises(Failed, match=r"cannot run /none/python on me@pi: .*([Nn]ot found|No such file)"):
         reach(Address.parse("ssh://me@pi/none/python"))
 
@@ -951,4 +973,6 @@ def test_a_job_is_of_the_schema_that_its_runner_takes(folder: Path) -> None:
     assert json.loads((folder / "manifest.json").read_text())["schema"] == JOB_SCHEMA
     harness = Path(run_job.__file__).parent / "harness"
     assert f"kind.schema == {JOB_SCHEMA}, kind.format" in (harness / "Job.swift").read_text()
-    assert f'"schema": {JOB_SCHEMA},' in (harness / "Bench.swift").read_text()
+    bench = (harness / "Bench.swift").read_text()
+    assert f'"schema": {JOB_SCHEMA},' in bench
+    assert f"let sessionVisits = {SESSION_VISITS} " in bench and "plan.pieces.isEmpty ? rounds / sessionVisits : 2" in bench

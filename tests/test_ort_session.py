@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nas.profilers import ort_session
-from nas.profilers.ort_session import cpu_id, environment, pinned, warnings_about
+from nas.profilers.ort_session import cpu_id, environment, pinned, throttle_state, warnings_about
 
 INTEL_HYBRID = {"/sys/devices/cpu_core/cpus": "0-3,6", "/sys/devices/cpu_atom/cpus": "4-5,7"}
 PHONE = {f"/sys/devices/system/cpu/cpu{core}/cpu_capacity": str(c) for core, c in enumerate([250] * 4 + [750] * 3 + [1024])}
@@ -95,3 +95,24 @@ def test_a_board_is_told_by_its_name(model: str | None, id: str, tmp_path: Path,
     monkeypatch.setattr(ort_session, "Path", lambda path: cpuinfo)
     monkeypatch.setattr(ort_session.platform, "machine", lambda: "aarch64")
     assert cpu_id() == id
+
+
+def test_a_clock_that_is_held_down_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_session, "throttle_bits", lambda: None)
+    for number, (kind, state) in enumerate([("Processor", 0), ("cpufreq-cpu0", 3), ("pwm-fan", 4), ("intel_powerclamp", -1)]):
+        device = tmp_path / f"cooling_device{number}"
+        device.mkdir()
+        (device / "type").write_text(f"{kind}\n")
+        (device / "cur_state").write_text(f"{state}\n")
+    assert throttle_state(tmp_path) == "cpufreq-cpu0 cools at step 3"
+    (tmp_path / "cooling_device1" / "cur_state").write_text("0\n")
+    assert throttle_state(tmp_path) is None
+
+
+def test_a_mac_that_limits_its_speed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "Note: No thermal warning level has been recorded\nCPU_Speed_Limit \t= 75\n"
+    monkeypatch.setattr(ort_session.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(ort_session, "_output", lambda *command: said if command[0] == "pmset" else None)
+    assert throttle_state(tmp_path) == "speed limit 75 %"
+    said = said.replace("75", "100")
+    assert throttle_state(tmp_path) is None

@@ -94,7 +94,10 @@ def _filled(port: Any, rng: np.random.Generator) -> Array:
         sides[0] = 1
     if None in sides:
         given = [side if isinstance(side, int) else str(side or "?") for side in port.shape]
-        raise ValueError(f"its input {port.name!r} is {given}: only the batch may be left open; export it at fixed sizes")
+        raise ValueError(
+            f"its input {port.name!r} is {given}: only the batch may be left open; export it at fixed sizes, or fix them with "
+            "python -m onnxruntime.tools.make_dynamic_shape_fixed"
+        )
     size = [side for side in sides if side is not None]
     kind = port.type.removeprefix("tensor(").removesuffix(")")
     if kind in ("float", "float16", "double"):
@@ -235,9 +238,19 @@ def warnings_about(place: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def throttle_state() -> str | None:
-    """Return what a Raspberry Pi's firmware says of throttling now, None where there is nothing to say or to ask."""
-    return throttles(throttle_bits() or 0)
+def throttle_state(cooling: Path = Path("/sys/class/thermal")) -> str | None:
+    """Return what says that the clock is held down now, None where nothing does: a Raspberry Pi's firmware; Linux's cooling
+    devices of processors (a Jetson's, a laptop's); `pmset` on a Mac that tells its speed limit."""
+    found = [throttles(throttle_bits() or 0)]
+    for device in sorted(cooling.glob("cooling_device*")):
+        kind, state = _read(f"{device}/type") or "", _read(f"{device}/cur_state") or ""
+        if re.search("processor|cpu", kind, re.I) and state.isdigit() and int(state) > 0:
+            found.append(f"{kind} cools at step {state}")
+    if platform.system() == "Darwin":
+        limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", _output("pmset", "-g", "therm") or "")
+        if limit and int(limit[1]) < 100:
+            found.append(f"speed limit {limit[1]} %")
+    return ", ".join(sorted({word for word in found if word})) or None
 
 
 def throttles(bits: int) -> str | None:

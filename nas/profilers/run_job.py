@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -25,6 +26,20 @@ IN_VENV = " (in a venv, where the system's Python takes no packages)"
 if sys.version_info < (3, 10):  # noqa: UP036  the device may have less than this package needs
     sys.exit("run_job.py needs Python 3.10 or newer: this is " + sys.version.split()[0])
 sys.dont_write_bytecode = True  # on a full disk, Python may leave half a file, and then reads it
+LACKS = "its build needs instructions that this processor or system lacks. Install another one: "
+
+
+def try_import() -> None:
+    """Import the runtime in a child process first: one that this processor cannot execute may kill the process that does."""
+    child = subprocess.run([sys.executable, "-c", "import numpy, onnxruntime"], capture_output=True)
+    if child.returncode < 0:
+        package = packages_distributions().get("onnxruntime", ["onnxruntime"])[0]
+        found = f"{package} {version(package)}"
+        sys.exit(f"{found} is killed by signal {-child.returncode} on import here: {LACKS}{PIP} '{package}<{version(package)}'")
+
+
+if __name__ == "__main__" and "--probe" not in sys.argv:
+    try_import()
 try:
     import numpy as np
     import onnxruntime
@@ -127,21 +142,22 @@ def open_model(folder: Path, manifest: dict[str, Any], name: str) -> tuple[OrtMo
 
 def probe(folder: Path) -> None:
     """Run one model in a child process, so that a runtime that this processor cannot execute is told, not crashed on."""
-    version = onnxruntime.__version__
+    installed = onnxruntime.__version__
     command = [sys.executable, str(folder / "run_job.py"), "--probe"]
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=600)  # noqa: S603
     except subprocess.TimeoutExpired:
-        raise SystemExit(f"onnxruntime {version} has not run one small model in 10 minutes here: try another version") from None
+        raise SystemExit(
+            f"onnxruntime {installed} has not run one small model in 10 minutes here: try another version"
+        ) from None
     if child.returncode == 0:
         return
     if child.returncode < 0:
         raise SystemExit(
-            f"onnxruntime {version} is killed by signal {-child.returncode} here: its build needs instructions that this "
-            f"processor or system lacks. Install another one: {PIP} 'onnxruntime<{version}'"
+            f"onnxruntime {installed} is killed by signal {-child.returncode} here: {LACKS}{PIP} 'onnxruntime<{installed}'"
         )
     last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-    raise SystemExit(f"onnxruntime {version} cannot run a model of this job ({last}): {PIP} -U onnxruntime")
+    raise SystemExit(f"onnxruntime {installed} cannot run a model of this job ({last}): {PIP} -U onnxruntime")
 
 
 class Progress:

@@ -6,6 +6,7 @@ import Foundation
 
 let coolDownSeconds = 30.0
 let fullRounds = 20  // visits of each model, within the limits of the plan
+let sessionVisits = 4  // of one session of a network that is measured by itself
 let fewestDiscardedMs = 6.0  // discarded calls end after so long, and at least two of them
 
 func nanoseconds() -> UInt64 { clock_gettime_nsec_np(CLOCK_UPTIME_RAW) }
@@ -135,15 +136,17 @@ final class Bench {
         configuration.computeUnits = onCpu ? .cpuOnly : .cpuAndNeuralEngine
     }
 
-    /// Measures what is not measured yet, twice through with half of the visits each time, and writes results.json.
+    /// Measures what is not measured yet, twice through with half of the visits each time, and writes results.json. A network that
+    /// is measured by itself is opened anew every `sessionVisits`: its interval is of what sessions differ by, too.
     func run() throws {
         let plan = job.manifest.plan
         references = try job.manifest.references.map { name in
             guard let model = try load(name) else { throw Trouble("the reference \(name) does not load: nothing can be paired with it") }
             return model
         }
-        for half in 1...2 {
-            let visits = half == 1 ? rounds / 2 : rounds
+        let parts = plan.pieces.isEmpty ? rounds / sessionVisits : 2
+        for part in 1...parts {
+            let visits = rounds * part / parts
             try measure(plan.pieces, until: visits)
             try measure(plan.networks, until: visits)
         }
