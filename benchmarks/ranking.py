@@ -18,6 +18,7 @@ among processes. A report is of what the study in --out was asked for.
 import argparse
 import csv
 import itertools
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -69,8 +70,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "single paths": {"weight_epochs": EPOCHS, "mixture_epochs": 0},
     "fair paths": {"weight_epochs": EPOCHS, "mixture_epochs": 0, "paths": "fair"},
     "elastic": {"weight_epochs": EPOCHS, "mixture_epochs": 0, "paths": "elastic"},
+    "single paths, then a mixture (nas-search's default)": {"weight_epochs": EPOCHS, "mixture_epochs": EPOCHS // 4},
 }
 """The ways of training a supernet that are compared, each for the same multiply-accumulates."""
+MIXTURE_EPOCH = 1 / 4  # of `images_per_epoch`, which an epoch of a mixture sees
 
 
 def networks_in_band(space: SearchSpace, table: LatencyTable, ms: float, count: int) -> list[ArchConfig]:
@@ -92,9 +95,9 @@ def networks_in_band(space: SearchSpace, table: LatencyTable, ms: float, count: 
     )
 
 
-def macs_of_an_image(space: SearchSpace, way: str) -> float:
-    """Return the multiply-accumulates of one image's forward pass in a step of a way: the mean over some steps."""
-    settings = WAYS[way]
+def macs_of_an_image(space: SearchSpace, paths: str) -> float:
+    """Return the multiply-accumulates of one image's forward pass in a step, the mean over some steps: of a way to train the
+    weights by `paths`, or of a mixture."""
     generator = torch.Generator().manual_seed(0)
     widths = [stage.widths[-1] for stage in space.stages]
     empty = [["identity"] * stage.depth for stage in space.stages]
@@ -105,16 +108,16 @@ def macs_of_an_image(space: SearchSpace, way: str) -> float:
 
     fixed = count(space.arch(widths, empty)).macs
     of_block = [[(with_stage(i, kind) - fixed) / stage.depth for kind in stage.kinds] for i, stage in enumerate(space.stages)]
-    if settings["mixture_epochs"]:
-        return fixed + sum(sum(of_block[i]) for i, _ in space.slots)
-    match settings.get("paths", "single"):
+    match paths:
+        case "mixture":
+            return fixed + sum(sum(of_block[i]) for i, _ in space.slots)
         case "elastic":
             return mean(sum(count(arch).macs for arch in sandwich(space, generator)) for _ in range(100))
         case "fair":
             number = max(len(stage.candidates) for stage in space.stages)
             return number * (fixed + sum(mean(of_block[i]) for i, _ in space.slots))
-    paths = [single_path(space, generator) for _ in range(1000)]
-    return fixed + mean(sum(of_block[i][c] for (i, _), c in zip(space.slots, path, strict=True)) for path in paths)
+    drawn = [single_path(space, generator) for _ in range(1000)]
+    return fixed + mean(sum(of_block[i][c] for (i, _), c in zip(space.slots, path, strict=True)) for path in drawn)
 
 
 def settings_of(space: SearchSpace, way: str, images: int) -> SupernetSettings:
@@ -124,9 +127,10 @@ def settings_of(space: SearchSpace, way: str, images: int) -> SupernetSettings:
     Raises:
         InputError: those are too few for the way's epochs.
     """
-    seen = round(images * macs_of_an_image(space, "single paths") / macs_of_an_image(space, way))
-    # An epoch of a mixture sees a quarter of `images_per_epoch`.
-    per_epoch = seen if WAYS[way]["mixture_epochs"] else seen // EPOCHS
+    weight_epochs, mixture_epochs = WAYS[way]["weight_epochs"], WAYS[way]["mixture_epochs"]
+    macs = weight_epochs * macs_of_an_image(space, WAYS[way].get("paths", "single")) if weight_epochs else 0.0
+    macs += MIXTURE_EPOCH * mixture_epochs * macs_of_an_image(space, "mixture") if mixture_epochs else 0.0
+    per_epoch = round(images * macs_of_an_image(space, "single") / macs)
     if per_epoch < 2:  # 0 would mean all
         raise InputError(f"{images} images of single paths are too few for a supernet of {way}: give more --supernet-images")
     return SupernetSettings(images_per_epoch=per_epoch, recovery_steps=RECOVERY_STEPS, **WAYS[way])
@@ -177,11 +181,23 @@ def time_networks(archs: Sequence[ArchConfig], table: LatencyTable, path: Path) 
     write_csv(path, rows, list(rows[0]))
 
 
+def timed_ms(path: Path) -> list[float]:
+    """Return what the networks take when they are timed themselves."""
+    if not path.exists():
+        raise InputError(f"{path} is not there: give --time first, on the table's machine")
+    return [float(line["ms"]) for line in csv.DictReader(path.read_text().splitlines())]
+
+
 def print_report(archs: Sequence[ArchConfig], table: LatencyTable, given: argparse.Namespace) -> None:
-    """Print what the finished pieces say."""
+    """Print what the finished pieces say: where it is asked for, of those networks alone that are timed within the band."""
+    kept = list(range(len(archs)))
+    if given.timed_in_band:
+        ms = timed_ms(given.out / TIMED)
+        kept = [i for i in kept if abs(ms[i] / float(np.median(ms)) - 1) <= BAND]
+        archs = [archs[i] for i in kept]
     trainings = []  # [seed][network][epoch]
     for seed in range(given.seeds):
-        files = [given.out / "alone" / f"{i:02d}-seed{seed}" / "metrics.csv" for i in range(len(archs))]
+        files = [given.out / "alone" / f"{i:02d}-seed{seed}" / "metrics.csv" for i in kept]
         rows = [finished_rows(file, given.epochs) for file in files]
         if all(rows):
             trainings.append(rows)
@@ -200,17 +216,17 @@ def print_report(archs: Sequence[ArchConfig], table: LatencyTable, given: argpar
         f"(sd {truth.std(ddof=1):.2f})"
     )
     if (given.out / TIMED).exists():
-        lines = csv.DictReader((given.out / TIMED).read_text().splitlines())
-        measured = {line["network"]: float(line["ms"]) for line in lines}
-        middle = float(np.median(list(measured.values())))
-        inside = sum(abs(ms / middle - 1) <= BAND for ms in measured.values())
+        measured = [timed_ms(given.out / TIMED)[i] for i in kept]
+        middle = float(np.median(measured))
+        inside = sum(abs(ms / middle - 1) <= BAND for ms in measured)
         print(
-            f"timed themselves they take {min(measured.values()):.3f} to {max(measured.values()):.3f} ms, {inside} of "
-            f"{len(measured)} within 5 % of {middle:.3f} ms"
+            f"timed themselves they take {min(measured):.3f} to {max(measured):.3f} ms, {inside} of {len(measured)} within 5 % "
+            f"of {middle:.3f} ms"
         )
     if len(of_seeds) > 1:
         taus = [kendall_tau(a, b) for a, b in itertools.combinations(of_seeds, 2)]
         print(f"two seeds of the same trainings agree with tau {mean(taus):.2f}, to which the tau with one seed compares")
+        print(f"a score that knew each network's mean over all seeds would have about {ceiling(mean(taus), len(of_seeds)):.2f}")
         for epoch in range(1, given.epochs):
             early = [accuracies(rows, epoch) for rows in trainings]
             taus = [kendall_tau(early[a], of_seeds[b]) for a, b in itertools.permutations(range(len(early)), 2)]
@@ -223,10 +239,10 @@ def print_report(archs: Sequence[ArchConfig], table: LatencyTable, given: argpar
         "tau with one seed",
         "tau above MACs' (95 %)",
         "tau above parameters' (95 %)",
-        "regret of the best of ten, points",
+        "regret of the best of ten, points (95 %)",
         "supernets agree, tau",
     )
-    print(f"\n| supernet | score | {' | '.join(columns)} |\n|---|---|{'---:|' * len(columns)}")
+    print(f"\n| supernet | how many | score | {' | '.join(columns)} |\n|---|---:|---|{'---:|' * len(columns)}")
     rivals = {
         "MACs": [float(count(arch).macs) for arch in archs],
         "parameters": [float(count(arch).params) for arch in archs],
@@ -234,18 +250,25 @@ def print_report(archs: Sequence[ArchConfig], table: LatencyTable, given: argpar
     }
     sizes = {name: rivals[name] for name in ("MACs", "parameters")}
     for name, score in rivals.items():
-        _print_row("none", name, cells_of([score], of_seeds, {n: s for n, s in sizes.items() if n != name}))
+        _print_row("none", "", name, cells_of([score], of_seeds, {n: s for n, s in sizes.items() if n != name}))
     shuffled = [np.random.default_rng(seed).permutation(len(archs)).astype(float) for seed in range(SHUFFLES)]
-    _print_row("none", "shuffled", cells_of_chance(shuffled, of_seeds))
+    _print_row("none", "", "shuffled", cells_of_chance(shuffled, of_seeds))
     for way in WAYS:
         found: dict[str, list[list[float]]] = {}
         for seed in range(given.supernet_seeds):
             file = folder_of(given.out, way, seed) / "scores.csv"
             lines = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
             for name in [n for n in (lines[0] if lines else {}) if n != "network"]:
-                found.setdefault(name, []).append([float(line[name]) for line in lines])
+                found.setdefault(name, []).append([float(lines[i][name]) for i in kept])
         for name, scores in found.items():
-            _print_row(way, name, cells_of(scores, of_seeds, sizes))
+            _print_row(way, str(len(scores)), name, cells_of(scores, of_seeds, sizes))
+
+
+def ceiling(tau: float, seeds: int) -> float:
+    """Return the tau that networks' true means have with their means over `seeds` seeds, where those of two seeds agree with
+    `tau`, if all of them are normal: tau = 2 / pi arcsin(r), and means of n have the reliability n r / (1 + (n - 1) r)."""
+    r = max(0.0, math.sin(math.pi / 2 * tau))
+    return 2 / math.pi * math.asin(math.sqrt(seeds * r / (1 + (seeds - 1) * r)))
 
 
 def cells_of(scores: Sequence[ArrayLike], truths: Sequence[ArrayLike], sizes: Mapping[str, ArrayLike]) -> list[str]:
@@ -271,8 +294,14 @@ def cells_of(scores: Sequence[ArrayLike], truths: Sequence[ArrayLike], sizes: Ma
             cells.append(f"{above(truth, sizes[name], *scores):.2f} ({low:.2f} to {high:.2f})")
         else:
             cells.append("")
+
+    def regret(truth: ArrayLike, *scores: ArrayLike) -> float:
+        return mean(regret_among(score, truth) for score in scores)
+
+    low, high = bootstrap(truth, *scores, statistic=regret)
     agree = [kendall_tau(a, b) for a, b in itertools.combinations(scores, 2)]
-    return [*cells, f"{mean(regret_among(s, truth) for s in scores):.2f}", f"{mean(agree):.2f}" if agree else ""]
+    cells.append(f"{regret(truth, *scores):.2f} ({low:.2f} to {high:.2f})")
+    return [*cells, f"{mean(agree):.2f}" if agree else ""]
 
 
 def cells_of_chance(scores: Sequence[ArrayLike], truths: Sequence[ArrayLike]) -> list[str]:
@@ -281,12 +310,14 @@ def cells_of_chance(scores: Sequence[ArrayLike], truths: Sequence[ArrayLike]) ->
     taus = [kendall_tau(score, truth) for score in scores]
     low, high = np.quantile(taus, [0.025, 0.975])
     with_one = mean(kendall_tau(score, one) for score in scores for one in truths)
-    regrets = mean(regret_among(score, truth) for score in scores)
-    return [f"{mean(taus):.2f} ({low:.2f} to {high:.2f})", f"{with_one:.2f}", "", "", f"{regrets:.2f}", ""]
+    regrets = [regret_among(score, truth) for score in scores]
+    least, most = np.quantile(regrets, [0.025, 0.975])
+    regret = f"{mean(regrets):.2f} ({least:.2f} to {most:.2f})"
+    return [f"{mean(taus):.2f} ({low:.2f} to {high:.2f})", f"{with_one:.2f}", "", "", regret, ""]
 
 
-def _print_row(way: str, name: str, cells: Sequence[str]) -> None:
-    print(f"| {way} | {name} | {' | '.join(cells)} |")
+def _print_row(way: str, supernets: str, name: str, cells: Sequence[str]) -> None:
+    print(f"| {way} | {supernets} | {name} | {' | '.join(cells)} |")
 
 
 def folder_of(out: Path, way: str, seed: int) -> Path:
@@ -313,6 +344,11 @@ def main() -> None:
     )
     parser.add_argument("--time", action="store_true", help="time the networks on this machine, the table's, and end")
     parser.add_argument("--report", action="store_true", help="print what is finished, and end")
+    parser.add_argument(
+        "--timed-in-band",
+        action="store_true",
+        help="with --report: of those networks that are timed within 5 %% of their median",
+    )
     parser.add_argument("--part", default="1/1", metavar="K/N", help="do only every N-th piece of work, from the K-th on")
     parser.add_argument("--out", type=Path, default=Path("ranking"))
     given = parser.parse_args()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -72,12 +73,14 @@ def regret(score: ArrayLike, truth: ArrayLike, best_of: int = 1) -> float:
     return float(b.max() - b[top].max())
 
 
-def regret_among(score: ArrayLike, truth: ArrayLike, among: int = 10, n: int = 1000) -> float:
-    """Return the mean regret of taking the highest score among `among` networks, over `n` random choices of so many."""
+def regret_among(score: ArrayLike, truth: ArrayLike, among: int = 10) -> float:
+    """Return the mean regret of taking the highest score among `among` networks (all, where there are fewer), over all choices
+    of so many. Of equal scores the one that stands first counts as higher."""
     a, b = _paired(score, truth)
-    rng = np.random.default_rng(0)
-    chosen: Sequence[NDArray[np.int64]] = [rng.permutation(len(a))[:among] for _ in range(n)]
-    return float(np.mean([regret(a[c], b[c]) for c in chosen]))
+    n, k = len(a), min(among, len(a))
+    # The share of choices in which the network of each rank, from 0 on, is the highest: the others are all of lower rank.
+    shares = np.array([math.comb(n - 1 - rank, k - 1) / math.comb(n, k) for rank in range(n)])
+    return float(shares @ np.sort(b)[::-1] - shares @ b[np.argsort(-a, kind="stable")])
 
 
 def _paired(x: ArrayLike, y: ArrayLike) -> tuple[Values, Values]:

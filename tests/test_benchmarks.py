@@ -65,7 +65,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace
         folder.mkdir(parents=True)
         rows = [{"network": i, "as MACs": size, "against MACs": -size} for i, size in enumerate(BY_SIZE)]
         write_csv(folder / "scores.csv", rows, list(rows[0]))
-    return argparse.Namespace(out=tmp_path, seeds=2, epochs=2, supernet_seeds=2, space="micro")
+    return argparse.Namespace(out=tmp_path, seeds=2, epochs=2, supernet_seeds=2, space="micro", timed_in_band=False)
 
 
 def test_a_study_s_report_compares_like_with_like(study: argparse.Namespace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,9 +78,10 @@ def test_a_study_s_report_compares_like_with_like(study: argparse.Namespace, cap
     # One of 28 pairs stands the other way round: 26 / 28.
     assert "two seeds of the same trainings agree with tau 0.93" in said
     assert "another seed's at the end with tau -0.93" in said, "what learns slowest is best here"
-    assert "ceiling" not in said
+    # r = sin(pi / 2 * 0.929) = 0.994, of means of two 2 r / (1 + r) = 0.997, and 2 / pi * arcsin of its root.
+    assert "a score that knew each network's mean over all seeds would have about 0.96" in said
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
-    head, rows = lines[0], {(line[0], line[1]): line for line in lines[2:]}
+    head, rows = lines[0], {(line[0], line[2]): line for line in lines[2:]}
     assert {len(line) for line in lines} == {len(head)}
 
     def cell(row: tuple[str, str], column: str) -> str:
@@ -97,7 +98,17 @@ def test_a_study_s_report_compares_like_with_like(study: argparse.Namespace, cap
     assert cell(ours, "tau above MACs'") == "0.00 (0.00 to 0.00)", "on each resample, both have the same networks"
     above, low, high = (float(text.strip("()")) for text in cell(other, "tau above MACs'").replace("to ", "").split())
     assert above == -1.86 and -2 <= low < above < high < -1
-    assert cell(ours, "supernets agree") == "1.00"
+    assert cell(ours, "supernets agree") == "1.00" and cell(ours, "how many") == "2"
+    # Among all eight the truest of 57 points, or what is first by the other way round, of 50.75: the mean of 50 and 51.5.
+    assert cell(ours, "regret").startswith("0.00 (")
+    assert cell(other, "regret").startswith("6.25 (")
+    study.timed_in_band = True
+    with pytest.raises(InputError, match="give --time first"):
+        ranking.print_report(archs, table, study)
+    rows_timed = [{"network": arch.name, "ms": 1.0 + 0.02 * at, "low_ms": 0, "high_ms": 0} for at, arch in enumerate(archs)]
+    write_csv(study.out / ranking.TIMED, rows_timed, list(rows_timed[0]))
+    ranking.print_report(archs, table, study)
+    assert "6 networks of micro, 1.000 to 6.000 ms" in capsys.readouterr().out, "about 1.07 ms; the table says 1 to 6"
 
 
 def test_shuffled_scores_have_the_range_that_single_ones_have(
@@ -106,7 +117,7 @@ def test_shuffled_scores_have_the_range_that_single_ones_have(
     table: Any = SimpleNamespace(device="a-cpu", predict_ms=lambda arch: 1.0)
     ranking.print_report(larger_and_larger(), table, study)
     row = next(line for line in capsys.readouterr().out.splitlines() if "shuffled" in line)
-    tau, low, high = (float(text.strip("()")) for text in row.split("|")[3].replace("to ", "").split())
+    tau, low, high = (float(text.strip("()")) for text in row.split("|")[4].replace("to ", "").split())
     # Of orders of eight networks by chance, tau has the standard deviation sqrt(2 (2n + 5) / 9n(n - 1)) = 0.29.
     assert abs(tau) < 0.08
     assert -0.75 < low < -0.4 and 0.4 < high < 0.75
