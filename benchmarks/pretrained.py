@@ -2,18 +2,19 @@
 
     python benchmarks/pretrained.py --data cifar10 --table latency_tables/my-cpu.csv --out pretrained
 
-Trains a network on the images, then, for each share of its measured latency:
+Trains a network on the images, tunes it with itself as the teacher, and then, for each share of its measured latency:
 
 - slimmed: `nas-search --init` from its own weights, then tuned with the original as the teacher
 - from nothing: the network that was found, trained for as long as the search and the tuning took
 - uniform, magnitude: every stage at one share of its width, the channels of largest norm, tuned the same way
 - Torch-Pruning: its MagnitudePruner at one ratio, tuned the same way (where `pip install torch-pruning` is there)
 
-The last two are as slow as they may be: the widest whose latency meets the target as a search's network does, by the upper
-end of its 95 % interval. Prints milliseconds at the pace that the table was built at, parameters, and top-1 on the validation
-images before and after tuning, mean over the seeds, with the range of the ratios and epochs that the seeds have; by n images an
-accuracy p is known to about sqrt(p (1 - p) / n). Where the table lacks rows of the network's space, the command that measures
-them is named. Goes on where it was killed.
+Torch-Pruning leaves the projections of attention alone, which it cannot cut apart. The last two are as slow as they may be:
+the widest whose latency meets the target as a search's network does, by the upper end of its 95 % interval. Prints milliseconds
+at the pace that the table was built at, parameters, and top-1 on the validation images before and after tuning, mean over the
+seeds, with the range of the ratios and epochs that the seeds have; by n images an accuracy p is known to about
+sqrt(p (1 - p) / n). Where the table lacks rows of the network's space, the command that measures them is named. Goes on where
+it was killed.
 """
 
 import argparse
@@ -169,6 +170,12 @@ class Comparison:
     def whole(self) -> Outcome:
         accuracy = accuracy_of(self.original, self.data.val)[1]
         return Outcome("as it is", self.timed(self.original, self.arch).ms, parameters(self.original), accuracy, accuracy)
+
+    def whole_tuned(self) -> Outcome:
+        """Tune the original as the narrower networks are: what its own longer training would have gained, they do not gain."""
+        tuned = self.tuned(self.arch, self.weights, self.folder / "whole-tuned")
+        before, after = (accuracy_of(model, self.data.val)[1] for model in (self.original, tuned))
+        return Outcome("as it is, tuned the same way", self.timed(tuned, self.arch).ms, parameters(tuned), before, after)
 
     def slimmed(self, target_ms: float, name: str) -> Outcome:
         """Search from the original's weights, tune what is found; `seconds.json` says how long both took."""
@@ -361,6 +368,7 @@ def main() -> None:
         one = Comparison(arch, data, table, given, seed)
         whole = one.kept("whole", one.whole)
         by_name.setdefault(("", "whole"), []).append(whole)
+        by_name.setdefault(("", "whole-tuned"), []).append(one.kept("whole-tuned", one.whole_tuned))
         for share in given.shares:
             target = share * whole.ms
             slimmed, nothing, uniform = (f"{way}-{share:g}" for way in ("slimmed", "nothing", "uniform"))

@@ -210,15 +210,17 @@ def run(given: argparse.Namespace) -> None:
     if given.space:
         of = SearchSpace.load(given.space)
         size = training_size(of, size)
+    data = load_images(given.data, size, seed=0, score_images=64)
+    val = data.val.shuffled(0)
+    val = Images(val.pixels, val.rows[: given.val_images or len(val)], val.labels[: given.val_images or len(val)])
     request = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items() if name != "out"}
     trained_by = asdict(settings) if given.space else asdict(recipe)
-    claim(given.out, {"command": "benchmarks/taylor.py", **request, "training": trained_by})
+    # More seeds, budgets and cuts may be asked for later: what is there of others stays.
+    bound = {name: value for name, value in request.items() if name not in ("data", "seeds", "shares", "what")}
+    claim(given.out, {"command": "benchmarks/taylor.py", **bound, "data": data.fingerprint, "training": trained_by})
     results = given.out / "results.json"
     records: list[dict[str, object]] = json.loads(results.read_text()) if results.exists() else []
     for seed in range(given.seeds):
-        data = load_images(given.data, size, seed=0, score_images=64)
-        val = data.val.shuffled(0)
-        val = Images(val.pixels, val.rows[: given.val_images or len(val)], val.labels[: given.val_images or len(val)])
         folder = given.out / f"seed{seed}"
         if given.space:
             cuts = cuts_of_space(of.at(size).with_classes(len(data.classes)), data, settings, given, seed, folder)
