@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,17 @@ from nas.data import ImageData
 from nas.evaluation import Evaluator, recalibrate
 from nas.kept import Remembered, write_csv
 from nas.progress import progress, say
-from nas.scores import ADDITIVITY_COLUMNS, Drops, Evaluate, additivity, measure_drops, single_changes
+from nas.scores import (
+    ADDITIVITY_COLUMNS,
+    Additivity,
+    Drops,
+    Evaluate,
+    additivity,
+    measure_drops,
+    measure_pairs,
+    pairs_to_measure,
+    single_changes,
+)
 from nas.settings import SupernetSettings
 from nas.supernet_training import channel_method
 from nas.taylor import channels
@@ -33,10 +44,14 @@ def evaluator_of(
     return Evaluator(supernet, data, images, settings.cache_bytes, kept)
 
 
-def drops_of(space: SearchSpace, base: ArchConfig, evaluate: Evaluate) -> Drops:
-    """Return the drop of every single change of the base network, with progress shown."""
+def drops_of(space: SearchSpace, base: ArchConfig, evaluate: Evaluate, pairs: int) -> Drops:
+    """Return the drop of every single change of the base network, and of so many pairs of them, with progress shown."""
     with progress("drops of single changes", len(single_changes(space, base)) + 1) as tick:
-        return measure_drops(space, base, evaluate, tick)
+        drops = measure_drops(space, base, evaluate, tick)
+    if not pairs:
+        return drops
+    with progress("drops of pairs", len(pairs_to_measure(drops, pairs))) as tick:
+        return measure_pairs(drops, evaluate, pairs, tick)
 
 
 def additivity_of(
@@ -46,15 +61,22 @@ def additivity_of(
     if not count:
         return None
     with progress("networks with several changes", count) as tick:
-        found = additivity(space, drops, evaluate, count, seed, tick)
+        found = additivity(space, replace(drops, pairs={}), evaluate, count, seed, tick)
+    say(_how_far(found, "the sum of single drops"))
+    if drops.pairs:  # the networks are the same ones, and known
+        found = additivity(space, drops, evaluate, count, seed)
+        say(_how_far(found, f"with those of {len(drops.pairs)} pairs"))
     write_csv(folder / "additivity.csv", found.records, ADDITIVITY_COLUMNS)
-    say(
-        f"the sum of single drops on {len(found.records)} networks with several changes: R2 {found.r_squared:.2f}, Kendall's "
-        f"tau {found.tau:.2f}, slope {found.slope:.2f}"
-    )
     figures = {"r_squared": found.r_squared, "tau": found.tau, "slope": found.slope}
     # JSON has no NaN, which they are where all networks are equally good.
     return {"networks": len(found.records), **{k: None if math.isnan(v) else v for k, v in figures.items()}}
+
+
+def _how_far(found: Additivity, what: str) -> str:
+    return (
+        f"{what} on {len(found.records)} networks with several changes: R2 {found.r_squared:.2f}, Kendall's tau "
+        f"{found.tau:.2f}, slope {found.slope:.2f}"
+    )
 
 
 def report_signal(

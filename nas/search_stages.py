@@ -130,7 +130,7 @@ def _judged(work: Work) -> Judged:
     evaluator = evaluator_of(supernet, base, data, settings, folder)
     scored = Recovered(evaluator, data, settings, work.seed) if settings.recovery_steps else evaluator
     evaluate = Remembered(shared(scored), folder / "evaluations.csv")
-    drops = drops_of(space, base, evaluate)
+    drops = drops_of(space, base, evaluate, settings.drop_pairs)
     drops.save(folder / "drops.csv")
     write_complexity(folder / "layers.csv", space)
     importance = logits if logits is not None else drops.importance()

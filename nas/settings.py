@@ -20,7 +20,13 @@ Paths = Literal["single", "fair", "elastic"]
 
 COUNTS = ("accumulate", "score_images", "recalibration_images", "finalist_epochs", "init_epochs", "optuna_trials")
 UNBOUND = ("cache_gb", "optuna_storage")  # may be lowered where memory runs out; another address, with a password
-FREE = (*UNBOUND, "optuna_sampler", "optuna_trials", "additivity_networks")  # of a search with another one's supernet
+FREE = (
+    *UNBOUND,
+    "optuna_sampler",
+    "optuna_trials",
+    "additivity_networks",
+    "drop_pairs",
+)  # of a search with another one's supernet
 OBJECTIVES = ("latency", "mes", "throughput")
 MES = ("mes_size_unit", "mes_latency_unit_ms", "mes_size_alpha", "mes_latency_alpha")
 NOT_NEGATIVE = (
@@ -30,6 +36,7 @@ NOT_NEGATIVE = (
     "images_per_epoch",
     "recovery_steps",
     "distillation_steps",
+    "drop_pairs",
     "max_params",
     "max_macs",
 )
@@ -111,6 +118,8 @@ class SupernetSettings:
     """Steps of training that each network gets, on its own copy of the weights, before it is scored."""
     additivity_networks: int = 0
     """Random networks with several changes on which the sum of the drops is checked; 0: none, or 50 for the strategy exact."""
+    drop_pairs: int = 0
+    """Pairs of changes within a stage, those with the smallest drops first, that are measured and counted too; 0: none."""
     max_params: int = 0
     """Parameters that the network may have at most, beside its milliseconds; 0: any number."""
     max_macs: int = 0

@@ -404,6 +404,7 @@ def test_size_is_limited_and_counts_where_asked_and_importance_may_come_from_dro
         "mes_size_unit": 1e4,
         "recovery_steps": 2,
         "additivity_networks": 5,
+        "drop_pairs": 3,
     }
     arguments = ["--target-ms", f"{target:.6f}", "--space", str(space_file), "--config", str(settings_file), "--out", "run"]
     arguments += ["--table", str(phone_table), "--device", "phone-npu", "--data", str(photos)]
@@ -413,6 +414,9 @@ def test_size_is_limited_and_counts_where_asked_and_importance_may_come_from_dro
 
     settings_file.write_text(yaml.safe_dump({**settings, "max_params": most}))
     cli.search(arguments)
+    said = capsys.readouterr().err
+    assert "the sum of single drops on 5 networks" in said and "with those of 3 pairs on 5 networks" in said
+    assert len(Drops.load(Path("run/drops.csv"), space).pairs) == 3
     result = json.loads(Path("run/result.json").read_text())
     arch = ArchConfig.load("run/searched.yaml")
     assert result["params"] == count(arch).params <= most < largest.params
