@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import additivity
 import hypervolume
+import one_session
 import pretrained
 import pytest
 import ranking
@@ -24,7 +26,8 @@ from test_cli import SETTINGS, SPACE, additive_table
 
 from nas.data import load_images
 from nas.kept import write_csv
-from nas.measure import with_ordinary_values
+from nas.measure import CACHED, STREAMING, Model, with_ordinary_values
+from nas.profilers.ort_cpu import OrtCpu
 from nas.recipe import RECIPES
 from nas.settings import SupernetSettings
 from nas.statistics import bootstrap
@@ -268,3 +271,20 @@ def test_a_killed_uniform_cut_keeps_its_share(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "uniform" / "start.safetensors").read_bytes() == start
     with (tmp_path / "uniform" / "tuned" / "metrics.csv").open() as file:
         assert float(list(csv.DictReader(file))[-1]["val_accuracy"]) == pytest.approx(found.after, abs=1e-6)
+
+
+# ---- guarantee: a network that was found, timed again
+
+
+def test_a_session_in_a_process_of_its_own_tells_a_round_a_line(tmp_path: Path) -> None:
+    profiler = OrtCpu()
+    files = [tmp_path / name for name in ("network.onnx", "cached.onnx", "streaming.onnx")]
+    models: list[Model] = [tuple(MICRO.smallest.layers()), CACHED, STREAMING]
+    for file, model in zip(files, models, strict=True):
+        file.write_bytes(profiler.onnx(model))
+    command = [sys.executable, one_session.__file__, *map(str, files), "--rounds", "2"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 2, "the first round does not count"
+    for line in lines:
+        network, cached, streaming = map(float, line.split())
+        assert network > 0 and 0 < cached < streaming, "13 MB of weights against 0.3"
