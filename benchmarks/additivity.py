@@ -9,6 +9,7 @@ same command.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def compare(given: argparse.Namespace, run: Run | None) -> None:
     evaluate = Remembered(scored, folder / "additivity-evaluations.csv")
 
     if (folder / "drops.csv").exists():
-        drops = Drops.load(folder / "drops.csv", space)
+        drops = replace(Drops.load(folder / "drops.csv", space), pairs={})  # which are measured here
     else:
         with progress("drops of single changes", len(single_changes(space, base)) + 1) as tick:
             drops = measure_drops(space, base, evaluate, tick)

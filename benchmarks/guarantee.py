@@ -90,7 +90,7 @@ def first(given: argparse.Namespace) -> None:
     table = table.calibrated_for(space)
     profiler = profiler_of(table)
     assert profiler is not None, f"{table.device} is not this machine"
-    # From what the device, not the table alone, says that its fastest network needs: a lower target can be met by none.
+    # From what the device, not the table alone, says that the smallest network needs.
     floor_ms = measure_alone(profiler, space.smallest, table_reference(table)).high_ms
     low, high = 1.02 * max(floor_ms, table.predict_ms(space.smallest)), table.predict_ms(space.largest)
     targets = [low + (high - low) * i / given.targets for i in range(given.targets)]

@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from optuna.storages import InMemoryStorage
@@ -100,7 +101,7 @@ def of_run(run: Run) -> tuple[SearchSpace, LatencyTable, Drops, Callable[[ArchCo
     evaluator = evaluator_of(supernet, base, data, settings, folder)
     evaluate = Remembered(Recovered(evaluator, data, settings, seed) if settings.recovery_steps else evaluator, kept)
     if (folder / "drops.csv").exists():
-        drops = Drops.load(folder / "drops.csv", space)
+        drops = replace(Drops.load(folder / "drops.csv", space), pairs={})  # whose evaluations are not counted
     else:
         with progress("drops of single changes", len(single_changes(space, base)) + 1) as tick:
             drops = measure_drops(space, base, evaluate, tick)

@@ -9,10 +9,10 @@ Trains a network on the images, tunes it with itself as the teacher, and then, f
 - uniform, magnitude: every stage at one share of its width, the channels of largest norm, tuned the same way
 - Torch-Pruning: its MagnitudePruner at one ratio, tuned the same way (where `pip install torch-pruning` is there)
 
-Torch-Pruning leaves the projections of attention alone, which it cannot cut apart. The last two are as slow as they may be:
-the widest whose latency meets the target as a search's network does, by the upper end of its 95 % interval. Prints milliseconds
-at the pace that the table was built at, parameters, and top-1 on the validation images before and after tuning, mean over the
-seeds, with the range of the ratios and epochs that the seeds have; by n images an accuracy p is known to about
+Uniform and Torch-Pruning, which leaves the projections of attention alone, as it cannot cut them apart, are as slow as they may
+be: the widest whose latency meets the target as a search's network does, by the upper end of its 95 % interval. Prints
+milliseconds at the pace that the table was built at, parameters, and top-1 on the validation images before and after tuning,
+mean over the seeds, with the range of the ratios and epochs that the seeds have; by n images an accuracy p is known to about
 sqrt(p (1 - p) / n). Where the table lacks rows of the network's space, the command that measures them is named. Goes on where
 it was killed.
 """
@@ -172,7 +172,7 @@ class Comparison:
         return Outcome("as it is", self.timed(self.original, self.arch).ms, parameters(self.original), accuracy, accuracy)
 
     def whole_tuned(self) -> Outcome:
-        """Tune the original as the narrower networks are: what its own longer training would have gained, they do not gain."""
+        """Tune the original as the narrower networks are, so that what tuning alone gains is not put down to slimming."""
         tuned = self.tuned(self.arch, self.weights, self.folder / "whole-tuned")
         before, after = (accuracy_of(model, self.data.val)[1] for model in (self.original, tuned))
         return Outcome("as it is, tuned the same way", self.timed(tuned, self.arch).ms, parameters(tuned), before, after)

@@ -56,7 +56,7 @@ BAND = 0.05  # of the latency, to both sides
 TRIES = 200_000  # random networks, to find enough within the band
 VAL_IMAGES = 10_000  # of CIFAR-10's 50,000: accuracy is known to half a point
 SCORE_IMAGES = 2000  # that supernets are scored on, and nothing else sees
-EPOCHS = 4  # of each phase of a supernet's training: how often it is checkpointed
+EPOCHS = 4  # of a supernet's training, by paths or by mixtures: how often it is checkpointed
 RECOVERY_STEPS = 20
 FEWEST_NETWORKS = 8  # whose order says anything
 SHUFFLES = 200
@@ -73,7 +73,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "single paths, then a mixture (nas-search's default)": {"weight_epochs": EPOCHS, "mixture_epochs": EPOCHS // 4},
 }
 """The ways of training a supernet that are compared, each for the same multiply-accumulates."""
-MIXTURE_EPOCH = 1 / 4  # of `images_per_epoch`, which an epoch of a mixture sees
+MIXTURE_EPOCH = 1 / 4  # of `images_per_epoch`, which an epoch of a mixture sees, where that is at least 1,024 images
 
 
 def networks_in_band(space: SearchSpace, table: LatencyTable, ms: float, count: int) -> list[ArchConfig]:
@@ -219,10 +219,8 @@ def print_report(archs: Sequence[ArchConfig], table: LatencyTable, given: argpar
         measured = [timed_ms(given.out / TIMED)[i] for i in kept]
         middle = float(np.median(measured))
         inside = sum(abs(ms / middle - 1) <= BAND for ms in measured)
-        print(
-            f"timed themselves they take {min(measured):.3f} to {max(measured):.3f} ms, {inside} of {len(measured)} within 5 % "
-            f"of {middle:.3f} ms"
-        )
+        counted = "" if given.timed_in_band else f", {inside} of {len(measured)} within 5 % of {middle:.3f} ms"
+        print(f"timed themselves they take {min(measured):.3f} to {max(measured):.3f} ms{counted}")
     if len(of_seeds) > 1:
         taus = [kendall_tau(a, b) for a, b in itertools.combinations(of_seeds, 2)]
         print(f"two seeds of the same trainings agree with tau {mean(taus):.2f}, to which the tau with one seed compares")
@@ -352,6 +350,8 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", metavar="K/N", help="do only every N-th piece of work, from the K-th on")
     parser.add_argument("--out", type=Path, default=Path("ranking"))
     given = parser.parse_args()
+    if given.timed_in_band and not given.report:
+        parser.error("--timed-in-band is for --report")
     part, parts = part_of(given.part)
     if given.networks < FEWEST_NETWORKS:
         raise InputError(f"--networks must be at least {FEWEST_NETWORKS}, whose order says something, but is {given.networks}")

@@ -232,6 +232,9 @@ def run(given: argparse.Namespace) -> None:
             if (seed, cut.what, cut.share, cut.method) not in known:
                 records.append(judged(cut, data, val, recovery, seed, folder))
                 write_atomically(results, json.dumps(records, indent=1) + "\n")
+    of_what = ("width",) if given.space else given.what
+    chosen = {("whole", 1.0), *((what, share) for what in of_what for share in given.shares)}
+    records = [r for r in records if (r["what"], r["share"]) in chosen and r["seed"] in range(given.seeds)]
     print(f"settings: {request}\ntraining: {trained_by}")
     print(f"{data.source}: {len(data.train):,} training images, {len(val):,} to validate, on {accelerator().type}\n")
     print("top-1 right after the cut, batch-norm statistics recomputed (mean ± standard deviation over seeds)")

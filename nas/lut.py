@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from nas.job import device_of, place_of, read_results, visits_of
 from nas.measure import Model, Profiler, name_of, table_reference
 from nas.plan import FEWEST_NETWORKS, PROTOCOL, Terms, Work, for_batch, terms_of, work_for
 from nas.profilers.bench import (
+    LAST_PASS,
     Bench,
     Damaged,
-    Plan,
     Samples,
     TooNoisy,
     carry_out,
@@ -150,7 +150,7 @@ def _built(
     for warning in at_end.get("warnings", ()):
         if warning not in place["warnings"] and not warning.startswith(BUSY):  # with this build
             say(f"warning: {warning}")
-    place = {**place, "seed": seed, "at_end": at_end}
+    place = {**place, "seed": seed, "statistics": _statistics(asdict(work.plan)), "at_end": at_end}
     table = write_table(profiler.id, space, work, samples.visits, place, old, folder, flags=flags.words)
     marker.unlink(missing_ok=True)
     if not _markers(folder, profiler.id):  # nobody goes on with these visits
@@ -192,7 +192,7 @@ def write_table(
             continue
         found = {model: summarise(visits[name_of(model)], reference) for model in terms}
         rows[layer] = replace(row_of(layer, terms, found), flag=" ".join(words))
-    meta = {**place, "reference_ms": reference._asdict(), "statistics": _statistics(work.plan)}
+    meta = {**place, "reference_ms": reference._asdict()}
     table = LatencyTable(device, rows, (), provenance, meta, old.foreign if old is not None else ())
     networks = [arch for arch in work.networks if name_of(tuple(arch.layers())) in visits and not table.missing(arch.layers())]
     if len(networks) < FEWEST_NETWORKS:
@@ -220,16 +220,13 @@ def write_table(
     return LatencyTable.load(written, any_form=True)
 
 
-def _statistics(plan: Plan) -> dict[str, Any]:
+def _statistics(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return by which rule the newest visits were made and summed up."""
     return {
-        "visits_by_pass": list(plan.passes),
-        "fewest_visits": plan.min_visits,
-        "row_goal": plan.row_goal,
-        "row_floor_of_smallest_network": plan.floor,
-        "network_goal": plan.network_goal,
+        **{name: plan[name] for name in ("passes", "min_visits", "row_goal", "floor", "network_goal")},
+        "last_pass": f"of what is not known to {LAST_PASS:g} times the goals",
         "estimate": "median over visits, each the median of its calls, divided by how much slower the references were",
-        "interval": "95 %, of the median, by order statistics",
+        "interval": "95 %, of a model's median by order statistics; of a row, its models' half-widths in quadrature",
     }
 
 
@@ -299,6 +296,8 @@ def _results_of(path: Path, device: str | None) -> tuple[str, SearchSpace, Work,
         raise InputError(f"{path} is of {found}, not of {device}: leave --device out, or bring the results of {device}")
     space = SearchSpace.from_dict(parse_yaml(manifest["space"], "the job's space"), "the job's space")
     place = {**place_of(results, manifest), "protocol": manifest.get("protocol")}
+    if manifest["format"] == "onnx":  # an app makes its visits by a rule of its own
+        place["statistics"] = _statistics(manifest["plan"])
     layers = measured_layers(space.layers())
     named = {str(layer): layer for layer in layers}
     if not set(manifest["rows"]) <= set(named):

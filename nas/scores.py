@@ -168,7 +168,10 @@ class Drops:
         with reading(str(beside), "remove it, or write it anew"):
             for entry in _read(beside, PAIR_COLUMNS) if beside.exists() else []:
                 first = _change(entry["stage"], entry["slot"], entry["option"])
-                pairs[first, _change(entry["stage"], entry["second_slot"], entry["second_option"])] = _drop(entry)
+                second = _change(entry["stage"], entry["second_slot"], entry["second_option"])
+                drop = pairs[first, second] = _drop(entry)
+                if first not in singles or second not in singles or first == second or not math.isfinite(drop.drop_loss):
+                    raise ValueError(f"{first} and {second} are no pair of its changes, or have no finite loss")
         return cls(space, space.arch(widths, kinds), Evaluation(base.loss, base.accuracy), singles, pairs)
 
 

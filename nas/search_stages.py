@@ -48,6 +48,7 @@ from nas.strategies import (
     Scores,
     Study,
     choose,
+    countable,
     fastest_ms,
     frontier_records,
     limits_of,
@@ -131,6 +132,7 @@ def _judged(work: Work) -> Judged:
     scored = Recovered(evaluator, data, settings, work.seed) if settings.recovery_steps else evaluator
     evaluate = Remembered(shared(scored), folder / "evaluations.csv")
     drops = drops_of(space, base, evaluate, settings.drop_pairs)
+    drops = countable(space, drops, work.devices[0].table)
     drops.save(folder / "drops.csv")
     write_complexity(folder / "layers.csv", space)
     importance = logits if logits is not None else drops.importance()

@@ -20,13 +20,8 @@ Paths = Literal["single", "fair", "elastic"]
 
 COUNTS = ("accumulate", "score_images", "recalibration_images", "finalist_epochs", "init_epochs", "optuna_trials")
 UNBOUND = ("cache_gb", "optuna_storage")  # may be lowered where memory runs out; another address, with a password
-FREE = (
-    *UNBOUND,
-    "optuna_sampler",
-    "optuna_trials",
-    "additivity_networks",
-    "drop_pairs",
-)  # of a search with another one's supernet
+FREE = (*UNBOUND, "optuna_sampler", "optuna_trials", "additivity_networks", "drop_pairs")
+"""Of a search with another one's supernet."""
 OBJECTIVES = ("latency", "mes", "throughput")
 MES = ("mes_size_unit", "mes_latency_unit_ms", "mes_size_alpha", "mes_latency_alpha")
 NOT_NEGATIVE = (

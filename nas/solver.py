@@ -34,6 +34,10 @@ from supernet.specs import Layer
 MOST_STATES = 20_000  # of a slot
 
 
+class TooManyPairs(InputError):
+    """Drops with more pairs, or pairs of more slots, than the solver can count."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """An upper bound on what adds up over a network's layers: made by `milliseconds`, `params` or `macs`."""
@@ -396,7 +400,7 @@ class _Problem:
         """Append a step with these options of each node; return the states that it leads to."""
         states = {state: number for number, state in enumerate(dict.fromkeys(arc[0] for node in arcs for arc in node))}
         if len(states) > MOST_STATES:
-            raise InputError(
+            raise TooManyPairs(
                 f"the {len(self.drops.pairs)} pairs of these drops tie so many slots to each other that a stage has over "
                 f"{MOST_STATES} states: measure fewer pairs, or give the drops without any (pairs={{}})"
             )

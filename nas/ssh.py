@@ -57,7 +57,7 @@ def _trial(address: Address) -> str:
     in_venv = " (in a venv, where the system's Python takes no packages)"
     install = f"): run there: {shlex.quote(address.python)} -m pip install onnxruntime numpy{in_venv}"
     dies = "importing onnxruntime kills it: its build needs instructions that the processor lacks"
-    another = f"): install another version there: {shlex.quote(address.python)} -m pip install 'onnxruntime<%s'"
+    another = f"): install another version there: {shlex.quote(address.python)} -m pip install '"
     program = f"""
 import subprocess, sys
 def refuse(why, do):
@@ -65,9 +65,10 @@ def refuse(why, do):
     sys.exit({REFUSED})
 if sys.version_info < (3, 10):
     refuse("it is Python %d.%d" % tuple(sys.version_info[:2]), {newer!r})
-if subprocess.call([sys.executable, "-c", "import numpy, onnxruntime"], stderr=subprocess.DEVNULL) < 0:
-    from importlib.metadata import version
-    refuse({dies!r}, {another!r} % version("onnxruntime"))
+if subprocess.call([sys.executable, "-c", "import numpy, onnxruntime"], stderr=subprocess.DEVNULL) not in (0, 1):
+    from importlib.metadata import packages_distributions, version
+    package = packages_distributions().get("onnxruntime", ["onnxruntime"])[0]
+    refuse({dies!r}, {another!r} + package + "<" + version(package) + "'")
 try:
     import numpy, onnxruntime
 except ImportError as error:

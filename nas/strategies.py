@@ -16,7 +16,7 @@ from nas.kept import described
 from nas.progress import say
 from nas.scores import Drop, Drops, Evaluate, single_changes
 from nas.slimming import LANDING, Importance, MobileEfficiency, rounded_up, slim
-from nas.solver import Budget, best, frontier, solutions
+from nas.solver import Budget, TooManyPairs, best, frontier, solutions
 from nas.table import LatencyTable
 from nas.trajectory import Evaluation, Limit, NothingFits, Option, Predictor, SamplerName, Score, Step, Trajectory, evaluate_all
 from supernet.arch import ArchConfig, MultiplexSpec
@@ -118,6 +118,17 @@ def fastest_ms(space: SearchSpace, table: LatencyTable) -> float:
     """Return the least that the table says of a network of the space, milliseconds; of the smallest one where a network's
     milliseconds are no sum over its layers."""
     return table.predict_ms(fastest(space, table) or space.smallest)
+
+
+def countable(space: SearchSpace, drops: Drops, table: LatencyTable) -> Drops:
+    """Return the drops, without their pairs where these are more than the exact frontier can count, which is said."""
+    if drops.pairs:
+        try:
+            solutions(space, drops, table)
+        except TooManyPairs as error:
+            say(f"warning: {error}: the search goes on without pairs (drop_pairs)")
+            return replace(drops, pairs={})
+    return drops
 
 
 FRONTIER_COLUMNS = ("device", "ms", "loss", "gap", "network")
@@ -380,7 +391,7 @@ def exact_for(result: Mapping[str, Any]) -> str:
     if found and found["r_squared"] is not None:
         told = f"is {found['r_squared']:.2f} on {found['networks']} random networks"
     proof = "exact" if not result.get("gap") else f"proven to {result['gap']:.3g} nats"
-    return f"{proof} for the drops of single changes, not for accuracy: how far they add up (R2) {told}"
+    return f"{proof} for the drops of changes, not for accuracy: how far they add up (R2) {told}"
 
 
 def nothing_taken_away(space: SearchSpace, init: str | None) -> str:

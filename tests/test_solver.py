@@ -18,6 +18,7 @@ from nas.knapsack import cheapest, multiple_choice, trade_offs
 from nas.scores import Drop, Drops, pairs_to_measure, single_changes
 from nas.slimming import slim
 from nas.solver import Budget, Solution, best, frontier, solutions
+from nas.strategies import countable
 from nas.table import LatencyTable, Row
 from supernet.arch import ArchConfig
 from supernet.model import count, count_layer
@@ -137,6 +138,18 @@ def test_drops_of_pairs_are_counted(number: int | None) -> None:
     points = [(table.predict_ms(arch), drops.sum_for(arch), arch) for arch in members(SPACE)]
     assert frontier(SPACE, drops, table) == expected(points)
     assert best(SPACE, drops, table, 1.5)[0].loss == pytest.approx(min(loss for ms, loss, _ in points if ms <= 1.5), abs=EXACT)
+
+
+def test_pairs_that_are_too_many_to_count_are_left_out_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, drops = made_up_table(SPACE, 3), made_up_drops(SPACE, 3, like_a_run=False)
+    paired = replace(drops, pairs={pair: Drop(0.1, 0, 0, 0) for pair in pairs_to_measure(drops)})
+    assert countable(SPACE, paired, table) == paired and countable(SPACE, drops, table) == drops
+    states = 12  # a width and a kind in one slot have 2 x 3
+    monkeypatch.setattr("nas.solver.MOST_STATES", states)
+    assert countable(SPACE, paired, table) == drops
+    assert "the search goes on without pairs (drop_pairs)" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("name", ["efficientformer-s", "mixed-tiny", "efficientformerv2-tiny", "efficientvit"])

@@ -254,7 +254,7 @@ def test_slack_is_given_back_only_to_a_network_that_was_verified(target: float) 
 def test_settings_that_the_folder_is_bound_to_are_refused_before_anything_is_measured(
     target: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for setting in ("optuna_trials: 9", "optuna_sampler: nsga2", "additivity_networks: 3"):
+    for setting in ("optuna_trials: 9", "optuna_sampler: nsga2", "additivity_networks: 3", "drop_pairs: 3"):
         Path("more.yaml").write_text(f"{{{setting}}}")
         capsys.readouterr()
         said = refused(cli.search, ["--from", "run", "--verify", "--config", "more.yaml"], capsys)

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -32,10 +31,13 @@ LACKS = "its build needs instructions that this processor or system lacks. Insta
 def try_import() -> None:
     """Import the runtime in a child process first: one that this processor cannot execute may kill the process that does."""
     child = subprocess.run([sys.executable, "-c", "import numpy, onnxruntime"], capture_output=True)
-    if child.returncode < 0:
+    if child.returncode not in (0, 1):  # 1: an ImportError, which is told below
+        from importlib.metadata import packages_distributions, version  # an older Python, refused above, has not both
+
+        how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
         package = packages_distributions().get("onnxruntime", ["onnxruntime"])[0]
-        found = f"{package} {version(package)}"
-        sys.exit(f"{found} is killed by signal {-child.returncode} on import here: {LACKS}{PIP} '{package}<{version(package)}'")
+        found = version(package)
+        sys.exit(f"{package} {found} is killed by {how} on import here: {LACKS}{PIP} '{package}<{found}'")
 
 
 if __name__ == "__main__" and "--probe" not in sys.argv:
@@ -54,6 +56,7 @@ try:
         environment,
         pinned,
         throttle_bits,
+        throttle_state,
         throttles,
         touches,
         warnings_about,
@@ -275,7 +278,7 @@ def measure(folder: Path, manifest: dict[str, Any], again: bool) -> None:
         finally:
             samples.close()
     throttling.ask()
-    if said := throttles(throttling.found):
+    if said := throttles(throttling.found) or throttle_state():
         place["warnings"].append(f"the processor was throttled meanwhile ({said}): mend cooling or power supply")
         print(f"warning: {place['warnings'][-1]}", flush=True)
     place["finished_at"] = now()

@@ -127,7 +127,7 @@ def _additivity(run: Run) -> str:
     ]
     said = f" ({', '.join(known)})" if known else ""
     key = legend([("circle", "mark", "random networks"), ("line", "equal", "equal")])
-    caption = f"Loss: whole networks against sums of single drops{said}"
+    caption = f"Loss: whole networks against sums of drops{said}"
     return f"<figure><figcaption>{caption}</figcaption>{chart.html()}{key}</figure>"
 
 
