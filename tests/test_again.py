@@ -81,7 +81,7 @@ def test_another_target_is_answered_by_the_drops(run: Path, board: LatencyTable,
     assert result["predicted_loss"] == expected.loss
     assert result["from"] == "run"
     assert (result["params"], result["macs"]) == count(expected.arch.without_identity())
-    assert "exact for the drops of single changes, not for accuracy" in said
+    assert "exact for the drops of changes, not for accuracy" in said
     assert "--verify (evaluates and measures)" in said
     assert "than its table says" not in said, "nothing was measured"
     result = read(run / "result.json")

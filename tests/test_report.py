@@ -398,7 +398,7 @@ def test_a_network_that_is_not_of_the_space_marks_no_slots(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("missing", "left_out"),
     [
-        ("additivity.csv", "Loss: whole networks against sums of single drops"),
+        ("additivity.csv", "Loss: whole networks against sums of drops"),
         ("measurements.csv", "last on 2026-03-04 05:06 UTC"),
     ],
 )
