@@ -5,7 +5,7 @@
 Trains a small token network on an image folder (without one, on the embedded digits) with N = 1, 2, 4 images a group, and for
 each N > 1 the control: the same reduction, segments and demultiplexers with every image a sequence of its own. Prints, side by
 side: accuracy over random groupings of the validation images (mean and standard deviation), in groups of one class, and by
-slot; and latency in ONNX Runtime on this CPU (one thread), all visited in shuffled rounds of one run and opened anew every 8
+slot; and latency in ONNX Runtime on this CPU (one thread), all visited in shuffled rounds of one run and opened anew every 4
 rounds, with the same number of images in flight. A ragged last group is filled, never dropped.
 """
 

@@ -5,7 +5,7 @@
 Liu et al. (CVPR 2023), abstract: M5 has 45.2 % more throughput than MobileNetV3-Large on an Intel Xeon; M2 has 3.7 times
 that of MobileViT-XXS there, and 7.4 times in ONNX form. They timed PyTorch's traced models at batch 16; how the ONNX figure
 was taken was never published. Here all run in ONNX Runtime, at batch 1 and at batch 16, one thread, in shuffled rounds, opened
-anew every 8 rounds. MobileViT takes 256 px images, as published.
+anew every 4 rounds. MobileViT takes 256 px images, as published.
 
 EfficientViT is ours, in both forms that nas-export writes: the plain one computes layer by layer what is published, the deploy
 form is rewritten to run faster (docs/export.md). The other two networks are timm's (`pip install timm`), exported as they are,

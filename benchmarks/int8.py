@@ -5,7 +5,7 @@
 `trained` is a folder of nas-train, PATH the images that it was trained on. Prints a Markdown table: the network as nas-export
 writes it, in fp32 and in int8; int8 with the float GELU; and int8 as ONNX Runtime's quantiser does it by default, with every
 operator that it knows, per channel, ranges from the smallest to the largest value. All are timed side by side in shuffled
-rounds on one thread, opened anew every 8 rounds; a ratio is the median over rounds of the ratio of two visits of a round, each
+rounds on one thread, opened anew every 4 rounds; a ratio is the median over rounds of the ratio of two visits of a round, each
 by the references timed around it, with the 95 % interval of that median. A minute or two; leave the machine alone meanwhile.
 """
 

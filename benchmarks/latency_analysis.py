@@ -3,7 +3,7 @@
     python benchmarks/latency_analysis.py > analysis.md
 
 Prints Markdown tables. In each table all variants are timed side by side in shuffled rounds, their sessions opened anew every
-8 rounds; a ratio is the median over rounds of the ratio of two visits of the same round, each divided by the references timed
+4 rounds; a ratio is the median over rounds of the ratio of two visits of the same round, each divided by the references timed
 around it, with the 95 % interval of that median. Shares of operators come from traces; their spread is the range over repeated
 traces. timm networks are left out where timm is not installed. A few minutes; leave the machine alone meanwhile.
 """
@@ -97,7 +97,7 @@ def opener(module: nn.Module, *shape: int) -> Opener:
 def side_by_side(what: str, entries: Mapping[str, Opener], rounds: int) -> dict[str, list[Visit]]:
     """Visit every entry once a round, in shuffled order.
 
-    All are opened anew every 8 rounds, in another order: where a session's memory happens to lie moves its times by some
+    All are opened anew every 4 rounds, in another order: where a session's memory happens to lie moves its times by some
     percent.
     """
     visits: dict[str, list[Visit]] = {name: [] for name in entries}

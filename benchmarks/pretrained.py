@@ -39,10 +39,9 @@ from nas.checkpoints import load_weights
 from nas.data import ImageData, load_images
 from nas.devices import measuring
 from nas.evaluation import accuracy_of, recalibrate
-from nas.measure import Reopened, measure_alone, table_reference
+from nas.measure import measure_alone, table_reference
 from nas.onnx_model import onnx_bytes
 from nas.pretrained import space_of
-from nas.profilers.ort_session import OrtModel
 from nas.profilers.timing import Measurement
 from nas.progress import say
 from nas.recipe import RECIPES
@@ -158,7 +157,7 @@ class Comparison:
         """Return the time of a call of the deploy form, at the pace that the machine had when the table was built."""
         side = arch.image_size
         graph = onnx_bytes(deployed(model.eval().cpu(), arch), torch.randn(1, 3, side, side))
-        return measure_alone(self.profiler, Reopened(partial(OrtModel, graph)), table_reference(self.table))
+        return measure_alone(self.profiler, graph, table_reference(self.table))
 
     def kept(self, name: str, make: Callable[[], Outcome]) -> Outcome:
         """Return an outcome, made now or read from its file."""

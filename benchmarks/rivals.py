@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple, TypeVar
@@ -23,10 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nas.devices import profiler_of
 from nas.guarantee import SLACK
-from nas.measure import Reopened, measure_alone, table_reference, with_ordinary_values
+from nas.measure import measure_alone, table_reference, with_ordinary_values
 from nas.onnx_model import onnx_bytes
 from nas.profilers.ort_cpu import OrtCpu
-from nas.profilers.ort_session import OrtModel
 from nas.progress import say
 from nas.table import LatencyTable
 from supernet.arch import ArchConfig, Stage, stage_resolutions
@@ -73,7 +72,7 @@ class Measured:
     def __call__(self, network: Network) -> Time:
         name = digest(network)
         if name not in self.known:
-            what = network if isinstance(network, ArchConfig) else Reopened(partial(OrtModel, onnx_of(network)))
+            what = network if isinstance(network, ArchConfig) else onnx_of(network)
             found = measure_alone(self.profiler, what, table_reference(self.table))
             if found.half_width_ms > NOISY * found.ms:
                 share = 100 * found.half_width_ms / found.ms

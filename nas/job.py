@@ -1,9 +1,10 @@
 """Measure on a device that runs elsewhere: a folder of models goes there, `results.json` comes back.
 
 The folder holds `manifest.json` (the plan, and every model's hash), the models without their large weights, which are
-made on the device, and, for ONNX, `run_job.py` with the very modules that time this machine's CPU. The same request
-gives the same folder, byte for byte, so a device goes on where it was. What this machine hands over itself has a number
-beside, because the device may have kept an earlier job of the same request, from here or from elsewhere (see `run_of`).
+made on the device, and, for ONNX, `run_job.py` with the very modules that make the visits of this machine's own table. The
+same request gives the same folder, byte for byte, so a device goes on where it was. What this machine hands over itself has
+a number beside, because the device may have kept an earlier job of the same request, from here or from elsewhere (see
+`run_of`).
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import platformdirs
 import torch
-from onnx import TensorProto, external_data_helper, numpy_helper
 
 from nas.device_ids import PHONES, is_id, suffix
 from nas.export_forms import COREML, ONNX, require_current_form
 from nas.measure import CACHED, STREAMING, Model, build_module, input_shape, name_of
+from nas.onnx_weights import without_weights
 from nas.plan import PROTOCOL, Work
 from nas.profilers.bench import JOB_SCHEMA, MIN_MS_OF_A_CALL
 from nas.profilers.ort_cpu import OrtCpu
@@ -45,7 +45,6 @@ PROFILERS = Path(__file__).parent / "profilers"
 RUN = "run"  # in a job folder that this machine hands over itself: the number of the job in progress
 OURS = {"models", "nas", "run_job.py", "run_job.lock", "results.json", RUN}  # in a job folder, beside its manifest
 REQUEST = ("device", "format", "space", "seed", "verify", "threads", "precision", "batch")  # in a manifest and its settings
-LARGE = 256  # elements; a weight of more is made on the device
 TRAVELLING = ("__init__", "timing", "bench", "ort_session", "run_job")  # modules of nas.profilers
 DEVICE_BATCH_BYTES = 256 << 20  # of models that are open at once on a device of unknown memory
 
@@ -281,32 +280,6 @@ def _write_models(
             entry |= {"sha256": package_sha256(path), "input": {"name": "x", "shape": shape, "dtype": "float16"}}
         manifest["models"][name] = entry
         tick(1)
-
-
-def without_weights(data: bytes) -> tuple[bytes, list[dict[str, Any]]]:
-    """Return an ONNX model whose large weights are left out, and what they are: name, dtype, shape, standard deviation.
-
-    What has one value a channel stays, whatever its size: norms, biases, and the depthwise 1x1 convolutions of deploy forms.
-    Their values (ones, or one less layer scale) are no noise around zero.
-    """
-    model = onnx.load_from_string(data)
-    left_out = []
-    for tensor in model.graph.initializer:
-        if math.prod(tensor.dims) <= max([LARGE, *tensor.dims]):
-            continue
-        if tensor.data_type not in (TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8):
-            continue
-        if tensor.data_type == TensorProto.FLOAT and not np.isfinite(numpy_helper.to_array(tensor)).all():
-            continue  # the mask of an attention: noise would be no mask
-        array = numpy_helper.to_array(tensor)
-        dtype = str(array.dtype)
-        left_out.append({"name": tensor.name, "dtype": dtype, "shape": list(array.shape), "std": round(float(array.std()), 6)})
-        tensor.ClearField("float_data")
-        tensor.ClearField("int32_data")
-        tensor.raw_data = b""
-        external_data_helper.set_external_data(tensor, location="made-on-the-device", offset=0, length=array.nbytes)
-        tensor.ClearField("raw_data")
-    return model.SerializeToString(), left_out
 
 
 def _kept_manifest(sha256: str) -> Path:

@@ -24,11 +24,12 @@ from nas.calibration import calibrate, on_medians, refitted
 from nas.devices import is_called
 from nas.job import device_of, place_of, read_results, visits_of
 from nas.measure import Model, Profiler, name_of, table_reference
-from nas.plan import FEWEST_NETWORKS, PROTOCOL, Terms, Work, for_batch, terms_of, work_for
+from nas.plan import FEWEST_NETWORKS, PROTOCOL, Terms, Work, for_batch, in_many_sessions, terms_of, work_for
 from nas.profilers.bench import (
-    LAST_PASS,
+    LOOSER,
     Bench,
     Damaged,
+    Plan,
     Samples,
     TooNoisy,
     carry_out,
@@ -106,12 +107,13 @@ def _built(
             say(f"{path} already has every row of {space.name}")
             return old
     work = work_for(space, layers, seed, place["precision"])
+    work = in_many_sessions(work) if getattr(profiler, "opens_quickly", False) else work
     sha256 = space_sha256(space)  # a part of it names a build, another one a recalibration: neither goes on with the other
     marker = folder / f"{profiler.id}.{sha256[8:16] if only_networks else sha256[:8]}.building.json"
     _forget(m for m in _markers(folder, profiler.id) if not _is_of(m, place))  # the visits from here on are no part of those
     for warning in place["warnings"]:
         say(f"warning: {warning}")
-    started, place["warnings"] = _started(marker, space, place)
+    started, place["warnings"] = _started(marker, space, place, work.plan)
     flags = _Flags(folder / f"{profiler.id}.flags.json", started)
     try:
         samples = Samples(folder / f"{profiler.id}.samples.csv", started)
@@ -182,7 +184,7 @@ def write_table(
         old = None  # nor does the pace stay that it was measured at
     # One reference for all rows of a table: rows that were measured earlier stay as they are.
     reference = table_reference(old) if old is not None else reference_of(visits)
-    rows = dict(old.rows) if old is not None else {}
+    rows, per_session = dict(old.rows) if old is not None else {}, work.plan.session_visits
     for layer, terms in work.rows.items():
         names = [name_of(model) for model in terms]
         words = sorted({flags[name] for name in names if name in flags})
@@ -190,7 +192,7 @@ def write_table(
             say(f"warning: {layer} has no row, because a model of it could not be measured ({', '.join(words)})")
             rows.pop(layer, None)
             continue
-        found = {model: summarise(visits[name_of(model)], reference) for model in terms}
+        found = {model: summarise(visits[name_of(model)], reference, per_session) for model in terms}
         rows[layer] = replace(row_of(layer, terms, found), flag=" ".join(words))
     meta = {**place, "reference_ms": reference._asdict()}
     table = LatencyTable(device, rows, (), provenance, meta, old.foreign if old is not None else ())
@@ -200,7 +202,7 @@ def write_table(
             f"only {len(networks)} of {len(work.networks)} networks could be measured, at least {FEWEST_NETWORKS} are needed "
             "to calibrate the table: nothing is written"
         )
-    measured = [summarise(visits[name_of(tuple(arch.layers()))], reference) for arch in networks]
+    measured = [summarise(visits[name_of(tuple(arch.layers()))], reference, per_session) for arch in networks]
     table = replace(table, rows=flagged(rows, FLAG_FLOOR * float(np.median([m.ms for m in measured]))))
     calibration = calibrate(space, table, networks, measured)
     kept = [refitted(c, old, table) for c in old.calibrations if not _is_replaced(c, space)] if old is not None else []
@@ -224,9 +226,12 @@ def _statistics(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return by which rule the newest visits were made and summed up."""
     return {
         **{name: plan[name] for name in ("passes", "min_visits", "row_goal", "floor", "network_goal")},
-        "last_pass": f"of what is not known to {LAST_PASS:g} times the goals",
+        "session_visits": plan.get("session_visits", 0),
+        "strict_visits": plan.get("strict_visits"),
+        "after_strict_visits": f"of what is not known to {LOOSER:g} times the goals",
         "estimate": "median over visits, each the median of its calls, divided by how much slower the references were",
-        "interval": "95 %, of a model's median by order statistics; of a row, its models' half-widths in quadrature",
+        "interval": "95 %, of a model's median by order statistics, with session_visits of the mean of its sessions' medians, "
+        "too; of a row, its models' half-widths in quadrature",
     }
 
 
@@ -303,6 +308,7 @@ def _results_of(path: Path, device: str | None) -> tuple[str, SearchSpace, Work,
     if not set(manifest["rows"]) <= set(named):
         raise InputError(f"{path} is of a job that another version of this package exported: export and run it anew")
     work = work_for(space, [named[name] for name in manifest["rows"]], manifest["seed"], place["precision"])
+    work = replace(work, plan=replace(work.plan, session_visits=int(manifest["plan"].get("session_visits", 0))))
     if list(work.plan.networks) != manifest["plan"]["networks"]:
         raise InputError(f"{path} is of a job that another version of this package exported: export and run it anew")
     if not results["visits"]:
@@ -426,10 +432,10 @@ def _forget(markers: Iterable[Path]) -> None:
         marker.unlink(missing_ok=True)
 
 
-def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any]) -> tuple[str, list[str]]:
+def _started(marker: Path, space: SearchSpace, place: Mapping[str, Any], plan: Plan) -> tuple[str, list[str]]:
     """Return when the build that is to go on began, and what there was to warn of at each of its starts; a marker left by a
     kill, of the same settings, says so."""
-    request = {"space": space_sha256(space), **{k: place.get(k) for k in SAME}}
+    request = {"space": space_sha256(space), "passes": list(plan.passes), **{k: place.get(k) for k in SAME}}
     started, warnings = now(), list(place.get("warnings", ()))
     with suppress(InputError):  # there is none
         before = read_json(marker, "the marker of a build")

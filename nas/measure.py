@@ -6,11 +6,12 @@ A *model* is a sequence of layers that runs as one session: a chain of blocks, a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -100,7 +101,11 @@ def with_ordinary_values(model: nn.Module, seed: int) -> nn.Module:
 
 
 class Profiler(Protocol):
-    """A device that can be timed from this process, with its settings."""
+    """A device that can be timed from this process, with its settings.
+
+    One that has `opens_quickly`, and says so, is opened anew more often; one that has `apart` (see `OrtCpu`) times a network or
+    an ONNX model that stands alone in processes of their own.
+    """
 
     @property
     def id(self) -> str:
@@ -151,36 +156,28 @@ class Reopened:
     open: Callable[[], Workload]
 
 
-def measure_alone(
-    profiler: Profiler, what: ArchConfig | Reopened | Workload, reference: References | None, batch: int | None = None
-) -> Measurement:
-    """Time one network (with ordinary weights) or workload end to end until its 95 % interval is within 1 %, or for 96
-    visits.
+Onnx = bytes | Path  # a path where weights may lie in files beside it
+Session = Callable[[int], list[Visit]]  # opens what is timed anew, and visits it so often
 
-    A network is opened anew every 4 visits, 6 times or more: where a session's memory happens to lie moves its times by some
-    percent, for a small network by more, and the interval is of that too. (On a GPU it is the same capture again where memory
-    suffices: see `NvidiaGpu.open`.) A workload stays as it is. `reference` is what the references take in the table that the
-    result is to be compared with, and where one takes much longer or shorter now, that is said; without it, what they take now,
-    which leaves the result as it was measured. `batch`: the images of a call, where they are not the profiler's; the references
-    keep to its own.
+
+def measure_alone(
+    profiler: Profiler, what: ArchConfig | Onnx | Reopened | Workload, reference: References | None, batch: int | None = None
+) -> Measurement:
+    """Time one network (with ordinary weights), ONNX model (on a CPU) or workload end to end until its 95 % interval is within
+    1 %, or for 96 visits.
+
+    It is opened anew every 4 visits, 6 times or more, on a CPU in a process of its own: where a session's memory happens to lie
+    moves its times by some percent, for a small network by more, and the interval is of that too. (On a GPU it is the same
+    capture again where memory suffices: see `NvidiaGpu.open`.) A workload stays as it is. `reference` is what the references
+    take in the table that the result is to be compared with, and where one takes much longer or shorter now, that is said;
+    without it, what they take now, which leaves the result as it was measured. `batch`: the images of a call, where they are
+    not the profiler's; the references keep to its own.
     """
-    opening: Any = profiler
-    opening = opening if batch is None else replace(opening, batch=batch)
-    with profiler.exclusive():
-        watch = profiler.stopwatch()
+    with profiler.exclusive(), _sessions(profiler, what, batch) as session:
         visits: list[Visit] = []
         while len(visits) < ALONE_MAX_VISITS:
-            if len(visits) % SESSION_VISITS == 0:
-                match what:
-                    case ArchConfig():
-                        run = opening.open(tuple(what.layers()))[0]
-                    case Reopened():
-                        run = what.open()
-                    case _:
-                        run = what
-                watch.pause()
-            visits.append(watch.visit(run))
-            if len(visits) >= ALONE_MIN_VISITS and len(visits) % SESSION_VISITS == 0:
+            visits += session(SESSION_VISITS)
+            if len(visits) >= ALONE_MIN_VISITS:
                 found = summarise(visits, reference, SESSION_VISITS)
                 if found.half_width_ms <= WHOLE_GOAL * found.ms:
                     break
@@ -195,3 +192,29 @@ def measure_alone(
                 + ("measure again in a quieter hour" if pace > 1 else "build the table anew in a quiet hour")
             )
     return summarise(visits, reference, SESSION_VISITS)
+
+
+@contextmanager
+def _sessions(profiler: Any, what: ArchConfig | Onnx | Reopened | Workload, batch: int | None) -> Iterator[Session]:
+    """Yield what opens a workload anew: in processes of their own where the profiler can, else in this one."""
+    opening = profiler if batch is None else replace(profiler, batch=batch)
+    if hasattr(profiler, "apart") and isinstance(what, ArchConfig | bytes | Path):
+        with profiler.apart(opening.onnx(tuple(what.layers())) if isinstance(what, ArchConfig) else what) as apart:
+            yield apart
+        return
+    watch = profiler.stopwatch()
+
+    def session(visits: int) -> list[Visit]:
+        match what:
+            case ArchConfig():
+                run = opening.open(tuple(what.layers()))[0]
+            case Reopened():
+                run = what.open()
+            case bytes() | Path():
+                raise TypeError("ONNX models are timed on CPUs alone")
+            case _:
+                run = what
+        watch.pause()
+        return [watch.visit(run) for _ in range(visits)]
+
+    yield session

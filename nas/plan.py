@@ -21,7 +21,7 @@ from statistics import median
 
 import torch
 
-from nas.measure import CACHED, EMPTY, STREAMING, Model, name_of
+from nas.measure import ALONE_MAX_VISITS, ALONE_MIN_VISITS, CACHED, EMPTY, SESSION_VISITS, STREAMING, Model, name_of
 from nas.profilers.bench import Plan
 from nas.progress import say
 from nas.table import measured_layers
@@ -42,6 +42,8 @@ PROTOCOL = "equal memory beside chains, weighted mix"  # how rows are measured: 
 FIT_NETWORKS = 16  # fit the calibration
 CHECK_NETWORKS = 12  # tell its error
 FEWEST_NETWORKS = 12  # of a space: both parts shrink with it
+MANY_SESSIONS = tuple(range(SESSION_VISITS, ALONE_MAX_VISITS + 1, SESSION_VISITS))
+"""The passes where a model is opened quickly: sessions differ by more than visits of one session."""
 
 
 def _combine(*parts: tuple[float, Terms]) -> Terms:
@@ -146,6 +148,12 @@ def work_for(space: SearchSpace, layers: Sequence[Layer] | None = None, seed: in
         touched_bytes={name_of(model): BYTES[precision] * left for model, left in _left_of(params, pieces).items()},
     )
     return Work(rows, networks, space.smallest, plan, params)
+
+
+def in_many_sessions(work: Work) -> Work:
+    """Return the work with every model opened anew every few visits, as a network is that is timed by itself."""
+    plan = replace(work.plan, min_visits=ALONE_MIN_VISITS, passes=MANY_SESSIONS, session_visits=SESSION_VISITS)
+    return replace(work, plan=plan)
 
 
 def _left_of(params: int, models: Sequence[Model]) -> dict[Model, int]:

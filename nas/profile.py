@@ -93,10 +93,8 @@ def print_profile(network: str, device: str | None, *, layers: bool, as_json: bo
             from nas.operators import bound_model, profile_operators
 
             model = load_model(network, arch)
-            opened = [bound_model(model.onnx, network)]  # refused before anything is timed
-            measured = measure_alone(
-                profiler, Reopened(lambda: opened.pop() if opened else bound_model(model.onnx, network)), reference
-            )
+            bound_model(model.onnx, network)  # refused before anything is timed
+            measured = measure_alone(profiler, model.onnx, reference)
             if layers:
                 breakdown = profile_operators(model.onnx, network, measured.ms, model.layers)
         elif arch is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from nas.device_ids import GPUS, MACS, PHONES, is_core_ml, is_phone, settings_in, suffix
 from nas.job import FORMATS, check_device_id, end_run, export_job, job_folder, read_results, run_of
 from nas.lut import Unusable, import_results
-from nas.plan import for_batch, work_for
+from nas.plan import for_batch, in_many_sessions, work_for
 from nas.profilers.bench import TooNoisy
 from nas.progress import say
 from nas.ssh import Address, reach, run_over_ssh
@@ -63,10 +63,14 @@ def export(
     if device != "cpu":
         check_device_id(named)
     space = for_batch(space, batch or 1)
+    if form == "coreml":
+        work = work_for(space, precision="fp16")
+    else:
+        work = in_many_sessions(work_for(space, precision=precision or "fp32"))
     path = export_job(
         folder,
         space,
-        work_for(space, precision="fp16" if form == "coreml" else precision or "fp32"),
+        work,
         device=None if device == "cpu" else named,
         form=form,
         threads=threads or 1,
@@ -97,7 +101,7 @@ def build_over_ssh(
     space = for_batch(space, batch)
     port = f"-{address.port}" if address.port else ""
     job = job_folder(space, f"-{address.host}{port}{suffix(threads, precision, batch)}")
-    work = work_for(space, precision=precision)
+    work = in_many_sessions(work_for(space, precision=precision))
     export_job(job, space, work, device=None, threads=threads, precision=precision, batch=batch, run=run_of(job), replaces=True)
     results = run_over_ssh(address, job)
     with _ending(job):

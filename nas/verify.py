@@ -12,8 +12,8 @@ from nas.device_ids import takes_jobs
 from nas.job import end_run, export_job, place_of, read_results, run_of, visits_of
 from nas.kept import Checks, measurements_file
 from nas.lookup import OnDevice
-from nas.measure import ALONE_MIN_VISITS, SESSION_VISITS, measure_alone, name_of, table_reference
-from nas.plan import Work
+from nas.measure import ALONE_MAX_VISITS, SESSION_VISITS, measure_alone, name_of, table_reference
+from nas.plan import Work, in_many_sessions
 from nas.profilers.bench import Plan, TooNoisy, refuse_noise
 from nas.profilers.timing import summarise
 from nas.progress import say
@@ -26,8 +26,6 @@ from nas.table import HARDWARE, LatencyTable, Target
 from supernet.arch import ArchConfig
 from supernet.errors import InputError, one_line
 from supernet.space import SearchSpace
-
-PASSES = tuple(range(SESSION_VISITS, 61, SESSION_VISITS))  # visits of the network by the end of each, which opens it anew
 
 
 def verify(
@@ -189,12 +187,17 @@ def _export(folder: Path, arch: ArchConfig, table: LatencyTable, space: SearchSp
     if not takes_jobs(table.device):
         raise InputError(f"networks for {table.device} are measured by nas-search on the machine with it, not by a job")
     plan = Plan(
-        pieces=(), networks=(name,), rows=(), smallest=name, touched_bytes={}, passes=PASSES, min_visits=ALONE_MIN_VISITS
+        pieces=(),
+        networks=(name,),
+        rows=(),
+        smallest=name,
+        touched_bytes={},
+        strict_visits=ALONE_MAX_VISITS,
     )
     export_job(
         folder,
         space,
-        Work({}, [arch], arch, plan),
+        in_many_sessions(Work({}, [arch], arch, plan)),
         device=table.device,
         form="coreml" if table.on_coreml else "onnx",
         threads=int(table.meta.get("threads", 1)),

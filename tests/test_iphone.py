@@ -404,6 +404,8 @@ def test_the_command_makes_a_table_of_what_the_phone_says(xcode: FakeXcode, here
         "row_goal",
         "floor",
         "network_goal",
+        "strict_visits",
+        "session_visits",
     }
     told_by_python = {"runtime", "precision", "batch", "threads", "export"}
     for struct, group in {"Manifest": manifest, **groups, "Input": entry["input"]}.items():

@@ -23,10 +23,11 @@ from test_lut import cost, device_ms, small_space
 
 from nas import cli
 from nas.devices import is_called
-from nas.job import export_job, without_weights
+from nas.job import export_job
 from nas.lut import import_medians, import_results, rows_off_their_visits
-from nas.measure import CACHED, SESSION_VISITS, STREAMING, Model
-from nas.plan import Work, work_for
+from nas.measure import ALONE_MIN_VISITS, CACHED, SESSION_VISITS, STREAMING, Model
+from nas.onnx_weights import with_weights, without_weights
+from nas.plan import MANY_SESSIONS, Work, work_for
 from nas.profilers.bench import JOB_SCHEMA, Failed, TooNoisy
 from nas.profilers.ort_cpu import OrtCpu
 from nas.profilers.ort_session import cpu_id
@@ -76,7 +77,7 @@ def pretended_results(folder: Path, work: Work, scale: float = 1.0) -> dict[str,
         "environment": {"cpu": "Pretence 9", "runtime_version": "1.0", "measured_at": "2026-01-01T00:00:00+00:00"},
         "started_at": "2026-01-01T00:00:00+00:00",
         "finished_at": "2026-01-01T01:00:00+00:00",
-        "visits": {name: [visit(model)] * 12 for name, model in work.models.items()},
+        "visits": {name: [visit(model)] * ALONE_MIN_VISITS for name, model in work.models.items()},
         "flags": {},
     }
 
@@ -103,7 +104,7 @@ def test_an_imported_row_that_was_changed_by_hand_is_found_out(folder: Path, wor
     samples = tmp_path / "out" / "pretended-cpu.samples.csv"
     for imported in (1, 2):
         table = import_results(path, tmp_path / "out")
-        assert len(samples.read_text().splitlines()) == 1 + imported * 12 * len(work.models)
+        assert len(samples.read_text().splitlines()) == 1 + imported * ALONE_MIN_VISITS * len(work.models)
         assert rows_off_their_visits(table, samples) == []
         for layer, row in table.rows.items():
             if abs(row.ms) > 1e-6:
@@ -542,6 +543,12 @@ def test_models_travel_without_their_weights_and_compute_the_same_with_them() ->
         for model, given in ((data, None), (light, options))
     )
     assert np.array_equal(whole, filled)
+    again, given = (
+        {t.name: t for t in onnx.load_from_string(d).graph.initializer} for d in (with_weights(light, weights), data)
+    )
+    assert {k: (t.data_type, *t.dims) for k, t in again.items()} == {k: (t.data_type, *t.dims) for k, t in given.items()}
+    for weight in weights:
+        assert onnx.numpy_helper.to_array(again[weight["name"]]).std() == pytest.approx(weight["std"], rel=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -554,7 +561,9 @@ def real_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("nas.job._cache", lambda: folder / "cache")
         cli.build_lut(["--device", "cpu", "--space", str(folder / "micro.yaml"), "--export-job", str(folder / "job")])
     manifest = json.loads((folder / "job" / "manifest.json").read_text())
-    manifest["plan"] |= {"passes": [3, 6], "min_visits": 6}  # it is the path that is tested, not how narrow the intervals are
+    assert (manifest["plan"]["passes"], manifest["plan"]["session_visits"]) == (list(MANY_SESSIONS), SESSION_VISITS)
+    # It is the path that is tested, not how narrow the intervals are
+    manifest["plan"] |= {"passes": [3, 6], "min_visits": 6, "session_visits": 3}
     (folder / "job" / "manifest.json").write_text(json.dumps(manifest))
     return folder / "job"
 

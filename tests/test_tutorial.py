@@ -56,6 +56,7 @@ def pretend(patch: pytest.MonkeyPatch) -> None:
     """Time the pretended device wherever this machine's CPU would be timed."""
     device = test_lut.Device()
     patch.setattr(OrtCpu, "open", lambda self, model: device.open(model))
+    patch.delattr(OrtCpu, "apart")  # what is pretended is in this process
     patch.setattr(OrtCpu, "stopwatch", lambda self: device.stopwatch())
     patch.setattr(OrtCpu, "between", lambda self, size: None)
     patch.setattr(OrtCpu, "exclusive", lambda self: nullcontext())

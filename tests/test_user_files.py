@@ -34,7 +34,7 @@ from nas.measure import table_reference
 from nas.operators import bound_model
 from nas.plan import work_for
 from nas.pretrained import load_pretrained
-from nas.profilers.bench import Samples
+from nas.profilers.bench import Plan, Samples
 from nas.profilers.ort_cpu import OrtCpu
 from nas.recipe import RECIPES, load_recipe
 from nas.report import write_report
@@ -195,7 +195,7 @@ def test_the_visits_of_a_table_under_way(content: bytes, folder: Path) -> None:
 @given(content=json_files('{"space": "0", "runtime": "x", "started": "2026", "a": ["2026", "off-npu"], "warnings": ["hot"]}'))
 def test_the_marks_of_a_table_under_way(content: bytes, space: SearchSpace, folder: Path) -> None:
     place = dict.fromkeys(("runtime", "runtime_version", "threads", "precision", "batch", "export"), "x")
-    started, warnings = _started(put(folder / "x.building.json", content), space, place)
+    started, warnings = _started(put(folder / "x.building.json", content), space, place, Plan((), (), (), "", {}))
     assert started and all(isinstance(warning, str) for warning in warnings)
     assert isinstance(_Flags(put(folder / "x.flags.json", content), "2026").words, dict)
 

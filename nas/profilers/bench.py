@@ -37,7 +37,7 @@ Open = Callable[[str], tuple[Workload, int]]  # a model's name -> its workload, 
 
 JOB_SCHEMA = 3  # of a job folder: its plan and its results; the Swift program has it too
 MIN_MS_OF_A_CALL = 5e-4  # no runtime answers sooner: shorter times are in another unit
-LAST_PASS = 2.0  # times as wide as they are to be, intervals are still worth a last pass
+LOOSER = 2.0  # times as wide as the goals say intervals may be after `Plan.strict_visits` visits
 TOO_NOISY = 2.5  # p90 over p10 of a reference's milliseconds
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 MOST_WAITING_S = 600.0  # of all pauses, which are not longer in all than what was measured meanwhile
@@ -81,6 +81,9 @@ class Plan:
     smallest network, takes; a network when its interval is within `network_goal`. `touched_bytes` is how much other memory
     is read before each timed call of a piece, by devices that can: in a network the weights of other layers pass through
     the caches between two runs of a layer.
+
+    A pass opens every model anew that it visits. After `strict_visits` visits, twice the goals will do. With
+    `session_visits` every pass makes so many, and intervals are of what sessions differ by, too.
     """
 
     pieces: tuple[str, ...]
@@ -92,7 +95,9 @@ class Plan:
     floor: float = 0.002
     network_goal: float = 0.01
     min_visits: int = 12
-    passes: tuple[int, ...] = (6, 12, 32, 64)  # visits of a model by the end of each pass; every pass opens it anew
+    strict_visits: int = 32
+    passes: tuple[int, ...] = (6, 12, 32, 64)  # visits of a model by the end of each pass
+    session_visits: int = 0
     batch_models: int = 120  # that are open at once
     batch_bytes: int = 1 << 30
 
@@ -248,14 +253,15 @@ class Bench:
     def _open(self, batch: Sequence[str], goals: Sequence[Goal], limit: int) -> set[str]:
         """Return the models of the batch that need another visit."""
         visits = self.samples.visits
-        reference = reference_of(visits) if visits else None
+        reference, per_session = reference_of(visits) if visits else None, self.plan.session_visits
         found: dict[str, Measurement] = {}
         open_models = set()
         for model in batch:
-            if self.samples.count(model) < self.plan.min_visits:
+            made = self.samples.count(model)
+            if made < self.plan.min_visits or (per_session and made % per_session):  # sessions are made whole
                 open_models.add(model)
             else:
-                found[model] = summarise(visits[model], reference)
+                found[model] = summarise(visits[model], reference, per_session)
         here = set(batch)
         for goal in goals:
             mine = [model for model in goal.terms if model in here]
@@ -265,7 +271,7 @@ class Bench:
                 continue  # the rest of the row comes in a later batch
             for model in goal.terms:
                 if model not in found:
-                    found[model] = summarise(visits[model], reference)
+                    found[model] = summarise(visits[model], reference, per_session)
             allowed_ms = max(goal.fraction * abs(sum(w * found[model].ms for model, w in goal.terms.items())), goal.floor_ms)
             half = {model: abs(goal.terms[model]) * found[model].half_width_ms for model in mine}
             if math.hypot(*half.values()) > allowed_ms:
@@ -324,7 +330,7 @@ def carry_out(plan: Plan, bench: Bench, tick: Tick, touches: Touches | None) -> 
     samples = bench.samples
     floor_ms = plan.floor * summarise(samples.visits[plan.smallest], reference_of(samples.visits)).ms
     passes = [
-        (floor, limit, LAST_PASS if len(plan.passes) > 1 and limit == plan.passes[-1] else 1.0)
+        (floor, limit, LOOSER if floor >= plan.strict_visits else 1.0)
         for floor, limit in zip((0, *plan.passes), plan.passes, strict=False)
     ]
     for floor, limit, looser in passes:

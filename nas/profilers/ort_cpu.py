@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,10 +17,15 @@ from nas.alone import MEASURING, turn
 from nas.device_ids import suffix
 from nas.export_forms import ONNX
 from nas.int8 import quantised
-from nas.measure import CACHED, STREAMING, Model, build_module
+from nas.measure import CACHED, STREAMING, Model, Onnx, Session, build_module
 from nas.onnx_model import onnx_bytes
+from nas.onnx_weights import with_weights, without_weights
+from nas.profilers.apart import visits_apart
 from nas.profilers.ort_session import OrtModel, cpu_id, environment, pinned, touches, warnings_about
 from nas.profilers.timing import Stopwatch, Touches, Workload
+from supernet.errors import InputError
+
+Graph = tuple[bytes, list[dict[str, Any]]]  # a model without its large weights, and what they are
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class OrtCpu:
     precision: str = "fp32"
     batch: int = 1
     flags: Mapping[str, str] = field(default_factory=dict, compare=False)
+    opens_quickly: ClassVar[bool] = True  # so that a build can open every model in many sessions
+    _graphs: dict[Model, Graph] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @cached_property
     def id(self) -> str:
@@ -40,14 +50,42 @@ class OrtCpu:
 
     def onnx(self, model: Model) -> bytes:
         """Return the ONNX form that is timed."""
-        return _onnx(model, self.batch, self.precision)
+        module, example = build_module(model, self.batch, deploy=True)
+        data = onnx_bytes(module, example)
+        return quantised(data, [example.numpy()]) if self.precision == "int8" and model else data
 
     def open(self, model: Model) -> tuple[Workload, int]:
-        data = self.onnx(model)
+        # With weights in it, as in a file: given apart from it, they make the streaming reference 3 % faster.
+        data = with_weights(*self._graph(model))
         return OrtModel(data, self.threads), len(data)
+
+    def _graph(self, model: Model) -> Graph:
+        """Return the ONNX form without its large weights, and what they are; it is kept, as a build opens it many times."""
+        if model not in self._graphs:
+            self._graphs[model] = without_weights(self.onnx(model))
+        return self._graphs[model]
 
     def stopwatch(self) -> Stopwatch:
         return Stopwatch(self.open(CACHED)[0], self.open(STREAMING)[0])
+
+    @contextlib.contextmanager
+    def apart(self, model: Onnx) -> Iterator[Session]:
+        """Yield what times a model in processes of their own, a session in each."""
+        cached, streaming = (with_weights(*self._graph(reference)) for reference in (CACHED, STREAMING))
+        with ExitStack() as held:
+            try:
+                folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+                files = []
+                for number, one in enumerate((model, cached, streaming)):
+                    files.append(one if isinstance(one, Path) else folder / f"{number}.onnx")
+                    if isinstance(one, bytes):
+                        files[-1].write_bytes(one)
+            except OSError as error:
+                raise InputError(
+                    f"the models to be timed cannot be written in {tempfile.gettempdir()} ({error.strerror or error}): make "
+                    "room there, or set TMPDIR to another folder"
+                ) from error
+            yield lambda visits: visits_apart(files, self.threads, visits)
 
     def between(self, most: int) -> Touches:
         return touches(most)
@@ -63,10 +101,3 @@ class OrtCpu:
                 yield
         finally:
             torch.set_num_threads(torch_threads)
-
-
-@lru_cache(maxsize=1)  # a network that is timed by itself is opened anew many times
-def _onnx(model: Model, batch: int, precision: str) -> bytes:
-    module, example = build_module(model, batch, deploy=True)
-    data = onnx_bytes(module, example)
-    return quantised(data, [example.numpy()]) if precision == "int8" and model else data

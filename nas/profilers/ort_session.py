@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,19 @@ class OrtModel:
 
     def __call__(self) -> None:
         self.session.run_with_iobinding(self._binding, self._options)
+
+
+def made_weights(entries: Iterable[Mapping[str, Any]]) -> dict[str, Array]:
+    """Return random weights for a model that was stored without its own: normal ones of their standard deviation, and uniform
+    integers. Each entry has name, dtype, shape and std."""
+    rng = np.random.default_rng(0)
+    weights = {}
+    for weight in entries:
+        if weight["dtype"] == "float32":
+            weights[weight["name"]] = rng.standard_normal(weight["shape"], dtype=np.float32) * np.float32(weight["std"])
+        else:
+            weights[weight["name"]] = rng.integers(-127, 128, weight["shape"]).astype(weight["dtype"])
+    return weights
 
 
 def _filled(port: Any, rng: np.random.Generator) -> Array:

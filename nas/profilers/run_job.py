@@ -43,7 +43,7 @@ def try_import() -> None:
 if __name__ == "__main__" and "--probe" not in sys.argv:
     try_import()
 try:
-    import numpy as np
+    import numpy  # noqa: F401
     import onnxruntime
 except ImportError as error:
     sys.exit(f"run_job.py needs onnxruntime and numpy ({error}): {PIP} onnxruntime numpy{IN_VENV}")
@@ -54,6 +54,7 @@ try:
         OrtModel,
         cpu_id,
         environment,
+        made_weights,
         pinned,
         throttle_bits,
         throttle_state,
@@ -132,13 +133,7 @@ def locked(folder: Path) -> TextIO:
 def open_model(folder: Path, manifest: dict[str, Any], name: str) -> tuple[OrtModel, int]:
     """Return the session of a model, and the bytes of its weights, which are made here: random, as large as in training."""
     entry = manifest["models"][name]
-    rng = np.random.default_rng(0)
-    weights = {}
-    for weight in entry["weights"]:
-        if weight["dtype"] == "float32":
-            weights[weight["name"]] = rng.standard_normal(weight["shape"], dtype=np.float32) * np.float32(weight["std"])
-        else:
-            weights[weight["name"]] = rng.integers(-127, 128, weight["shape"]).astype(weight["dtype"])
+    weights = made_weights(entry["weights"])
     data = (folder / entry["file"]).read_bytes()
     return OrtModel(data, manifest["settings"]["threads"], weights), len(data) + sum(w.nbytes for w in weights.values())
 

@@ -33,6 +33,7 @@ MAX_CALLS = 9
 VISIT_MS = 1.0  # timed calls are repeated within a visit until about this much is covered
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the streaming reference
 FEW_VISITS = 12  # with fewer, the mix cannot be told and is half and half
+FEW_SESSIONS = 3  # with fewer, what they differ by is not known
 NO_SPREAD = 1e-6  # of samples, relative: below it none is told from another
 
 
@@ -72,20 +73,20 @@ class Measurement:
         return (self.high_ms - self.low_ms) / 2
 
 
-def summarise(visits: Sequence[Visit], reference: References | None = None, per_session: int | None = None) -> Measurement:
+def summarise(visits: Sequence[Visit], reference: References | None = None, per_session: int = 0) -> Measurement:
     """Return the measurement that these visits make, normalised to a machine on which the references take `reference`
     (without it: what they took in these visits).
 
-    `per_session`: the model was opened anew every so many visits. What a session's place in memory does to all of its visits,
-    the interval then covers too, as far as the sessions tell.
+    `per_session`: the model was opened anew every so many visits (0: it is not known when). What a session's place in memory
+    does to all of its visits, the interval then covers too, as far as three sessions or more tell.
     """
     base = reference or median_reference(visits)
     values = _normalised(visits, base, _mix(visits, base))
     samples = sorted(values)
     ms = median(samples)
     low, high = median_interval(samples)
-    if per_session is not None:
-        whole = range(0, len(values) - per_session + 1, per_session)
+    whole = range(0, len(values) - per_session + 1, per_session) if per_session else ()
+    if len(whole) >= FEW_SESSIONS:
         half = mean_half_width([median(values[first : first + per_session]) for first in whole])
         low, high = min(low, ms - half), max(high, ms + half)
     return Measurement(
