@@ -1,16 +1,12 @@
-"""ONNX models without their large weights, and random ones in their place: what is timed need not be carried or kept."""
+"""ONNX models without their large weights: what is timed need not be carried or kept (see `ort_session.with_weights`)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, external_data_helper, numpy_helper
-
-from nas.profilers.ort_session import made_weights
+from onnx import TensorProto, numpy_helper
 
 LARGE = 256  # elements; a weight of more is left out
 
@@ -22,30 +18,20 @@ def without_weights(data: bytes) -> tuple[bytes, list[dict[str, Any]]]:
     Their values (ones, or one less layer scale) are no noise around zero; nor are others that stay.
     """
     model = onnx.load_from_string(data)
-    left_out = []
+    left_out, kept = [], []
     for tensor in model.graph.initializer:
-        if math.prod(tensor.dims) <= max([LARGE, *tensor.dims]):
-            continue
-        if tensor.data_type not in (TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8):
-            continue
         array = numpy_helper.to_array(tensor)
-        is_noise = np.isfinite(array).all() and abs(array.mean()) < array.std() / 2
-        if tensor.data_type == TensorProto.FLOAT and not is_noise:
-            continue  # the mask of an attention, a divisor
-        dtype = str(array.dtype)
-        left_out.append({"name": tensor.name, "dtype": dtype, "shape": list(array.shape), "std": round(float(array.std()), 6)})
-        tensor.ClearField("float_data")
-        tensor.ClearField("int32_data")
-        tensor.raw_data = b""
-        external_data_helper.set_external_data(tensor, location="made-on-the-device", offset=0, length=array.nbytes)
-        tensor.ClearField("raw_data")
+        if array.size > max([LARGE, *array.shape]) and _is_noise(tensor.data_type, array):
+            std = round(float(array.std()), 6)
+            left_out.append({"name": tensor.name, "dtype": str(array.dtype), "shape": list(array.shape), "std": std})
+        else:
+            kept.append(tensor)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
     return model.SerializeToString(), left_out
 
 
-def with_weights(data: bytes, left_out: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the ONNX model whose large weights were left out, with random ones like them."""
-    model, weights = onnx.load_from_string(data), made_weights(left_out)
-    for tensor in model.graph.initializer:
-        if tensor.name in weights:
-            tensor.CopyFrom(numpy_helper.from_array(weights.pop(tensor.name), tensor.name))
-    return model.SerializeToString()
+def _is_noise(kind: int, array: np.ndarray[Any, Any]) -> bool:
+    if kind == TensorProto.FLOAT:  # else it is the mask of an attention, a divisor
+        return bool(np.isfinite(array).all() and abs(array.mean()) < array.std() / 2)
+    return kind in (TensorProto.INT8, TensorProto.UINT8)

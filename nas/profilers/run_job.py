@@ -61,6 +61,7 @@ try:
         throttles,
         touches,
         warnings_about,
+        with_weights,
     )
     from nas.profilers.timing import Stopwatch, Workload
 except (ImportError, SyntaxError) as error:  # a copy that was cut
@@ -133,9 +134,8 @@ def locked(folder: Path) -> TextIO:
 def open_model(folder: Path, manifest: dict[str, Any], name: str) -> tuple[OrtModel, int]:
     """Return the session of a model, and the bytes of its weights, which are made here: random, as large as in training."""
     entry = manifest["models"][name]
-    weights = made_weights(entry["weights"])
-    data = (folder / entry["file"]).read_bytes()
-    return OrtModel(data, manifest["settings"]["threads"], weights), len(data) + sum(w.nbytes for w in weights.values())
+    data = with_weights((folder / entry["file"]).read_bytes(), made_weights(entry["weights"]))
+    return OrtModel(data, manifest["settings"]["threads"]), len(data)
 
 
 def probe(folder: Path) -> None:
