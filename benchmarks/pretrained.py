@@ -65,7 +65,11 @@ CALIBRATION_IMAGES = 256
 PROBE_IMAGES = (1280, 5120)  # of two short epochs that tell how long one from nothing takes
 PRUNING_STEP = 0.025
 HEARTBEAT_S = 30.0
-SHARES_OF_WIDTH = [1 - number / 16 for number in range(1, 12)]
+SHARES_OF_WIDTH = [1 - number / 16 for number in range(1, 15)]
+
+
+class Unreachable(InputError):
+    """A way of making a network narrower makes none that is as fast as the target."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,7 @@ class Comparison:
             recalibrate(model, self.images)
             if self.timed(model, target).high_ms <= target_ms:
                 return share, model
-        raise InputError(f"no uniform width is as fast as {target_ms:g} ms: give larger --shares")
+        raise Unreachable(f"no uniform width is as fast as {target_ms:g} ms")
 
     def at_share(self, share: float) -> ArchConfig:
         widths = [stage.widths[0] for stage in SearchSpace.around(self.arch, width_shares=(share,)).stages]
@@ -286,7 +290,7 @@ class Comparison:
             if self.timed(model, arch).high_ms <= target_ms:
                 break
         else:
-            raise InputError(f"Torch-Pruning finds no network as fast as {target_ms:g} ms: give larger --shares")
+            raise Unreachable(f"Torch-Pruning finds no network as fast as {target_ms:g} ms")
         before = accuracy_of(model, self.data.val)[1]
         train_model(model, "Torch-Pruning", self.data, self.tuning, self.seed, None, self.teacher)
         ms, after = self.timed(model, arch).ms, accuracy_of(model, self.data.val)[1]
@@ -380,10 +384,12 @@ def main() -> None:
             for way, make in ways.items():
                 try:
                     by_name.setdefault((f"{share:.0%}", way), []).append(one.kept(way, make))
+                except Unreachable as error:
+                    say(f"{error}: left out")
                 except ImportError:
                     say("Torch-Pruning is not installed: left out (pip install torch-pruning)")
     print(f"{arch.name} of {arch.image_size} px, {given.epochs} epochs on {len(data.train):,} images, tuned for {given.tune}")
-    print_table([(text, found) for (text, _), found in by_name.items()])
+    print_table([(text, found) for (text, _), found in by_name.items() if found])
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import torch
 from nas.about import INPUT
 from nas.data import ImageData, Images, normalise
 from nas.progress import progress, say
-from supernet.errors import InputError
+from supernet.errors import FULL, InputError
 
 Array = npt.NDArray[Any]
 
@@ -110,10 +110,11 @@ def quantised_products(model: bytes, inputs: Sequence[Array]) -> bytes:
             )
             return with_float_sums(result.read_bytes())
     except OSError as error:
-        raise InputError(
+        why = (
             f"quantisation cannot write its temporary files in {tempfile.gettempdir()} ({error.strerror or error}): make room "
             "there, or set TMPDIR to another folder"
-        ) from error
+        )
+        raise (OSError(error.errno, why) if error.errno in FULL else InputError(why)) from error
 
 
 def _in_int8(node: Any, shapes: Mapping[str, tuple[int, ...]]) -> bool:

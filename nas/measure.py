@@ -36,8 +36,8 @@ EMPTY: Model = ()
 """A session that does nothing: the price of a call."""
 
 WHOLE_GOAL = 0.01  # half-width of a whole network's 95 % interval, of its ms
-SESSION_VISITS = 4  # of one session of a network that is measured by itself ...
-ALONE_MIN_VISITS, ALONE_MAX_VISITS = 24, 96  # ... and of all of them
+SESSION_VISITS = 4  # of one session of what is opened anew again and again ...
+ALONE_MIN_VISITS, ALONE_MAX_VISITS = 24, 96  # ... and of all of them, where it is a network that is measured by itself
 ANOTHER_PACE = 1.25  # times, more or less, that a reference took when the table was built: from there on it is said
 
 

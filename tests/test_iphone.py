@@ -144,7 +144,7 @@ def play(job_sha256):
     visits = {{name: [known.get(name, [0.3, 0.5, 0.8])] * 20 for name in manifest["models"]}}
     environment = {{"model": "iPhone16,1", "os": "iOS 18.1", "low_power_mode": True, "thermal_states": {{"nominal": 40}}}}
     results = {{
-        "schema": 3, "unit": "ms", "job_sha256": job_sha256, "device": manifest["device"], "environment": environment,
+        "schema": 4, "unit": "ms", "job_sha256": job_sha256, "device": manifest["device"], "environment": environment,
         "started_at": "2026-11-21T05:00:00Z", "finished_at": "2026-11-21T05:10:00Z", "visits": visits,
         "flags": {{"2 x mb3d": "off-npu"}},
     }}
@@ -287,7 +287,7 @@ def write_job(tmp_path: Path, device: str = "iphone15pro-npu", units: str = "CPU
             "input": {"name": "x", "shape": shape, "dtype": "float16"},
         }
     manifest = {
-        "schema": 3,
+        "schema": 4,
         "device": device,
         "format": "coreml",
         "space": "name: small\n",
@@ -451,7 +451,7 @@ def test_results_that_a_person_brings_from_a_phone_are_warned_of_too(
     work = work_for(space, precision="fp16")
     manifest = export_job(tmp_path / "job", space, work, device="iphone15pro-npu", form="coreml").read_bytes()
     results = {
-        "schema": 3,
+        "schema": 4,
         "unit": "ms",
         "job_sha256": hashlib.sha256(manifest).hexdigest(),
         "device": "iphone15pro-npu",

@@ -70,7 +70,7 @@ def pretended_results(folder: Path, work: Work, scale: float = 1.0) -> dict[str,
         return [scale * device_ms(m) for m in (model, CACHED, STREAMING)]
 
     return {
-        "schema": 3,
+        "schema": 4,
         "unit": "ms",
         "job_sha256": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
         "device": "pretended-cpu",
@@ -188,7 +188,7 @@ def is_in_seconds(results: dict[str, Any]) -> None:
 
 
 def other_schema(results: dict[str, Any]) -> None:
-    results["schema"] = 2
+    results["schema"] = 3
 
 
 def other_device(results: dict[str, Any]) -> None:
@@ -219,7 +219,7 @@ def no_unit(results: dict[str, Any]) -> None:
         (stopped_early, "lacks 1 of"),
         (says_seconds, "are in 's'; only milliseconds"),
         (is_in_seconds, "look like seconds"),
-        (other_schema, r"has schema 2, this version reads 3: export the job anew and run it"),
+        (other_schema, r"has schema 3, this version reads 4: export the job anew and run it"),
         (other_device, "results are of another-cpu"),
         (not_a_number, "not three positive times"),
         (no_unit, "no whole results file"),
@@ -700,9 +700,9 @@ def half_a_manifest(folder: Path) -> None:
 
 
 def former_manifest(folder: Path) -> None:
-    """A job of before there was other memory to touch."""
+    """A job of before models were opened anew every few visits."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 2}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 3}))
 
 
 def no_model(folder: Path) -> None:
@@ -725,7 +725,7 @@ def damaged_samples(folder: Path) -> None:
         (half_a_module, "nas/ beside it is not whole .*: copy the whole job folder again"),
         (no_manifest, r"manifest\.json cannot be read .*: copy the whole job folder again"),
         (half_a_manifest, r"manifest\.json is not whole: copy the job folder again"),
-        (former_manifest, "reads ONNX jobs of schema 3, this one is onnx 2: export the job anew"),
+        (former_manifest, "reads ONNX jobs of schema 4, this one is onnx 3: export the job anew"),
         (no_model, r"models/.* cannot be read .*: copy the whole job folder again"),
         (damaged_samples, "is damaged .*: remove it, and its visits are made again"),
     ],

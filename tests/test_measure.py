@@ -1,5 +1,6 @@
 """A network that is timed by itself: how often it is opened, and what is said of the machine's pace."""
 
+import errno
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,3 +86,11 @@ def test_a_full_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
     with pytest.raises(InputError, match=r"not there.*set TMPDIR"), OrtCpu().apart(b"any model"):
         pass
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left.*set TMPDIR"), OrtCpu().apart(b"any model"):
+        pass  # no InputError, which would be the request's fault, and of which a search for throughput leaves a grouping out

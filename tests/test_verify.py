@@ -70,7 +70,7 @@ def board_says(ms: float, slowness: float = 1.0) -> Path:
     manifest = json.loads((folder / "manifest.json").read_text())
     visit = [slowness * ms, *(slowness * reference for reference in REFERENCES)]
     results = {
-        "schema": 3,
+        "schema": 4,
         "unit": "ms",
         "job_sha256": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
         "device": "board-cpu",

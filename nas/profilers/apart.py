@@ -1,8 +1,8 @@
 """Time an ONNX model in a process of its own: `apart.main` is what the child runs, with onnxruntime and numpy alone.
 
 Where a session's memory happens to lie moves its times by a percent or two, and a process differs from another one by more:
-on the machine of docs/accuracy.md by 3 % (standard deviation). A process that has opened many sessions is slower, too. What a
-network takes where it is used, only fresh processes tell.
+on the machine of docs/accuracy.md by 2 to 4 % (standard deviation). A process that has opened many sessions is slower, too.
+What a network takes where it is used, only fresh processes tell.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from nas.profilers.timing import (
 Tick = Callable[[float], object]  # told how many visits were made or are not needed
 Open = Callable[[str], tuple[Workload, int]]  # a model's name -> its workload, and the bytes that it holds
 
-JOB_SCHEMA = 3  # of a job folder: its plan and its results; the Swift program has it too
+JOB_SCHEMA = 4  # of a job folder: its plan and its results; the Swift program has it too
 MIN_MS_OF_A_CALL = 5e-4  # no runtime answers sooner: shorter times are in another unit
 LOOSER = 2.0  # times as wide as the goals say intervals may be after `Plan.strict_visits` visits
 TOO_NOISY = 2.5  # p90 over p10 of a reference's milliseconds

@@ -23,7 +23,7 @@ from nas.onnx_weights import without_weights
 from nas.profilers.apart import visits_apart
 from nas.profilers.ort_session import OrtModel, cpu_id, environment, made_weights, pinned, touches, warnings_about, with_weights
 from nas.profilers.timing import Stopwatch, Touches, Workload
-from supernet.errors import InputError
+from supernet.errors import FULL, InputError
 
 Graph = tuple[bytes, list[dict[str, Any]]]  # a model without its large weights, and what they are
 
@@ -81,10 +81,11 @@ class OrtCpu:
                     if isinstance(one, bytes):
                         files[-1].write_bytes(one)
             except OSError as error:
-                raise InputError(
+                why = (
                     f"the models to be timed cannot be written in {tempfile.gettempdir()} ({error.strerror or error}): make "
                     "room there, or set TMPDIR to another folder"
-                ) from error
+                )
+                raise (OSError(error.errno, why) if error.errno in FULL else InputError(why)) from error
             yield lambda visits: visits_apart(files, self.threads, visits)
 
     def between(self, most: int) -> Touches:

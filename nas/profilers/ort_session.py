@@ -103,16 +103,18 @@ def with_weights(model: bytes, weights: Mapping[str, Array]) -> bytes:
     Without the onnx package: of messages that follow each other, protobuf reads the sum. A tensor has dims (field 1), data_type
     (2), name (8) and raw_data (9); it is an initializer (5) of the model's graph (7).
     """
-    tensors = []
+    parts: list[bytes | memoryview] = []  # put together once, as a small device has no room for copies of large weights
     for name, array in weights.items():
         dims = b"".join(_varint(1 << 3) + _varint(side) for side in array.shape)
         kind = _varint(2 << 3) + _varint(ONNX_TYPES[str(array.dtype)])
-        tensors.append(_bytes(5, dims + kind + _bytes(8, name.encode()) + _bytes(9, array.tobytes())))
-    return model + _bytes(7, b"".join(tensors))
+        named = dims + kind + _lead(8, len(name.encode())) + name.encode() + _lead(9, array.nbytes)
+        parts += [_lead(5, len(named) + array.nbytes), named, array.data.cast("B")]
+    return b"".join([model, _lead(7, sum(map(len, parts))), *parts])
 
 
-def _bytes(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(content)) + content
+def _lead(field: int, size: int) -> bytes:
+    """Return what stands before `size` bytes of a field."""
+    return _varint(field << 3 | 2) + _varint(size)
 
 
 def _varint(number: int) -> bytes:

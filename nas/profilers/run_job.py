@@ -132,7 +132,7 @@ def locked(folder: Path) -> TextIO:
 
 
 def open_model(folder: Path, manifest: dict[str, Any], name: str) -> tuple[OrtModel, int]:
-    """Return the session of a model, and the bytes of its weights, which are made here: random, as large as in training."""
+    """Return the session of a model, and its bytes with its weights, which are made here: random, as large as in training."""
     entry = manifest["models"][name]
     data = with_weights((folder / entry["file"]).read_bytes(), made_weights(entry["weights"]))
     return OrtModel(data, manifest["settings"]["threads"]), len(data)

@@ -4,7 +4,8 @@ A *visit* times one workload a few times in a row, between two timings of two fi
 weights stay in the processor's inner caches, and one that streams them. A slow clock slows both; a neighbour on a shared
 machine who uses up the memory's bandwidth slows the second and every workload like it. A visit's sample is its ratio to
 a mix of the two, to which those mixes count most that explain the workload's own ups and downs. An estimate is the median
-over visits, its interval the order-statistic interval of the median.
+over visits, its interval the order-statistic interval of the median, and where what was timed was opened several times at
+least Student's interval of the mean of the sessions' medians.
 """
 
 from __future__ import annotations

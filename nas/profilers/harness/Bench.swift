@@ -357,7 +357,7 @@ final class Bench {
         environment["dropped_visits"] = log.dropped
         environment["compute_units"] = job.manifest.settings.compute_units
         let results: [String: Any] = [
-            "schema": 3,
+            "schema": 4,
             "unit": "ms",
             "job_sha256": job.sha256,
             "device": job.manifest.device,

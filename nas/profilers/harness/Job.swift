@@ -85,8 +85,8 @@ struct Job {
             let sha256 = hex(SHA256.hash(data: data))
             if wanted != nil && wanted != sha256 { continue }
             let kind = try JSONDecoder().decode(Manifest.Kind.self, from: data)
-            guard kind.schema == 3, kind.format == "coreml" else {
-                throw Trouble("the job is of schema \(kind.schema), format \(kind.format): this app measures schema 3, coreml")
+            guard kind.schema == 4, kind.format == "coreml" else {
+                throw Trouble("the job is of schema \(kind.schema), format \(kind.format): this app measures schema 4, coreml")
             }
             let manifest = try JSONDecoder().decode(Manifest.self, from: data)
             guard manifest.references.count == 2 else { throw Trouble("the job has no two references") }
