@@ -41,8 +41,6 @@ def together(work: Callable[[], None]) -> None:
     if processes() == 1:
         work()
         return
-    import torch.distributed as dist
-
     if not joined().first:
         raise SystemExit(_served())
     code: Any = 1
@@ -57,7 +55,7 @@ def together(work: Callable[[], None]) -> None:
         if not Shared.busy:
             with suppress(Failed):  # one of them is gone; why this process ends is said already
                 _tell("end", code)
-                dist.destroy_process_group()
+                joined().leave()
 
 
 def shared(evaluate: Evaluator | Recovered) -> Evaluator | Recovered | Shared:
@@ -115,7 +113,7 @@ def _served() -> int:
         while True:
             what, *rest = _told()
             if what == "end":
-                dist.destroy_process_group()
+                joined().leave()
                 return int(rest[0] or 0)
             if what == "evaluator":
                 evaluate = rest[0].on(own_device(rest[1]))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ if sys.platform == "darwin":  # but not over libuv, which gloo has on a Mac
     PATIENCE = timedelta(hours=12)
 GPU_PATIENCE = timedelta(minutes=30)  # of NCCL, which may not notice; nobody waits there but for others' part of the same step
 TO_MEET = timedelta(minutes=10)  # for all processes to find each other
+PARTING_S = 0.2  # gloo's threads outlive its group: one that still lets go of a tensor as Python ends would abort the process
 BUCKET_BYTES = 64 * 2**20  # gradients are exchanged in pieces of this size: fewer messages, and no second copy of all
 
 
@@ -209,6 +211,7 @@ class Group:
             import torch.distributed as dist
 
             dist.destroy_process_group()
+            time.sleep(PARTING_S)
 
     def synchronised(self, model: nn.Module) -> nn.Module:
         """Return the network with batch norm over the whole batch of all processes (SyncBatchNorm), which only GPUs have; on
