@@ -6,7 +6,8 @@ A shared machine has neighbours who come and go. This script has its own: in tur
 64 MB back and forth, and one that trains (convolutions in PyTorch), each on one core. Beside each it times random networks of a
 space, from small to large, and streams of attention blocks as heavy as the second reference (13 MB of weights) and heavier,
 every session in a process of its own. It prints how much longer everything takes than beside none: on the clock, and at the
-references' pace, which is what is left of it in a prediction or a measurement of `nas-search`. Wants two idle cores or more.
+references' pace (with 95 % intervals), which is what is left of it in a prediction or a measurement of `nas-search`. Wants two
+idle cores or more.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from math import hypot
 from statistics import median
 
 import numpy as np
@@ -97,9 +99,13 @@ def main() -> None:
         ms, pace = median(v.raw_ms for v in alone), median_reference(alone)
         weights = sum(count_layer(layer).params for layer in model) / 1e6
         clock = [100 * (median(v.raw_ms for v in visits[who, what]) / ms - 1) for who in others]
-        base = summarise(alone, pace, VISITS).ms
-        paced = [100 * (summarise(visits[who, what], pace, VISITS).ms / base - 1) for who in others]
-        print(f"| {what} | {weights:.1f} | {ms:.2f} | " + " | ".join(f"{percent:+.1f}" for percent in (*clock, *paced)) + " |")
+        base = summarise(alone, pace, VISITS)
+        cells = [f"{percent:+.1f}" for percent in clock]
+        for who in others:
+            beside = summarise(visits[who, what], pace, VISITS)
+            width = hypot(base.half_width_ms / base.ms, beside.half_width_ms / beside.ms)
+            cells.append(f"{100 * (beside.ms / base.ms - 1):+.1f} ± {100 * width:.1f}")
+        print(f"| {what} | {weights:.1f} | {ms:.2f} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
